@@ -1,0 +1,165 @@
+"""Window attention in plain PyTorch: the CPU path, and what the Triton kernels are tested against.
+
+Segments are handled in buckets of similar query length (1, 2, 3-4, 5-8, ...): each bucket is one
+padded, batched attention call, so a batch of decodes costs one call however many requests it has,
+and padding at most doubles the work of a mixed batch. Which pages a bucket gathers and who sees
+what is the same in every layer: it is worked out by the first and kept with the metadata.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from casa_vllm.ops.segments import WindowAttentionMetadata, WindowText
+
+
+@dataclass
+class SegmentBucket:
+    """B segments of similar query length, padded to Q queries and N keys.
+
+    Attributes:
+        tokens: (B, Q) int64, token of each query; a padding query repeats the segment's last.
+        is_query: (B, Q) bool, False for padding queries.
+        image_blocks: (B, image pages) int64.
+        text_blocks: (B, text pages) int64, None for `ca`.
+        unreadable: (B, N) bool, keys that no query of the segment sees; may hold anything.
+        bias: (B, 1, Q, N), 0 where a query sees a key, else the dtype's minimum.
+        has_key: (B, Q, 1, 1) bool.
+    """
+
+    tokens: torch.Tensor
+    is_query: torch.Tensor
+    image_blocks: torch.Tensor
+    text_blocks: torch.Tensor | None
+    unreadable: torch.Tensor
+    bias: torch.Tensor
+    has_key: torch.Tensor
+
+
+def torch_window_attention(
+    query: torch.Tensor,
+    image_cache: torch.Tensor,
+    text_cache: torch.Tensor | None,
+    metadata: WindowAttentionMetadata,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """See `casa_vllm.ops.window_attention`."""
+    if metadata.torch_buckets is None:
+        text_block_size = text_cache.shape[2] if text_cache is not None else 0
+        metadata.torch_buckets = plan_buckets(
+            metadata, image_cache.shape[2], text_block_size, query.dtype
+        )
+    output[: metadata.num_actual_tokens] = 0
+    for bucket in metadata.torch_buckets:
+        cached = image_cache[:, bucket.image_blocks].flatten(2, 3)
+        if bucket.text_blocks is not None:
+            cached = torch.cat((cached, text_cache[:, bucket.text_blocks].flatten(2, 3)), 2)
+        # An unused slot may hold NaN, and a softmax weight of 0 does not stop a NaN.
+        keys, values = cached.masked_fill_(bucket.unreadable[None, ..., None, None], 0)
+        attended = scaled_dot_product_attention(
+            query[bucket.tokens].transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=bucket.bias,
+            scale=scale,
+            enable_gqa=query.shape[1] != keys.shape[2],
+        ).transpose(1, 2)
+        attended = attended * bucket.has_key
+        output[bucket.tokens[bucket.is_query]] = attended[bucket.is_query].to(output.dtype)
+
+
+def plan_buckets(
+    metadata: WindowAttentionMetadata,
+    image_block_size: int,
+    text_block_size: int,
+    dtype: torch.dtype,
+) -> list[SegmentBucket]:
+    """Groups the segments that have a key to read; the others are left out."""
+    starts = metadata.query_start_loc[:-1].long()
+    lengths = metadata.query_start_loc[1:].long() - starts
+    if metadata.text is None:
+        lengths = lengths * (metadata.num_image_pages > 0)
+    sizes = torch.ceil(torch.log2(lengths.clamp(min=1).double())).long()
+    sizes.masked_fill_(lengths == 0, -1)
+    buckets = []
+    for size in sizes.unique().tolist():
+        if size < 0:
+            continue
+        segments = (sizes == size).nonzero()[:, 0]
+        last = lengths[segments, None] - 1
+        offsets = torch.arange(int(last.max()) + 1, device=starts.device)
+        is_query, offsets = offsets <= last, torch.minimum(offsets, last)
+
+        image_blocks, image_visible = _image_keys(metadata, segments, image_block_size)
+        visible = image_visible[:, None].expand(-1, offsets.shape[1], -1)
+        text_blocks = None
+        if metadata.text is not None:
+            text_blocks, text_visible = _text_keys(
+                metadata.text, segments, offsets, text_block_size
+            )
+            visible = torch.cat((visible, text_visible), 2)
+        # Finite instead of -inf, so that a row without any key stays finite and can be zeroed.
+        bias = torch.zeros(visible.shape, dtype=dtype, device=starts.device)
+        bias.masked_fill_(~visible, torch.finfo(dtype).min)
+        buckets.append(
+            SegmentBucket(
+                tokens=starts[segments, None] + offsets,
+                is_query=is_query,
+                image_blocks=image_blocks,
+                text_blocks=text_blocks,
+                unreadable=~visible.any(1),
+                bias=bias.unsqueeze(1),
+                has_key=visible.any(2)[..., None, None],
+            )
+        )
+    return buckets
+
+
+def torch_write_cache(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See `casa_vllm.ops.write_cache`."""
+    slot_mapping = slot_mapping[: key.shape[0]]
+    written = slot_mapping >= 0
+    slots = slot_mapping[written]
+    blocks, offsets = slots // cache.shape[2], slots % cache.shape[2]
+    cache[0, blocks, offsets] = key[: len(written)][written].to(cache.dtype)
+    cache[1, blocks, offsets] = value[: len(written)][written].to(cache.dtype)
+
+
+def _image_keys(
+    metadata: WindowAttentionMetadata, segments: torch.Tensor, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image pages (B, P) of the segments, and which of their slots hold a key, (B, P * BS)."""
+    num_pages = metadata.num_image_pages[segments]
+    pages = torch.arange(int(num_pages.max()), device=num_pages.device)
+    blocks = metadata.image_block_table[segments, : len(pages)].long()
+    lens = metadata.image_page_lens[segments, : len(pages)]
+    lens = lens.masked_fill(pages >= num_pages[:, None], 0)
+    valid = torch.arange(block_size, device=num_pages.device) < lens[..., None]
+    return blocks.masked_fill(lens == 0, 0), valid.flatten(1)
+
+
+def _text_keys(
+    text: WindowText, segments: torch.Tensor, offsets: torch.Tensor, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text pages (B, P) from the window's first to the last query's, and who sees which slot.
+
+    Returns:
+        Blocks (B, P) int64 and visibility (B, Q, P * block_size) bool.
+    """
+    starts = text.starts[segments].long()
+    positions = text.first_positions[segments].long()[:, None] + offsets
+    first_page = starts // block_size
+    last_page = positions[:, -1] // block_size
+    pages = first_page[:, None] + torch.arange(
+        int((last_page - first_page).max()) + 1, device=starts.device
+    )
+    # Shorter windows of the bucket repeat their last page; nothing of the repetition is visible.
+    rows = text.rows[segments].long()[:, None]
+    blocks = text.block_table[rows, torch.minimum(pages, last_page[:, None])].long()
+    slots = torch.arange(block_size, device=starts.device)
+    keys = (pages[..., None] * block_size + slots).flatten(1)[:, None]
+    return blocks, (keys >= starts[:, None, None]) & (keys <= positions[..., None])

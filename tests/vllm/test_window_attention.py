@@ -1,0 +1,242 @@
+"""Window attention over paged caches against the equation written out in float64.
+
+The Triton kernels run here too, under Triton's interpreter, in a process of their own: the
+interpreter has to be switched on before triton is imported and must not reach other tests.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from casa_vllm.ops import WindowAttentionMetadata, WindowText, window_attention, write_cache
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+USE_TRITON = IS_INTERPRETED or torch.cuda.is_available()
+DEVICE = "cuda" if USE_TRITON and not IS_INTERPRETED else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@dataclass
+class Segment:
+    """One (request, window): image sizes in tokens, queries, and the window's text so far."""
+
+    images: tuple[int, ...] = ()
+    num_queries: int = 1
+    start: int = 0
+    first: int = 0
+
+
+CASES = {
+    "text-before-the-first-image": [Segment(num_queries=5)],
+    "one-image": [Segment((7,), 3, start=4, first=4)],
+    "adjacent-images-with-partial-pages": [Segment((5, 16, 3), 6, start=2, first=5)],
+    "unequal-windows": [
+        Segment((40,), 1, start=30, first=77),
+        Segment((), 9, start=0, first=0),
+        Segment((1,), 1, start=3, first=3),
+        Segment((16, 16), 17, start=9, first=20),
+    ],
+    "empty-segments": [
+        Segment((9,), 2, start=1, first=1),
+        Segment((4,), 0, start=1, first=1),
+        Segment((), 0),
+    ],
+    "decode-batch": [
+        Segment((33,), 1, start=2, first=60),
+        Segment((), 1, start=0, first=18),
+        Segment((8, 8), 1, start=70, first=70),
+        Segment((), 0),
+    ],
+}
+
+
+class Paged:
+    """The caches, metadata and queries of a list of segments, and the float64 answer."""
+
+    def __init__(
+        self, segments, *, heads=4, kv_heads=2, head_dim=32, dtype=torch.float32,
+        with_text=True, image_block=16, text_block=16, seed=0,
+    ):  # fmt: skip
+        self.rng = np.random.default_rng(seed)
+        self.segments, self.dtype, self.scale = segments, dtype, head_dim**-0.5
+        # Slots that hold nothing are NaN, the null block 0 included: a leak poisons the output.
+        blocks = 2 + sum(-(-size // image_block) for s in segments for size in s.images)
+        shape = (blocks, image_block, kv_heads, head_dim)
+        self.image_cache = torch.full((2, *shape), torch.nan, dtype=dtype)
+        text_blocks = 2 + sum((s.first + s.num_queries) // text_block + 1 for s in segments)
+        shape = (text_blocks, text_block, kv_heads, head_dim)
+        self.text_cache = torch.full((2, *shape), torch.nan, dtype=dtype)
+        self.num_tokens = sum(s.num_queries for s in segments)
+        self.query = self._random(self.num_tokens, heads, head_dim)
+        self.expected = np.zeros(self.query.shape)
+        self._fill(heads // kv_heads, with_text)
+
+    def _random(self, *shape):
+        return torch.from_numpy(self.rng.standard_normal(shape)).to(self.dtype)
+
+    def _write(self, cache, free_blocks, count):
+        """Random keys and values for `count` slots of fresh blocks, in a random block order."""
+        block_size, (kv_heads, head_dim) = cache.shape[2], cache.shape[3:]
+        blocks = [free_blocks.pop() for _ in range(-(-count // block_size))]
+        slots = [blocks[i // block_size] * block_size + i % block_size for i in range(count)]
+        keys, values = self._random(2, count, kv_heads, head_dim)
+        slots = torch.tensor(slots, dtype=torch.int64)
+        write_cache(keys, values, cache, slots, use_triton=False)
+        return blocks, keys.double().numpy(), values.double().numpy()
+
+    def _fill(self, group, with_text):
+        image_blocks = list(self.rng.permutation(np.arange(1, self.image_cache.shape[1])))
+        text_blocks = list(self.rng.permutation(np.arange(1, self.text_cache.shape[1])))
+        table, lens, text_table, token = [], [], [], 0
+        for segment in self.segments:
+            keys, values, pages, page_lens = [], [], [], []
+            for size in segment.images:
+                blocks, k, v = self._write(self.image_cache, image_blocks, size)
+                block_size = self.image_cache.shape[2]
+                pages += blocks
+                page_lens += [min(block_size, size - i) for i in range(0, size, block_size)]
+                keys, values = [*keys, *k], [*values, *v]
+            table, lens = [*table, pages], [*lens, page_lens]
+            num_text = segment.first + segment.num_queries
+            blocks, text_k, text_v = self._write(self.text_cache, text_blocks, num_text)
+            text_table.append(blocks)
+            for i in range(segment.num_queries):
+                seen = range(segment.start, segment.first + i + 1) if with_text else ()
+                self._expect(
+                    token, [*keys, *text_k[list(seen)]], [*values, *text_v[list(seen)]], group
+                )
+                token += 1
+        lengths = [s.num_queries for s in self.segments]
+        int32 = {"dtype": torch.int32}
+        text = WindowText(
+            block_table=torch.tensor(_padded(text_table), **int32),
+            rows=torch.arange(len(self.segments), **int32),
+            starts=torch.tensor([s.start for s in self.segments], **int32),
+            first_positions=torch.tensor([s.first for s in self.segments], **int32),
+            slot_mapping=torch.zeros(0, dtype=torch.int64),
+        )
+        self.metadata = WindowAttentionMetadata(
+            num_actual_tokens=self.num_tokens,
+            max_query_len=max(lengths),
+            query_start_loc=torch.tensor(np.cumsum([0, *lengths]), **int32),
+            image_block_table=torch.tensor(_padded(table), **int32),
+            image_page_lens=torch.tensor(_padded(lens), **int32),
+            num_image_pages=torch.tensor([len(pages) for pages in table], **int32),
+            text=text if with_text else None,
+        )
+
+    def _expect(self, token, keys, values, group):
+        if not keys:
+            return
+        keys, values = np.array(keys), np.array(values)
+        for head, query in enumerate(self.query[token].double().numpy()):
+            scores = keys[:, head // group] @ query * self.scale
+            weights = np.exp(scores - scores.max())
+            self.expected[token, head] = weights @ values[:, head // group] / weights.sum()
+
+    def run(self, use_triton=USE_TRITON, num_padding=2):
+        output = torch.full((self.num_tokens + num_padding, *self.query.shape[1:]), 7.0)
+        output = output.to(DEVICE, self.dtype)
+        padding = torch.full((num_padding, *self.query.shape[1:]), torch.nan, dtype=self.dtype)
+        window_attention(
+            torch.cat((self.query, padding)).to(DEVICE),
+            self.image_cache.to(DEVICE),
+            self.text_cache.to(DEVICE) if self.metadata.text is not None else None,
+            _to_device(self.metadata),
+            self.scale,
+            output,
+            use_triton=use_triton,
+        )
+        return output[: self.num_tokens].double().cpu().numpy()
+
+    def check(self, **kwargs):
+        output = self.run(**kwargs)
+        np.testing.assert_allclose(output, self.expected, atol=TOLERANCE[self.dtype], rtol=0)
+        no_key = ~self.expected.any((1, 2))
+        assert (output[no_key] == 0).all(), "a query without any key must get exactly 0"
+
+
+def _padded(rows):
+    width = max([len(row) for row in rows] + [1])
+    return [[*row, *[0] * (width - len(row))] for row in rows]
+
+
+def _to_device(metadata):
+    moved = {k: v.to(DEVICE) for k, v in vars(metadata).items() if isinstance(v, torch.Tensor)}
+    text = metadata.text
+    if text is not None:
+        text = WindowText(**{k: v.to(DEVICE) for k, v in vars(text).items()})
+    return WindowAttentionMetadata(**{**vars(metadata), **moved, "text": text})
+
+
+@pytest.mark.parametrize("with_text", [False, True], ids=["ca", "ca_tv"])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(case, with_text):
+    Paged(CASES[case], with_text=with_text).check()
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+def test_head_sizes(head_dim):
+    segments = CASES["unequal-windows"]
+    Paged(segments, heads=6, kv_heads=2, head_dim=head_dim).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision(dtype):
+    Paged(CASES["unequal-windows"], dtype=dtype).check()
+
+
+def test_block_sizes_of_image_and_text_may_differ():
+    Paged(CASES["unequal-windows"], image_block=32, text_block=16).check()
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 1), (14, 2)])
+def test_grouped_heads(heads, kv_heads):
+    Paged(CASES["decode-batch"], heads=heads, kv_heads=kv_heads).check()
+
+
+def test_random_batches():
+    rng = np.random.default_rng(1)
+    for seed in range(3 if IS_INTERPRETED else 30):
+        segments = []
+        for _ in range(rng.integers(1, 6)):
+            start = int(rng.integers(0, 40))
+            sizes = tuple(int(n) for n in rng.integers(1, 50, rng.integers(0, 4)))
+            first = start + int(rng.integers(0, 40))
+            segments.append(Segment(sizes, int(rng.integers(0, 20)), start, first))
+        segments.append(Segment((), 1))
+        Paged(segments, with_text=bool(seed % 2), seed=seed).check()
+
+
+def test_no_images_skips_the_work_of_ca():
+    paged = Paged([Segment(num_queries=4)], with_text=False)
+    paged.metadata.has_images = False
+    assert (paged.run() == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_write_cache(dtype):
+    torch.manual_seed(0)
+    # A view with a stride of its own, as caches bound by an engine may be.
+    cache = torch.zeros(6, 2, 16, 2, 80, dtype=dtype, device=DEVICE).transpose(0, 1)
+    key, value = torch.randn(2, 5, 2, 80, dtype=dtype, device=DEVICE)
+    slots = torch.tensor([17, -1, 95, 0], device=DEVICE)
+    write_cache(key, value, cache, slots, use_triton=USE_TRITON)
+    for token, slot in [(0, 17), (2, 95), (3, 0)]:
+        assert torch.equal(cache[0, slot // 16, slot % 16], key[token])
+        assert torch.equal(cache[1, slot // 16, slot % 16], value[token])
+    assert int((cache != 0).any(-1).any(-1).sum()) == 6, "three slots, keys and values"
+
+
+@pytest.mark.skipif(USE_TRITON, reason="this session already runs the Triton kernels")
+def test_triton_kernels_under_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
