@@ -1,0 +1,346 @@
+"""The eager CASA model: the reference that every other path is compared with.
+
+    pixels -> vision encoder -> image tokens --(k, v of each CA layer)--+
+    token ids -> embeddings -> [ x + SA(norm x) + CA(norm x); + MLP ] x L -> norm -> logits
+
+The vision encoder, norms and MLPs are those of transformers; the attention is written out, because CA needs
+self-attention's projections (shared weights) and keys that no stock cache holds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from casa_engine.attention import CasaProjections, masked_attention
+from casa_engine.cache import CasaCache
+from casa_engine.configuration import CasaConfig
+from casa_engine.errors import InputError
+from casa_engine.rope import axes_rotary_tables, image_token_counts, insertion_positions, rotary_tables, rotate
+from casa_engine.window_batch import WindowBatch, build_window_batch
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What every decoder layer of one forward call reads besides the hidden states.
+
+    Attributes:
+        text_rope: cos, sin of self-attention, each (B, 1, T, D).
+        causal_mask: bool (B, T, S) of self-attention.
+        windows: The window plan; None for `insertion`.
+        images: (B, N, C) vision output of the new images, padded; None without new images.
+        window_rope: cos, sin of the text in CA (relative to the window), each (B, 1, T, D); None unless `ca_tv`.
+        image_rope: cos, sin of the new image tokens, each (B, 1, N, D); None unless `ca_tv` with new images.
+        cache: None when nothing is to be kept.
+    """
+
+    text_rope: tuple[Tensor, Tensor]
+    causal_mask: Tensor
+    windows: WindowBatch | None
+    images: Tensor | None
+    window_rope: tuple[Tensor, Tensor] | None
+    image_rope: tuple[Tensor, Tensor] | None
+    cache: CasaCache | None
+
+
+class CasaDecoderLayer(nn.Module):
+    """`x += SA(h) + CA(h); x += MLP(norm(x))` with `h = norm(x)`; either attention may be absent."""
+
+    def __init__(self, config: CasaConfig, layer: int) -> None:
+        super().__init__()
+        text = config.text_config
+        self.layer, self.fusion = layer, config.fusion
+        self.normalize_image_tokens = config.normalize_image_tokens
+        self.has_ca, self.has_sa = config.has_ca(layer), config.has_sa(layer)
+        self.self_attn = CasaProjections(config) if self.has_sa else None
+        self.cross_attn = CasaProjections(config) if self.has_ca and config.ca_weights == "own" else None
+        self.mlp = LlamaMLP(text) if text.model_type == "llama" else Qwen2MLP(text)
+        self.input_layernorm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """(B, T, C) -> (B, T, C). Mutates `inputs.cache`."""
+        h = self.input_layernorm(x)
+        if self.has_sa:
+            x = x + self._self_attention(h, inputs)
+        if self.has_ca:
+            x = x + self._cross_attention(h, inputs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _self_attention(self, h: Tensor, inputs: LayerInputs) -> Tensor:
+        key, value = self.self_attn.key_value(h)
+        query, key = rotate(self.self_attn.query(h), *inputs.text_rope), rotate(key, *inputs.text_rope)
+        if inputs.cache is not None:
+            key, value = inputs.cache.update(key, value, self.layer)
+        return self.self_attn.o_proj(masked_attention(query, key, value, inputs.causal_mask))
+
+    def _cross_attention(self, h: Tensor, inputs: LayerInputs) -> Tensor:
+        """CA (Eq. 2) or CA_t+v (Eq. 4): keys are the image tokens of the window, then its text."""
+        project = self.cross_attn or self.self_attn
+        query, mask = project.query(h), inputs.windows.image_mask
+        key, value = self._image_key_value(project, inputs)
+        if self.fusion == "ca_tv":
+            query = rotate(query, *inputs.window_rope)
+            text_key, text_value = project.key_value(h)
+            text_key = rotate(text_key, *inputs.window_rope)
+            if inputs.cache is not None:
+                text_key, text_value = inputs.cache.ca_text[self.layer].update(text_key, text_value)
+            mask = torch.cat([mask, inputs.windows.text_mask], dim=-1)
+            key = text_key if key is None else torch.cat([key, text_key], dim=2)
+            value = text_value if value is None else torch.cat([value, text_value], dim=2)
+        if key is None:  # no image in any row: CA contributes exactly zero, without the output bias
+            return torch.zeros_like(h)
+        output = project.o_proj(masked_attention(query, key, value, mask))
+        return output * mask.any(dim=-1, keepdim=True)
+
+    def _image_key_value(self, project: CasaProjections, inputs: LayerInputs) -> tuple[Tensor | None, Tensor | None]:
+        key = value = None
+        if inputs.images is not None:
+            images = self.input_layernorm(inputs.images) if self.normalize_image_tokens else inputs.images
+            key, value = project.key_value(images)
+            if inputs.image_rope is not None:
+                key = rotate(key, *inputs.image_rope)
+        if inputs.cache is not None:
+            key, value = inputs.cache.with_window(self.layer, key, value)
+            if inputs.windows.kept is not None:
+                inputs.cache.keep_window(self.layer, key, value, inputs.windows.kept)
+        return key, value
+
+
+class CasaTextModel(nn.Module):
+    """Embeddings, decoder layers and final norm."""
+
+    def __init__(self, config: CasaConfig) -> None:
+        super().__init__()
+        text = config.text_config
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(CasaDecoderLayer(config, layer) for layer in range(text.num_hidden_layers))
+        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(text)
+
+
+class CasaPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = CasaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules = ["CasaDecoderLayer"]
+
+
+class CasaModel(CasaPreTrainedModel):
+    """Vision encoder and decoder, without the output layer."""
+
+    def __init__(self, config: CasaConfig) -> None:
+        super().__init__(config)
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.language_model = CasaTextModel(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Runs the vision encoder.
+
+        Args:
+            pixel_values: (P, 1176). Patches of all images.
+            image_grid_thw: int64 (I, 3).
+
+        Returns:
+            (sum of N, C): the image tokens of all images, in order.
+        """
+        return self.visual(pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw).pooler_output
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        insertion_points: Tensor | None = None,
+        image_rows: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: CasaCache | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of the new tokens.
+
+        Args:
+            input_ids: int64 (B, T). In the CA fusions the text stream, without image markers.
+            pixel_values: (P, 1176). Patches of all new images.
+            image_grid_thw: int64 (I, 3). Temporal, height, width of each image in patches; images ordered by row.
+            insertion_points: int64 (I,). CA fusions: index in the row's `input_ids` of the first token after the image.
+            image_rows: int64 (I,). Row of each image; may be left out for one row.
+            attention_mask: int64 (B, T) or (B, past + T); 0 for padding, on either side of the text.
+            past_key_values: Continues these conversations. Mutated.
+            image_embeds: (sum of N, C). Instead of `pixel_values`: output of `encode_images`.
+
+        Returns:
+            (B, T, C).
+
+        Raises:
+            InputError: Images, insertion points and rows do not fit together.
+        """
+        self._check_images(input_ids, pixel_values, image_grid_thw, insertion_points, image_rows, image_embeds)
+        cache, (num_rows, num_tokens) = past_key_values, input_ids.shape
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -num_tokens:].long()
+        seen = 0 if cache is None or cache.key_positions is None else cache.num_tokens()[:, None]
+        positions = torch.where(mask > 0, mask.cumsum(dim=1) - 1 + seen, -1)
+        key_positions = positions if cache is None else cache.append_positions(positions)
+        causal = (key_positions[:, None] >= 0) & (key_positions[:, None] <= positions[..., None])
+
+        if image_embeds is None and pixel_values is not None:
+            image_embeds = self.encode_images(pixel_values, image_grid_thw)
+        if image_embeds is not None and image_rows is None:
+            image_rows = torch.zeros(len(image_grid_thw), dtype=torch.long, device=input_ids.device)
+        x = self.language_model.embed_tokens(input_ids)
+        inv_freq, mrope_section = self.language_model.rotary_emb.inv_freq.float(), self.config.mrope_section
+        windows = images = window_rope = image_rope = None
+        if self.config.is_cross_attention:
+            windows = build_window_batch(
+                self.config, positions, key_positions, image_grid_thw, insertion_points, image_rows, cache
+            )
+            if image_embeds is not None:
+                images = image_embeds[windows.gather.clamp(min=0)].to(x.dtype)
+            if self.config.sees_window_text:
+                window_rope = _with_heads(rotary_tables(windows.relative, inv_freq))
+                image_rope = None if images is None else _with_heads(axes_rotary_tables(windows.image_rope, inv_freq, mrope_section))
+            text_rope = rotary_tables(positions.clamp(min=0), inv_freq)
+        else:
+            if image_embeds is not None:
+                where = (input_ids == self.config.image_token_id)[..., None].expand_as(x)
+                x = x.masked_scatter(where, image_embeds.to(x.dtype))
+            rope_positions = self._insertion_positions(input_ids, mask, image_grid_thw, image_rows, cache)
+            text_rope = axes_rotary_tables(rope_positions, inv_freq, mrope_section)
+        inputs = LayerInputs(_with_heads(text_rope), causal, windows, images, window_rope, image_rope, cache)
+        for layer in self.language_model.layers:
+            x = layer(x, inputs)
+        if cache is not None and windows is not None and windows.kept is not None:
+            cache.token_images, cache.insertion_points = windows.kept_images.masked_fill(windows.kept < 0, -1), windows.kept_points
+        return self.language_model.norm(x)
+
+    def _insertion_positions(self, input_ids, mask, grids, image_rows, cache) -> Tensor:
+        """int64 (3, B, T) rotary positions of an insertion stream. Mutates `cache.next_rope`."""
+        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+        following = []
+        for row, (ids, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool())):
+            start = 0 if cache is None or cache.next_rope is None else int(cache.next_rope[row])
+            of_row = torch.zeros(0, 3, dtype=torch.long) if grids is None else grids.cpu()[image_rows.cpu() == row]
+            positions[:, row, real], after = insertion_positions(ids[real].tolist(), of_row, self.config, start)
+            following.append(after)
+        if cache is not None:
+            cache.next_rope = torch.tensor(following)
+        return positions.to(input_ids.device)
+
+    def _check_images(self, input_ids, pixel_values, grids, points, rows, embeds) -> None:
+        given = pixel_values is not None or embeds is not None
+        if given != (grids is not None):
+            raise InputError("pixel_values (or image_embeds) and image_grid_thw must be given together.")
+        if not given:
+            return
+        if self.config.is_cross_attention and (points is None or len(points) != len(grids)):
+            raise InputError(
+                f"{len(grids)} images with {'no' if points is None else len(points)} insertion points; expected one "
+                "for each image (CasaProcessor returns them)."
+            )
+        if rows is None and input_ids.shape[0] > 1:
+            raise InputError(f"images for a batch of {input_ids.shape[0]} rows need image_rows, the row of each image.")
+        if embeds is not None and len(embeds) != sum(
+            image_token_counts(grids, self.config.vision_config.spatial_merge_size)
+        ):
+            raise InputError(f"image_embeds has {len(embeds)} tokens, which does not fit image_grid_thw {grids.tolist()}.")
+
+
+def _with_heads(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Adds the axis of heads: (B, T, D) -> (B, 1, T, D)."""
+    return tables[0][:, None], tables[1][:, None]
+
+
+class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
+    """CASA with its output layer; `generate` takes what `CasaProcessor` returns."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: CasaConfig) -> None:
+        super().__init__(config)
+        self.model = CasaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        insertion_points: Tensor | None = None,
+        image_rows: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: CasaCache | None = None,
+        image_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the new tokens; see `CasaModel.forward` for the other inputs.
+
+        Args:
+            position_ids: Taken because `generate` passes it, and ignored: positions follow from `attention_mask`.
+            labels: int64 (B, T). Adds the loss of predicting each next label; -100 is not counted.
+            use_cache: Starts a `CasaCache` where none is given.
+            logits_to_keep: Only the last so many positions; 0 for all.
+            return_dict: Only True; `generate` passes it.
+
+        Returns:
+            logits (B, T, vocabulary), the loss with `labels`, and the cache.
+        """
+        if past_key_values is None and use_cache:
+            past_key_values = CasaCache(self.config)
+        hidden = self.model(
+            input_ids,
+            pixel_values,
+            image_grid_thw,
+            insertion_points,
+            image_rows,
+            attention_mask,
+            past_key_values,
+            image_embeds,
+        )
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """GenerationMixin's hook for models with a cache of their own."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = CasaCache(self.config)
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """GenerationMixin's hook: images go in with the prompt, once."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("past_key_values") is not None:
+            for name in ("pixel_values", "image_grid_thw", "insertion_points", "image_rows"):
+                inputs.pop(name, None)
+        return inputs

@@ -1,0 +1,152 @@
+"""`CasaProcessor`: chat text and images -> token ids, patches and insertion points.
+
+The chat template writes one image marker (`<|image_pad|>`) per image, between the model's pre- and post-image tokens.
+For the CA fusions the marker is taken out of the stream and remembered as the image's insertion point; for
+`insertion` it is repeated once for each image token. Image sizes follow Qwen2.5-VL's image processor.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from casa_engine.errors import InputError
+from casa_engine.windows import split_image_markers
+
+MAX_ASPECT_RATIO = 200
+
+
+class CasaProcessor(ProcessorMixin):
+    """Image processor, tokenizer and chat template of a CASA model.
+
+    Args:
+        image_processor: A Qwen2-VL image processor.
+        tokenizer: Any fast tokenizer that knows the image marker.
+        chat_template: Jinja text.
+        fusion: The model's fusion (`CasaConfig.fusion`).
+        image_token: The marker.
+    """
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        fusion: str = "ca_tv",
+        image_token: str = "<|image_pad|>",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.fusion = fusion
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what `__call__` returns."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "insertion_points", "image_rows"]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        return_tensors: str = "pt",
+        add_special_tokens: bool = False,
+        padding: bool = True,
+    ) -> BatchFeature:
+        """Prepares B prompts.
+
+        Args:
+            images: All images in order: one, a list, or a list for each prompt. PIL images.
+            text: One prompt or a list of B, with one marker per image.
+            return_tensors: Only "pt".
+            add_special_tokens: Whether the tokenizer adds its own (templates write them out).
+            padding: Prompts of unequal length are always padded, on the left; only True.
+
+        Returns:
+            input_ids and attention_mask int64 (B, T); with images also pixel_values float32 (P, 1176),
+            image_grid_thw int64 (I, 3) and, for the CA fusions, insertion_points and image_rows int64 (I,).
+
+        Raises:
+            InputError: Markers and images differ in number, or an image cannot be resized.
+        """
+        if return_tensors != "pt" or not padding:
+            raise InputError(f"return_tensors is {return_tensors!r}, padding {padding}; only 'pt' and True are supported.")
+        texts = [text] if isinstance(text, str) else list(text or [])
+        flat = _flatten(images)
+        prompts = [self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in texts]
+        self.check_counts(sum(ids.count(self.image_token_id) for ids in prompts), len(flat))
+        vision = self.process_images(flat) if flat else {}
+        if self.fusion == "insertion":
+            counts = iter(self.num_image_tokens(vision["image_grid_thw"]) if flat else ())
+            prompts = [self._expand(ids, counts) for ids in prompts]
+            return BatchFeature(_left_padded(prompts, self._pad_id()) | vision)
+        streams, points, rows = [], [], []
+        for row, ids in enumerate(prompts):
+            stream, insertion_points = split_image_markers(ids, self.image_token_id)
+            streams.append(stream)
+            points.append(insertion_points)
+            rows += [row] * len(insertion_points)
+        batch = _left_padded(streams, self._pad_id())
+        if flat:
+            length = batch["input_ids"].shape[1]
+            shifted = [point + length - len(stream) for stream, of_row in zip(streams, points) for point in of_row]
+            vision |= {"insertion_points": torch.tensor(shifted), "image_rows": torch.tensor(rows)}
+        return BatchFeature(batch | vision)
+
+    def process_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Resizes and cuts images: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3)."""
+        for index, image in enumerate(images):
+            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise InputError(
+                    f"image {index} is {image.size[0]}x{image.size[1]} px; expected sides of a ratio up to "
+                    f"{MAX_ASPECT_RATIO}: crop or pad it."
+                )
+        return dict(self.image_processor(images=images, return_tensors="pt"))
+
+    def num_image_tokens(self, grids: torch.Tensor) -> list[int]:
+        """Image tokens of each image; `grids` is int64 (I, 3)."""
+        return (torch.as_tensor(grids).prod(dim=-1) // self.image_processor.merge_size**2).tolist()
+
+    @staticmethod
+    def check_counts(num_markers: int, num_images: int) -> None:
+        """Raises InputError unless a prompt's image markers and images are equally many."""
+        if num_markers != num_images:
+            raise InputError(
+                f"the prompt has {num_markers} image markers and {num_images} images; expected one marker for each "
+                "image. Use a chat template, and do not write the marker in text."
+            )
+
+    def _expand(self, ids: list[int], counts: Any) -> list[int]:
+        return [
+            token for token_id in ids for token in [token_id] * (next(counts) if token_id == self.image_token_id else 1)
+        ]
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id or 0
+
+
+def _flatten(images: Any) -> list[Any]:
+    """One flat list of images from None, one image, a list, or a list of lists (None entries dropped)."""
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for each in images for image in _flatten(each)]
+
+
+def _left_padded(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    longest = max(map(len, rows), default=0)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = row
+        mask[index, longest - len(row) :] = 1
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}

@@ -1,0 +1,145 @@
+"""The window plan of a padded batch, as the masks and positions that eager attention takes.
+
+`windows.py` plans one row; here the rows of one forward call are put together with what a cache kept of their last
+windows. Positions are indexes in each row's own text stream; -1 stands for padding.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from casa_engine.cache import CasaCache
+from casa_engine.configuration import CasaConfig
+from casa_engine.errors import InputError
+from casa_engine.rope import image_positions, image_token_counts
+from casa_engine.windows import check_insertion_points, last_window, plan_windows
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """What CA needs to know of one forward call of B rows of T tokens.
+
+    Attributes:
+        relative: int64 (B, T). Position of each token relative to the start of its window.
+        image_mask: bool (B, T, Nw + N). Which image tokens (kept ones, then new ones) each token sees.
+        text_mask: bool (B, T, S). `ca_tv`: which text tokens each token sees through CA.
+        gather: int64 (B, N). For each row, indexes of its new image tokens in the vision output; -1 for padding.
+        image_rope: int64 (3, B, N). Rotary positions of the new image tokens.
+        kept: int64 (B, Nw'). Which of the Nw + N image tokens belong to the last window; None if nothing changes.
+        kept_images: int64 (B, Nw'). Image of each kept token within the last window.
+        kept_points: For each row, the insertion points of the images of its last window.
+    """
+
+    relative: Tensor
+    image_mask: Tensor
+    text_mask: Tensor
+    gather: Tensor
+    image_rope: Tensor
+    kept: Tensor | None
+    kept_images: Tensor | None
+    kept_points: list[list[int]]
+
+
+def _pad(rows: list[np.ndarray], fill: int, device: torch.device) -> Tensor:
+    """Stacks int rows of unequal length into one (B, longest) tensor."""
+    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
+    return torch.from_numpy(out).to(device)
+
+
+def build_window_batch(
+    config: CasaConfig,
+    positions: Tensor,
+    key_positions: Tensor,
+    grids: Tensor | None,
+    insertion_points: Tensor | None,
+    image_rows: Tensor | None,
+    cache: CasaCache | None,
+) -> WindowBatch:
+    """Plans the windows of one forward call.
+
+    Args:
+        config: The model's configuration.
+        positions: int64 (B, T). Text-stream index of each token, -1 for padding.
+        key_positions: int64 (B, S). The same for all cached tokens and these.
+        grids: int64 (I, 3) of the new images, ordered by row; None without images.
+        insertion_points: int64 (I,). Index in this call's (padded) row of the first token after each image; T if
+            none follows yet.
+        image_rows: int64 (I,), ascending. Row of each image.
+        cache: What the rows kept; None for a first call.
+
+    Returns:
+        Masks and positions.
+
+    Raises:
+        InputError: Insertion points that do not ascend or lie outside the row.
+    """
+    device, (num_rows, num_tokens) = positions.device, positions.shape
+    counts = [] if grids is None else image_token_counts(grids, config.vision_config.spatial_merge_size)
+    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+    rows_of_images = np.zeros(0, np.int64) if image_rows is None else image_rows.cpu().numpy()
+    points = np.zeros(0, np.int64) if insertion_points is None else insertion_points.cpu().numpy()
+    if (np.diff(rows_of_images) < 0).any() or (points < 0).any() or (points > num_tokens).any():
+        raise InputError(
+            f"image_rows {rows_of_images.tolist()} and insertion_points {points.tolist()}: expected images ordered by "
+            f"row and points from 0 to {num_tokens}."
+        )
+    token_positions, num_seen = positions.cpu().numpy(), _num_seen(positions, cache)
+
+    relative, firsts, ends, starts = [], [], [], []
+    gather, ropes, token_images, kept, kept_images, kept_points = [], [], [], [], [], []
+    num_kept = 0 if cache is None or cache.token_images is None else cache.token_images.shape[1]
+    for row in range(num_rows):
+        images = np.flatnonzero(rows_of_images == row)
+        real_before = np.concatenate(([0], np.cumsum(token_positions[row] >= 0)))
+        old_points = [] if cache is None or cache.insertion_points is None else cache.insertion_points[row]
+        row_points = np.array([*old_points, *(real_before[points[images]] + num_seen[row])], dtype=np.int64)
+        check_insertion_points(row_points)
+
+        plan = plan_windows(token_positions[row].clip(min=0), row_points)
+        relative.append(token_positions[row].clip(min=0) - plan.starts)
+        starts.append(plan.starts)
+        firsts.append(plan.first_images)
+        ends.append(plan.end_images)
+
+        old_images = cache.token_images[row].cpu().numpy() if num_kept else np.zeros(0, np.int64)
+        new_images = np.repeat(np.arange(len(images)) + len(old_points), [counts[image] for image in images])
+        token_images.append((old_images, new_images))
+        gather.append(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in images] or [np.zeros(0, np.int64)]))
+        ropes.append(
+            torch.cat([image_positions(grids[i], config) for i in images], dim=1).numpy()
+            if len(images)
+            else np.zeros((3, 0), np.int64)
+        )
+        _, first, end = last_window(int(num_seen[row] + real_before[-1]), row_points)
+        chosen_old = np.flatnonzero((old_images >= first) & (old_images < end))
+        chosen_new = np.flatnonzero((new_images >= first) & (new_images < end))
+        kept.append(np.concatenate([chosen_old, chosen_new + num_kept]))
+        kept_images.append(np.concatenate([old_images[chosen_old], new_images[chosen_new]]) - first)
+        kept_points.append(row_points[first:end].tolist())
+
+    new_tokens = _pad([new for _, new in token_images], -1, device)
+    all_images = torch.cat([_pad([old for old, _ in token_images], -1, device), new_tokens], dim=1)[:, None]
+    real = (positions >= 0)[..., None]
+    first, end, start = (torch.from_numpy(np.stack(each)).to(device)[..., None] for each in (firsts, ends, starts))
+    keys = key_positions[:, None]
+    return WindowBatch(
+        relative=torch.from_numpy(np.stack(relative)).to(device),
+        image_mask=real & (all_images >= first) & (all_images < end),
+        text_mask=real & (keys >= start) & (keys <= positions[..., None]),
+        gather=_pad(gather, -1, device),
+        image_rope=torch.stack([_pad([rope[axis] for rope in ropes], 0, device) for axis in range(3)]),
+        kept=_pad(kept, -1, device) if len(rows_of_images) else None,
+        kept_images=_pad(kept_images, -1, device) if len(rows_of_images) else None,
+        kept_points=kept_points,
+    )
+
+
+def _num_seen(positions: Tensor, cache: CasaCache | None) -> np.ndarray:
+    """int64 (B,): real text tokens of each row before this call (the cache already lists this call's)."""
+    if cache is None:
+        return np.zeros(len(positions), dtype=np.int64)
+    return (cache.num_tokens() - (positions >= 0).sum(dim=1)).cpu().numpy()
