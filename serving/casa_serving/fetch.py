@@ -1,0 +1,212 @@
+"""Downloads an image from an allowed domain, and from nowhere inside the server's own network.
+
+A URL from a client is an order to the server to connect somewhere, so three things are
+checked at every hop, the first and each redirect alike: the host is one of the allowed
+domains, the scheme is http(s), and every address its name resolves to is a public one. The
+last check sits in the resolver of the very connection that is made, so that a name cannot
+resolve to a public address for the check and to a private one for the connection. Proxies
+of the environment are not used, because a proxy would resolve the name somewhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from vllm.connections import HTTPConnection
+from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
+from yarl import URL
+
+MAX_REDIRECTS = 3
+CHUNK_BYTES = 64 * 1024
+REDIRECTS = (301, 302, 303, 307, 308)
+# IPv6 addresses that carry an IPv4 address to connect to in their last four bytes (RFC 6052).
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(text: str, *, allow_loopback: bool = False) -> bool:
+    """Tells whether an address may be connected to on a client's order.
+
+    Args:
+        text: An IPv4 or IPv6 address.
+        allow_loopback: Whether addresses of this machine itself are taken (tests only).
+    """
+    address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if address.teredo is not None:
+            return False
+        if inner is not None:
+            return is_public(str(inner), allow_loopback=allow_loopback)
+    if address.is_loopback:
+        return allow_loopback
+    return address.is_global and not address.is_multicast
+
+
+class PublicResolver(AbstractResolver):
+    """Resolves names as the system does and refuses every answer that is not public."""
+
+    def __init__(self, *, allow_loopback: bool) -> None:
+        self._system = aiohttp.ThreadedResolver()
+        self._allow_loopback = allow_loopback
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Returns the addresses of `host`; refuses them all if one of them is not public."""
+        answers = await self._system.resolve(host, port, family)
+        for answer in answers:
+            check_address(host, answer["host"], allow_loopback=self._allow_loopback)
+        return answers
+
+    async def close(self) -> None:
+        """Closes the system's resolver."""
+        await self._system.close()
+
+
+def check_address(host: str, address: str, *, allow_loopback: bool) -> None:
+    """Refuses an address that is not public; the message does not say which address it was."""
+    if not is_public(address, allow_loopback=allow_loopback):
+        raise VLLMValidationError(
+            f"The image URL is refused: the host {host!r} has a private, link-local, loopback or "
+            "reserved address, and only public ones are connected to. Send the image as a base64 "
+            "data URL.",
+            parameter="image_url",
+        )
+
+
+def check_host(url: URL, allowed_domains: list[str], *, allow_loopback: bool) -> None:
+    """Refuses a URL whose scheme or host is not allowed; resolves nothing yet."""
+    if url.scheme not in ("http", "https") or not url.host:
+        raise VLLMValidationError(
+            f"The image URL is refused: got scheme {url.scheme!r} and host {url.host!r}, expected "
+            "http or https and a host.",
+            parameter="image_url",
+        )
+    if url.host not in allowed_domains:
+        allowed = ", ".join(allowed_domains) or "none"
+        raise VLLMValidationError(
+            f"The image URL is refused: the host {url.host!r} is not an allowed domain (allowed: "
+            f"{allowed}). Send the image as a base64 data URL, or start the server with "
+            "--allowed-media-domains.",
+            parameter="image_url",
+        )
+    try:
+        ipaddress.ip_address(url.host)
+    except ValueError:
+        return  # A name: the resolver checks its addresses when the connection is made.
+    # aiohttp connects to a literal address without asking the resolver.
+    check_address(url.host, url.host, allow_loopback=allow_loopback)
+
+
+class GuardedConnection(HTTPConnection):
+    """vLLM's connection for media, with a check at every hop instead of blind trust."""
+
+    def __init__(self, allowed_domains: list[str], *, allow_loopback: bool) -> None:
+        super().__init__()
+        self._allowed_domains = allowed_domains
+        self._allow_loopback = allow_loopback
+
+    async def async_get_bytes(
+        self,
+        url: str,
+        *,
+        timeout: float | None = None,
+        allow_redirects: bool = True,
+        max_bytes: int | None = None,
+    ) -> bytes:
+        """Downloads `url`.
+
+        Args:
+            url: The address the client gave.
+            timeout: Seconds for everything, all redirects included.
+            allow_redirects: Whether up to three redirects are followed.
+            max_bytes: Where the download is broken off.
+
+        Returns:
+            The body of the answer.
+
+        Raises:
+            VLLMValidationError: the URL or one it redirects to is refused (HTTP 400).
+            VLLMUnprocessableEntityError: it is allowed but cannot be downloaded (HTTP 422).
+        """
+        try:
+            async with asyncio.timeout(timeout), self._session() as session:
+                return await self._follow(session, URL(url), allow_redirects, max_bytes)
+        except TimeoutError as error:
+            raise failed(URL(url), f"no complete answer within {timeout:g} s") from error
+        except aiohttp.ClientError as error:
+            raise failed(URL(url), "the connection or the answer broke") from error
+
+    def get_bytes(
+        self,
+        url: str,
+        *,
+        timeout: float | None = None,
+        allow_redirects: bool = True,
+        max_bytes: int | None = None,
+    ) -> bytes:
+        """As `async_get_bytes`, for callers without an event loop."""
+        return asyncio.run(
+            self.async_get_bytes(
+                url, timeout=timeout, allow_redirects=allow_redirects, max_bytes=max_bytes
+            )
+        )
+
+    def _session(self) -> aiohttp.ClientSession:
+        # One session a download: connections of one client are never reused for another's.
+        resolver = PublicResolver(allow_loopback=self._allow_loopback)
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False),
+            trust_env=False,
+            # A compressed answer could grow without bound while it is read.
+            auto_decompress=False,
+            headers=self._headers(**{"Accept-Encoding": "identity"}),
+        )
+
+    async def _follow(
+        self, session: aiohttp.ClientSession, url: URL, allow_redirects: bool, max_bytes: int | None
+    ) -> bytes:
+        first = url
+        for _ in range(MAX_REDIRECTS + 1):
+            check_host(url, self._allowed_domains, allow_loopback=self._allow_loopback)
+            async with session.get(url, allow_redirects=False) as response:
+                if response.status not in REDIRECTS:
+                    return await read_body(response, first, max_bytes)
+                location = response.headers.get("Location")
+            if not allow_redirects or not location:
+                raise failed(first, "it redirects, and redirects are not followed")
+            url = url.join(URL(location))
+        raise failed(first, f"more than {MAX_REDIRECTS} redirects")
+
+
+async def read_body(response: aiohttp.ClientResponse, url: URL, max_bytes: int | None) -> bytes:
+    """Reads an answer's body, and no more than `max_bytes` of it."""
+    if response.status != 200:
+        raise failed(url, f"HTTP status {response.status}")
+    chunks: list[bytes] = []
+    received = 0
+    async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+        received += len(chunk)
+        if max_bytes is not None and received > max_bytes:
+            raise VLLMValidationError(
+                f"The image at {url.host!r} is too large: more than {max_bytes} bytes "
+                "(--max-image-bytes). Compress it or scale it down.",
+                parameter="image_url",
+            )
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def failed(url: URL, reason: str) -> VLLMUnprocessableEntityError:
+    """Returns the error for an allowed URL that could not be downloaded."""
+    return VLLMUnprocessableEntityError(
+        f"The image could not be downloaded from {url.host!r}: {reason}. Check the URL, or send "
+        "the image as a base64 data URL.",
+        parameter="image_url",
+    )

@@ -1,0 +1,123 @@
+"""Decides from its first bytes whether an image may be decoded.
+
+Nothing here decodes pixels: Pillow only reads the header of one of three formats, found by
+content and not by the name or type that the client claims. What Pillow says about a bad
+file stays out of the message, because such texts have leaked memory addresses before.
+"""
+
+from __future__ import annotations
+
+import struct
+from io import BytesIO
+
+from PIL import Image
+
+from casa_engine.errors import InputError
+from casa_serving.limits import ImageLimits
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+# A progressive JPEG refines the whole picture once for each scan. Encoders write about ten;
+# hundreds are a way to keep a decoder busy for minutes with a small file.
+MAX_JPEG_SCANS = 100
+JPEG_START_OF_SCAN = b"\xff\xda"
+
+# Everything that Pillow is known to raise on damaged input, in opening as in decoding.
+DECODER_FAULTS = (
+    OSError,  # also UnidentifiedImageError and "image file is truncated"
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    ZeroDivisionError,
+    Image.DecompressionBombError,
+)
+
+
+class ImageRefusedError(InputError):
+    """An image that is not decoded; the message says why and what would be taken."""
+
+
+def check_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
+    """Checks an encoded image against the limits without decoding it.
+
+    Args:
+        data: The encoded file.
+        limits: What is allowed.
+
+    Returns:
+        Width and height in pixels, as stored (before the EXIF orientation is applied).
+
+    Raises:
+        ImageRefusedError: the image is of no allowed type, damaged in its header or over a limit.
+    """
+    check_size(len(data), limits)
+    format_name = sniff(data)
+    width, height = read_header(data, format_name, limits)
+    if width * height > limits.max_image_pixels:
+        raise ImageRefusedError(
+            f"The image has too many pixels: got {width} x {height} = {width * height}, at most "
+            f"{limits.max_image_pixels} are taken (--max-image-pixels). Scale it down first."
+        )
+    if max(width, height) > limits.max_image_side:
+        raise ImageRefusedError(
+            f"The image is too long: got {width} x {height}, at most {limits.max_image_side} "
+            "pixels a side are taken (--max-image-side). Scale it down or cut it first."
+        )
+    if max(width, height) > limits.max_image_aspect * min(width, height):
+        raise ImageRefusedError(
+            f"The image is too narrow: got {width} x {height}, the longer side may be at most "
+            f"{limits.max_image_aspect} times the shorter one (--max-image-aspect). Cut or pad it."
+        )
+    if format_name == "JPEG" and data.count(JPEG_START_OF_SCAN) > MAX_JPEG_SCANS:
+        raise ImageRefusedError(
+            f"The JPEG has too many scans: got {data.count(JPEG_START_OF_SCAN)}, at most "
+            f"{MAX_JPEG_SCANS} are taken. Save it again as a baseline JPEG."
+        )
+    return width, height
+
+
+def check_size(num_bytes: int, limits: ImageLimits) -> None:
+    """Refuses an image file of `num_bytes` that is empty or over the limit."""
+    if num_bytes == 0:
+        raise ImageRefusedError("The image is empty: got 0 bytes. Send a JPEG, PNG or WebP file.")
+    if num_bytes > limits.max_image_bytes:
+        raise ImageRefusedError(
+            f"The image file is too large: got {num_bytes} bytes, at most "
+            f"{limits.max_image_bytes} are taken (--max-image-bytes). Compress it or scale it down."
+        )
+
+
+def sniff(data: bytes) -> str:
+    """Returns the format's name ("JPEG", "PNG" or "WEBP") from the first bytes of a file."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    raise ImageRefusedError(
+        "The data is not an image of a type that is taken: its content is neither JPEG, PNG nor "
+        "WebP. Convert it to one of these."
+    )
+
+
+def read_header(data: bytes, format_name: str, limits: ImageLimits) -> tuple[int, int]:
+    """Returns width and height as the file's header states them."""
+    try:
+        with Image.open(BytesIO(data), formats=(format_name,)) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        # Pillow's own last line of defence: it stops at 179 million pixels without a size.
+        raise ImageRefusedError(
+            f"The image has too many pixels: at most {limits.max_image_pixels} are taken "
+            "(--max-image-pixels). Scale it down first."
+        ) from error
+    except DECODER_FAULTS as error:
+        raise ImageRefusedError(
+            f"The image cannot be read: it begins as a {format_name} file, but its header is "
+            "damaged or cut off. Send the whole file."
+        ) from error

@@ -1,0 +1,77 @@
+"""What a client may send: the limits on images, and how they travel through vLLM.
+
+`casa-serve` reads the limits from its command line. They reach the code that loads images
+inside vLLM's official option `--media-io-kwargs`, as plain integers under the modality
+"image", because that is what vLLM hands to a media connector in every server process.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, fields
+
+from casa_engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Limits on one image, checked against its header before anything is decoded.
+
+    Attributes:
+        max_image_bytes: Size of the file, after base64 decoding or download.
+        max_image_pixels: Width times height. 4096 x 4096 fits exactly.
+        max_image_side: Width or height.
+        max_image_aspect: Longer side over shorter side. Qwen2-VL's resize, which CASA's
+            image processor is, refuses more than 200 itself.
+        max_pixels_in_flight: Pixels of all images that are decoded and not yet processed,
+            over all requests of one server process: 3 bytes of memory each.
+    """
+
+    max_image_bytes: int = 20_000_000
+    max_image_pixels: int = 4096 * 4096
+    max_image_side: int = 16_384
+    max_image_aspect: int = 200
+    max_pixels_in_flight: int = 512 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        """Checks the values themselves.
+
+        Raises:
+            InputError: a limit that no image could meet.
+        """
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"--{name.replace('_', '-')} must be a whole number of at least 1, got "
+                    f"{value!r}."
+                )
+
+    @classmethod
+    def from_options(cls, options: dict[str, object]) -> ImageLimits:
+        """Returns the limits among `options` (a namespace's or a modality's), others default."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in options.items() if name in names})
+
+    def as_options(self) -> dict[str, int]:
+        """Returns the limits as plain integers by name."""
+        return asdict(self)
+
+
+HELP = {
+    "max_image_bytes": "largest image file in bytes",
+    "max_image_pixels": "most pixels (width x height) of an image",
+    "max_image_side": "longest side of an image in pixels",
+    "max_image_aspect": "largest ratio of an image's longer to its shorter side",
+    "max_pixels_in_flight": "most pixels of decoded images waiting in one server process",
+}
+
+
+def add_limit_options(group: argparse._ArgumentGroup) -> None:
+    """Adds an option for every limit, each with its default in the help."""
+    for name, default in ImageLimits().as_options().items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=default,
+            help=f"{HELP[name]} (default: {default})",
+        )
