@@ -19,53 +19,48 @@ import torch
 
 
 @dataclass
-class WindowText:
-    """The text part of window attention (`ca_tv`).
-
-    Attributes:
-        block_table: (R, text pages) int32, one row per request; entries of pages that no
-            segment reads may be anything.
-        rows: (V,) int32, the row of `block_table` that a segment reads.
-        starts: (V,) int32, first text position of the segment's window.
-        first_positions: (V,) int32, text position of the segment's first query; the others
-            follow one by one. Never less than `starts`.
-        slot_mapping: (T or more,) int64, cache slot of each scheduled token; -1 writes nothing.
-    """
-
-    block_table: torch.Tensor
-    rows: torch.Tensor
-    starts: torch.Tensor
-    first_positions: torch.Tensor
-    slot_mapping: torch.Tensor
-
-
-@dataclass
 class WindowAttentionMetadata:
     """What the queries of one step may see. Tensors live on the device of the caches.
 
+    The same object serves all layers of a step. V segments (padding segments at the end are
+    empty), T tokens, P image pages of the widest segment, R requests.
+
     Attributes:
-        num_actual_tokens: T, scheduled tokens; rows of query and output beyond are padding.
-        max_query_len: longest segment in tokens; 1 selects the decode kernel.
-        query_start_loc: (V + 1,) int32, cumulative. Padding segments at the end are empty.
-        image_block_table: (V, P) int32, image pages of the segment's window in order.
+        query_start_loc: (V + 1,) int32, cumulative: segments partition the tokens, in order.
+        first_positions: (V,) int32, text position of the segment's first query; the others
+            follow one by one. Never less than `text_starts`.
+        image_block_table: (V, P) int32, image pages of the segment's window, in order.
         image_page_lens: (V, P) int32, valid tokens of each page. Every image starts a page, so
-            a page in the middle may be partial (adjacent images).
+            any page may be partial (adjacent images), or hold nothing at all.
         num_image_pages: (V,) int32, 0 for a segment without an image; the columns beyond are
             never read.
-        has_images: False promises on the host that no segment has an image, so that `ca` may
-            skip its work. True where it is not known (CUDA graphs).
-        text: the text part for `ca_tv`, None for `ca`.
+        text_starts: (V,) int32, first text position of the segment's window.
+        text_rows: (V,) int32, the row of `text_block_table` that the segment reads.
+        text_block_table: (R, text pages) int32, None for `ca`; entries of pages that no segment
+            reads may be anything.
+        text_slot_mapping: (T or more,) int64, where each token's own text key goes, -1 for
+            padding; None for `ca`.
+        max_query_len: longest segment in tokens; 1 selects the decode kernel.
+        max_text_len: bound on the number of text keys of a query; 0 for `ca`.
+        has_image: False promises that no segment has an image, so that `ca` may skip its work.
+            True where the host does not know (CUDA graphs).
+        num_tokens: T; rows of query and output beyond are padding.
         torch_buckets: the torch implementation's plan, filled by the first layer of a step.
     """
 
-    num_actual_tokens: int
-    max_query_len: int
     query_start_loc: torch.Tensor
+    first_positions: torch.Tensor
     image_block_table: torch.Tensor
     image_page_lens: torch.Tensor
     num_image_pages: torch.Tensor
-    has_images: bool = True
-    text: WindowText | None = None
+    text_starts: torch.Tensor
+    text_rows: torch.Tensor
+    text_block_table: torch.Tensor | None
+    text_slot_mapping: torch.Tensor | None
+    max_query_len: int
+    max_text_len: int
+    has_image: bool
+    num_tokens: int
     torch_buckets: list[Any] | None = field(default=None, repr=False)
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from casa_vllm.ops.segments import WindowAttentionMetadata, WindowText
+from casa_vllm.ops.segments import WindowAttentionMetadata
 
 
 @dataclass
@@ -51,20 +51,21 @@ def torch_window_attention(
         metadata.torch_buckets = plan_buckets(
             metadata, image_cache.shape[2], text_block_size, query.dtype
         )
-    output[: metadata.num_actual_tokens] = 0
+    output[: metadata.num_tokens] = 0
     for bucket in metadata.torch_buckets:
-        cached = image_cache[:, bucket.image_blocks].flatten(2, 3)
+        cached = _gather(image_cache, bucket.image_blocks)
         if bucket.text_blocks is not None:
-            cached = torch.cat((cached, text_cache[:, bucket.text_blocks].flatten(2, 3)), 2)
+            cached = torch.cat((cached, _gather(text_cache, bucket.text_blocks)), 2)
         # An unused slot may hold NaN, and a softmax weight of 0 does not stop a NaN.
-        keys, values = cached.masked_fill_(bucket.unreadable[None, ..., None, None], 0)
+        cached.masked_fill_(bucket.unreadable[:, None, :, None], 0)
+        keys, values = cached.chunk(2, -1)
         attended = scaled_dot_product_attention(
             query[bucket.tokens].transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
+            keys,
+            values,
             attn_mask=bucket.bias,
             scale=scale,
-            enable_gqa=query.shape[1] != keys.shape[2],
+            enable_gqa=query.shape[1] != keys.shape[1],
         ).transpose(1, 2)
         attended = attended * bucket.has_key
         output[bucket.tokens[bucket.is_query]] = attended[bucket.is_query].to(output.dtype)
@@ -79,7 +80,7 @@ def plan_buckets(
     """Groups the segments that have a key to read; the others are left out."""
     starts = metadata.query_start_loc[:-1].long()
     lengths = metadata.query_start_loc[1:].long() - starts
-    if metadata.text is None:
+    if metadata.text_block_table is None:
         lengths = lengths * (metadata.num_image_pages > 0)
     sizes = torch.ceil(torch.log2(lengths.clamp(min=1).double())).long()
     sizes.masked_fill_(lengths == 0, -1)
@@ -95,10 +96,8 @@ def plan_buckets(
         image_blocks, image_visible = _image_keys(metadata, segments, image_block_size)
         visible = image_visible[:, None].expand(-1, offsets.shape[1], -1)
         text_blocks = None
-        if metadata.text is not None:
-            text_blocks, text_visible = _text_keys(
-                metadata.text, segments, offsets, text_block_size
-            )
+        if metadata.text_block_table is not None:
+            text_blocks, text_visible = _text_keys(metadata, segments, offsets, text_block_size)
             visible = torch.cat((visible, text_visible), 2)
         # Finite instead of -inf, so that a row without any key stays finite and can be zeroed.
         bias = torch.zeros(visible.shape, dtype=dtype, device=starts.device)
@@ -117,16 +116,16 @@ def plan_buckets(
     return buckets
 
 
-def torch_write_cache(
-    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor
+def torch_write_pages(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """See `casa_vllm.ops.write_cache`."""
-    slot_mapping = slot_mapping[: key.shape[0]]
-    written = slot_mapping >= 0
-    slots = slot_mapping[written]
-    blocks, offsets = slots // cache.shape[2], slots % cache.shape[2]
-    cache[0, blocks, offsets] = key[: len(written)][written].to(cache.dtype)
-    cache[1, blocks, offsets] = value[: len(written)][written].to(cache.dtype)
+    """See `casa_vllm.ops.write_pages`."""
+    count = min(len(key), len(slots))
+    slots = slots[:count]
+    written = slots >= 0
+    slots = slots[written]
+    entries = torch.cat((key[:count][written], value[:count][written]), -1)
+    cache[slots // cache.shape[2], :, slots % cache.shape[2]] = entries.to(cache.dtype)
 
 
 def _image_keys(
@@ -143,23 +142,31 @@ def _image_keys(
 
 
 def _text_keys(
-    text: WindowText, segments: torch.Tensor, offsets: torch.Tensor, block_size: int
+    metadata: WindowAttentionMetadata,
+    segments: torch.Tensor,
+    offsets: torch.Tensor,
+    block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Text pages (B, P) from the window's first to the last query's, and who sees which slot.
 
     Returns:
         Blocks (B, P) int64 and visibility (B, Q, P * block_size) bool.
     """
-    starts = text.starts[segments].long()
-    positions = text.first_positions[segments].long()[:, None] + offsets
+    starts = metadata.text_starts[segments].long()
+    positions = metadata.first_positions[segments].long()[:, None] + offsets
     first_page = starts // block_size
     last_page = positions[:, -1] // block_size
     pages = first_page[:, None] + torch.arange(
         int((last_page - first_page).max()) + 1, device=starts.device
     )
     # Shorter windows of the bucket repeat their last page; nothing of the repetition is visible.
-    rows = text.rows[segments].long()[:, None]
-    blocks = text.block_table[rows, torch.minimum(pages, last_page[:, None])].long()
+    rows = metadata.text_rows[segments].long()[:, None]
+    blocks = metadata.text_block_table[rows, torch.minimum(pages, last_page[:, None])].long()
     slots = torch.arange(block_size, device=starts.device)
     keys = (pages[..., None] * block_size + slots).flatten(1)[:, None]
     return blocks, (keys >= starts[:, None, None]) & (keys <= positions[..., None])
+
+
+def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Keys and values (B, Hkv, P * block_size, 2 * D) of the pages `blocks` (B, P), copied."""
+    return cache[blocks].transpose(1, 2).flatten(2, 3)

@@ -1,13 +1,14 @@
 """Window attention over paged caches: the one entry to its torch and Triton implementations.
 
-Both caches have the layout (2, num_blocks, block_size, Hkv, D): keys, then values. The image
-cache and the text cache may differ in block size, never in heads.
+A cache is what vLLM binds to a layer: (num_blocks, Hkv, block_size, 2 * D) with strides of its
+own, keys in [..., :D] and values in [..., D:]. The image cache and the text cache may differ in
+block size and in strides, never in heads.
 """
 
 import torch
 
 from casa_vllm.ops.segments import WindowAttentionMetadata
-from casa_vllm.ops.torch_window_attention import torch_window_attention, torch_write_cache
+from casa_vllm.ops.torch_window_attention import torch_window_attention, torch_write_pages
 
 
 def window_attention(
@@ -27,20 +28,22 @@ def window_attention(
 
     Args:
         query: (T or more, H, D), rotated where the model rotates.
-        image_cache: (2, image blocks, block_size, Hkv, D), image keys rotated likewise.
-        text_cache: (2, text blocks, block_size, Hkv, D), holding this step's own keys already;
+        image_cache: (image blocks, Hkv, block_size, 2 * D).
+        text_cache: (text blocks, Hkv, block_size, 2 * D), holding this step's own keys already;
             None for `ca`.
-        metadata: segments of this step.
+        metadata: the segments of this step.
         scale: factor on the scores.
-        output: (T or more, H, D); rows 0..T-1 are written.
+        output: (T or more, H, D), written in place; rows beyond T become 0.
         use_triton: run the Triton kernels (GPU, or CPU under Triton's interpreter).
 
     Mutates:
         output, and `metadata.torch_buckets` where the torch implementation runs.
     """
-    if metadata.text is None and not metadata.has_images:
-        output[: metadata.num_actual_tokens] = 0
+    output[metadata.num_tokens :] = 0
+    if metadata.text_block_table is None and not metadata.has_image:
+        output[: metadata.num_tokens] = 0
     elif use_triton:
+        # Triton is not there on every CPU installation.
         from casa_vllm.ops.triton_window_attention import triton_window_attention
 
         triton_window_attention(query, image_cache, text_cache, metadata, scale, output)
@@ -48,29 +51,29 @@ def window_attention(
         torch_window_attention(query, image_cache, text_cache, metadata, scale, output)
 
 
-def write_cache(
+def write_pages(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    slots: torch.Tensor,
     *,
     use_triton: bool,
 ) -> None:
     """Writes keys and values (T, Hkv, D) to their cache slots.
 
     Args:
-        key: (T, Hkv, D) or longer than `slot_mapping`; the excess is padding.
+        key: (T or more, Hkv, D); rows beyond `slots` are padding.
         value: as `key`.
-        cache: (2, num_blocks, block_size, Hkv, D).
-        slot_mapping: (T or more,) int64, block * block_size + offset; negative writes nothing.
+        cache: (num_blocks, Hkv, block_size, 2 * D).
+        slots: (T or more,) int64, block * block_size + offset; negative ones write nothing.
         use_triton: run the Triton kernel.
 
     Mutates:
         cache.
     """
     if use_triton:
-        from casa_vllm.ops.triton_window_attention import triton_write_cache
+        from casa_vllm.ops.triton_window_attention import triton_write_pages
 
-        triton_write_cache(key, value, cache, slot_mapping)
+        triton_write_pages(key, value, cache, slots)
     else:
-        torch_write_cache(key, value, cache, slot_mapping)
+        torch_write_pages(key, value, cache, slots)
