@@ -51,13 +51,17 @@ class CasaCache(DynamicCache):
         self.key_positions = torch.cat([*known, positions], dim=1)
         return self.key_positions
 
-    def with_window(self, layer: int, keys: Tensor | None, values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def with_window(
+        self, layer: int, keys: Tensor | None, values: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Image keys and values of a layer: those of the last window, then new ones (B, Hkv, N, D)."""
         if layer not in self.window_keys:
             return keys, values
         if keys is None:
             return self.window_keys[layer], self.window_values[layer]
-        return torch.cat([self.window_keys[layer], keys], dim=2), torch.cat([self.window_values[layer], values], dim=2)
+        return torch.cat([self.window_keys[layer], keys], dim=2), torch.cat(
+            [self.window_values[layer], values], dim=2
+        )
 
     def keep_window(self, layer: int, keys: Tensor, values: Tensor, kept: Tensor) -> None:
         """Stores of (B, Hkv, N, D) image keys and values those at `kept`, int64 (B, Nw), index -1 for padding."""

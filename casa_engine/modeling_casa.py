@@ -16,13 +16,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
 
 from casa_engine.attention import CasaProjections, masked_attention
 from casa_engine.cache import CasaCache
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
-from casa_engine.rope import axes_rotary_tables, image_token_counts, insertion_positions, rotary_tables, rotate
+from casa_engine.rope import (
+    axes_rotary_tables,
+    image_token_counts,
+    insertion_positions,
+    rotary_tables,
+    rotate,
+)
 from casa_engine.window_batch import WindowBatch, build_window_batch
 
 
@@ -59,7 +67,9 @@ class CasaDecoderLayer(nn.Module):
         self.normalize_image_tokens = config.normalize_image_tokens
         self.has_ca, self.has_sa = config.has_ca(layer), config.has_sa(layer)
         self.self_attn = CasaProjections(config) if self.has_sa else None
-        self.cross_attn = CasaProjections(config) if self.has_ca and config.ca_weights == "own" else None
+        self.cross_attn = (
+            CasaProjections(config) if self.has_ca and config.ca_weights == "own" else None
+        )
         self.mlp = LlamaMLP(text) if text.model_type == "llama" else Qwen2MLP(text)
         self.input_layernorm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
@@ -75,7 +85,10 @@ class CasaDecoderLayer(nn.Module):
 
     def _self_attention(self, h: Tensor, inputs: LayerInputs) -> Tensor:
         key, value = self.self_attn.key_value(h)
-        query, key = rotate(self.self_attn.query(h), *inputs.text_rope), rotate(key, *inputs.text_rope)
+        query, key = (
+            rotate(self.self_attn.query(h), *inputs.text_rope),
+            rotate(key, *inputs.text_rope),
+        )
         if inputs.cache is not None:
             key, value = inputs.cache.update(key, value, self.layer)
         return self.self_attn.o_proj(masked_attention(query, key, value, inputs.causal_mask))
@@ -99,10 +112,16 @@ class CasaDecoderLayer(nn.Module):
         output = project.o_proj(masked_attention(query, key, value, mask))
         return output * mask.any(dim=-1, keepdim=True)
 
-    def _image_key_value(self, project: CasaProjections, inputs: LayerInputs) -> tuple[Tensor | None, Tensor | None]:
+    def _image_key_value(
+        self, project: CasaProjections, inputs: LayerInputs
+    ) -> tuple[Tensor | None, Tensor | None]:
         key = value = None
         if inputs.images is not None:
-            images = self.input_layernorm(inputs.images) if self.normalize_image_tokens else inputs.images
+            images = (
+                self.input_layernorm(inputs.images)
+                if self.normalize_image_tokens
+                else inputs.images
+            )
             key, value = project.key_value(images)
             if inputs.image_rope is not None:
                 key = rotate(key, *inputs.image_rope)
@@ -120,7 +139,9 @@ class CasaTextModel(nn.Module):
         super().__init__()
         text = config.text_config
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
-        self.layers = nn.ModuleList(CasaDecoderLayer(config, layer) for layer in range(text.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            CasaDecoderLayer(config, layer) for layer in range(text.num_hidden_layers)
+        )
         self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(text)
 
@@ -160,7 +181,9 @@ class CasaModel(CasaPreTrainedModel):
         Returns:
             (sum of N, C): the image tokens of all images, in order.
         """
-        return self.visual(pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw).pooler_output
+        return self.visual(
+            pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw
+        ).pooler_output
 
     def forward(
         self,
@@ -191,9 +214,15 @@ class CasaModel(CasaPreTrainedModel):
         Raises:
             InputError: Images, insertion points and rows do not fit together.
         """
-        self._check_images(input_ids, pixel_values, image_grid_thw, insertion_points, image_rows, image_embeds)
+        self._check_images(
+            input_ids, pixel_values, image_grid_thw, insertion_points, image_rows, image_embeds
+        )
         cache, (num_rows, num_tokens) = past_key_values, input_ids.shape
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -num_tokens:].long()
+        mask = (
+            torch.ones_like(input_ids)
+            if attention_mask is None
+            else attention_mask[:, -num_tokens:].long()
+        )
         seen = 0 if cache is None or cache.key_positions is None else cache.num_tokens()[:, None]
         positions = torch.where(mask > 0, mask.cumsum(dim=1) - 1 + seen, -1)
         key_positions = positions if cache is None else cache.append_positions(positions)
@@ -204,29 +233,51 @@ class CasaModel(CasaPreTrainedModel):
         if image_embeds is not None and image_rows is None:
             image_rows = torch.zeros(len(image_grid_thw), dtype=torch.long, device=input_ids.device)
         x = self.language_model.embed_tokens(input_ids)
-        inv_freq, mrope_section = self.language_model.rotary_emb.inv_freq.float(), self.config.mrope_section
+        inv_freq, mrope_section = (
+            self.language_model.rotary_emb.inv_freq.float(),
+            self.config.mrope_section,
+        )
         windows = images = window_rope = image_rope = None
         if self.config.is_cross_attention:
             windows = build_window_batch(
-                self.config, positions, key_positions, image_grid_thw, insertion_points, image_rows, cache
+                self.config,
+                positions,
+                key_positions,
+                image_grid_thw,
+                insertion_points,
+                image_rows,
+                cache,
             )
             if image_embeds is not None:
                 images = image_embeds[windows.gather.clamp(min=0)].to(x.dtype)
             if self.config.sees_window_text:
                 window_rope = _with_heads(rotary_tables(windows.relative, inv_freq))
-                image_rope = None if images is None else _with_heads(axes_rotary_tables(windows.image_rope, inv_freq, mrope_section))
+                image_rope = (
+                    None
+                    if images is None
+                    else _with_heads(
+                        axes_rotary_tables(windows.image_rope, inv_freq, mrope_section)
+                    )
+                )
             text_rope = rotary_tables(positions.clamp(min=0), inv_freq)
         else:
             if image_embeds is not None:
                 where = (input_ids == self.config.image_token_id)[..., None].expand_as(x)
                 x = x.masked_scatter(where, image_embeds.to(x.dtype))
-            rope_positions = self._insertion_positions(input_ids, mask, image_grid_thw, image_rows, cache)
+            rope_positions = self._insertion_positions(
+                input_ids, mask, image_grid_thw, image_rows, cache
+            )
             text_rope = axes_rotary_tables(rope_positions, inv_freq, mrope_section)
-        inputs = LayerInputs(_with_heads(text_rope), causal, windows, images, window_rope, image_rope, cache)
+        inputs = LayerInputs(
+            _with_heads(text_rope), causal, windows, images, window_rope, image_rope, cache
+        )
         for layer in self.language_model.layers:
             x = layer(x, inputs)
         if cache is not None and windows is not None and windows.kept is not None:
-            cache.token_images, cache.insertion_points = windows.kept_images.masked_fill(windows.kept < 0, -1), windows.kept_points
+            cache.token_images, cache.insertion_points = (
+                windows.kept_images.masked_fill(windows.kept < 0, -1),
+                windows.kept_points,
+            )
         return self.language_model.norm(x)
 
     def _insertion_positions(self, input_ids, mask, grids, image_rows, cache) -> Tensor:
@@ -235,8 +286,14 @@ class CasaModel(CasaPreTrainedModel):
         following = []
         for row, (ids, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool())):
             start = 0 if cache is None or cache.next_rope is None else int(cache.next_rope[row])
-            of_row = torch.zeros(0, 3, dtype=torch.long) if grids is None else grids.cpu()[image_rows.cpu() == row]
-            positions[:, row, real], after = insertion_positions(ids[real].tolist(), of_row, self.config, start)
+            of_row = (
+                torch.zeros(0, 3, dtype=torch.long)
+                if grids is None
+                else grids.cpu()[image_rows.cpu() == row]
+            )
+            positions[:, row, real], after = insertion_positions(
+                ids[real].tolist(), of_row, self.config, start
+            )
             following.append(after)
         if cache is not None:
             cache.next_rope = torch.tensor(following)
@@ -245,7 +302,9 @@ class CasaModel(CasaPreTrainedModel):
     def _check_images(self, input_ids, pixel_values, grids, points, rows, embeds) -> None:
         given = pixel_values is not None or embeds is not None
         if given != (grids is not None):
-            raise InputError("pixel_values (or image_embeds) and image_grid_thw must be given together.")
+            raise InputError(
+                "pixel_values (or image_embeds) and image_grid_thw must be given together."
+            )
         if not given:
             return
         if self.config.is_cross_attention and (points is None or len(points) != len(grids)):
@@ -254,11 +313,15 @@ class CasaModel(CasaPreTrainedModel):
                 "for each image (CasaProcessor returns them)."
             )
         if rows is None and input_ids.shape[0] > 1:
-            raise InputError(f"images for a batch of {input_ids.shape[0]} rows need image_rows, the row of each image.")
+            raise InputError(
+                f"images for a batch of {input_ids.shape[0]} rows need image_rows, the row of each image."
+            )
         if embeds is not None and len(embeds) != sum(
             image_token_counts(grids, self.config.vision_config.spatial_merge_size)
         ):
-            raise InputError(f"image_embeds has {len(embeds)} tokens, which does not fit image_grid_thw {grids.tolist()}.")
+            raise InputError(
+                f"image_embeds has {len(embeds)} tokens, which does not fit image_grid_thw {grids.tolist()}."
+            )
 
 
 def _with_heads(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -274,7 +337,9 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
     def __init__(self, config: CasaConfig) -> None:
         super().__init__(config)
         self.model = CasaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -329,17 +394,23 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, *args, **kwargs
+    ) -> None:
         """GenerationMixin's hook for models with a cache of their own."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = CasaCache(self.config)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """GenerationMixin's hook: images go in with the prompt, once."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("past_key_values") is not None:
             for name in ("pixel_values", "image_grid_thw", "insertion_points", "image_rows"):
                 inputs.pop(name, None)

@@ -63,7 +63,9 @@ def _qwen(**fields: Any) -> CasaConfig:
         pad_token_id=151643,
     )
     shape = {"mrope_section": [16, 24, 24], "tie_word_embeddings": True, "image_rope": "grid"}
-    return CasaConfig(text_config=text, vision_config=dict(QWEN_VISION), **(QWEN_IDS | shape | fields))
+    return CasaConfig(
+        text_config=text, vision_config=dict(QWEN_VISION), **(QWEN_IDS | shape | fields)
+    )
 
 
 TINY_TEXT = {
@@ -101,7 +103,9 @@ def _tiny_llama(**fields: Any) -> CasaConfig:
 def _tiny_qwen(**fields: Any) -> CasaConfig:
     shape = {"mrope_section": [4, 6, 6], "tie_word_embeddings": True, "image_rope": "grid"}
     return CasaConfig(
-        text_config=Qwen2Config(**TINY_TEXT), vision_config=dict(TINY_VISION), **(TINY_IDS | shape | fields)
+        text_config=Qwen2Config(**TINY_TEXT),
+        vision_config=dict(TINY_VISION),
+        **(TINY_IDS | shape | fields),
     )
 
 

@@ -29,10 +29,6 @@ class CasaProcessor(ProcessorMixin):
         image_token: The marker.
     """
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         image_processor: Any = None,
@@ -50,12 +46,21 @@ class CasaProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of what `__call__` returns."""
-        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "insertion_points", "image_rows"]
+        return [
+            "input_ids",
+            "attention_mask",
+            "pixel_values",
+            "image_grid_thw",
+            "insertion_points",
+            "image_rows",
+        ]
 
     def __call__(
         self,
         images: Any = None,
         text: str | list[str] | None = None,
+        videos: None = None,
+        audio: None = None,
         return_tensors: str = "pt",
         add_special_tokens: bool = False,
         padding: bool = True,
@@ -65,6 +70,8 @@ class CasaProcessor(ProcessorMixin):
         Args:
             images: All images in order: one, a list, or a list for each prompt. PIL images.
             text: One prompt or a list of B, with one marker per image.
+            videos: Taken because `apply_chat_template` passes it; only None (frames are images).
+            audio: The same.
             return_tensors: Only "pt".
             add_special_tokens: Whether the tokenizer adds its own (templates write them out).
             padding: Prompts of unequal length are always padded, on the left; only True.
@@ -76,11 +83,20 @@ class CasaProcessor(ProcessorMixin):
         Raises:
             InputError: Markers and images differ in number, or an image cannot be resized.
         """
+        if videos is not None or audio is not None:
+            raise InputError(
+                "got a video or audio; expected text and images only: pass video frames as images."
+            )
         if return_tensors != "pt" or not padding:
-            raise InputError(f"return_tensors is {return_tensors!r}, padding {padding}; only 'pt' and True are supported.")
+            raise InputError(
+                f"return_tensors is {return_tensors!r}, padding {padding}; only 'pt' and True are supported."
+            )
         texts = [text] if isinstance(text, str) else list(text or [])
         flat = _flatten(images)
-        prompts = [self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in texts]
+        prompts = [
+            self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+            for prompt in texts
+        ]
         self.check_counts(sum(ids.count(self.image_token_id) for ids in prompts), len(flat))
         vision = self.process_images(flat) if flat else {}
         if self.fusion == "insertion":
@@ -96,14 +112,20 @@ class CasaProcessor(ProcessorMixin):
         batch = _left_padded(streams, self._pad_id())
         if flat:
             length = batch["input_ids"].shape[1]
-            shifted = [point + length - len(stream) for stream, of_row in zip(streams, points) for point in of_row]
+            shifted = [
+                point + length - len(stream)
+                for stream, of_row in zip(streams, points)
+                for point in of_row
+            ]
             vision |= {"insertion_points": torch.tensor(shifted), "image_rows": torch.tensor(rows)}
         return BatchFeature(batch | vision)
 
     def process_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Resizes and cuts images: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3)."""
         for index, image in enumerate(images):
-            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(
+                image.size
+            ):
                 raise InputError(
                     f"image {index} is {image.size[0]}x{image.size[1]} px; expected sides of a ratio up to "
                     f"{MAX_ASPECT_RATIO}: crop or pad it."
@@ -125,7 +147,9 @@ class CasaProcessor(ProcessorMixin):
 
     def _expand(self, ids: list[int], counts: Any) -> list[int]:
         return [
-            token for token_id in ids for token in [token_id] * (next(counts) if token_id == self.image_token_id else 1)
+            token
+            for token_id in ids
+            for token in [token_id] * (next(counts) if token_id == self.image_token_id else 1)
         ]
 
     def _pad_id(self) -> int:

@@ -1,6 +1,11 @@
 """Makes transformers' Auto classes find CASA by its `model_type`."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.modeling_casa import CasaForConditionalGeneration

@@ -52,7 +52,9 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     return _tables(positions[..., None].float() * inv_freq)
 
 
-def axes_rotary_tables(positions: Tensor, inv_freq: Tensor, mrope_section: list[int] | None) -> tuple[Tensor, Tensor]:
+def axes_rotary_tables(
+    positions: Tensor, inv_freq: Tensor, mrope_section: list[int] | None
+) -> tuple[Tensor, Tensor]:
     """The same for positions on three axes.
 
     Args:
@@ -111,7 +113,9 @@ def insertion_positions(
     if config.mrope_section is None:
         return torch.arange(start, start + len(token_ids)).expand(3, -1), start + len(token_ids)
     pieces, images = [], iter(range(len(counts)))
-    for is_image, run in itertools.groupby(token_ids, lambda token_id: token_id == config.image_token_id):
+    for is_image, run in itertools.groupby(
+        token_ids, lambda token_id: token_id == config.image_token_id
+    ):
         left = len(list(run))
         while left:
             if is_image:

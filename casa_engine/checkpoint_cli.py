@@ -1,0 +1,69 @@
+"""`casa-checkpoint`: writes a random checkpoint of a preset, or checks a checkpoint folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from casa_engine.checkpoints import check_tensors, read_config, write_random_checkpoint
+from casa_engine.configuration import CA_PLACEMENTS, CA_WEIGHTS, FUSIONS
+from casa_engine.errors import CasaError
+from casa_engine.presets import PRESETS, preset_config
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="casa-checkpoint", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    random = commands.add_parser("random", help="write a checkpoint with random weights")
+    random.add_argument("preset", choices=PRESETS)
+    random.add_argument("folder", type=Path)
+    random.add_argument("--fusion", choices=FUSIONS, help="default: the preset's")
+    random.add_argument("--ca-weights", choices=CA_WEIGHTS)
+    random.add_argument("--ca-placement", choices=CA_PLACEMENTS)
+    random.add_argument(
+        "--ca-layers",
+        type=int,
+        nargs="+",
+        help="layers with cross-attention; default: the preset's",
+    )
+    random.add_argument("--dtype", choices=DTYPES, default="fp32")
+    random.add_argument("--seed", type=int, default=0)
+    check = commands.add_parser(
+        "check", help="check that a folder holds the model of its config.json"
+    )
+    check.add_argument("folder", type=Path)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        if options.command == "check":
+            check_tensors(options.folder, read_config(options.folder))
+            print(f"{options.folder}: complete.")
+        else:
+            fields = {
+                name: getattr(options, name)
+                for name in ("fusion", "ca_weights", "ca_placement", "ca_layers")
+            }
+            config = preset_config(
+                options.preset,
+                **{name: value for name, value in fields.items() if value is not None},
+            )
+            write_random_checkpoint(config, options.folder, options.seed, DTYPES[options.dtype])
+            print(
+                f"{options.folder}: {options.preset}, random weights (seed {options.seed}, {options.dtype})."
+            )
+    except CasaError as error:
+        print(f"casa-checkpoint: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

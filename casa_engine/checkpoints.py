@@ -1,0 +1,157 @@
+"""Reading and writing checkpoints, strictly: a folder holds exactly the model that its config describes.
+
+config.json, model*.safetensors (+ index), generation_config.json,
+tokenizer files, preprocessor_config.json, processor_config.json, chat_template.jinja
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, GenerationConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from casa_engine.configuration import CasaConfig
+from casa_engine.errors import CheckpointError
+from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.processing_casa import CasaProcessor
+from casa_engine.tokenization import byte_tokenizer, chat_template
+
+MIN_PIXELS, MAX_PIXELS = 28 * 28, 1024 * 28 * 28
+
+
+def read_config(folder: str | Path) -> CasaConfig:
+    """Reads the configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: The folder is missing, or holds no CASA configuration.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json; expected a CASA checkpoint folder (see casa-checkpoint)."
+        )
+    try:
+        kind = json.loads(path.read_text()).get("model_type")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object: {error}.") from error
+    if kind != CasaConfig.model_type:
+        raise CheckpointError(
+            f"{path} has model_type {kind!r}; expected {CasaConfig.model_type!r}."
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor in the folder's safetensors files (headers only).
+
+    Raises:
+        CheckpointError: There is no such file, or one is damaged.
+    """
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{folder} has no *.safetensors file; expected the model's weights.")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except Exception as error:  # safetensors raises its own untyped errors
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+    return shapes
+
+
+def check_tensors(folder: str | Path, config: CasaConfig) -> None:
+    """Compares the stored tensors with those of the model, without loading any.
+
+    Raises:
+        CheckpointError: Tensors are missing, extra or of another shape; the message names them.
+    """
+    with torch.device("meta"):
+        model = CasaForConditionalGeneration(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    stored = stored_shapes(folder)
+    problems = [
+        f"missing {name} {expected[name]}" for name in sorted(expected.keys() - stored.keys())
+    ]
+    problems += [
+        f"unexpected {name} {stored[name]}" for name in sorted(stored.keys() - expected.keys())
+    ]
+    problems += [
+        f"{name} has shape {stored[name]}, expected {expected[name]}"
+        for name in sorted(expected.keys() & stored.keys())
+        if stored[name] != expected[name]
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (
+            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        )
+        raise CheckpointError(
+            f"{folder} does not hold the model of its config.json: {shown}. Check that config and weights belong together."
+        )
+
+
+def load_model(
+    folder: str | Path, dtype: torch.dtype = torch.float32
+) -> CasaForConditionalGeneration:
+    """Loads the eager model, ready for inference.
+
+    Raises:
+        CheckpointError: Anything about the folder is not as its configuration says.
+    """
+    config = read_config(folder)
+    check_tensors(folder, config)
+    return CasaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype).eval()
+
+
+def load_processor(folder: str | Path) -> CasaProcessor:
+    """Loads a checkpoint's processor, with image preprocessing that needs no torchvision."""
+    return CasaProcessor.from_pretrained(folder)
+
+
+def save_checkpoint(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, folder: str | Path
+) -> None:
+    """Writes model, processor and generation defaults."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.config.text_config.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def default_processor(config: CasaConfig) -> CasaProcessor:
+    """A processor with a byte tokenizer for a configuration without one of its own."""
+    images = Qwen2VLImageProcessorPil(
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+        patch_size=config.vision_config.patch_size,
+        merge_size=config.vision_config.spatial_merge_size,
+    )
+    return CasaProcessor(
+        images, byte_tokenizer(config), chat_template=chat_template(), fusion=config.fusion
+    )
+
+
+def write_random_checkpoint(
+    config: CasaConfig, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes a checkpoint with random weights: biases and norms too, so that no term is invisible in a comparison."""
+    torch.manual_seed(seed)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = CasaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(previous)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 1:
+                parameter.uniform_(0.8, 1.2)
+    save_checkpoint(model, default_processor(config), folder)
