@@ -96,12 +96,26 @@ def check_host(url: URL, allowed_domains: list[str], *, allow_loopback: bool) ->
             "--allowed-media-domains.",
             parameter="image_url",
         )
-    try:
-        ipaddress.ip_address(url.host)
-    except ValueError:
+    if not is_literal_address(url.host):
         return  # A name: the resolver checks its addresses when the connection is made.
-    # aiohttp connects to a literal address without asking the resolver.
-    check_address(url.host, url.host, allow_loopback=allow_loopback)
+    try:
+        address = str(ipaddress.ip_address(url.host))
+    except ValueError as error:
+        raise VLLMValidationError(
+            f"The image URL is refused: the host {url.host!r} is a shortened or damaged address. "
+            "Write it in full, or use its name.",
+            parameter="image_url",
+        ) from error
+    check_address(url.host, address, allow_loopback=allow_loopback)
+
+
+def is_literal_address(host: str) -> bool:
+    """Tells whether aiohttp connects to `host` without asking the resolver.
+
+    It takes every host of digits and dots for an address, and every one with a colon: also
+    forms like "127.1" and "2130706433", which the system's own functions do understand.
+    """
+    return ":" in host or host.replace(".", "").isdigit()
 
 
 class GuardedConnection(HTTPConnection):
@@ -153,9 +167,7 @@ class GuardedConnection(HTTPConnection):
     ) -> bytes:
         """As `async_get_bytes`, for callers without an event loop."""
         return asyncio.run(
-            self.async_get_bytes(
-                url, timeout=timeout, allow_redirects=allow_redirects, max_bytes=max_bytes
-            )
+            self.async_get_bytes(url, timeout=timeout, allow_redirects=allow_redirects, max_bytes=max_bytes)
         )
 
     def _session(self) -> aiohttp.ClientSession:

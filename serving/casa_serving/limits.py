@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, fields
 
 from casa_engine.errors import InputError
 
+# The one other option that the connector needs: image URLs may point to this machine (tests).
+ALLOW_LOOPBACK = "allow_loopback_media"
+
 
 @dataclass(frozen=True)
 class ImageLimits:
@@ -41,10 +44,7 @@ class ImageLimits:
         """
         for name, value in asdict(self).items():
             if not isinstance(value, int) or value < 1:
-                raise InputError(
-                    f"--{name.replace('_', '-')} must be a whole number of at least 1, got "
-                    f"{value!r}."
-                )
+                raise InputError(f"--{name.replace('_', '-')} must be a whole number of at least 1, got {value!r}.")
 
     @classmethod
     def from_options(cls, options: dict[str, object]) -> ImageLimits:

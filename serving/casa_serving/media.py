@@ -20,10 +20,9 @@ from yarl import URL
 from casa_engine.errors import InputError
 from casa_serving.fetch import GuardedConnection, check_host
 from casa_serving.image_guard import DECODER_FAULTS, ImageRefusedError, check_image, check_size
-from casa_serving.limits import ImageLimits
+from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits
 from casa_serving.pixel_budget import PixelBudget
 
-ALLOW_LOOPBACK = "allow_loopback_media"
 # One for the process, as the memory it counts is.
 PIXELS = PixelBudget()
 
@@ -99,9 +98,7 @@ class GuardedImageIO(ImageMediaIO):
             check_size(filepath.stat().st_size, self.limits)
             return self.load_bytes(filepath.read_bytes())
         except OSError as error:
-            raise ImageRefusedError(
-                "The local image file cannot be read. Check its path and permissions."
-            ) from error
+            raise ImageRefusedError("The local image file cannot be read. Check its path and permissions.") from error
 
 
 class GuardedMediaConnector(MediaConnector):
@@ -129,17 +126,11 @@ class GuardedMediaConnector(MediaConnector):
         """Loads an image; `image_mode` is vLLM's and stays RGB, which is all CASA takes."""
         return self.load_from_url(image_url, self._image_io, fetch_timeout=fetch_timeout_s())
 
-    async def fetch_image_async(
-        self, image_url: str, *, image_mode: str | None = "RGB"
-    ) -> Image.Image:
+    async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
         """As `fetch_image`, without blocking the event loop."""
-        return await self.load_from_url_async(
-            image_url, self._image_io, fetch_timeout=fetch_timeout_s()
-        )
+        return await self.load_from_url_async(image_url, self._image_io, fetch_timeout=fetch_timeout_s())
 
-    def load_from_url(
-        self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None
-    ) -> Any:
+    def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
         """Loads one image from a URL that has passed the guard."""
         self._check_url(url, media_io)
         try:
@@ -147,9 +138,7 @@ class GuardedMediaConnector(MediaConnector):
         except InputError as error:
             raise refused(error) from error
 
-    async def load_from_url_async(
-        self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None
-    ) -> Any:
+    async def load_from_url_async(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
         """As `load_from_url`, without blocking the event loop."""
         self._check_url(url, media_io)
         try:
@@ -163,10 +152,10 @@ class GuardedMediaConnector(MediaConnector):
         scheme, _, rest = url.partition(":")
         scheme = scheme.lower()
         if scheme == "data":
-            if not rest.partition(",")[0].endswith(";base64"):
+            kind, comma, _ = rest.partition(",")
+            if not (comma and kind.endswith(";base64")):
                 raise VLLMValidationError(
-                    "The image's data URL is not of the form data:image/png;base64,... : only "
-                    "base64 data is taken.",
+                    "The image's data URL is not of the form data:image/png;base64,... : only base64 data is taken.",
                     parameter="image_url",
                 )
         elif scheme == "file" and self.allowed_local_media_path is not None:

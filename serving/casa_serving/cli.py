@@ -1,0 +1,155 @@
+"""`casa-serve [CHECKPOINT]`: vLLM's OpenAI server with the CASA plugin and CASA's defaults.
+
+The command line is `vllm serve`'s own, read by vLLM's own parser, plus a group "CASA" of
+options for what images may be sent. Whatever vLLM can do, this command can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from pathlib import Path
+
+from casa_engine.checkpoints import check_tensors, read_config
+from casa_engine.errors import CasaError, CheckpointError, InputError
+from casa_serving.defaults import embedded_checkpoint, engine_options, set_environment
+from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
+from casa_serving.register import register
+from casa_serving.request_limit import DEFAULT_MAX_REQUEST_BYTES
+
+DESCRIPTION = """Serves a CASA model behind an OpenAI-compatible HTTP endpoint.
+
+Without CHECKPOINT the model inside the package is served. Every option of `vllm serve` is
+taken; --help=CASA shows those that are added, --help=all shows all.
+"""
+MIDDLEWARE = "casa_serving.request_limit.RequestLimit"
+
+
+def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
+    """Returns vLLM's parser for `serve` with CASA's options and defaults.
+
+    Args:
+        defaults: Values for options that are not on the command line, by argument name.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="casa-serve")
+    subcommands = parser.add_subparsers(dest="subparser", required=True)
+    serve = ServeSubcommand().subparser_init(subcommands)
+    serve.prog = "casa-serve"
+    serve.usage = "casa-serve [CHECKPOINT] [options]"
+    serve.description = DESCRIPTION
+    serve.epilog = "casa-serve --help=CASA | --help=all | --help=<option or group>"
+    group = serve.add_argument_group("CASA", "What clients may send")
+    add_limit_options(group)
+    group.add_argument(
+        "--max-request-bytes",
+        type=int,
+        default=DEFAULT_MAX_REQUEST_BYTES,
+        help=f"largest body of a request in bytes (default: {DEFAULT_MAX_REQUEST_BYTES})",
+    )
+    group.add_argument(
+        "--allow-loopback-media",
+        action="store_true",
+        help="let image URLs of allowed domains point to this machine itself (for tests)",
+    )
+    serve.set_defaults(**defaults)
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Path, bool]:
+    """Reads the command line, twice: the defaults hang on the checkpoint that it names.
+
+    Returns:
+        The arguments for vLLM, the checkpoint and whether it is the embedded one.
+
+    Raises:
+        CheckpointError: the checkpoint is not one.
+        InputError: two options contradict each other, or a limit makes no sense.
+    """
+    named = None if names_no_model(argv) else build_parser({}).parse_args(["serve", *argv])
+    embedded = named is None or named.model_tag is None
+    checkpoint = embedded_checkpoint() if embedded else Path(named.model_tag)
+    check_folder(checkpoint)
+    config = read_config(checkpoint)
+    check_tensors(checkpoint, config)
+    defaults = engine_options(config, embedded=embedded)
+    if embedded:
+        argv = [str(checkpoint), *argv]
+    args = build_parser(defaults).parse_args(["serve", *argv])
+    return guarded(args), checkpoint, embedded
+
+
+def names_no_model(argv: list[str]) -> bool:
+    """Tells whether the command line plainly names no checkpoint.
+
+    vLLM's parser refuses `--served-model-name` without a model before it says that there is
+    none, so this case is decided here.
+    """
+    options_only = not argv or argv[0].startswith("-")
+    has_source = any(arg.split("=")[0] in ("--config", "--model", "--help", "-h") for arg in argv)
+    served = any(arg.split("=")[0].replace("_", "-") == "--served-model-name" for arg in argv)
+    return options_only and not has_source and (served or not argv)
+
+
+def check_folder(checkpoint: Path) -> None:
+    """Refuses what is not a folder; names on a hub are not looked up."""
+    if not checkpoint.is_dir():
+        got = "is a file" if checkpoint.exists() else "does not exist"
+        raise CheckpointError(
+            f"The checkpoint {str(checkpoint)!r} {got}: expected a folder with config.json and "
+            "*.safetensors. Download it first, or write a random one with casa-checkpoint."
+        )
+
+
+def guarded(args: argparse.Namespace) -> argparse.Namespace:
+    """Puts the limits where vLLM carries them to the code that loads images.
+
+    Mutates:
+        args: `media_io_kwargs` and `middleware`.
+    """
+    media = dict(args.media_io_kwargs or {})
+    if media.get("image"):
+        raise InputError(
+            f"--media-io-kwargs sets {sorted(media['image'])} for images; casa-serve sets how "
+            "images are loaded. Use its own options instead (--help=CASA)."
+        )
+    limits = ImageLimits.from_options(vars(args)).as_options()
+    media["image"] = {**limits, ALLOW_LOOPBACK: args.allow_loopback_media}
+    args.media_io_kwargs = media
+    args.middleware = [*args.middleware, MIDDLEWARE]
+    return args
+
+
+def main() -> int:
+    """Runs the server until it is stopped; returns the exit status."""
+    try:
+        args, _, embedded = parse(sys.argv[1:])
+    except CasaError as error:
+        print(f"casa-serve: {error}", file=sys.stderr)
+        return 1
+    import torch
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    set_environment(embedded=embedded, on_cpu=not torch.cuda.is_available())
+    register()
+    command = ServeSubcommand()
+    try:
+        command.validate(args)
+        command.cmd(args)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        print(
+            f"casa-serve: port {args.port} is in use. Stop what listens there, or pass another "
+            "with --port (make serve PORT=...).",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

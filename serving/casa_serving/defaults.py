@@ -1,0 +1,68 @@
+"""What `casa-serve` sets where the user does not: vLLM's options and environment for CASA.
+
+Every value here is a default of vLLM's own option or variable of that name, so that naming
+it on the command line, or setting it in the environment, wins.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from casa_engine.configuration import CasaConfig
+from casa_serving.register import CONNECTOR
+
+EMBEDDED_NAME = "casa-tiny-digits"
+# A conversation's old images cost a CASA model nothing but their encoding, so the count is
+# bounded by what one request may reasonably carry, not by the context.
+MAX_IMAGES = 256
+
+
+def engine_options(config: CasaConfig, *, embedded: bool) -> dict[str, Any]:
+    """Returns defaults for vLLM's options, by argument name.
+
+    Args:
+        config: The checkpoint's configuration.
+        embedded: Whether it is the model in the package, which is known to be tiny.
+    """
+    options: dict[str, Any] = {
+        "max_model_len": config.text_config.max_position_embeddings,
+        "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+        "enable_prefix_caching": True,
+        # The default of 4 GiB is kept twice, in the server and in the engine.
+        "mm_processor_cache_gb": 1,
+        # A page of another origin has no business here unless the operator says so.
+        "allowed_origins": [],
+    }
+    if embedded:
+        # vLLM would round float32 weights to 16 bits, which a 10 MB model has no use for.
+        options |= {"served_model_name": [EMBEDDED_NAME], "dtype": "float32"}
+    return options
+
+
+def set_environment(*, embedded: bool, on_cpu: bool) -> None:
+    """Sets the environment variables that vLLM has no option for, where they are not set.
+
+    Args:
+        embedded: Whether the embedded model is served.
+        on_cpu: Whether vLLM will run on the CPU.
+    """
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    if on_cpu:
+        # Pinning threads to cores needs the right to do so, which containers often lack, and
+        # it leaves a core idle on small machines.
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if embedded:
+            variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+    # No default but what makes the server safe: the limits hang on it.
+    os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
+
+
+def embedded_checkpoint() -> Path:
+    """Returns the folder of the model that comes with the package."""
+    from casa_engine.digits import checkpoint_path
+
+    return Path(checkpoint_path())

@@ -1,0 +1,98 @@
+"""ASGI middleware that refuses a request whose body is too large, before it is in memory.
+
+Neither uvicorn nor FastAPI bounds a body, and an image inside JSON is only seen when all of
+it was read and parsed. vLLM creates middleware without arguments, so the limit is read from
+the server's own arguments, which it keeps in the app's state.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+DEFAULT_MAX_REQUEST_BYTES = 100_000_000
+
+
+class RequestLimit:
+    """Answers 413 to a request body over `--max-request-bytes`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on if its body is within the limit."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = scope["app"].state.args.max_request_bytes
+        length = declared_length(scope)
+        if length is None and is_chunked(scope):
+            messages = await read_body(receive, limit)
+            if messages is None:
+                await refuse(send, f"more than {limit}", limit)
+                return
+            receive = replay(messages, receive)
+        elif length is not None and length > limit:
+            await refuse(send, str(length), limit)
+            return
+        await self._app(scope, receive, send)
+
+
+def declared_length(scope: Scope) -> int | None:
+    """Returns the request's Content-Length; the HTTP server has checked that it is a number."""
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value)
+    return None
+
+
+def is_chunked(scope: Scope) -> bool:
+    """Tells whether the request has a body of undeclared length."""
+    return any(name == b"transfer-encoding" for name, _ in scope["headers"])
+
+
+async def read_body(receive: Receive, limit: int) -> list[Message] | None:
+    """Reads a body of undeclared length; returns None as soon as it exceeds `limit`."""
+    messages: list[Message] = []
+    received = 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        received += len(message.get("body", b""))
+        if received > limit:
+            return None
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return messages
+
+
+def replay(messages: list[Message], receive: Receive) -> Receive:
+    """Returns a `receive` that gives the messages that were read, then what comes after."""
+    waiting = iter(messages)
+
+    async def again() -> Message:
+        for message in waiting:
+            return message
+        return await receive()
+
+    return again
+
+
+async def refuse(send: Send, got: str, limit: int) -> None:
+    """Answers 413 in the shape of an OpenAI error and closes the connection."""
+    error: dict[str, Any] = {
+        "message": f"The request is too large: got {got} bytes, at most {limit} are taken "
+        "(--max-request-bytes). Send fewer or smaller images in one request.",
+        "type": "RequestTooLargeError",
+        "param": None,
+        "code": 413,
+    }
+    body = json.dumps({"error": error}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
