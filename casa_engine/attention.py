@@ -19,9 +19,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
         (B, T, H * D).
     """
     sees_any = mask.any(dim=-1, keepdim=True)
-    output = scaled_dot_product_attention(
-        query, key, value, attn_mask=(mask | ~sees_any)[:, None], enable_gqa=True
-    )
+    output = scaled_dot_product_attention(query, key, value, attn_mask=(mask | ~sees_any)[:, None], enable_gqa=True)
     return (output.transpose(1, 2) * sees_any[..., None]).flatten(2)
 
 
@@ -32,18 +30,10 @@ class CasaProjections(nn.Module):
         super().__init__()
         text, size = config.text_config, config.head_dim
         self.head_dim = size
-        self.q_proj = nn.Linear(
-            text.hidden_size, text.num_attention_heads * size, bias=config.qkv_bias
-        )
-        self.k_proj = nn.Linear(
-            text.hidden_size, text.num_key_value_heads * size, bias=config.qkv_bias
-        )
-        self.v_proj = nn.Linear(
-            text.hidden_size, text.num_key_value_heads * size, bias=config.qkv_bias
-        )
-        self.o_proj = nn.Linear(
-            text.num_attention_heads * size, text.hidden_size, bias=config.output_bias
-        )
+        self.q_proj = nn.Linear(text.hidden_size, text.num_attention_heads * size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(text.hidden_size, text.num_key_value_heads * size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(text.hidden_size, text.num_key_value_heads * size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(text.num_attention_heads * size, text.hidden_size, bias=config.output_bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

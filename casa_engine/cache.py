@@ -59,9 +59,7 @@ class CasaCache(DynamicCache):
             return keys, values
         if keys is None:
             return self.window_keys[layer], self.window_values[layer]
-        return torch.cat([self.window_keys[layer], keys], dim=2), torch.cat(
-            [self.window_values[layer], values], dim=2
-        )
+        return torch.cat([self.window_keys[layer], keys], dim=2), torch.cat([self.window_values[layer], values], dim=2)
 
     def keep_window(self, layer: int, keys: Tensor, values: Tensor, kept: Tensor) -> None:
         """Stores of (B, Hkv, N, D) image keys and values those at `kept`, int64 (B, Nw), index -1 for padding."""

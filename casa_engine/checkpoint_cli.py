@@ -32,9 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     random.add_argument("--dtype", choices=DTYPES, default="fp32")
     random.add_argument("--seed", type=int, default=0)
-    check = commands.add_parser(
-        "check", help="check that a folder holds the model of its config.json"
-    )
+    check = commands.add_parser("check", help="check that a folder holds the model of its config.json")
     check.add_argument("folder", type=Path)
     return parser
 
@@ -47,18 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
             check_tensors(options.folder, read_config(options.folder))
             print(f"{options.folder}: complete.")
         else:
-            fields = {
-                name: getattr(options, name)
-                for name in ("fusion", "ca_weights", "ca_placement", "ca_layers")
-            }
+            fields = {name: getattr(options, name) for name in ("fusion", "ca_weights", "ca_placement", "ca_layers")}
             config = preset_config(
                 options.preset,
                 **{name: value for name, value in fields.items() if value is not None},
             )
             write_random_checkpoint(config, options.folder, options.seed, DTYPES[options.dtype])
-            print(
-                f"{options.folder}: {options.preset}, random weights (seed {options.seed}, {options.dtype})."
-            )
+            print(f"{options.folder}: {options.preset}, random weights (seed {options.seed}, {options.dtype}).")
     except CasaError as error:
         print(f"casa-checkpoint: {error}", file=sys.stderr)
         return 1

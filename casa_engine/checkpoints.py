@@ -29,17 +29,13 @@ def read_config(folder: str | Path) -> CasaConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json; expected a CASA checkpoint folder (see casa-checkpoint)."
-        )
+        raise CheckpointError(f"{folder} has no config.json; expected a CASA checkpoint folder (see casa-checkpoint).")
     try:
         kind = json.loads(path.read_text()).get("model_type")
     except (json.JSONDecodeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a JSON object: {error}.") from error
     if kind != CasaConfig.model_type:
-        raise CheckpointError(
-            f"{path} has model_type {kind!r}; expected {CasaConfig.model_type!r}."
-        )
+        raise CheckpointError(f"{path} has model_type {kind!r}; expected {CasaConfig.model_type!r}.")
     return AutoConfig.from_pretrained(folder)
 
 
@@ -74,29 +70,21 @@ def check_tensors(folder: str | Path, config: CasaConfig) -> None:
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
     stored = stored_shapes(folder)
-    problems = [
-        f"missing {name} {expected[name]}" for name in sorted(expected.keys() - stored.keys())
-    ]
-    problems += [
-        f"unexpected {name} {stored[name]}" for name in sorted(stored.keys() - expected.keys())
-    ]
+    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - stored.keys())]
+    problems += [f"unexpected {name} {stored[name]}" for name in sorted(stored.keys() - expected.keys())]
     problems += [
         f"{name} has shape {stored[name]}, expected {expected[name]}"
         for name in sorted(expected.keys() & stored.keys())
         if stored[name] != expected[name]
     ]
     if problems:
-        shown = "; ".join(problems[:5]) + (
-            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        )
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(
             f"{folder} does not hold the model of its config.json: {shown}. Check that config and weights belong together."
         )
 
 
-def load_model(
-    folder: str | Path, dtype: torch.dtype = torch.float32
-) -> CasaForConditionalGeneration:
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> CasaForConditionalGeneration:
     """Loads the eager model, ready for inference.
 
     Raises:
@@ -112,9 +100,7 @@ def load_processor(folder: str | Path) -> CasaProcessor:
     return CasaProcessor.from_pretrained(folder)
 
 
-def save_checkpoint(
-    model: CasaForConditionalGeneration, processor: CasaProcessor, folder: str | Path
-) -> None:
+def save_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcessor, folder: str | Path) -> None:
     """Writes model, processor and generation defaults."""
     model.generation_config = GenerationConfig(
         eos_token_id=model.config.text_config.eos_token_id,
@@ -132,9 +118,7 @@ def default_processor(config: CasaConfig) -> CasaProcessor:
         patch_size=config.vision_config.patch_size,
         merge_size=config.vision_config.spatial_merge_size,
     )
-    return CasaProcessor(
-        images, byte_tokenizer(config), chat_template=chat_template(), fusion=config.fusion
-    )
+    return CasaProcessor(images, byte_tokenizer(config), chat_template=chat_template(), fusion=config.fusion)
 
 
 def write_random_checkpoint(

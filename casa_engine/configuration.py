@@ -83,15 +83,11 @@ class CasaConfig(PreTrainedConfig):
             ("image_rope", IMAGE_ROPES),
         ):
             if getattr(self, field) not in allowed:
-                raise ConfigError(
-                    f"{field} is {getattr(self, field)!r}; expected one of {', '.join(allowed)}."
-                )
+                raise ConfigError(f"{field} is {getattr(self, field)!r}; expected one of {', '.join(allowed)}.")
         num_layers = self.text_config.num_hidden_layers
         bad = [layer for layer in self.ca_layers or [] if not 0 <= layer < num_layers]
         if bad:
-            raise ConfigError(
-                f"ca_layers names layers {bad}; the backbone has layers 0 to {num_layers - 1}."
-            )
+            raise ConfigError(f"ca_layers names layers {bad}; the backbone has layers 0 to {num_layers - 1}.")
         if self.ca_placement == "replace" and self.ca_weights == "shared":
             raise ConfigError(
                 "ca_placement 'replace' with ca_weights 'shared': a replaced layer has no self-attention to share "
@@ -111,16 +107,10 @@ class CasaConfig(PreTrainedConfig):
                 f"hidden_size, {self.text_config.hidden_size}."
             )
         half = self.head_dim // 2
-        if self.mrope_section is not None and (
-            len(self.mrope_section) != 3 or sum(self.mrope_section) != half
-        ):
-            raise ConfigError(
-                f"mrope_section is {self.mrope_section}; expected three numbers with the sum {half}."
-            )
+        if self.mrope_section is not None and (len(self.mrope_section) != 3 or sum(self.mrope_section) != half):
+            raise ConfigError(f"mrope_section is {self.mrope_section}; expected three numbers with the sum {half}.")
         if self.image_rope == "grid" and self.mrope_section is None:
-            raise ConfigError(
-                "image_rope 'grid' needs mrope_section; without M-RoPE use image_rope 'frozen'."
-            )
+            raise ConfigError("image_rope 'grid' needs mrope_section; without M-RoPE use image_rope 'frozen'.")
 
     @property
     def head_dim(self) -> int:
@@ -153,13 +143,7 @@ class CasaConfig(PreTrainedConfig):
         """Decoder layers that have CA, ascending; empty for `insertion`."""
         if not self.is_cross_attention:
             return []
-        return sorted(
-            set(
-                range(self.text_config.num_hidden_layers)
-                if self.ca_layers is None
-                else self.ca_layers
-            )
-        )
+        return sorted(set(range(self.text_config.num_hidden_layers) if self.ca_layers is None else self.ca_layers))
 
     def has_ca(self, layer: int) -> bool:
         """Whether decoder layer `layer` has a CA part."""
@@ -178,12 +162,8 @@ def _text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
         kinds = {kind.model_type: kind for kind in BACKBONES}
         kind = kinds.get(value.get("model_type", "llama"))
         if kind is None:
-            raise ConfigError(
-                f"text_config.model_type is {value['model_type']!r}; expected one of {', '.join(kinds)}."
-            )
+            raise ConfigError(f"text_config.model_type is {value['model_type']!r}; expected one of {', '.join(kinds)}.")
         value = kind(**value)
     if not isinstance(value, BACKBONES):
-        raise ConfigError(
-            f"text_config is a {type(value).__name__}; expected LlamaConfig or Qwen2Config."
-        )
+        raise ConfigError(f"text_config is a {type(value).__name__}; expected LlamaConfig or Qwen2Config.")
     return value

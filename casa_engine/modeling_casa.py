@@ -67,9 +67,7 @@ class CasaDecoderLayer(nn.Module):
         self.normalize_image_tokens = config.normalize_image_tokens
         self.has_ca, self.has_sa = config.has_ca(layer), config.has_sa(layer)
         self.self_attn = CasaProjections(config) if self.has_sa else None
-        self.cross_attn = (
-            CasaProjections(config) if self.has_ca and config.ca_weights == "own" else None
-        )
+        self.cross_attn = CasaProjections(config) if self.has_ca and config.ca_weights == "own" else None
         self.mlp = LlamaMLP(text) if text.model_type == "llama" else Qwen2MLP(text)
         self.input_layernorm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
@@ -112,16 +110,10 @@ class CasaDecoderLayer(nn.Module):
         output = project.o_proj(masked_attention(query, key, value, mask))
         return output * mask.any(dim=-1, keepdim=True)
 
-    def _image_key_value(
-        self, project: CasaProjections, inputs: LayerInputs
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _image_key_value(self, project: CasaProjections, inputs: LayerInputs) -> tuple[Tensor | None, Tensor | None]:
         key = value = None
         if inputs.images is not None:
-            images = (
-                self.input_layernorm(inputs.images)
-                if self.normalize_image_tokens
-                else inputs.images
-            )
+            images = self.input_layernorm(inputs.images) if self.normalize_image_tokens else inputs.images
             key, value = project.key_value(images)
             if inputs.image_rope is not None:
                 key = rotate(key, *inputs.image_rope)
@@ -139,9 +131,7 @@ class CasaTextModel(nn.Module):
         super().__init__()
         text = config.text_config
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
-        self.layers = nn.ModuleList(
-            CasaDecoderLayer(config, layer) for layer in range(text.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(CasaDecoderLayer(config, layer) for layer in range(text.num_hidden_layers))
         self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(text)
 
@@ -181,9 +171,7 @@ class CasaModel(CasaPreTrainedModel):
         Returns:
             (sum of N, C): the image tokens of all images, in order.
         """
-        return self.visual(
-            pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw
-        ).pooler_output
+        return self.visual(pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw).pooler_output
 
     def forward(
         self,
@@ -214,15 +202,9 @@ class CasaModel(CasaPreTrainedModel):
         Raises:
             InputError: Images, insertion points and rows do not fit together.
         """
-        self._check_images(
-            input_ids, pixel_values, image_grid_thw, insertion_points, image_rows, image_embeds
-        )
+        self._check_images(input_ids, pixel_values, image_grid_thw, insertion_points, image_rows, image_embeds)
         cache, (num_rows, num_tokens) = past_key_values, input_ids.shape
-        mask = (
-            torch.ones_like(input_ids)
-            if attention_mask is None
-            else attention_mask[:, -num_tokens:].long()
-        )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -num_tokens:].long()
         seen = 0 if cache is None or cache.key_positions is None else cache.num_tokens()[:, None]
         positions = torch.where(mask > 0, mask.cumsum(dim=1) - 1 + seen, -1)
         key_positions = positions if cache is None else cache.append_positions(positions)
@@ -255,22 +237,16 @@ class CasaModel(CasaPreTrainedModel):
                 image_rope = (
                     None
                     if images is None
-                    else _with_heads(
-                        axes_rotary_tables(windows.image_rope, inv_freq, mrope_section)
-                    )
+                    else _with_heads(axes_rotary_tables(windows.image_rope, inv_freq, mrope_section))
                 )
             text_rope = rotary_tables(positions.clamp(min=0), inv_freq)
         else:
             if image_embeds is not None:
                 where = (input_ids == self.config.image_token_id)[..., None].expand_as(x)
                 x = x.masked_scatter(where, image_embeds.to(x.dtype))
-            rope_positions = self._insertion_positions(
-                input_ids, mask, image_grid_thw, image_rows, cache
-            )
+            rope_positions = self._insertion_positions(input_ids, mask, image_grid_thw, image_rows, cache)
             text_rope = axes_rotary_tables(rope_positions, inv_freq, mrope_section)
-        inputs = LayerInputs(
-            _with_heads(text_rope), causal, windows, images, window_rope, image_rope, cache
-        )
+        inputs = LayerInputs(_with_heads(text_rope), causal, windows, images, window_rope, image_rope, cache)
         for layer in self.language_model.layers:
             x = layer(x, inputs)
         if cache is not None and windows is not None and windows.kept is not None:
@@ -286,14 +262,8 @@ class CasaModel(CasaPreTrainedModel):
         following = []
         for row, (ids, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool())):
             start = 0 if cache is None or cache.next_rope is None else int(cache.next_rope[row])
-            of_row = (
-                torch.zeros(0, 3, dtype=torch.long)
-                if grids is None
-                else grids.cpu()[image_rows.cpu() == row]
-            )
-            positions[:, row, real], after = insertion_positions(
-                ids[real].tolist(), of_row, self.config, start
-            )
+            of_row = torch.zeros(0, 3, dtype=torch.long) if grids is None else grids.cpu()[image_rows.cpu() == row]
+            positions[:, row, real], after = insertion_positions(ids[real].tolist(), of_row, self.config, start)
             following.append(after)
         if cache is not None:
             cache.next_rope = torch.tensor(following)
@@ -302,9 +272,7 @@ class CasaModel(CasaPreTrainedModel):
     def _check_images(self, input_ids, pixel_values, grids, points, rows, embeds) -> None:
         given = pixel_values is not None or embeds is not None
         if given != (grids is not None):
-            raise InputError(
-                "pixel_values (or image_embeds) and image_grid_thw must be given together."
-            )
+            raise InputError("pixel_values (or image_embeds) and image_grid_thw must be given together.")
         if not given:
             return
         if self.config.is_cross_attention and (points is None or len(points) != len(grids)):
@@ -313,9 +281,7 @@ class CasaModel(CasaPreTrainedModel):
                 "for each image (CasaProcessor returns them)."
             )
         if rows is None and input_ids.shape[0] > 1:
-            raise InputError(
-                f"images for a batch of {input_ids.shape[0]} rows need image_rows, the row of each image."
-            )
+            raise InputError(f"images for a batch of {input_ids.shape[0]} rows need image_rows, the row of each image.")
         if embeds is not None and len(embeds) != sum(
             image_token_counts(grids, self.config.vision_config.spatial_merge_size)
         ):
@@ -337,9 +303,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
     def __init__(self, config: CasaConfig) -> None:
         super().__init__(config)
         self.model = CasaModel(config)
-        self.lm_head = nn.Linear(
-            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
-        )
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -394,23 +358,17 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-            )
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, *args, **kwargs
-    ) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """GenerationMixin's hook for models with a cache of their own."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = CasaCache(self.config)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """GenerationMixin's hook: images go in with the prompt, once."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("past_key_values") is not None:
             for name in ("pixel_values", "image_grid_thw", "insertion_points", "image_rows"):
                 inputs.pop(name, None)

@@ -63,9 +63,7 @@ def _qwen(**fields: Any) -> CasaConfig:
         pad_token_id=151643,
     )
     shape = {"mrope_section": [16, 24, 24], "tie_word_embeddings": True, "image_rope": "grid"}
-    return CasaConfig(
-        text_config=text, vision_config=dict(QWEN_VISION), **(QWEN_IDS | shape | fields)
-    )
+    return CasaConfig(text_config=text, vision_config=dict(QWEN_VISION), **(QWEN_IDS | shape | fields))
 
 
 TINY_TEXT = {
@@ -95,9 +93,7 @@ TINY_IDS = {"image_token_id": 381, "pre_image_tokens": [382], "post_image_tokens
 
 
 def _tiny_llama(**fields: Any) -> CasaConfig:
-    return CasaConfig(
-        text_config=LlamaConfig(**TINY_TEXT), vision_config=dict(TINY_VISION), **(TINY_IDS | fields)
-    )
+    return CasaConfig(text_config=LlamaConfig(**TINY_TEXT), vision_config=dict(TINY_VISION), **(TINY_IDS | fields))
 
 
 def _tiny_qwen(**fields: Any) -> CasaConfig:

@@ -78,54 +78,42 @@ class CasaProcessor(ProcessorMixin):
 
         Returns:
             input_ids and attention_mask int64 (B, T); with images also pixel_values float32 (P, 1176),
-            image_grid_thw int64 (I, 3) and, for the CA fusions, insertion_points and image_rows int64 (I,).
+            image_grid_thw int64 (I, 3), image_rows int64 (I,) and, for the CA fusions, insertion_points
+            int64 (I,).
 
         Raises:
             InputError: Markers and images differ in number, or an image cannot be resized.
         """
         if videos is not None or audio is not None:
-            raise InputError(
-                "got a video or audio; expected text and images only: pass video frames as images."
-            )
+            raise InputError("got a video or audio; expected text and images only: pass video frames as images.")
         if return_tensors != "pt" or not padding:
             raise InputError(
                 f"return_tensors is {return_tensors!r}, padding {padding}; only 'pt' and True are supported."
             )
         texts = [text] if isinstance(text, str) else list(text or [])
         flat = _flatten(images)
-        prompts = [
-            self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
-            for prompt in texts
-        ]
+        prompts = [self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in texts]
         self.check_counts(sum(ids.count(self.image_token_id) for ids in prompts), len(flat))
         vision = self.process_images(flat) if flat else {}
+        if flat:
+            rows = [row for row, ids in enumerate(prompts) for _ in range(ids.count(self.image_token_id))]
+            vision["image_rows"] = torch.tensor(rows)
         if self.fusion == "insertion":
             counts = iter(self.num_image_tokens(vision["image_grid_thw"]) if flat else ())
             prompts = [self._expand(ids, counts) for ids in prompts]
             return BatchFeature(_left_padded(prompts, self._pad_id()) | vision)
-        streams, points, rows = [], [], []
-        for row, ids in enumerate(prompts):
-            stream, insertion_points = split_image_markers(ids, self.image_token_id)
-            streams.append(stream)
-            points.append(insertion_points)
-            rows += [row] * len(insertion_points)
-        batch = _left_padded(streams, self._pad_id())
+        split = [split_image_markers(ids, self.image_token_id) for ids in prompts]
+        batch = _left_padded([stream for stream, _ in split], self._pad_id())
         if flat:
             length = batch["input_ids"].shape[1]
-            shifted = [
-                point + length - len(stream)
-                for stream, of_row in zip(streams, points)
-                for point in of_row
-            ]
-            vision |= {"insertion_points": torch.tensor(shifted), "image_rows": torch.tensor(rows)}
+            points = [point + length - len(stream) for stream, of_row in split for point in of_row]
+            vision["insertion_points"] = torch.tensor(points)
         return BatchFeature(batch | vision)
 
     def process_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Resizes and cuts images: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3)."""
         for index, image in enumerate(images):
-            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(
-                image.size
-            ):
+            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise InputError(
                     f"image {index} is {image.size[0]}x{image.size[1]} px; expected sides of a ratio up to "
                     f"{MAX_ASPECT_RATIO}: crop or pad it."
@@ -147,9 +135,7 @@ class CasaProcessor(ProcessorMixin):
 
     def _expand(self, ids: list[int], counts: Any) -> list[int]:
         return [
-            token
-            for token_id in ids
-            for token in [token_id] * (next(counts) if token_id == self.image_token_id else 1)
+            token for token_id in ids for token in [token_id] * (next(counts) if token_id == self.image_token_id else 1)
         ]
 
     def _pad_id(self) -> int:

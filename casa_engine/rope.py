@@ -52,9 +52,7 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     return _tables(positions[..., None].float() * inv_freq)
 
 
-def axes_rotary_tables(
-    positions: Tensor, inv_freq: Tensor, mrope_section: list[int] | None
-) -> tuple[Tensor, Tensor]:
+def axes_rotary_tables(positions: Tensor, inv_freq: Tensor, mrope_section: list[int] | None) -> tuple[Tensor, Tensor]:
     """The same for positions on three axes.
 
     Args:
@@ -82,9 +80,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def insertion_positions(
-    token_ids: list[int], grids: Tensor, config: CasaConfig, start: int = 0
-) -> tuple[Tensor, int]:
+def insertion_positions(token_ids: list[int], grids: Tensor, config: CasaConfig, start: int = 0) -> tuple[Tensor, int]:
     """Rotary positions of a stream with image tokens in it.
 
     Without M-RoPE positions just count. With it an image's tokens stand at (t, t + row, t + column) and the text goes
@@ -113,9 +109,7 @@ def insertion_positions(
     if config.mrope_section is None:
         return torch.arange(start, start + len(token_ids)).expand(3, -1), start + len(token_ids)
     pieces, images = [], iter(range(len(counts)))
-    for is_image, run in itertools.groupby(
-        token_ids, lambda token_id: token_id == config.image_token_id
-    ):
+    for is_image, run in itertools.groupby(token_ids, lambda token_id: token_id == config.image_token_id):
         left = len(list(run))
         while left:
             if is_image:

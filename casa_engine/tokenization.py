@@ -33,14 +33,10 @@ def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:
     """
     end = config.text_config.eos_token_id if isinstance(config.text_config.eos_token_id, int) else 1
     special = {TURN_END: end, IMAGE: config.image_token_id}
-    special |= dict(zip((IMAGE_START,), config.pre_image_tokens)) | dict(
-        zip((IMAGE_END,), config.post_image_tokens)
-    )
+    special |= dict(zip((IMAGE_START,), config.pre_image_tokens)) | dict(zip((IMAGE_END,), config.post_image_tokens))
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: FIRST_BYTE_ID + index for index, symbol in enumerate(symbols)}
-    free = (
-        token_id for token_id in range(FIRST_BYTE_ID + len(symbols), config.text_config.vocab_size)
-    )
+    free = (token_id for token_id in range(FIRST_BYTE_ID + len(symbols), config.text_config.vocab_size))
     taken = set(special.values())
     for token in (END_OF_TEXT, TURN_START, IMAGE_START, IMAGE_END):
         if token not in special:
@@ -48,9 +44,7 @@ def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE(vocab=vocab | special, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,

@@ -78,9 +78,7 @@ def build_window_batch(
         InputError: Insertion points that do not ascend or lie outside the row.
     """
     device, (num_rows, num_tokens) = positions.device, positions.shape
-    counts = (
-        [] if grids is None else image_token_counts(grids, config.vision_config.spatial_merge_size)
-    )
+    counts = [] if grids is None else image_token_counts(grids, config.vision_config.spatial_merge_size)
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     rows_of_images = np.zeros(0, np.int64) if image_rows is None else image_rows.cpu().numpy()
     points = np.zeros(0, np.int64) if insertion_points is None else insertion_points.cpu().numpy()
@@ -97,12 +95,8 @@ def build_window_batch(
     for row in range(num_rows):
         images = np.flatnonzero(rows_of_images == row)
         real_before = np.concatenate(([0], np.cumsum(token_positions[row] >= 0)))
-        old_points = (
-            [] if cache is None or cache.insertion_points is None else cache.insertion_points[row]
-        )
-        row_points = np.array(
-            [*old_points, *(real_before[points[images]] + num_seen[row])], dtype=np.int64
-        )
+        old_points = [] if cache is None or cache.insertion_points is None else cache.insertion_points[row]
+        row_points = np.array([*old_points, *(real_before[points[images]] + num_seen[row])], dtype=np.int64)
         check_insertion_points(row_points)
 
         plan = plan_windows(token_positions[row].clip(min=0), row_points)
@@ -112,14 +106,10 @@ def build_window_batch(
         ends.append(plan.end_images)
 
         old_images = cache.token_images[row].cpu().numpy() if num_kept else np.zeros(0, np.int64)
-        new_images = np.repeat(
-            np.arange(len(images)) + len(old_points), [counts[image] for image in images]
-        )
+        new_images = np.repeat(np.arange(len(images)) + len(old_points), [counts[image] for image in images])
         token_images.append((old_images, new_images))
         gather.append(
-            np.concatenate(
-                [np.arange(offsets[i], offsets[i + 1]) for i in images] or [np.zeros(0, np.int64)]
-            )
+            np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in images] or [np.zeros(0, np.int64)])
         )
         ropes.append(
             torch.cat([image_positions(grids[i], config) for i in images], dim=1).numpy()
@@ -134,22 +124,16 @@ def build_window_batch(
         kept_points.append(row_points[first:end].tolist())
 
     new_tokens = _pad([new for _, new in token_images], -1, device)
-    all_images = torch.cat([_pad([old for old, _ in token_images], -1, device), new_tokens], dim=1)[
-        :, None
-    ]
+    all_images = torch.cat([_pad([old for old, _ in token_images], -1, device), new_tokens], dim=1)[:, None]
     real = (positions >= 0)[..., None]
-    first, end, start = (
-        torch.from_numpy(np.stack(each)).to(device)[..., None] for each in (firsts, ends, starts)
-    )
+    first, end, start = (torch.from_numpy(np.stack(each)).to(device)[..., None] for each in (firsts, ends, starts))
     keys = key_positions[:, None]
     return WindowBatch(
         relative=torch.from_numpy(np.stack(relative)).to(device),
         image_mask=real & (all_images >= first) & (all_images < end),
         text_mask=real & (keys >= start) & (keys <= positions[..., None]),
         gather=_pad(gather, -1, device),
-        image_rope=torch.stack(
-            [_pad([rope[axis] for rope in ropes], 0, device) for axis in range(3)]
-        ),
+        image_rope=torch.stack([_pad([rope[axis] for rope in ropes], 0, device) for axis in range(3)]),
         kept=_pad(kept, -1, device) if len(rows_of_images) else None,
         kept_images=_pad(kept_images, -1, device) if len(rows_of_images) else None,
         kept_points=kept_points,

@@ -44,9 +44,7 @@ def check_insertion_points(insertion_points: np.ndarray) -> None:
     """Raises InputError unless the points are non-negative and ascending."""
     points = np.asarray(insertion_points)
     if points.size and (points.min() < 0 or (np.diff(points) < 0).any()):
-        raise InputError(
-            f"insertion points are {points.tolist()}; expected ascending numbers from 0."
-        )
+        raise InputError(f"insertion points are {points.tolist()}; expected ascending numbers from 0.")
 
 
 def plan_windows(positions: np.ndarray, insertion_points: np.ndarray) -> WindowPlan:
@@ -62,9 +60,7 @@ def plan_windows(positions: np.ndarray, insertion_points: np.ndarray) -> WindowP
     points = np.asarray(insertion_points, dtype=np.int64)
     end_images = np.searchsorted(points, positions, side="right").astype(np.int64)
     starts = np.concatenate(([0], points))[end_images]
-    first_images = np.where(end_images > 0, np.searchsorted(points, starts, side="left"), 0).astype(
-        np.int64
-    )
+    first_images = np.where(end_images > 0, np.searchsorted(points, starts, side="left"), 0).astype(np.int64)
     return WindowPlan(starts, first_images, end_images)
 
 

@@ -1,0 +1,112 @@
+"""One pass against piece by piece, a row of a batch against the row alone, and what the cache keeps."""
+
+import pytest
+import torch
+
+from casa_engine.cache import CasaCache
+
+IDS = torch.randint(3, 300, (1, 14), generator=torch.Generator().manual_seed(3))
+MODELS = [
+    (preset, fields)
+    for preset in ("tiny-llama", "tiny-qwen")
+    for fields in (
+        {"fusion": "ca"},
+        {"fusion": "ca_tv"},
+        {"fusion": "ca_tv", "ca_weights": "shared"},
+        {"fusion": "ca_tv", "ca_placement": "replace", "ca_layers": [0]},
+    )
+]
+
+
+def feed(model, cache, ids, embeds=(), grids=(), points=()) -> torch.Tensor:
+    given = {}
+    if len(points):
+        given = {
+            "image_embeds": torch.cat(list(embeds)),
+            "image_grid_thw": torch.stack(list(grids)),
+            "insertion_points": torch.tensor(points),
+        }
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, **given).logits
+
+
+@pytest.mark.parametrize(("preset", "fields"), MODELS)
+def test_piece_by_piece_equals_one_pass(tiny, images, preset: str, fields: dict) -> None:
+    """Frame by frame and token by token: images at the start, inside, at the end of a piece, and adjacent."""
+    model = tiny(preset, **fields)
+    pixels, grids = images
+    with torch.no_grad():
+        embeds = model.model.encode_images(pixels, grids).split((grids.prod(-1) // 4).tolist())
+    whole = feed(model, CasaCache(model.config), IDS, embeds, grids, [3, 6, 6, 10])
+    cache = CasaCache(model.config)
+    pieces = [feed(model, cache, IDS[:, :3], embeds[:1], grids[:1], [3])]
+    pieces += [feed(model, cache, IDS[:, t : t + 1]) for t in range(3, 6)]
+    pieces += [feed(model, cache, IDS[:, 6:12], embeds[1:], grids[1:], [0, 0, 4])]
+    pieces += [feed(model, cache, IDS[:, t : t + 1]) for t in range(12, 14)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=2e-5)
+
+
+def test_only_the_last_window_is_kept(tiny, images) -> None:
+    model = tiny("tiny-qwen", fusion="ca_tv")
+    pixels, grids = images
+    with torch.no_grad():
+        embeds = model.model.encode_images(pixels, grids).split((grids.prod(-1) // 4).tolist())
+    cache = CasaCache(model.config)
+    for frame in range(12):
+        feed(model, cache, IDS[:, :2], embeds[frame % 4 : frame % 4 + 1], grids[frame % 4 : frame % 4 + 1], [0])
+        assert cache.window_keys[0].shape[2] == len(embeds[frame % 4])
+        assert cache.get_seq_length() == 2 * (frame + 1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("preset", "fields"), MODELS)
+def test_row_of_a_batch_equals_the_row_alone(tiny, images, preset: str, fields: dict, side: str) -> None:
+    """Rows of unequal length, with two images, one image and none; then one decode step of all."""
+    model = tiny(preset, **fields)
+    pixels, grids = images
+    with torch.no_grad():
+        embeds = model.model.encode_images(pixels, grids).split((grids.prod(-1) // 4).tolist())
+    rows = [(IDS[0, :11], [2, 7], [0, 1]), (IDS[0, 3:8], [1], [2]), (IDS[0, 5:14], [], [])]
+    length = max(len(ids) for ids, _, _ in rows)
+    batch, mask = torch.zeros(3, length, dtype=torch.long), torch.zeros(3, length, dtype=torch.long)
+    points, image_rows = [], []
+    for row, (ids, own, _) in enumerate(rows):
+        start = length - len(ids) if side == "left" else 0
+        batch[row, start : start + len(ids)], mask[row, start : start + len(ids)] = ids, 1
+        points += [point + start for point in own]
+        image_rows += [row] * len(own)
+    with torch.no_grad():
+        cache = CasaCache(model.config)
+        together = model(
+            batch,
+            image_embeds=torch.cat(embeds[:3]),
+            image_grid_thw=grids[:3],
+            insertion_points=torch.tensor(points),
+            image_rows=torch.tensor(image_rows),
+            attention_mask=mask,
+            past_key_values=cache,
+        ).logits
+        step = model(torch.full((3, 1), 42), past_key_values=cache).logits
+    for row, (ids, own, which) in enumerate(rows):
+        alone = CasaCache(model.config)
+        expected = feed(model, alone, ids[None], [embeds[i] for i in which], [grids[i] for i in which], own)
+        start = length - len(ids) if side == "left" else 0
+        torch.testing.assert_close(together[row, start : start + len(ids)], expected[0], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(step[row], feed(model, alone, torch.tensor([[42]]))[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("preset", ["tiny-llama", "tiny-qwen"])
+def test_insertion_piece_by_piece(tiny, images, preset: str) -> None:
+    model = tiny(preset, fusion="insertion")
+    image = model.config.image_token_id
+    pixels, grids = images
+    ids = torch.tensor([[5, 6, *[image] * 6, 7, *[image] * 6, *[image] * 5, 8, 9]])
+    with torch.no_grad():
+        whole = model(ids, pixel_values=pixels[:68], image_grid_thw=grids[:3]).logits
+        cache = CasaCache(model.config)
+        pieces = [
+            model(ids[:, :8], pixel_values=pixels[:24], image_grid_thw=grids[:1], past_key_values=cache).logits,
+            model(ids[:, 8:9], past_key_values=cache).logits,
+            model(ids[:, 9:], pixel_values=pixels[24:68], image_grid_thw=grids[1:3], past_key_values=cache).logits,
+        ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=2e-5)

@@ -1,0 +1,98 @@
+"""CasaProcessor: markers, insertion points, padding, refusals; generate on what it returns."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from casa_engine.checkpoints import write_random_checkpoint
+from casa_engine.errors import InputError
+from casa_engine.presets import preset_config
+
+
+def picture(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module", params=["ca", "ca_tv", "insertion"])
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    write_random_checkpoint(preset_config("tiny-qwen", fusion=request.param), folder)
+    return folder
+
+
+def user(*items) -> dict:
+    content = [
+        {"type": "text", "text": item} if isinstance(item, str) else {"type": "image", "image": item} for item in items
+    ]
+    return {"role": "user", "content": content}
+
+
+def prepare(processor, conversation):
+    return processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+
+
+def test_auto_classes_batch_and_generate(checkpoint) -> None:
+    """A batch of unequal conversations gives each the tokens it gets alone."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    conversations = [
+        [user(picture(56, 84), "What is this?")],
+        [user("Hello")],
+        [user(picture(28, 28)), {"role": "assistant", "content": "a"}, user("and", picture(61, 50), picture(50, 61))],
+    ]
+    batch = prepare(processor, conversations)
+    together = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    for row, conversation in enumerate(conversations):
+        inputs = prepare(processor, conversation)
+        alone = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        assert together[row, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
+def test_stream_has_no_trace_of_the_image(checkpoint) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    ids = prepare(processor, [user("a", picture(56, 84), "b")])
+    marker = processor.image_token_id
+    if processor.fusion == "insertion":
+        assert ids["input_ids"].eq(marker).sum() == 6
+        assert "insertion_points" not in ids
+    else:
+        stream = ids["input_ids"][0].tolist()
+        assert marker not in stream
+        point = int(ids["insertion_points"][0])
+        assert processor.tokenizer.decode(stream[point]) == "<|vision_end|>"
+        assert processor.tokenizer.decode(stream[point - 1]) == "<|vision_start|>"
+
+
+def test_marker_in_text_is_refused(checkpoint) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    with pytest.raises(InputError, match="2 image markers and 1 images"):
+        prepare(processor, [user("<|image_pad|>", picture(28, 28))])
+
+
+def test_extreme_sides_are_refused(checkpoint) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    with pytest.raises(InputError, match="1x5000 px"):
+        prepare(processor, [user(picture(1, 5000))])
+
+
+def test_unknown_role_is_refused(checkpoint) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    with pytest.raises(Exception, match="unknown role 'robot'; expected system, user or assistant"):
+        prepare(processor, [{"role": "robot", "content": "x"}])
+
+
+def test_video_is_refused(checkpoint) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    with pytest.raises(InputError, match="pass video frames as images"):
+        processor(text="x", videos=[torch.zeros(1)])
+
+
+def test_any_text_survives_the_byte_tokenizer(checkpoint) -> None:
+    tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+    text = "Grüße, 世界! \x00\t\n 🙂 <not a mark>"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
