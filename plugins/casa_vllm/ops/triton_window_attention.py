@@ -260,7 +260,7 @@ def triton_window_attention(
         *text_cache.stride()[:3],
         IMAGE_BLOCK=image_cache.shape[2], TEXT_BLOCK=text_cache.shape[2], HAS_TEXT=has_text,
         HEAD_DIM=head_dim, DIMS=dims, GROUP=group,
-        TILE_QUERIES=tile_queries, ROWS=rows, TILE_KEYS=64 if is_decode or dims <= 64 else 32,
+        TILE_QUERIES=tile_queries, ROWS=rows, TILE_KEYS=64 if dims <= 64 and query.element_size() == 2 else 32,
         SPLITS=splits, IS_DECODE=is_decode,
         # TF32 would cost float32 models the parity that they are run for.
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
