@@ -80,7 +80,8 @@ def check_tensors(folder: str | Path, config: CasaConfig) -> None:
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(
-            f"{folder} does not hold the model of its config.json: {shown}. Check that config and weights belong together."
+            f"{folder} does not hold the model of its config.json: {shown}. "
+            "Check that config and weights belong together."
         )
 
 

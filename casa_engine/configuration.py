@@ -5,7 +5,7 @@ Each decision that the paper (arXiv 2512.19535) leaves open is one field here or
 Helium-1 kind, `Qwen2Config` for models of the Qwen2.5-VL kind (qkv bias, M-RoPE through `mrope_section`).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -46,8 +46,8 @@ class CasaConfig(PreTrainedConfig):
     """
 
     model_type = "casa"
-    sub_configs = {"text_config": AutoConfig, "vision_config": Qwen2_5_VLVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": Qwen2_5_VLVisionConfig}
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -8,6 +8,7 @@ self-attention's projections (shared weights) and keys that no stock cache holds
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class CasaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _supports_sdpa = True
-    _no_split_modules = ["CasaDecoderLayer"]
+    _no_split_modules: ClassVar = ["CasaDecoderLayer"]
 
 
 class CasaModel(CasaPreTrainedModel):
@@ -156,9 +157,11 @@ class CasaModel(CasaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """transformers' accessor."""
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """transformers' accessor."""
         self.language_model.embed_tokens = value
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
@@ -203,7 +206,7 @@ class CasaModel(CasaPreTrainedModel):
             InputError: Images, insertion points and rows do not fit together.
         """
         self._check_images(input_ids, pixel_values, image_grid_thw, insertion_points, image_rows, image_embeds)
-        cache, (num_rows, num_tokens) = past_key_values, input_ids.shape
+        cache, num_tokens = past_key_values, input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -num_tokens:].long()
         seen = 0 if cache is None or cache.key_positions is None else cache.num_tokens()[:, None]
         positions = torch.where(mask > 0, mask.cumsum(dim=1) - 1 + seen, -1)
@@ -260,7 +263,7 @@ class CasaModel(CasaPreTrainedModel):
         """int64 (3, B, T) rotary positions of an insertion stream. Mutates `cache.next_rope`."""
         positions = torch.zeros(3, *input_ids.shape, dtype=torch.long)
         following = []
-        for row, (ids, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool())):
+        for row, (ids, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool(), strict=True)):
             start = 0 if cache is None or cache.next_rope is None else int(cache.next_rope[row])
             of_row = torch.zeros(0, 3, dtype=torch.long) if grids is None else grids.cpu()[image_rows.cpu() == row]
             positions[:, row, real], after = insertion_positions(ids[real].tolist(), of_row, self.config, start)
@@ -298,7 +301,7 @@ def _with_heads(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
     """CASA with its output layer; `generate` takes what `CasaProcessor` returns."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: CasaConfig) -> None:
         super().__init__(config)
@@ -307,12 +310,15 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """transformers' accessor."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """transformers' accessor."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
+        """transformers' accessor."""
         return self.lm_head
 
     def forward(

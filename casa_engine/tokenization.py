@@ -33,7 +33,8 @@ def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:
     """
     end = config.text_config.eos_token_id if isinstance(config.text_config.eos_token_id, int) else 1
     special = {TURN_END: end, IMAGE: config.image_token_id}
-    special |= dict(zip((IMAGE_START,), config.pre_image_tokens)) | dict(zip((IMAGE_END,), config.post_image_tokens))
+    special |= {IMAGE_START: token for token in config.pre_image_tokens[:1]}
+    special |= {IMAGE_END: token for token in config.post_image_tokens[:1]}
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: FIRST_BYTE_ID + index for index, symbol in enumerate(symbols)}
     free = (token_id for token_id in range(FIRST_BYTE_ID + len(symbols), config.text_config.vocab_size))

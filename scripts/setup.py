@@ -97,9 +97,7 @@ def is_current(wanted: str) -> bool:
 
 def run(*command: str | Path, **options) -> subprocess.CompletedProcess[str]:
     """Runs a command in the checkout; its output goes to the terminal unless captured."""
-    return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, text=True, check=False, **options
-    )
+    return subprocess.run([str(part) for part in command], cwd=ROOT, text=True, check=False, **options)
 
 
 def pip(*arguments: str, advice: str) -> None:

@@ -63,7 +63,7 @@ def test_no_folder_no_weights_other_model_damaged_file(copy, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         load_model(copy)
     (copy / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no \\*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
         load_model(copy)
     (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match="model_type 'llama'; expected 'casa'"):

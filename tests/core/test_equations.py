@@ -2,10 +2,11 @@
 
 import copy
 
-import equations
 import numpy as np
 import pytest
 import torch
+
+import equations
 
 IDS = torch.randint(3, 300, (1, 14), generator=torch.Generator().manual_seed(2))
 POINTS = {
