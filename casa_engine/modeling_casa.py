@@ -157,11 +157,11 @@ class CasaModel(CasaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """transformers' accessor."""
+        """Accessor that transformers calls."""
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """transformers' accessor."""
+        """Accessor that transformers calls."""
         self.language_model.embed_tokens = value
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
@@ -310,15 +310,15 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """transformers' accessor."""
+        """Accessor that transformers calls."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """transformers' accessor."""
+        """Accessor that transformers calls."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """transformers' accessor."""
+        """Accessor that transformers calls."""
         return self.lm_head
 
     def forward(

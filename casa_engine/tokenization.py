@@ -33,8 +33,9 @@ def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:
     """
     end = config.text_config.eos_token_id if isinstance(config.text_config.eos_token_id, int) else 1
     special = {TURN_END: end, IMAGE: config.image_token_id}
-    special |= {IMAGE_START: token for token in config.pre_image_tokens[:1]}
-    special |= {IMAGE_END: token for token in config.post_image_tokens[:1]}
+    for token, ids in ((IMAGE_START, config.pre_image_tokens), (IMAGE_END, config.post_image_tokens)):
+        if ids:
+            special[token] = ids[0]
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: FIRST_BYTE_ID + index for index, symbol in enumerate(symbols)}
     free = (token_id for token_id in range(FIRST_BYTE_ID + len(symbols), config.text_config.vocab_size))
