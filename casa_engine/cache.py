@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from casa_engine.configuration import CasaConfig
+from casa_engine.errors import InputError
 
 
 class CasaCache(DynamicCache):
@@ -40,6 +41,14 @@ class CasaCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of cached text positions, padding included (the same for all layers, replaced ones too)."""
         return 0 if self.key_positions is None else self.key_positions.shape[1]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuses beam search: rows of image windows cannot change places."""
+        raise InputError("beam search is not supported; use num_beams=1.")
+
+    def crop(self, max_length: int) -> None:
+        """Refuses to forget text: an earlier window's images may be gone already."""
+        raise InputError(f"the cache cannot be cropped to {max_length} tokens; start a new conversation.")
 
     def num_tokens(self) -> Tensor:
         """int64 (B,): text tokens seen by each row, padding excluded."""

@@ -372,6 +372,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = CasaCache(self.config)
 
+    @staticmethod
+    def _expand_inputs_for_generation(expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """GenerationMixin's hook for several answers to one prompt, which would repeat patches, not images."""
+        if expand_size != 1:
+            raise InputError(f"{expand_size} beams or answers for each prompt; repeat the prompt in the batch instead.")
+        return input_ids, model_kwargs
+
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """GenerationMixin's hook: images go in with the prompt, once."""
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)

@@ -96,3 +96,11 @@ def test_any_text_survives_the_byte_tokenizer(checkpoint) -> None:
     tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
     text = "Grüße, 世界! \x00\t\n 🙂 <not a mark>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_several_answers_to_one_prompt_are_refused(checkpoint, options: dict) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    with pytest.raises(InputError, match="repeat the prompt in the batch"):
+        model.generate(**prepare(processor, [user(picture(28, 28))]), max_new_tokens=2, **options)
