@@ -59,11 +59,11 @@ def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Path, bool]:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
     """Reads the command line, twice: the defaults hang on the checkpoint that it names.
 
     Returns:
-        The arguments for vLLM, the checkpoint and whether it is the embedded one.
+        The arguments for vLLM, and whether they name the embedded checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is not one.
@@ -79,7 +79,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Path, bool]:
     if embedded:
         argv = [str(checkpoint), *argv]
     args = build_parser(defaults).parse_args(["serve", *argv])
-    return guarded(args), checkpoint, embedded
+    return guarded(args), embedded
 
 
 def names_no_model(argv: list[str]) -> bool:
@@ -124,9 +124,18 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Runs the server until it is stopped; returns the exit status."""
+    """Entry point of the command; returns the exit status."""
+    return run(sys.argv[1:])
+
+
+def run(argv: list[str]) -> int:
+    """Runs the server until it is stopped; returns the exit status.
+
+    Args:
+        argv: The command line without the command's own name.
+    """
     try:
-        args, _, embedded = parse(sys.argv[1:])
+        args, embedded = parse(argv)
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,77 @@
+"""One real server for all tests of the endpoint, with a tiny random model."""
+
+import pytest
+
+from casa_engine.checkpoints import write_random_checkpoint
+from casa_engine.presets import preset_config
+from image_files import data_url, encoded, plain
+from serving_process import casa_serve
+
+MODEL = "tiny"
+IMAGE_LIMIT = 4
+MAX_MODEL_LEN = 1024
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny random model: it answers noise, but always the same noise."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    write_random_checkpoint(preset_config("tiny-qwen", fusion="ca_tv"), folder, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint, tmp_path_factory):
+    """`casa-serve`, which may download from this machine and from two private addresses' names."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    options = {
+        "--served-model-name": MODEL,
+        "--dtype": "float32",
+        "--max-model-len": MAX_MODEL_LEN,
+        "--limit-mm-per-prompt": json.dumps({"image": IMAGE_LIMIT}),
+        "--max-image-bytes": 2_000_000,
+        "--max-request-bytes": 12_000_000,
+    }
+    arguments = [part for option in options.items() for part in option]
+    domains = ["127.0.0.1", "10.0.0.1", "169.254.169.254"]
+    with casa_serve(
+        log, checkpoint, *arguments, "--allow-loopback-media", "--allowed-media-domains", *domains
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    """OpenAI's own client."""
+    return server.client()
+
+
+def image_part(url):
+    """Returns a message part with an image."""
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+@pytest.fixture(scope="session")
+def ask(client):
+    """Sends one user message of texts and image URLs; returns the completion."""
+
+    def send(*parts, **options):
+        content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
+        settings = {"model": MODEL, "max_tokens": 6, "temperature": 0.0} | options
+        extra = {"ignore_eos": True} | settings.pop("extra_body", {})
+        return client.chat.completions.create(
+            messages=[{"role": "user", "content": content}], extra_body=extra, **settings
+        )
+
+    return send
+
+
+@pytest.fixture(scope="session")
+def good_request(ask):
+    """Sends a good request with an image; its answer never changes while the server is well."""
+    url = data_url(encoded(plain(84, 56, "orange")))
+
+    def send():
+        return ask("Read the digits.", image_part(url)).choices[0].message.content
+
+    return send

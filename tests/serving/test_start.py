@@ -1,0 +1,112 @@
+"""`casa-serve` says in one sentence why it cannot start, and starts without images if told to."""
+
+import json
+import shutil
+import subprocess
+
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from casa_serving import cli
+from image_files import data_url, encoded, plain
+from serving_process import CASA_SERVE, casa_serve
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    """Returns a copy of the good checkpoint whose tensors have passed through a function."""
+
+    def copy(change):
+        folder = tmp_path / "broken"
+        shutil.copytree(checkpoint, folder)
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return copy
+
+
+NAME = "model.language_model.layers.1.mlp.down_proj.weight"
+
+
+def refused(capsys, *arguments):
+    """Runs casa-serve's main in this process, which must refuse; returns what it says."""
+    status = cli.run([str(argument) for argument in arguments])
+    said = capsys.readouterr().err
+    assert status == 1
+    assert said.startswith("casa-serve: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_a_missing_tensor(capsys, broken):
+    said = refused(capsys, broken(lambda weights: weights.pop(NAME)))
+    assert f"missing {NAME}" in said
+
+
+def test_an_extra_tensor(capsys, broken):
+    said = refused(capsys, broken(lambda weights: weights.update(surprise=torch.zeros(2))))
+    assert "unexpected surprise (2,)" in said
+
+
+def test_a_misshapen_tensor(capsys, broken):
+    said = refused(capsys, broken(lambda weights: weights.update({NAME: torch.zeros(3, 5)})))
+    assert f"{NAME} has shape (3, 5), expected (64, 128)" in said
+
+
+def test_a_damaged_weights_file(capsys, broken):
+    folder = broken(lambda weights: None)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "not a readable safetensors file" in refused(capsys, folder)
+
+
+def test_no_weights(capsys, broken):
+    folder = broken(lambda weights: None)
+    (folder / "model.safetensors").unlink()
+    assert "no *.safetensors file" in refused(capsys, folder)
+
+
+def test_another_kind_of_model(capsys, broken):
+    folder = broken(lambda weights: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert "model_type 'llama'" in refused(capsys, folder)
+
+
+def test_not_a_folder(capsys, checkpoint):
+    assert "is a file" in refused(capsys, checkpoint / "config.json")
+    assert "does not exist" in refused(capsys, "kyutai/CASA-Helium1-VL-2B")
+    assert "no config.json" in refused(capsys, checkpoint.parent)
+
+
+def test_limits_that_make_no_sense(capsys, checkpoint):
+    assert "--max-image-pixels must be" in refused(capsys, checkpoint, "--max-image-pixels", 0)
+    said = refused(capsys, checkpoint, "--media-io-kwargs", '{"image": {"image_mode": "L"}}')
+    assert "--help=CASA" in said
+
+
+def test_the_command_itself_exits_with_the_sentence(tmp_path):
+    run = subprocess.run([CASA_SERVE, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "has no config.json" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.vllm
+def test_a_server_that_takes_no_images(checkpoint, tmp_path):
+    limit = ["--limit-mm-per-prompt", '{"image": 0}', "--dtype", "float32", "--max-model-len", "256"]
+    with casa_serve(tmp_path / "log.txt", checkpoint, *limit) as server:
+        client = server.client()
+        model = client.models.list().data[0].id
+        image = {"type": "image_url", "image_url": {"url": data_url(encoded(plain()))}}
+        text = {"type": "text", "text": "Read."}
+        with pytest.raises(openai.BadRequestError, match="At most 0 image"):
+            client.chat.completions.create(model=model, messages=[{"role": "user", "content": [text, image]}])
+        answer = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": [text]}], max_tokens=3
+        )
+        assert answer.choices[0].message.role == "assistant"

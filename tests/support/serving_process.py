@@ -1,0 +1,109 @@
+"""Starts the real `casa-serve` in a process of its own and stops it again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import OpenAI
+
+CASA_SERVE = Path(sys.executable).parent / "casa-serve"
+START_TIMEOUT_S = 240
+# Small and quiet: tests share the machine with each other, and look nothing up outside it.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "NO_PROXY": "*",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        url: Its address without a path.
+        log: File with everything it printed.
+    """
+
+    url: str
+    log: Path
+
+    def client(self) -> OpenAI:
+        """Returns OpenAI's own client for it, without retries that would hide an error."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def get(self, path: str) -> str:
+        """Returns the body of a GET request that must succeed."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
+            return answer.read().decode()
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def casa_serve(log: Path, *arguments: str | Path) -> Iterator[Server]:
+    """Runs `casa-serve` until the body is done; its whole process group ends with it.
+
+    Args:
+        log: Where its output goes.
+        *arguments: Its command line, without host and port.
+    """
+    port = free_port()
+    command = [CASA_SERVE, *arguments, "--host", "127.0.0.1", "--port", port]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        wait_until_healthy(server, process)
+        yield server
+    finally:
+        stop(process)
+
+
+def wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
+    """Waits for `/health`; fails with the end of the log if the server ends or hangs."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            server.get("/health")
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-40:])
+    raise RuntimeError(f"casa-serve did not start (exit status {process.poll()}):\n{tail}")
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Asks the server to end, then ends what is left of its process group."""
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # Everything has ended by itself, as it should.
+    process.wait()
