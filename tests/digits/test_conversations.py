@@ -1,0 +1,94 @@
+"""What training learns from: only answers, spelled as the processor spells them, by the rule of the stream."""
+
+import numpy as np
+import pytest
+import torch
+
+from casa_engine.digits.conversations import IGNORED, Writer, collate
+from casa_engine.digits.data import Grid
+from casa_engine.digits.frames import FramePool
+from casa_engine.digits.model import MAX_POSITIONS, build_processor
+from casa_engine.digits.tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(MAX_POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two families of four scenes in two takes each, without real images."""
+    texts = [text for text in ("3", "3 1", "3 1 4", "3 1", "9", "8 8", "9", "1 2 3 4") for _ in range(2)]
+    return FramePool([torch.zeros(2, 128)] * len(texts), [Grid(1, 2)] * len(texts), texts)
+
+
+@pytest.mark.parametrize("kind", ["chat", "memory"])
+def test_only_answers_and_their_end_are_learned(tokenizer, pool, kind):
+    writer = Writer(tokenizer, np.random.default_rng(0))
+    for _ in range(100):
+        talk = getattr(writer, kind)(pool)
+        assert all(label in (IGNORED, token) for token, label in zip(talk.ids, talk.labels, strict=True))
+        text = tokenizer.decode(talk.ids)
+        learned = tokenizer.decode([label for label in talk.labels if label != IGNORED])
+        answers = [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>assistant\n")[1:]]
+        if kind == "chat":
+            assert learned == "".join(f"{answer}<|im_end|>" for answer in answers)
+        else:
+            assert learned.endswith("<|im_end|>") and set(learned.split("<|im_end|>")[:-1]) <= set(answers)
+
+
+def test_chats_are_spelled_as_the_processor_spells_them(tokenizer, pool):
+    processor = build_processor(tokenizer)
+    writer = Writer(tokenizer, np.random.default_rng(1))
+    for _ in range(100):
+        talk = writer.chat(pool)
+        assert tokenizer(tokenizer.decode(talk.ids))["input_ids"] == talk.ids
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read the digits."}]},
+        {"role": "assistant", "content": "3 1"},
+    ]
+    assert processor.apply_chat_template(messages) == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Read the digits.<|im_end|>\n"
+        "<|im_start|>assistant\n3 1<|im_end|>\n"
+    )
+
+
+def test_images_stand_between_their_delimiters(tokenizer, pool):
+    writer = Writer(tokenizer, np.random.default_rng(2))
+    start, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+    for talk in (writer.chat(pool), writer.memory(pool), writer.stream(pool, 200)):
+        assert all(talk.ids[point - 1] == start and talk.ids[point] == end for point in talk.points)
+        assert talk.points == sorted(talk.points) and len(talk.points) == len(talk.images)
+
+
+def test_a_stream_says_digits_that_differ_from_the_last_said_and_nothing_else(tokenizer, pool):
+    writer = Writer(tokenizer, np.random.default_rng(3))
+    start, end, stop = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|im_end|>"])
+    num_learned = num_silent = 0
+    for _ in range(100):
+        talk = writer.stream(pool, 300)
+        shown = dict(zip(talk.points, talk.images, strict=True))
+        said = None
+        for place in [place for place, token in enumerate(talk.ids) if token == end]:
+            stop_place = talk.ids.index(stop, place)
+            caption = tokenizer.decode(talk.ids[place + 1 : stop_place])
+            if talk.labels[stop_place] != IGNORED:
+                truth = pool.texts[shown[place]]
+                assert caption == ("" if truth == said else truth)
+                assert talk.labels[place + 1 : stop_place + 1] == talk.ids[place + 1 : stop_place + 1]
+                num_learned, num_silent = num_learned + 1, num_silent + (caption == "")
+            said = caption or said
+        assert start in talk.ids
+    assert num_learned > 1000 and num_silent > 300
+
+
+def test_a_collated_batch_is_padded_and_lists_images_by_row(tokenizer, pool):
+    writer = Writer(tokenizer, np.random.default_rng(4))
+    talks = [writer.chat(pool) for _ in range(5)]
+    batch = collate(talks, pool, merge_size=2, pad_id=0)
+    assert batch["input_ids"].shape == batch["labels"].shape == (5, max(len(talk.ids) for talk in talks))
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(talk.ids) for talk in talks]
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+    assert batch["image_rows"].tolist() == [row for row, talk in enumerate(talks) for _ in talk.images]
+    assert len(batch["image_embeds"]) == int(batch["image_grid_thw"].prod(dim=1).sum()) // 4
