@@ -1,0 +1,27 @@
+"""casa_vllm: CASA models in vLLM, out of tree.
+
+Installing the distribution is enough: vLLM calls `register` (entry point group
+`vllm.general_plugins`) in every process, and finds the architecture by the checkpoint's config.
+
+    prompt -> processing.py: markers out of the stream, images attached to text positions
+           -> scheduler.py, residency.py, image_manager.py: pages of images, shared by content
+           -> v1_runner.py (CPU) or v2_model_state.py (GPU): encode images, write their K/V
+           -> model.py, cross_attention.py, ops/: self-attention + window attention
+"""
+
+ARCHITECTURE = "CasaForConditionalGeneration"
+MODELS = ((ARCHITECTURE, "casa_vllm.model:CasaForConditionalGeneration"),)
+
+
+def register() -> None:
+    """Makes vLLM know CASA: configuration, architecture and config hook. Safe to call twice."""
+    import casa_engine  # noqa: F401 (teaches transformers' AutoConfig the model_type "casa")
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from casa_vllm.config_hook import CasaConfigHook
+
+    for architecture, path in MODELS:
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, path)
+        MODELS_CONFIG_MAP.setdefault(architecture, CasaConfigHook)

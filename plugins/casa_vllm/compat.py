@@ -1,0 +1,68 @@
+"""What differs between the vLLM versions that the plugin supports, in one place."""
+
+from typing import TYPE_CHECKING
+
+import vllm
+from packaging.version import Version
+from vllm.multimodal.utils import get_mm_features_in_window
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    generate_block_hash_extra_keys,
+    hash_block_tokens,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig
+    from vllm.v1.request import Request
+
+OLDEST, NEWEST = Version("0.29.0"), Version("0.32.0")
+VERSION = Version(Version(vllm.__version__).base_version)
+HAS_DUPLICATE_INPUTS = VERSION >= Version("0.32.0")
+# 0.29.0 forgets all but the last image when it hashes a block that generated tokens or a
+# session's next chunk complete: two texts with different images would share the block.
+HASHES_LAST_IMAGE_ONLY = VERSION < Version("0.32.0")
+
+
+def check_version() -> None:
+    """Raises RuntimeError for a vLLM that the plugin was never run with."""
+    if not OLDEST <= VERSION <= NEWEST:
+        raise RuntimeError(
+            f"vLLM is {vllm.__version__}; casa_vllm works with {OLDEST} to {NEWEST}. "
+            "Install one of these, or a newer casa-engine."
+        )
+
+
+def encoder_schedule(images: list[int], num_new_tokens: int, budget: int) -> tuple:
+    """What `Scheduler._try_schedule_encoder_inputs` returns.
+
+    0.29: images, tokens, budget, external loads. 0.32 adds duplicates of scheduled images, which
+    the image rows resolve by themselves.
+    """
+    extra = ([], []) if HAS_DUPLICATE_INPUTS else ([],)
+    return (images, num_new_tokens, budget, *extra)
+
+
+def hash_all_images(request: "Request", block_size: int, cache_config: "CacheConfig") -> None:
+    """Gives the request a block hasher that sees every image of a block.
+
+    Mutates:
+        `request._block_hasher`, on versions whose own forgets images.
+    """
+    if not HASHES_LAST_IMAGE_ONLY or request._block_hasher is None:
+        return
+    hash_fn = get_hash_fn_by_name(cache_config.prefix_caching_hash_algo)
+
+    def new_block_hashes(request: "Request") -> list[BlockHash]:
+        hashes = list(request.block_hashes)
+        num_old = len(hashes)
+        for start in range(num_old * block_size, request.num_tokens - block_size + 1, block_size):
+            end = start + block_size
+            first_image, _ = get_mm_features_in_window(request.mm_features, start, end)
+            extra_keys, _ = generate_block_hash_extra_keys(request, start, end, first_image)
+            tokens = request.all_token_ids[start:end]
+            parent = hashes[-1] if hashes else None
+            hashes.append(hash_block_tokens(hash_fn, parent, tokens, extra_keys))
+        return hashes[num_old:]
+
+    request._block_hasher = new_block_hashes

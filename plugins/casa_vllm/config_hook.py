@@ -1,0 +1,83 @@
+"""What a CASA model changes in vLLM's configuration, and what it refuses."""
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from casa_engine.configuration import CasaConfig
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+
+class CasaConfigHook(VerifyAndUpdateConfig):
+    """vLLM calls these for the architecture, before the engine starts."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Insertion on M-RoPE backbones: vLLM finds M-RoPE by the text config's rope parameters."""
+        config: CasaConfig = model_config.hf_config
+        if not config.is_cross_attention and config.mrope_section is not None:
+            config.text_config.rope_parameters["mrope_section"] = list(config.mrope_section)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Scheduler, worker and caches of the CA fusions.
+
+        Raises:
+            ValueError: An option that CASA models cannot work with.
+        """
+        from casa_vllm.compat import check_version
+
+        check_version()
+        config: CasaConfig = vllm_config.model_config.hf_config
+        if not config.is_cross_attention:
+            return
+        _refuse(vllm_config)
+        from casa_vllm.image_cache_spec import register_image_cache
+
+        register_image_cache()
+        vllm_config.scheduler_config.scheduler_cls = "casa_vllm.scheduler.create_scheduler"
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
+        vllm_config.ec_manager_config.encoder_cache_manager_cls = (
+            "casa_vllm.residency.ImageResidency"
+        )
+        config.vllm_encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        if current_platform.is_cpu():
+            vllm_config.parallel_config.worker_cls = "casa_vllm.v1_runner.CasaCPUWorker"
+
+
+def _refuse(vllm_config: "VllmConfig") -> None:
+    parallel = vllm_config.parallel_config
+    refused = {
+        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
+        "context parallelism": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "microbatching (--enable-dbo)": parallel.enable_dbo,
+        "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        "encoder connectors (--ec-transfer-config)": vllm_config.ec_transfer_config is not None,
+        "--disable-hybrid-kv-cache-manager": (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True
+        ),
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "a quantised KV cache (--kv-cache-dtype)": (
+            vllm_config.cache_config.cache_dtype
+            not in ("auto", "float16", "bfloat16", "float32")
+        ),
+        "another scheduler (--scheduler-cls)": (
+            vllm_config.scheduler_config.scheduler_cls is not None
+        ),
+        "Model Runner V1 on a GPU (VLLM_USE_V2_MODEL_RUNNER=0)": (
+            not current_platform.is_cpu() and not vllm_config.use_v2_model_runner
+        ),
+    }
+    found = [name for name, is_set in refused.items() if is_set]
+    if found:
+        fusion = vllm_config.model_config.hf_config.fusion
+        raise ValueError(
+            f"fusion {fusion!r} does not work with {', '.join(found)}: images live in KV-cache "
+            "pages of their own. Start without, or use an `insertion` checkpoint."
+        )

@@ -1,0 +1,300 @@
+"""CA layers in vLLM: their caches, and the operator that runs them inside a compiled model.
+
+A CA layer has a page of image keys and values for every page of the image group and, for `ca_tv`,
+a second cache of its window-relative text keys that joins vLLM's text groups, so that prefix
+caching and preemption of text come free. The whole layer (projections, rotation, attention) is
+one opaque operator, so that a step without an image can skip all of it for `ca`.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.triton_utils import HAS_TRITON
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from casa_engine.configuration import CasaConfig
+from casa_engine.rope import rotate
+from casa_vllm.image_cache_spec import ImageCacheSpec, ImageLimits
+from casa_vllm.ops import WindowAttentionMetadata, window_attention, write_pages
+
+
+@dataclass
+class CasaAttentionMetadata:
+    """What a CA layer reads from the forward context, under its image cache's layer name.
+
+    Attributes:
+        windows: Segments of the step.
+        relative_positions: (T or more,) int64, position of each token counted from the start of
+            its window; None for `ca`, which has no rotary embedding.
+    """
+
+    windows: WindowAttentionMetadata
+    relative_positions: torch.Tensor | None
+
+
+class GroupMetadataBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
+    """Hands vLLM's per-group metadata on; the runner builds CA's own from it."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CommonAttentionMetadata:
+        """The group's block table and slot mapping."""
+        return common_attn_metadata
+
+
+class CasaCacheBackend(AttentionBackend):
+    """Declares the caches of CA layers to vLLM; the attention itself is in `CrossAttention`."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012 (vLLM's)
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CASA"
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        raise NotImplementedError("CA layers run through casa_vllm.cross_attention, not an impl.")
+
+    @staticmethod
+    def get_builder_cls() -> type[GroupMetadataBuilder]:
+        return GroupMetadataBuilder
+
+
+class CacheLayer(nn.Module, AttentionLayerBase):
+    """A KV cache that vLLM allocates and binds, (blocks, Hkv, block size, 2 D).
+
+    Args:
+        vllm_config: The engine's configuration; the layer registers itself there.
+        layer_name: Its name in vLLM's forward context and KV-cache groups.
+        num_kv_heads: Hkv on this rank.
+        head_size: D.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, layer_name: str, num_kv_heads: int, head_size: int
+    ) -> None:
+        super().__init__()
+        self.layer_name = layer_name
+        self.num_kv_heads, self.head_size = num_kv_heads, head_size
+        self.kv_cache = torch.tensor([])
+        layers = vllm_config.compilation_config.static_forward_context
+        if layer_name in layers:
+            raise ValueError(f"two layers are named {layer_name!r}; expected different prefixes.")
+        layers[layer_name] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return CasaCacheBackend
+
+    def _spec_fields(self, vllm_config: VllmConfig) -> dict[str, Any]:
+        return {
+            "block_size": vllm_config.cache_config.block_size,
+            "num_kv_heads": self.num_kv_heads,
+            "head_size": self.head_size,
+            "dtype": vllm_config.model_config.dtype,
+        }
+
+
+class TextCache(CacheLayer):
+    """Text keys of `ca_tv`, rotated relative to their window's start, and values."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return FullAttentionSpec(**self._spec_fields(vllm_config))
+
+
+class CrossAttention(CacheLayer):
+    """One CA layer; it is its own image cache.
+
+    Args:
+        config: The model's configuration.
+        vllm_config: The engine's configuration.
+        num_heads: H on this rank.
+        num_kv_heads: Hkv on this rank.
+        shared: Self-attention's (qkv_proj, o_proj) with shared weights, else None.
+        limits: How many images a request may hold.
+        rotary_emb: The backbone's rotary embedding for text.
+        inv_freq: float32 (D / 2,), the same for image keys.
+        prefix: Name of the layer.
+    """
+
+    def __init__(
+        self,
+        config: CasaConfig,
+        vllm_config: VllmConfig,
+        num_heads: int,
+        num_kv_heads: int,
+        shared: tuple[nn.Module, nn.Module] | None,
+        limits: ImageLimits,
+        rotary_emb: nn.Module,
+        inv_freq: torch.Tensor,
+        prefix: str,
+    ) -> None:
+        super().__init__(vllm_config, prefix, num_kv_heads, config.head_dim)
+        self.config, self.limits = config, limits
+        self.scale = config.head_dim**-0.5
+        self.sees_text, self.is_shared = config.sees_window_text, shared is not None
+        self.sizes = [heads * self.head_size for heads in (num_heads, num_kv_heads, num_kv_heads)]
+        if shared is None:
+            qkv_proj, o_proj = own_projections(config, vllm_config, prefix)
+            self.qkv_proj, self.o_proj = qkv_proj, o_proj
+            shared = (qkv_proj, o_proj)
+        # A tuple, so that shared modules are not registered (and loaded) a second time.
+        self._projections = (*shared, rotary_emb)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.text_cache = None
+        if self.sees_text:
+            self.text_cache = TextCache(
+                vllm_config, f"{prefix}.text", num_kv_heads, config.head_dim
+            )
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return ImageCacheSpec(**self._spec_fields(vllm_config), **asdict(self.limits))
+
+    def forward(self, x: torch.Tensor, hidden_size: int) -> torch.Tensor:
+        """CA's contribution to the residual stream, not yet summed over ranks.
+
+        Args:
+            x: (T, C) normed hidden states, or with shared weights their (T, (H + 2 Hkv) D)
+                projections before rotation.
+            hidden_size: C.
+
+        Returns:
+            (T, C).
+        """
+        output = x.new_empty(x.shape[0], hidden_size)
+        torch.ops.vllm.casa_cross_attention(x, output, self.layer_name)
+        return output
+
+    def attend(self, x: torch.Tensor, output: torch.Tensor, metadata: Any) -> None:
+        """The operator's body. Mutates `output` and the text cache."""
+        if metadata is None or not (self.sees_text or metadata.windows.has_image):
+            output.zero_()
+            return
+        qkv_proj, o_proj, rotary_emb = self._projections
+        windows = metadata.windows
+        query, key, value = (x if self.is_shared else qkv_proj(x)[0]).split(self.sizes, dim=-1)
+        query = query.contiguous()
+        if self.sees_text:
+            # Copies: self-attention rotates the same projections in place by other positions.
+            query, key = rotary_emb(
+                metadata.relative_positions[: len(x)], query.clone(), key.clone()
+            )
+            write_pages(
+                self._heads(key),
+                self._heads(value),
+                self.text_cache.kv_cache,
+                windows.text_slot_mapping,
+                use_triton=HAS_TRITON,
+            )
+        query = self._heads(query)
+        attended = torch.zeros_like(query)
+        window_attention(
+            query,
+            self.kv_cache,
+            self.text_cache.kv_cache if self.sees_text else None,
+            windows,
+            self.scale,
+            attended,
+            use_triton=HAS_TRITON,
+        )
+        result = o_proj(attended.flatten(1))[0]
+        if self.config.output_bias and not self.sees_text:
+            # Without an image CA contributes exactly zero, not the projection's bias.
+            lengths = windows.query_start_loc.diff()
+            has_image = torch.repeat_interleave(windows.num_image_pages > 0, lengths)
+            result[: len(has_image)] *= has_image[:, None]
+        output.copy_(result)
+
+    def write_images(
+        self,
+        images: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        slots: torch.Tensor,
+    ) -> None:
+        """Computes keys and values of image tokens and writes them into their pages.
+
+        Args:
+            images: (N, C) vision output, normed where the configuration says so.
+            rope: cos, sin (N, D) of the image tokens; None for `ca`.
+            slots: (N,) int64 cache slots.
+
+        Mutates:
+            The image cache.
+        """
+        _, key, value = self._projections[0](images)[0].split(self.sizes, dim=-1)
+        key, value = self._heads(key), self._heads(value)
+        if rope is not None:
+            key = rotate(key, rope[0][:, None], rope[1][:, None])
+        write_pages(key, value, self.kv_cache, slots, use_triton=HAS_TRITON)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_size))
+
+
+def own_projections(
+    config: CasaConfig, vllm_config: VllmConfig, prefix: str
+) -> tuple[QKVParallelLinear, RowParallelLinear]:
+    """Query/key/value and output projection of one attention layer (self-attention's or CA's).
+
+    The output is summed over ranks by the caller, once for both attentions; a bias has to be
+    added before that and forbids it.
+    """
+    text, quant_config = config.text_config, vllm_config.quant_config
+    qkv_proj = QKVParallelLinear(
+        text.hidden_size,
+        config.head_dim,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        bias=config.qkv_bias,
+        quant_config=quant_config,
+        prefix=f"{prefix}.qkv_proj",
+    )
+    o_proj = RowParallelLinear(
+        text.num_attention_heads * config.head_dim,
+        text.hidden_size,
+        bias=config.output_bias,
+        reduce_results=config.output_bias,
+        quant_config=quant_config,
+        prefix=f"{prefix}.o_proj",
+    )
+    return qkv_proj, o_proj
+
+
+def _casa_cross_attention(x: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+    context = get_forward_context()
+    metadata = context.attn_metadata
+    layer = context.no_compile_layers[layer_name]
+    layer.attend(x, output, metadata.get(layer_name) if metadata else None)
+
+
+def _casa_cross_attention_fake(x: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+    return
+
+
+direct_register_custom_op(
+    op_name="casa_cross_attention",
+    op_func=_casa_cross_attention,
+    mutates_args=["output"],
+    fake_impl=_casa_cross_attention_fake,
+)

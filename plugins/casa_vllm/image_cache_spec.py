@@ -1,0 +1,89 @@
+"""The KV-cache group of images: what a page costs and how many a request may hold."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import CircularBufferSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# An image of one token still takes a page; this bounds the pages of a window beside its tokens.
+MAX_IMAGES_PER_WINDOW = 16
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """How many images a prompt may bring.
+
+    Attributes:
+        step_tokens: Most image tokens that one step encodes (the encoder budget); also the most
+            that one window may hold.
+        max_prompt_tokens: Most image tokens in one prompt.
+        max_prompt_images: Most images in one prompt.
+    """
+
+    step_tokens: int
+    max_prompt_tokens: int
+    max_prompt_images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageCacheSpec(CircularBufferSpec):
+    """Cache of one CA layer's image keys and values, in pages of `block_size` image tokens.
+
+    Derived from vLLM's ring buffer for what that already means to it: not addressed by text
+    positions (no slot mapping), not looked up by text prefix.
+    The other attributes are those of `ImageLimits`.
+    """
+
+    step_tokens: int
+    max_prompt_tokens: int
+    max_prompt_images: int
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """Image pages are written by image, not by text position (read by vLLM 0.32)."""
+        return False
+
+    @property
+    def step_pages(self) -> int:
+        """Most pages that one step of one request opens; a whole window always fits."""
+        return cdiv(self.step_tokens, self.block_size) + MAX_IMAGES_PER_WINDOW
+
+    @property
+    def row_pages(self) -> int:
+        """Most pages in a request's row, dead ones included."""
+        return cdiv(self.max_prompt_tokens, self.block_size) + self.max_prompt_images
+
+    def max_held_pages(self, max_concurrent_batches: int) -> int:
+        """Most pages that a request holds: the last window and every step still in flight."""
+        return (max_concurrent_batches + 1) * self.step_pages
+
+    def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
+        """Bytes that one request may need; vLLM refuses to start below this."""
+        return self.max_held_pages(vllm_config.max_concurrent_batches) * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: "VllmConfig", max_len: int) -> int:
+        """Width of the worker's block table.
+
+        At least that of a text group: the V1 runner computes (and nobody reads) a slot mapping
+        for this group too, indexing the row by text position.
+        """
+        del vllm_config
+        return max(self.row_pages, cdiv(max_len, self.block_size))
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict) -> bool:
+        """Image layers form a group with image layers only."""
+        return all(isinstance(spec, ImageCacheSpec) for spec in kv_cache_specs.values())
+
+
+def register_image_cache() -> None:
+    """Registers spec and manager with vLLM. Safe to call twice."""
+    from casa_vllm.image_manager import ImageCacheManager
+
+    # Registering first would make vLLM believe that its own specs are registered already.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(ImageCacheSpec, ImageCacheManager, ImageCacheSpec)

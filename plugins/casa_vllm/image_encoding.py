@@ -1,0 +1,68 @@
+"""Encoding the images that a step needs, into the pages where its attention reads them.
+
+Knows no runner. Keys and values are computed and written eagerly, before the step's forward pass.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+
+@dataclass(frozen=True)
+class ImageToEncode:
+    """One image of a step.
+
+    Attributes:
+        data: The image's processed inputs (vLLM's `MultiModalKwargsItem`).
+        num_tokens: N.
+        pages: For each image group, the image's cache pages in order.
+    """
+
+    data: Any
+    num_tokens: int
+    pages: list[list[int]]
+
+
+def encode_images(
+    model: Any,
+    images: list[ImageToEncode],
+    block_sizes: list[int],
+    layer_groups: dict[str, int],
+    device: torch.device,
+) -> None:
+    """Runs the vision encoder once over all images and writes their pages.
+
+    Args:
+        model: The CASA model.
+        images: Images of the step.
+        block_sizes: Block size of each image group.
+        layer_groups: Image group of each CA layer, by the layer's name.
+        device: Where the model is.
+
+    Mutates:
+        The model's image caches.
+    """
+    items = [("image", image.data) for image in images]
+    start = 0
+    for _, num_items, inputs in group_and_batch_mm_kwargs(items, device=device):
+        batch = images[start : start + num_items]
+        start += num_items
+        encoded = torch.cat(list(model.embed_multimodal(**inputs)))
+        slots = [
+            torch.cat([_slots(image, group, size) for image in batch]).to(device)
+            for group, size in enumerate(block_sizes)
+        ]
+        model.write_images(
+            encoded,
+            inputs["image_grid_thw"],
+            {layer: slots[group] for layer, group in layer_groups.items()},
+        )
+
+
+def _slots(image: ImageToEncode, group: int, block_size: int) -> torch.Tensor:
+    """(N,) int64 cache slots of the image's tokens; an image starts at a page's beginning."""
+    pages = torch.tensor(image.pages[group], dtype=torch.int64)
+    slots = pages[:, None] * block_size + torch.arange(block_size)
+    return slots.flatten()[: image.num_tokens]

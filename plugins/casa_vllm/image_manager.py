@@ -1,0 +1,351 @@
+"""Which pages hold which image: the manager of the image group.
+
+A request's row is the pages of its images in order. Pages are taken when a window opens, found
+by content when any request showed the same image before, and given back when the window has
+passed; they then stay findable until something else needs the memory:
+
+    t   0 . . 4 . . . 9 . . .          row after token 9 is processed
+    image 0  |  1     |                [null null | b | c c c]       image 0 is released
+
+A page's key is its image's content, not its position: CA keys are rotated relative to the
+window's start, so an image's keys and values are the same wherever it stands.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    KVCacheBlock,
+    get_group_id,
+    make_block_hash_with_group_id,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request, RequestStatus
+
+from casa_vllm.image_cache_spec import ImageCacheSpec
+from casa_vllm.images import RequestImages
+
+
+@dataclass
+class ImageRow:
+    """Bookkeeping of a request's row of pages.
+
+    Attributes:
+        first_image: Image that the row starts with.
+        end_image: One past the last image in the row.
+        first_kept: First image of the row whose pages are not released.
+        starts: Index in the row of each of its images' first page, and the row's length.
+    """
+
+    first_image: int
+    end_image: int
+    first_kept: int
+    starts: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass
+class ImageCounters:
+    """Running totals since the engine started, for the metrics."""
+
+    pages_in_use: int = 0
+    pages_shared: int = 0
+    pages_released: int = 0
+    images_encoded: int = 0
+    images_reused: int = 0
+
+
+class ImageCacheManager(SingleTypeKVCacheManager):
+    """Allocates, shares and releases image pages of one KV-cache group."""
+
+    def __init__(self, kv_cache_spec: ImageCacheSpec, **kwargs) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.step_pages = kv_cache_spec.step_pages
+        self.row_pages = kv_cache_spec.row_pages
+        self.counters = ImageCounters()
+        self._requests: Mapping[str, Request] = {}
+        self._rows: dict[str, ImageRow] = {}
+        self._images: dict[str, RequestImages] = {}
+        self._pins: dict[str, dict[int, list[KVCacheBlock]]] = {}
+        # Pages allocated in this step, by block id: hashed, but written only when the step runs.
+        self._unwritten: dict[int, str] = {}
+        self._share_unwritten = True
+        self._max_held_pages = 2 * self.step_pages
+
+    def bind(
+        self, requests: Mapping[str, Request], share_unwritten: bool, max_concurrent_batches: int
+    ) -> None:
+        """Called once by the scheduler.
+
+        Args:
+            requests: The scheduler's requests by id.
+            share_unwritten: Whether a page may be shared in the step that writes it. Wrong where
+                the writing request may still be dropped from the step (priority scheduling).
+            max_concurrent_batches: Steps in flight.
+        """
+        self._requests = requests
+        self._share_unwritten = share_unwritten
+        self._max_held_pages = self.kv_cache_spec.max_held_pages(max_concurrent_batches)
+
+    # Questions of the scheduler and of residency.
+
+    def images(self, request: Request) -> RequestImages:
+        """The request's images; sessions grow."""
+        images = self._images.get(request.request_id)
+        if images is None or len(images) != len(request.mm_features):
+            images = RequestImages.from_features(request.mm_features)
+            self._images[request.request_id] = images
+        return images
+
+    def first_missing(self, request: Request, num_computed_tokens: int) -> int:
+        """First image that must be in the row to compute token `num_computed_tokens` and is not."""
+        row = self._rows.get(request.request_id)
+        if row is not None:
+            return row.end_image
+        return self.images(request).first_live(num_computed_tokens)
+
+    def find(self, request: Request, image: int) -> list[KVCacheBlock] | None:
+        """The pages of this image's content, or None unless all of them are in the cache."""
+        if not self.enable_caching:
+            return None
+        blocks = []
+        for key in self._page_keys(request, image):
+            found = self.block_pool.get_cached_block(key, [self.kv_cache_group_id])
+            if found is None:
+                return None
+            writer = self._unwritten.get(found[0].block_id, request.request_id)
+            if writer != request.request_id and not self._share_unwritten:
+                return None
+            blocks.append(found[0])
+        return blocks
+
+    def is_pinned(self, request_id: str, image: int) -> bool:
+        """Whether `pin` holds this image for the request."""
+        return image in self._pins.get(request_id, {})
+
+    def pin(self, request_id: str, image: int, blocks: list[KVCacheBlock]) -> None:
+        """Keeps pages that were found until the row takes them over or `unpin` lets them go.
+
+        Without this, text that is allocated in the same step could evict what was judged there.
+        """
+        self._touch(blocks)
+        self._pins.setdefault(request_id, {})[image] = blocks
+
+    def unpin(self, request_id: str, images: Iterable[int] | None = None) -> None:
+        """Lets go of the given pinned images, or of all of the request's."""
+        pins = self._pins.get(request_id, {})
+        for image in list(pins if images is None else images):
+            if image in pins:
+                self._release(pins.pop(image))
+        if not pins:
+            self._pins.pop(request_id, None)
+
+    def forget_contents(self) -> None:
+        """Makes no page findable any more (the weights changed)."""
+        self.block_pool.evict_blocks(
+            {
+                block.block_id
+                for block in self.block_pool.blocks
+                if block.block_hash is not None
+                and get_group_id(block.block_hash) == self.kv_cache_group_id
+            }
+        )
+
+    # vLLM's interface.
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        **version_dependent: object,
+    ) -> int:
+        """Free pages that the images before text token `num_tokens` will take."""
+        request = self._requests[request_id]
+        images = self.images(request)
+        first = self.first_missing(request, total_computed_tokens)
+        if first == len(images):
+            return 0
+        num_pages = images.num_pages(self.block_size)
+        seen: set[str] = set()
+        needed = 0
+        for image in range(first, images.end_before(num_tokens)):
+            identifier = request.mm_features[image].identifier
+            if self.is_pinned(request_id, image) or (self.enable_caching and identifier in seen):
+                continue
+            seen.add(identifier)
+            found = self.find(request, image)
+            if found is None:
+                needed += int(num_pages[image])
+            else:
+                needed += self._get_num_evictable_blocks(found)
+        return min(needed, self._max_held_pages) if apply_admission_cap else needed
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Appends the pages of the images before text token `num_tokens` to the row."""
+        request = self._requests[request_id]
+        images = self.images(request)
+        row = self._row(request, images)
+        blocks = self.req_to_blocks[request_id]
+        new_blocks: list[KVCacheBlock] = []
+        for image in range(row.end_image, images.end_before(num_tokens)):
+            new_blocks += self._take(request, image, images)
+            row.end_image += 1
+            row.starts.append(len(blocks) + len(new_blocks))
+        blocks.extend(new_blocks)
+        return new_blocks
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """A text prefix was found: the row starts with what its end can still see."""
+        request = self._requests[request_id]
+        first = self.images(request).first_live(num_local_computed_tokens)
+        self._rows[request_id] = ImageRow(first, first, first)
+
+    def allocate_external_computed_blocks(self, *args: object, **kwargs: object) -> None:
+        """KV connectors are refused by the config hook."""
+
+    def cache_blocks(self, *args: object, **kwargs: object) -> None:
+        """Pages get their keys when they are allocated; text progress does not matter."""
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Releases the images of windows that have passed."""
+        row = self._rows.get(request_id)
+        if row is None or row.first_kept == row.end_image:
+            return
+        points = self._images[request_id].points
+        if points[row.first_kept] == points[row.end_image - 1]:
+            return  # one window, the latest: nothing that follows it has pages yet
+        live = self.images(self._requests[request_id]).first_live(processed_computed_tokens)
+        self._release_before(request_id, row, live)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Ends the row; the caller gives the pages back."""
+        self._rows.pop(request_id, None)
+        self._images.pop(request_id, None)
+        blocks = [b for b in super().pop_blocks_for_free(request_id) if not b.is_null]
+        # Dropped from the very step that would have written them: nobody may find them.
+        lost = {b.block_id for b in blocks if self._unwritten.get(b.block_id) == request_id}
+        self.block_pool.evict_blocks(lost)
+        self.counters.pages_in_use -= self._num_last_uses(blocks)
+        return blocks
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """No cascade attention over images."""
+        return 0
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, *args: object, kv_cache_group_ids: list[int], block_pool: BlockPool, **kwargs: object
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Never asked: the group is not looked up by text prefix."""
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Text positions mean nothing here; see `remove_skipped_blocks`."""
+        return 0
+
+    def step_was_sent(self) -> None:
+        """The step is on its way, and steps run in order: its pages are as good as written."""
+        self._unwritten.clear()
+
+    # Pages.
+
+    def _row(self, request: Request, images: RequestImages) -> ImageRow:
+        """The request's row; begun, or cut to the live images where it will be sent anew."""
+        row = self._rows.get(request.request_id)
+        if row is not None and request.status == RequestStatus.RUNNING:
+            return row
+        first = images.first_live(request.num_computed_tokens)
+        if row is None:
+            row = self._rows[request.request_id] = ImageRow(first, first, first)
+        elif first > row.first_image:
+            # A session's next chunk: like a new request, its whole row is sent.
+            self._release_before(request.request_id, row, first)
+            dropped = min(first, row.end_image) - row.first_image
+            cut = row.starts[dropped]
+            del self.req_to_blocks[request.request_id][:cut]
+            row.starts = [start - cut for start in row.starts[dropped:]]
+            row.first_image = first
+            row.end_image = max(row.end_image, first)
+            row.first_kept = max(row.first_kept, first)
+        return row
+
+    def _release_before(self, request_id: str, row: ImageRow, live: int) -> None:
+        """Gives back the pages of the row's images before image `live`."""
+        end = min(live, row.end_image)
+        if end <= row.first_kept:
+            return
+        blocks = self.req_to_blocks[request_id]
+        pages = slice(*(row.starts[image - row.first_image] for image in (row.first_kept, end)))
+        released = blocks[pages]
+        blocks[pages] = [self._null_block] * len(released)
+        row.first_kept = end
+        self.counters.pages_released += len(released)
+        self._release(released)
+
+    def _take(self, request: Request, image: int, images: RequestImages) -> list[KVCacheBlock]:
+        """Pages of one image: pinned, found, or new."""
+        pins = self._pins.get(request.request_id, {})
+        blocks = pins.pop(image, None)
+        if blocks is None and (blocks := self.find(request, image)) is not None:
+            self._touch(blocks)
+        if blocks is not None:
+            self.counters.images_reused += 1
+            self.counters.pages_shared += len(blocks)
+            return blocks
+        blocks = self.block_pool.get_new_blocks(int(images.num_pages(self.block_size)[image]))
+        self.counters.pages_in_use += len(blocks)
+        self.counters.images_encoded += 1
+        if self.enable_caching:
+            for key, block in zip(self._page_keys(request, image), blocks, strict=True):
+                self.block_pool._insert_block_hash(
+                    make_block_hash_with_group_id(key, self.kv_cache_group_id), block, None
+                )
+                self._unwritten[block.block_id] = request.request_id
+        return blocks
+
+    def _page_keys(self, request: Request, image: int) -> list[BlockHash]:
+        """Content keys of an image's pages. Tenants (cache salts) and adapters do not share."""
+        position = request.mm_features[image].mm_position
+        adapter = request.lora_request.lora_name if request.lora_request else None
+        num_tokens = position.get_num_embeds()
+        content = (request.mm_features[image].identifier, num_tokens, request.cache_salt, adapter)
+        digest = hashlib.sha256(repr(content).encode()).digest()
+        num_pages = -(-num_tokens // self.block_size)
+        return [BlockHash(digest + page.to_bytes(4, "big")) for page in range(num_pages)]
+
+    def _touch(self, blocks: list[KVCacheBlock]) -> None:
+        self.counters.pages_in_use += sum(block.ref_cnt == 0 for block in blocks)
+        self.block_pool.touch(blocks)
+
+    def _release(self, blocks: list[KVCacheBlock]) -> None:
+        self.counters.pages_in_use -= self._num_last_uses(blocks)
+        # Last page first, so that an image is lost from its end.
+        self.block_pool.free_blocks(reversed(blocks))
+
+    @staticmethod
+    def _num_last_uses(blocks: list[KVCacheBlock]) -> int:
+        """How many pages nobody uses once `blocks` (with repetitions) are given back."""
+        uses = Counter(block.block_id for block in blocks)
+        holders = {block.block_id: block.ref_cnt for block in blocks}
+        return sum(holders[block_id] == count for block_id, count in uses.items())

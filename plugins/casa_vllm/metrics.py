@@ -1,0 +1,94 @@
+"""Prometheus metrics of image pages and vision-encoder runs.
+
+The scheduler counts in the engine process; the server's /metrics is answered elsewhere. vLLM
+carries `SchedulerStats` from one to the other after every step, without a field for plugins. The
+counters travel in `running_lora_adapters`, a dict[str, int] that nothing reads without LoRA
+(which CASA models do not support). `ImageStatLogger` takes them out on the other side; vLLM loads
+it through the entry point group `vllm.stat_logger_plugins`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY, Counter, Gauge
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import SchedulerStats
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from casa_vllm.image_manager import ImageCounters
+
+PREFIX = "casa:"
+GAUGES = {
+    "image_pages_in_use": "Image pages that running requests read or are about to read.",
+    "image_pages_free": "Cache pages that can be taken (shared with text).",
+}
+COUNTERS = {
+    "image_pages_shared": "Image pages found in the cache instead of being written.",
+    "image_pages_released": "Image pages given back because their window had passed.",
+    "vision_encoder_runs": "Images that the vision encoder encoded.",
+    "vision_encoder_runs_saved": "Images whose pages were found, so that no encoding was needed.",
+}
+
+
+def attach_image_stats(
+    stats: SchedulerStats, groups: Sequence["ImageCounters"], num_free_pages: int
+) -> None:
+    """Puts the counters of all image groups into the stats. Mutates `stats`."""
+    values = {
+        "image_pages_in_use": sum(group.pages_in_use for group in groups),
+        "image_pages_free": num_free_pages,
+        "image_pages_shared": sum(group.pages_shared for group in groups),
+        "image_pages_released": sum(group.pages_released for group in groups),
+        # Every group takes pages for the same images.
+        "vision_encoder_runs": max((group.images_encoded for group in groups), default=0),
+        "vision_encoder_runs_saved": min((group.images_reused for group in groups), default=0),
+    }
+    for name, value in values.items():
+        stats.running_lora_adapters[PREFIX + name] = value
+
+
+class ImageStatLogger(StatLoggerBase):
+    """Exports one engine's image counters; silent for models that are not CASA's."""
+
+    def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0) -> None:
+        self._labels = [vllm_config.model_config.served_model_name, str(engine_index)]
+        self._last: dict[str, int] = {}
+        self._gauges = {
+            name: _metric(Gauge, name, text, multiprocess_mode="mostrecent")
+            for name, text in GAUGES.items()
+        }
+        self._counters = {name: _metric(Counter, name, text) for name, text in COUNTERS.items()}
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Called by vLLM after every step with new stats."""
+        if scheduler_stats is None:
+            return
+        carried = scheduler_stats.running_lora_adapters
+        for name, gauge in self._gauges.items():
+            value = carried.pop(PREFIX + name, None)
+            if value is not None:
+                gauge.labels(*self._labels).set(value)
+        for name, counter in self._counters.items():
+            value = carried.pop(PREFIX + name, None)
+            if value is not None:
+                counter.labels(*self._labels).inc(value - self._last.get(name, 0))
+                self._last[name] = value
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
+def _metric(kind: type, name: str, text: str, **options: str) -> Any:
+    """The metric of this process by that name, made where it does not exist yet."""
+    for collector, names in list(REGISTRY._collector_to_names.items()):
+        if PREFIX + name in names:
+            return collector
+    return kind(PREFIX + name, text, ["model_name", "engine"], **options)

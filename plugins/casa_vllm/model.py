@@ -1,0 +1,344 @@
+"""The CASA model in vLLM.
+
+    embed -> [ x + SA(norm x) + CA(norm x); + MLP(norm x) ] x L -> norm -> logits
+
+Parameter names are those of the checkpoint. Vision encoder, linears, norms and MLPs are vLLM's;
+CA is in cross_attention.py. With fusion `insertion` there is no CA and the model is an ordinary
+multimodal model of vLLM's.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.sequence import IntermediateTensors
+
+from casa_engine.configuration import CasaConfig
+from casa_engine.rope import image_positions, image_token_counts, insertion_positions, rotary_tables
+from casa_vllm.cross_attention import CrossAttention, own_projections
+from casa_vllm.image_cache_spec import ImageLimits
+from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
+from casa_vllm.vision import vision_encoder
+from casa_vllm.weights import load_stacked, load_strictly
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the text stream, before the sum over ranks."""
+
+    def __init__(self, config: CasaConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.qkv_proj, self.o_proj = own_projections(config, vllm_config, prefix)
+        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.sizes = [
+            heads * config.head_dim
+            for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        ]
+        self.rotary_emb = _rotary_embedding(config, vllm_config)
+        self.attn = Attention(
+            self.num_heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        """(T, (H + 2 Hkv) D) projections -> (T, C)."""
+        query, key, value = qkv.split(self.sizes, dim=-1)
+        query, key = self.rotary_emb(positions, query, key)
+        return self.o_proj(self.attn(query, key, value))[0]
+
+
+class CasaDecoderLayer(nn.Module):
+    """One block; either attention may be absent."""
+
+    def __init__(
+        self, config: CasaConfig, vllm_config: VllmConfig, limits: ImageLimits, prefix: str
+    ) -> None:
+        super().__init__()
+        text, layer = config.text_config, extract_layer_index(prefix)
+        self.hidden_size = text.hidden_size
+        self.normalize_image_tokens = config.normalize_image_tokens
+        self.reduces = not config.output_bias and get_tensor_model_parallel_world_size() > 1
+        self.input_layernorm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.mlp = LlamaMLP(
+            text.hidden_size,
+            text.intermediate_size,
+            text.hidden_act,
+            quant_config=vllm_config.quant_config,
+            bias=getattr(text, "mlp_bias", False),
+            prefix=f"{prefix}.mlp",
+        )
+        self.self_attn = self.cross_attn = None
+        if config.has_sa(layer):
+            self.self_attn = SelfAttention(config, vllm_config, f"{prefix}.self_attn")
+        if config.has_ca(layer):
+            self.cross_attn = self._cross_attention(
+                config, vllm_config, limits, f"{prefix}.cross_attn"
+            )
+
+    def _cross_attention(
+        self, config: CasaConfig, vllm_config: VllmConfig, limits: ImageLimits, prefix: str
+    ) -> CrossAttention:
+        shared = None
+        if config.ca_weights == "shared":
+            shared = (self.self_attn.qkv_proj, self.self_attn.o_proj)
+        tp_size = get_tensor_model_parallel_world_size()
+        return CrossAttention(
+            config,
+            vllm_config,
+            num_heads=config.text_config.num_attention_heads // tp_size,
+            num_kv_heads=max(config.text_config.num_key_value_heads // tp_size, 1),
+            shared=shared,
+            limits=limits,
+            rotary_emb=_rotary_embedding(config, vllm_config),
+            inv_freq=LlamaRotaryEmbedding(config.text_config).inv_freq.float(),
+            prefix=prefix,
+        )
+
+    def forward(
+        self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, C) and the residual stream so far -> the MLP's output and the stream before it."""
+        if residual is None:
+            residual, x = x, self.input_layernorm(x)
+        else:
+            x, residual = self.input_layernorm(x, residual)
+        attended = None
+        if self.self_attn is None:
+            attended = self.cross_attn(x, self.hidden_size)
+        else:
+            qkv = self.self_attn.qkv_proj(x)[0]
+            if self.cross_attn is not None:
+                # Before self-attention, which rotates the shared projections in place.
+                source = qkv if self.cross_attn.is_shared else x
+                attended = self.cross_attn(source, self.hidden_size)
+            from_self = self.self_attn(positions, qkv)
+            attended = from_self if attended is None else from_self + attended
+        if self.reduces:
+            attended = tensor_model_parallel_all_reduce(attended)
+        x, residual = self.post_attention_layernorm(attended, residual)
+        return self.mlp(x), residual
+
+    def write_images(
+        self, images: torch.Tensor, rope: tuple | None, slots: torch.Tensor
+    ) -> None:
+        """See `CrossAttention.write_images`; `images` is the vision encoder's output."""
+        if self.normalize_image_tokens:
+            images = self.input_layernorm(images)
+        self.cross_attn.write_images(images, rope, slots)
+
+
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": {0: "b"},
+        "positions": {-1: "b"},
+        "intermediate_tensors": {0: "b"},
+        "inputs_embeds": {0: "b"},
+    }
+)
+class CasaTextModel(nn.Module):
+    """Embeddings, decoder layers and final norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: CasaConfig = vllm_config.model_config.hf_config
+        text = config.text_config
+        self.embed_tokens = VocabParallelEmbedding(
+            text.vocab_size, text.hidden_size, quant_config=vllm_config.quant_config
+        )
+        processor = MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config)
+        limits = processor.info.image_limits()
+        self.layers = nn.ModuleList(
+            CasaDecoderLayer(config, vllm_config, limits, f"{prefix}.layers.{layer}")
+            for layer in range(text.num_hidden_layers)
+        )
+        self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(T,) -> (T, C)."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Final hidden states (T, C)."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(positions, x, residual)
+        return self.norm(x, residual)[0]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """vLLM's hook: q, k, v and gate, up of the checkpoint are stacked here."""
+        return load_stacked(self, weights)
+
+
+class CasaModel(nn.Module):
+    """Vision encoder and text model, under the checkpoint's names."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    CasaMultiModalProcessor, info=CasaProcessingInfo, dummy_inputs=CasaDummyInputs
+)
+class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE):
+    """vLLM's model class for `CasaConfig`."""
+
+    packed_modules_mapping = {  # noqa: RUF012 (vLLM's)
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What a chat template without image support would be given."""
+        if modality != "image":
+            raise ValueError(f"modality is {modality!r}; CASA models take images only.")
+        return "<|vision_start|><|image_pad|><|vision_end|>"
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Model Runner V2's hook."""
+        from casa_vllm.v2_model_state import CasaModelState
+
+        return CasaModelState
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: CasaConfig = vllm_config.model_config.hf_config
+        self.config, self.vllm_config = config, vllm_config
+        self.merge_size = config.vision_config.spatial_merge_size
+        self.model = CasaModel()
+        with self._mark_tower_model(vllm_config, "image"):
+            self.model.visual = vision_encoder(
+                config.vision_config, vllm_config.quant_config, "model.visual"
+            )
+        self.model.language_model = CasaTextModel(
+            vllm_config=vllm_config, prefix="model.language_model"
+        )
+        text = config.text_config
+        self.lm_head = ParallelLMHead(
+            text.vocab_size,
+            text.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix="lm_head",
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.language_model.embed_tokens)
+        self.logits_processor = LogitsProcessor(text.vocab_size)
+
+    def get_language_model(self) -> nn.Module:
+        """The text model."""
+        return self.model.language_model
+
+    def embed_multimodal(self, **kwargs: object) -> Sequence[torch.Tensor]:
+        """Runs the vision encoder.
+
+        Args:
+            pixel_values: (P, 1176) patches of I images.
+            image_grid_thw: int64 (I, 3).
+
+        Returns:
+            I tensors (N, C).
+        """
+        pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
+        if pixel_values is None or grids is None:
+            return []
+        visual = self.model.visual
+        images = visual(pixel_values.to(visual.dtype), grid_thw=grids.tolist())
+        return images.split(image_token_counts(grids, self.merge_size))
+
+    def write_images(
+        self, images: torch.Tensor, grids: torch.Tensor, slots: dict[str, torch.Tensor]
+    ) -> None:
+        """Writes keys and values of encoded images into the pages of all CA layers.
+
+        Args:
+            images: (N, C) tokens of I images, in order.
+            grids: int64 (I, 3).
+            slots: For each CA layer's name, its (N,) int64 cache slots.
+        """
+        rope = None
+        if self.config.sees_window_text:
+            positions = torch.cat([image_positions(grid, self.config) for grid in grids], dim=1)
+            rope = rotary_tables(
+                positions.to(images.device), self.inv_freq, self.config.mrope_section
+            )
+        for layer in self.model.language_model.layers:
+            if layer.cross_attn is not None:
+                layer.write_images(images, rope, slots[layer.cross_attn.layer_name])
+
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        """float32 (D / 2,): rotary frequencies of image keys."""
+        layers = self.model.language_model.layers
+        return next(layer.cross_attn.inv_freq for layer in layers if layer.cross_attn is not None)
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[torch.Tensor, int]:
+        """M-RoPE positions of an insertion stream: (3, T), and where the text goes on minus T."""
+        grids = [feature.data["image_grid_thw"].data for feature in mm_features]
+        stacked = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+        positions, following = insertion_positions(list(input_tokens), stacked, self.config)
+        return positions.contiguous(), following - len(input_tokens)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """Final hidden states (T, C)."""
+        return self.model.language_model(
+            input_ids, positions, intermediate_tensors, inputs_embeds
+        )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """(T, C) -> (T, vocabulary)."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Loads a checkpoint that holds exactly this model."""
+        return load_strictly(self, self.config, weights)
+
+
+def _rotary_embedding(config: CasaConfig, vllm_config: VllmConfig) -> nn.Module:
+    """vLLM caches these: all layers get the same module."""
+    return get_rope(
+        config.head_dim,
+        max_position=max(
+            config.text_config.max_position_embeddings, vllm_config.model_config.max_model_len
+        ),
+        rope_parameters=config.text_config.rope_parameters,
+        is_neox_style=True,
+    )
