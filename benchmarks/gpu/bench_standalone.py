@@ -1,0 +1,225 @@
+"""Kernels, decode graphs and first tokens without vLLM, at the presets' sizes, random weights.
+
+`python bench_standalone.py RESULTS [--tiny]`; `--tiny` runs the same code on a CPU with tiny
+models, to see that it works: its times mean nothing.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from floors import BYTES_PER_VALUE, H200, decode_work, first_token_floor_ms
+from paged_decoder import BLOCK_SIZE, PagedDecoder
+from timing import median_ms, record
+
+from casa_engine.configuration import CasaConfig
+from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.presets import preset_config
+from casa_engine.rope import axes_rotary_tables, image_positions
+from casa_vllm.ops import WindowAttentionMetadata, window_attention
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and on what."""
+
+    presets: tuple[str, ...]
+    sides: tuple[int, ...]
+    num_seqs: tuple[int, ...]
+    max_text: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+FULL = Sizes(
+    ("CASA-Helium1-VL-2B", "CASA-Qwen2_5-VL-3B", "CASA-Qwen2_5-VL-3B-LiveCC"),
+    (448, 896),
+    (1, 8, 32),
+    256,
+    torch.device("cuda"),
+    torch.bfloat16,
+)
+TINY = Sizes(("tiny-llama", "tiny-qwen"), (56, 112), (1, 2), 32, torch.device("cpu"), torch.float32)
+PREFILL_TOKENS = 16
+
+
+def image_grid(config: CasaConfig, side: int) -> torch.Tensor:
+    """int64 (1, 3): grid of a square image in patches."""
+    patches = side // config.vision_config.patch_size
+    return torch.tensor([[1, patches, patches]])
+
+
+def num_image_tokens(config: CasaConfig, side: int) -> int:
+    """Image tokens of a square image."""
+    return (side // config.vision_config.patch_size // config.vision_config.spatial_merge_size) ** 2
+
+
+def random_model(name: str, sizes: Sizes) -> CasaForConditionalGeneration:
+    """The preset with random weights, made on the device."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(sizes.dtype)
+    try:
+        with torch.device(sizes.device):
+            return CasaForConditionalGeneration(preset_config(name)).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def bench_kernel(name: str, sizes: Sizes, results: Path) -> None:
+    """Window attention of one layer's decode alone, beside reading its keys and values."""
+    config = preset_config(name)
+    text = config.text_config
+    heads, kv_heads, dim = text.num_attention_heads, text.num_key_value_heads, config.head_dim
+    side = sizes.sides[-1]
+    tokens = num_image_tokens(config, side)
+    pages = -(-tokens // BLOCK_SIZE)
+    int32 = {"dtype": torch.int32, "device": sizes.device}
+    for num_seqs in sizes.num_seqs:
+        query = torch.randn(num_seqs, heads, dim, dtype=sizes.dtype, device=sizes.device)
+        shape = (num_seqs * pages, kv_heads, BLOCK_SIZE, 2 * dim)
+        cache = torch.randn(shape, dtype=sizes.dtype, device=sizes.device)
+        lens = torch.full((num_seqs, pages), BLOCK_SIZE, **int32)
+        lens[:, -1] = tokens - (pages - 1) * BLOCK_SIZE
+        zeros = torch.zeros(num_seqs, **int32)
+        metadata = WindowAttentionMetadata(
+            query_start_loc=torch.arange(num_seqs + 1, **int32),
+            first_positions=zeros,
+            image_block_table=torch.arange(num_seqs * pages, **int32).view(num_seqs, -1),
+            image_page_lens=lens,
+            num_image_pages=torch.full((num_seqs,), pages, **int32),
+            text_starts=zeros,
+            text_rows=zeros,
+            text_block_table=None,
+            text_slot_mapping=None,
+            max_query_len=1,
+            max_text_len=0,
+            has_image=True,
+            num_tokens=num_seqs,
+        )
+        output = torch.empty_like(query)
+        on_gpu = sizes.device.type == "cuda"
+
+        def attend(query=query, cache=cache, metadata=metadata, output=output, on_gpu=on_gpu):
+            window_attention(query, cache, None, metadata, dim**-0.5, output, use_triton=on_gpu)
+
+        milliseconds = median_ms(repeated(attend, on_gpu), sizes.device) / (GRAPH_CALLS if on_gpu else 1)
+        kv_bytes = num_seqs * tokens * 2 * kv_heads * dim * BYTES_PER_VALUE
+        case = f"{name}, {num_seqs} x {tokens} image tokens"
+        record(results, "kernel, one layer", case, milliseconds, kv_bytes / H200.bytes_per_s * 1e3)
+
+
+GRAPH_CALLS = 20
+
+
+def repeated(function, on_gpu: bool):
+    """On a GPU, a graph of GRAPH_CALLS calls: one alone is shorter than its launch."""
+    if not on_gpu:
+        return function
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            function()
+    return graph.replay
+
+
+def bench_decode(name: str, model: CasaForConditionalGeneration, sizes: Sizes, results: Path) -> None:
+    """Whole decode steps, as a CUDA graph on a GPU."""
+    on_gpu, side = sizes.device.type == "cuda", sizes.sides[-1]
+    tokens = num_image_tokens(model.config, side)
+    for num_seqs in sizes.num_seqs:
+        decoder = PagedDecoder(model, num_seqs, tokens, sizes.max_text, use_triton=on_gpu)
+        if on_gpu:
+            decoder.capture()
+        decoder.positions.fill_(sizes.max_text // 2)
+        work = decode_work(model.config, num_seqs, tokens, sizes.max_text // 2)
+        milliseconds = median_ms(decoder.run, sizes.device, repeats=10)
+        case = f"{name}, {num_seqs} sequences, {side} px image each"
+        record(results, "decode step (no engine)", case, milliseconds, work.floor_ms(H200))
+
+
+def bench_first_token(name: str, model: CasaForConditionalGeneration, sizes: Sizes, results: Path) -> None:
+    """Patches to logits of the first token, eagerly: vision encoder, image K/V, short prefill."""
+    config = model.config
+    vision = config.vision_config
+    ids = torch.ones(1, PREFILL_TOKENS, dtype=torch.long, device=sizes.device)
+    for side in sizes.sides:
+        grid = image_grid(config, side).to(sizes.device)
+        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = torch.randn(int(grid.prod()), size, dtype=sizes.dtype, device=sizes.device)
+        points = torch.zeros(1, dtype=torch.long, device=sizes.device)
+
+        def first_token(patches=patches, grid=grid, points=points):
+            model(
+                input_ids=ids,
+                pixel_values=patches,
+                image_grid_thw=grid,
+                insertion_points=points,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+        floor = first_token_floor_ms(config, side, PREFILL_TOKENS, H200)
+        milliseconds = median_ms(first_token, sizes.device, repeats=5)
+        record(results, "first token (eager, no engine)", f"{name}, {side} px", milliseconds, floor)
+
+
+def check_decoder(sizes: Sizes) -> None:
+    """Decoding step by step (with graphs on a GPU) must equal the eager model's one pass."""
+    tiny = Sizes(("tiny-llama", "tiny-qwen"), (84,), (2,), 48, sizes.device, torch.float32)
+    on_gpu = sizes.device.type == "cuda"
+    for name in tiny.presets:
+        model = random_model(name, tiny)
+        config, grid = model.config, image_grid(model.config, 84).to(sizes.device)
+        patches = torch.randn(int(grid.prod()), 1176, device=sizes.device)
+        embeds = model.model.encode_images(patches, grid)
+        decoder = PagedDecoder(model, 2, len(embeds), 48, use_triton=on_gpu)
+        rope = None
+        if config.sees_window_text:
+            inv_freq = model.model.language_model.rotary_emb.inv_freq.float()
+            positions = image_positions(grid[0].cpu(), config).to(sizes.device)
+            rope = axes_rotary_tables(positions, inv_freq, config.mrope_section)
+        decoder.write_image(embeds, rope)
+        if on_gpu:
+            decoder.capture()
+        decoder.input_ids.fill_(5)
+        decoder.positions.zero_()
+        tokens, logits = [], []
+        for _ in range(40):
+            tokens.append(decoder.input_ids[:1].clone())
+            decoder.run()
+            logits.append(decoder.logits[0].clone())
+        expected = model(
+            input_ids=torch.cat(tokens)[None],
+            image_embeds=embeds,
+            image_grid_thw=grid,
+            insertion_points=torch.zeros(1, dtype=torch.long, device=sizes.device),
+        ).logits[0]
+        error = float((torch.stack(logits) - expected).abs().max())
+        print(f"{name}: decode steps against one eager pass, greatest difference {error:.1e}")
+        if not error < 1e-3:
+            raise SystemExit(f"{name}: paged decoding differs from the eager model by {error}")
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU")
+    options = parser.parse_args()
+    sizes = TINY if options.tiny else FULL
+    check_decoder(sizes)
+    for name in sizes.presets:
+        bench_kernel(name, sizes, options.results)
+        model = random_model(name, sizes)
+        bench_decode(name, model, sizes, options.results)
+        bench_first_token(name, model, sizes, options.results)
+        del model
+        if sizes.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
