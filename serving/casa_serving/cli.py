@@ -16,14 +16,14 @@ from casa_engine.errors import CasaError, CheckpointError, InputError
 from casa_serving.defaults import embedded_checkpoint, engine_options, set_environment
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
 from casa_serving.register import register
-from casa_serving.request_limit import DEFAULT_MAX_REQUEST_BYTES
+from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
 
 DESCRIPTION = """Serves a CASA model behind an OpenAI-compatible HTTP endpoint.
 
 Without CHECKPOINT the model inside the package is served. Every option of `vllm serve` is
 taken; --help=CASA shows those that are added, --help=all shows all.
 """
-MIDDLEWARE = "casa_serving.request_limit.RequestLimit"
+MIDDLEWARE = "casa_serving.request_guard.RequestGuard"
 
 
 def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:

@@ -182,3 +182,13 @@ def test_a_body_that_is_no_json(server, good_request, expected):
     assert connection.getresponse().status in (400, 422)
     connection.close()
     assert good_request() == expected
+
+
+@pytest.mark.parametrize("path", ["/inference/v1/generate", "/scale_elastic_ep", "/v1/chat/completions/render"])
+def test_doors_for_other_servers_are_closed(server, path):
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+    connection.request("POST", path, b"{}", {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 404
+    assert path in json.loads(answer.read())["error"]["message"]
+    connection.close()

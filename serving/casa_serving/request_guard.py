@@ -1,22 +1,29 @@
-"""ASGI middleware that refuses a request whose body is too large, before it is in memory.
+"""ASGI middleware before everything else: no huge bodies, and no doors meant for other servers.
 
 Neither uvicorn nor FastAPI bounds a body, and an image inside JSON is only seen when all of
 it was read and parsed. vLLM creates middleware without arguments, so the limit is read from
 the server's own arguments, which it keeps in the app's state.
+
+The paths that are closed are those by which the parts of a divided vLLM talk to each other.
+They take image tensors that another server has prepared, past every check of images, and
+commands to resize the engine. vLLM 0.29.0 opens them to everybody; 0.32.0 no longer does.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DEFAULT_MAX_REQUEST_BYTES = 100_000_000
 
 
-class RequestLimit:
-    """Answers 413 to a request body over `--max-request-bytes`."""
+CLOSED_PATHS = ("/inference/", "/scale_elastic_ep", "/is_scaling_elastic_ep")
+CLOSED_ENDINGS = ("/render", "/derender")
+
+
+class RequestGuard:
+    """Answers 413 to a body over `--max-request-bytes`, and 404 to the paths that are closed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -25,6 +32,10 @@ class RequestLimit:
         """Passes a request on if its body is within the limit."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path.startswith(CLOSED_PATHS) or path.endswith(CLOSED_ENDINGS):
+            await answer(send, 404, "NotFoundError", f"There is no {path!r} on this server.")
             return
         limit = scope["app"].state.args.max_request_bytes
         length = declared_length(scope)
@@ -80,19 +91,22 @@ def replay(messages: list[Message], receive: Receive) -> Receive:
 
 
 async def refuse(send: Send, got: str, limit: int) -> None:
-    """Answers 413 in the shape of an OpenAI error and closes the connection."""
-    error: dict[str, Any] = {
-        "message": f"The request is too large: got {got} bytes, at most {limit} are taken "
-        "(--max-request-bytes). Send fewer or smaller images in one request.",
-        "type": "RequestTooLargeError",
-        "param": None,
-        "code": 413,
-    }
+    """Answers 413 and closes the connection, on which the rest of the body is still coming."""
+    message = (
+        f"The request is too large: got {got} bytes, at most {limit} are taken "
+        "(--max-request-bytes). Send fewer or smaller images in one request."
+    )
+    await answer(send, 413, "RequestTooLargeError", message)
+
+
+async def answer(send: Send, status: int, kind: str, message: str) -> None:
+    """Answers in the shape of an OpenAI error."""
+    error = {"message": message, "type": kind, "param": None, "code": status}
     body = json.dumps({"error": error}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
