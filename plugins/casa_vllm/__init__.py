@@ -14,14 +14,17 @@ MODELS = ((ARCHITECTURE, "casa_vllm.model:CasaForConditionalGeneration"),)
 
 
 def register() -> None:
-    """Makes vLLM know CASA: configuration, architecture and config hook. Safe to call twice."""
+    """Makes vLLM know CASA: configuration, architecture, config hook and cache. Safe to call twice."""
     import casa_engine  # noqa: F401 (teaches transformers' AutoConfig the model_type "casa")
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
     from casa_vllm.config_hook import CasaConfigHook
+    from casa_vllm.image_cache_spec import register_image_cache
 
     for architecture, path in MODELS:
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, path)
         MODELS_CONFIG_MAP.setdefault(architecture, CasaConfigHook)
+    # Here and not with the model: the engine process builds KV-cache groups without a model.
+    register_image_cache()

@@ -10,6 +10,13 @@ from casa_engine.configuration import CasaConfig
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+# What vLLM adds to its attention operators, and ours.
+SPLITTING_OPS = (
+    "vllm::unified_kv_cache_update",
+    "vllm::unified_mla_kv_cache_update",
+    "vllm::casa_cross_attention",
+)
+
 
 class CasaConfigHook(VerifyAndUpdateConfig):
     """vLLM calls these for the architecture, before the engine starts."""
@@ -35,9 +42,6 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         if not config.is_cross_attention:
             return
         _refuse(vllm_config)
-        from casa_vllm.image_cache_spec import register_image_cache
-
-        register_image_cache()
         vllm_config.scheduler_config.scheduler_cls = "casa_vllm.scheduler.create_scheduler"
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
         vllm_config.ec_manager_config.encoder_cache_manager_cls = (
@@ -46,6 +50,11 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         config.vllm_encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         if current_platform.is_cpu():
             vllm_config.parallel_config.worker_cls = "casa_vllm.v1_runner.CasaCPUWorker"
+            return
+        compilation = vllm_config.compilation_config
+        if compilation.splitting_ops is None and not vllm_config.model_config.enforce_eager:
+            # The operator reads the step's metadata: never inside a piecewise graph.
+            compilation.splitting_ops = [*compilation._attention_ops, *SPLITTING_OPS]
 
 
 def _refuse(vllm_config: "VllmConfig") -> None:

@@ -221,9 +221,10 @@ class CrossAttention(CacheLayer):
         result = o_proj(attended.flatten(1))[0]
         if self.config.output_bias and not self.sees_text:
             # Without an image CA contributes exactly zero, not the projection's bias.
-            lengths = windows.query_start_loc.diff()
-            has_image = torch.repeat_interleave(windows.num_image_pages > 0, lengths)
-            result[: len(has_image)] *= has_image[:, None]
+            tokens = torch.arange(len(x), dtype=torch.int32, device=x.device)
+            segments = torch.searchsorted(windows.query_start_loc[1:], tokens, right=True)
+            segments = segments.clamp(max=windows.num_segments - 1)
+            result *= (windows.num_image_pages[segments] > 0)[:, None]
         output.copy_(result)
 
     def write_images(

@@ -34,7 +34,12 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from casa_engine.configuration import CasaConfig
-from casa_engine.rope import image_positions, image_token_counts, insertion_positions, rotary_tables
+from casa_engine.rope import (
+    axes_rotary_tables,
+    image_positions,
+    image_token_counts,
+    insertion_positions,
+)
 from casa_vllm.cross_attention import CrossAttention, own_projections
 from casa_vllm.image_cache_spec import ImageLimits
 from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
@@ -223,9 +228,12 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
             raise ValueError(f"modality is {modality!r}; CASA models take images only.")
         return "<|vision_start|><|image_pad|><|vision_end|>"
 
-    @staticmethod
-    def get_model_state_cls() -> type:
+    def get_model_state_cls(self) -> type:
         """Model Runner V2's hook."""
+        if not self.config.is_cross_attention:
+            from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+            return DefaultModelState
         from casa_vllm.v2_model_state import CasaModelState
 
         return CasaModelState
@@ -288,7 +296,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         rope = None
         if self.config.sees_window_text:
             positions = torch.cat([image_positions(grid, self.config) for grid in grids], dim=1)
-            rope = rotary_tables(
+            rope = axes_rotary_tables(
                 positions.to(images.device), self.inv_freq, self.config.mrope_section
             )
         for layer in self.model.language_model.layers:

@@ -95,7 +95,8 @@ class CasaDummyInputs(BaseDummyInputsBuilder[CasaProcessingInfo]):
     """The largest inputs, for vLLM's profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return self.info.get_hf_processor().image_token * mm_counts.get("image", 0)
+        # Text between images, as in a prompt: adjacent ones would share a window.
+        return f"x{self.info.get_hf_processor().image_token}" * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
@@ -120,6 +121,12 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
             ValueError: Markers and images differ in number, or there are too many image tokens.
         """
         config = self.info.get_hf_config()
+        if inputs.hf_processor_mm_kwargs:
+            # They could scale any image up to any size.
+            raise ValueError(
+                f"mm_processor_kwargs {sorted(inputs.hf_processor_mm_kwargs)} are given; expected "
+                "none: a CASA checkpoint fixes how its images are processed."
+            )
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
         num_markers = list(inputs.prompt).count(config.image_token_id)
         CasaProcessor.check_counts(num_markers, num_images)

@@ -131,12 +131,6 @@ class CasaCPUModelRunner(CPUModelRunner):
 class CasaCPUWorker(CPUWorker):
     """CPU worker with CASA's runner; with Model Runner V2 the stock runner does."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        from casa_vllm.image_cache_spec import register_image_cache
-
-        register_image_cache()  # in worker processes the config hook has not run
-
     def init_device(self) -> None:
         """Stock, then the runner is replaced."""
         super().init_device()

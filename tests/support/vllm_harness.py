@@ -1,0 +1,189 @@
+"""Runs prompts through vLLM in this process and through the eager model. Test support only."""
+
+import os
+
+# Before vLLM is imported: the engine in this process, little memory, no compilation.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from casa_engine.checkpoints import load_model, load_processor
+from PIL import Image
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+BARE_IMAGE = "<|image_pad|>"
+# Chosen so that a page of the text groups is cheap to fill.
+BLOCK_SIZE = 32
+
+
+def picture(seed: int, width: int = 56, height: int = 56) -> Image.Image:
+    """A noise image; equal arguments give equal pixels."""
+    pixels = np.random.RandomState(seed).randint(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text with one marker per image."""
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+    cache_salt: str | None = None
+
+    def for_vllm(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"prompt": self.text}
+        if self.images:
+            data["multi_modal_data"] = {"image": list(self.images)}
+        if self.cache_salt is not None:
+            data["cache_salt"] = self.cache_salt
+        return data
+
+
+@dataclass
+class Answer:
+    """Generated tokens and the logprob of each."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class Eager:
+    """The eager model as oracle; remembers what it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.processor = load_model(folder), load_processor(folder)
+        self._answers: dict[Any, Answer] = {}
+
+    def __call__(self, prompt: Prompt, num_tokens: int) -> Answer:
+        key = (prompt.text, tuple(image.tobytes() for image in prompt.images), num_tokens)
+        if key not in self._answers:
+            self._answers[key] = self._generate(prompt, num_tokens)
+        return self._answers[key]
+
+    @torch.inference_mode()
+    def _generate(self, prompt: Prompt, num_tokens: int) -> Answer:
+        batch = dict(self.processor(images=list(prompt.images) or None, text=prompt.text))
+        cache, answer = None, Answer()
+        for _ in range(num_tokens):
+            output = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            logprobs = output.logits[0, -1].float().log_softmax(-1)
+            token = int(logprobs.argmax())
+            answer.tokens.append(token)
+            answer.logprobs.append(float(logprobs[token]))
+            batch = {"input_ids": torch.tensor([[token]])}
+        return answer
+
+
+class Engine:
+    """vLLM's synchronous engine, with its scheduler within reach."""
+
+    def __init__(self, folder: Path, *, is_async: bool = False, **options: Any) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.executor.abstract import Executor
+
+        settings = {
+            "model": str(folder),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 512,
+            "block_size": BLOCK_SIZE,
+            "num_gpu_blocks_override": 600,
+            "disable_log_stats": False,
+            "limit_mm_per_prompt": {"image": 250},
+            "mm_processor_cache_gb": 0.1,
+        }
+        config = EngineArgs(**(settings | options)).create_engine_config()
+        # The CPU platform switches it off; in one process it can be tested all the same.
+        config.scheduler_config.async_scheduling = is_async
+        self.engine = LLMEngine(
+            vllm_config=config, executor_class=Executor.get_class(config), log_stats=True
+        )
+        self._count = 0
+
+    @property
+    def scheduler(self) -> Any:
+        return self.engine.engine_core.engine_core.scheduler
+
+    @property
+    def images(self) -> Any:
+        """The manager of the (first) image group."""
+        return self.scheduler.image_managers[0]
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def add(self, prompt: Prompt, num_tokens: int, **options: Any) -> str:
+        """Queues a greedy request; returns its id."""
+        from vllm import SamplingParams
+
+        self._count += 1
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, logprobs=0, ignore_eos=True)
+        name = f"request-{self._count}"
+        self.engine.add_request(name, self.render(prompt), params, **options)
+        return name
+
+    def render(self, prompt: Prompt) -> Any:
+        """What the renderer makes of a prompt."""
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        renderer = self.engine.renderer
+        parsed = parse_model_prompt(self.engine.model_config, prompt.for_vllm())
+        return renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)[0]
+
+    def run(self, each_step: Callable[[], None] | None = None) -> dict[str, Answer]:
+        """Steps until nothing is left to do; answers by request id."""
+        answers: dict[str, Answer] = {}
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished and output.outputs:
+                    completion = output.outputs[0]
+                    tokens = list(completion.token_ids)
+                    steps = zip(tokens, completion.logprobs, strict=True)
+                    logprobs = [step[token].logprob for token, step in steps]
+                    answers[output.request_id] = Answer(tokens, logprobs)
+            if each_step is not None:
+                each_step()
+        return answers
+
+    def ask(self, prompts: list[Prompt], num_tokens: int, **options: Any) -> list[Answer]:
+        """Answers of prompts that run together."""
+        names = [self.add(prompt, num_tokens, **options) for prompt in prompts]
+        answers = self.run()
+        return [answers[name] for name in names]
+
+    def forget_text(self) -> None:
+        """Drops what is cached of finished requests."""
+        assert self.scheduler.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Frees the engine's memory."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.engine.engine_core.shutdown()
+        del self.engine
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def assert_same(answers: list[Answer], expected: list[Answer], tolerance: float = 1e-3) -> None:
+    """Greedy tokens identical, logprobs within the tolerance."""
+    for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True)):
+        assert answer.tokens == wanted.tokens, f"prompt {index}"
+        np.testing.assert_allclose(
+            answer.logprobs, wanted.logprobs, atol=tolerance, rtol=0, err_msg=f"prompt {index}"
+        )
