@@ -1,4 +1,7 @@
-"""One real server for all tests of the endpoint, with a tiny random model."""
+"""One real server for all tests of the endpoint, with the embedded model."""
+
+import json
+from importlib.resources import files
 
 import pytest
 
@@ -7,36 +10,39 @@ from casa_engine.presets import preset_config
 from image_files import data_url, encoded, plain
 from serving_process import casa_serve
 
-MODEL = "tiny"
+MODEL = "casa-tiny-digits"
 IMAGE_LIMIT = 4
 MAX_MODEL_LEN = 1024
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A folder with a tiny random model: it answers noise, but always the same noise."""
+def random_checkpoint(tmp_path_factory):
+    """A folder with a tiny random model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
     write_random_checkpoint(preset_config("tiny-qwen", fusion="ca_tv"), folder, seed=3)
     return folder
 
 
 @pytest.fixture(scope="session")
-def server(checkpoint, tmp_path_factory):
-    """`casa-serve`, which may download from this machine and from two private addresses' names."""
+def server(request, tmp_path_factory):
+    """`casa-serve` with the embedded model and small limits.
+
+    Downloads are allowed from this machine, and from two private addresses, which must be
+    refused all the same.
+    """
     log = tmp_path_factory.mktemp("server") / "log.txt"
     options = {
-        "--served-model-name": MODEL,
-        "--dtype": "float32",
         "--max-model-len": MAX_MODEL_LEN,
         "--limit-mm-per-prompt": json.dumps({"image": IMAGE_LIMIT}),
         "--max-image-bytes": 2_000_000,
         "--max-request-bytes": 12_000_000,
     }
     arguments = [part for option in options.items() for part in option]
+    if not (files("casa_engine") / "digits" / "checkpoint" / "config.json").is_file():
+        folder = request.getfixturevalue("random_checkpoint")
+        arguments = [folder, "--served-model-name", MODEL, "--dtype", "float32", *arguments]
     domains = ["127.0.0.1", "10.0.0.1", "169.254.169.254"]
-    with casa_serve(
-        log, checkpoint, *arguments, "--allow-loopback-media", "--allowed-media-domains", *domains
-    ) as running:
+    with casa_serve(log, *arguments, "--allow-loopback-media", "--allowed-media-domains", *domains) as running:
         yield running
 
 

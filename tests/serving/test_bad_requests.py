@@ -120,7 +120,9 @@ def test_a_prompt_too_long(refuses):
 
 def test_an_unknown_role(client, good_request, expected):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="tiny", messages=[{"role": "alien", "content": "Hello"}], max_tokens=4)
+        client.chat.completions.create(
+            model="casa-tiny-digits", messages=[{"role": "alien", "content": "Hello"}], max_tokens=4
+        )
     assert "alien" in caught.value.message
     assert good_request() == expected
 
@@ -157,7 +159,7 @@ def test_requests_cannot_lift_the_limits(refuses):
 def test_a_request_body_too_large(server, chunked, good_request, expected):
     """Declared or not, a body over the limit is refused before all of it was read."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
-    body = b'{"model": "tiny", "messages": "' + bytes(12_000_000) + b'"}'
+    body = b'{"model": "casa-tiny-digits", "messages": "' + bytes(12_000_000) + b'"}'
     pieces = (body[at : at + 65536] for at in range(0, len(body), 65536))
     try:
         connection.request(

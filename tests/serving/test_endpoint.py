@@ -27,7 +27,7 @@ def picture(colour="green", size=(84, 56), kind="PNG"):
 
 def test_the_model_is_listed(client):
     listed = client.models.list().data
-    assert [model.id for model in listed] == ["tiny"]
+    assert [model.id for model in listed] == ["casa-tiny-digits"]
     assert listed[0].max_model_len == 1024
 
 
@@ -72,14 +72,14 @@ def test_a_conversation_with_several_images(client):
         {"role": "assistant", "content": "1 2"},
         {"role": "user", "content": [{"type": "text", "text": "And"}, part(second), part(first)]},
     ]
-    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+    answer = client.chat.completions.create(model="casa-tiny-digits", messages=messages, max_tokens=4)
     assert answer.choices[0].message.role == "assistant"
 
 
 def test_streaming_gives_the_same_text(client, ask):
     whole = ask("Count.", part(picture())).choices[0].message.content
     stream = client.chat.completions.create(
-        model="tiny",
+        model="casa-tiny-digits",
         messages=[{"role": "user", "content": [{"type": "text", "text": "Count."}, part(picture())]}],
         max_tokens=6,
         temperature=0.0,

@@ -15,12 +15,12 @@ from serving_process import CASA_SERVE, casa_serve
 
 
 @pytest.fixture
-def broken(checkpoint, tmp_path):
+def broken(random_checkpoint, tmp_path):
     """Returns a copy of the good checkpoint whose tensors have passed through a function."""
 
     def copy(change):
         folder = tmp_path / "broken"
-        shutil.copytree(checkpoint, folder)
+        shutil.copytree(random_checkpoint, folder)
         weights = load_file(folder / "model.safetensors")
         change(weights)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -77,15 +77,15 @@ def test_another_kind_of_model(capsys, broken):
     assert "model_type 'llama'" in refused(capsys, folder)
 
 
-def test_not_a_folder(capsys, checkpoint):
-    assert "is a file" in refused(capsys, checkpoint / "config.json")
+def test_not_a_folder(capsys, random_checkpoint):
+    assert "is a file" in refused(capsys, random_checkpoint / "config.json")
     assert "does not exist" in refused(capsys, "kyutai/CASA-Helium1-VL-2B")
-    assert "no config.json" in refused(capsys, checkpoint.parent)
+    assert "no config.json" in refused(capsys, random_checkpoint.parent)
 
 
-def test_limits_that_make_no_sense(capsys, checkpoint):
-    assert "--max-image-pixels must be" in refused(capsys, checkpoint, "--max-image-pixels", 0)
-    said = refused(capsys, checkpoint, "--media-io-kwargs", '{"image": {"image_mode": "L"}}')
+def test_limits_that_make_no_sense(capsys, random_checkpoint):
+    assert "--max-image-pixels must be" in refused(capsys, random_checkpoint, "--max-image-pixels", 0)
+    said = refused(capsys, random_checkpoint, "--media-io-kwargs", '{"image": {"image_mode": "L"}}')
     assert "--help=CASA" in said
 
 
@@ -97,9 +97,9 @@ def test_the_command_itself_exits_with_the_sentence(tmp_path):
 
 
 @pytest.mark.vllm
-def test_a_server_that_takes_no_images(checkpoint, tmp_path):
+def test_a_server_that_takes_no_images(random_checkpoint, tmp_path):
     limit = ["--limit-mm-per-prompt", '{"image": 0}', "--dtype", "float32", "--max-model-len", "256"]
-    with casa_serve(tmp_path / "log.txt", checkpoint, *limit) as server:
+    with casa_serve(tmp_path / "log.txt", random_checkpoint, *limit) as server:
         client = server.client()
         model = client.models.list().data[0].id
         image = {"type": "image_url", "image_url": {"url": data_url(encoded(plain()))}}

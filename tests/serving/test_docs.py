@@ -1,0 +1,87 @@
+"""What the documentation shows is run: its commands, its Python and its table."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BLOCK = re.compile(r"^```(\S+) (run|server)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = ("docs/quickstart.md", "docs/checkpoints.md")
+
+
+def script(page, *kinds):
+    """Returns the blocks of a page that are marked with one of `kinds`, as one bash script.
+
+    The Python blocks of a page belong together, so they run as one program at its end.
+    """
+    shell, program = [], []
+    for language, kind, body in BLOCK.findall((ROOT / page).read_text()):
+        assert language in ("bash", "python"), language
+        if kind in kinds:
+            (shell if language == "bash" else program).append(body)
+    return "\n".join(["set -euo pipefail", *shell, "python - <<'END_OF_PROGRAM'", *program, "END_OF_PROGRAM"])
+
+
+def run(text, folder):
+    """Runs a bash script in an empty folder, with this environment's commands first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", text],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_need_no_server(page, tmp_path):
+    assert ": complete." in run(script(page, "run"), tmp_path)
+
+
+@pytest.mark.vllm
+def test_the_quickstart_against_a_server(server, tmp_path):
+    text = script("docs/quickstart.md", "server")
+    assert "http://localhost:8000" in text
+    output = run(text.replace("http://localhost:8000", server.url), tmp_path)
+    assert '"id":"casa-tiny-digits"' in output
+    read = [line.split(" -> ") for line in output.splitlines() if " -> " in line]
+    assert len(read) == 3
+    assert all(re.fullmatch(r"\d( \d)*", answer) for _, answer in read)
+
+
+def test_the_readmes_table_is_what_the_script_prints():
+    path = ROOT / "benchmarks" / "kv_arithmetic.py"
+    spec = importlib.util.spec_from_file_location("kv_arithmetic", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.partition("<!-- kv-table")[2].partition("-->\n")[2].partition("<!-- /kv-table")[0]
+    assert shown.strip().splitlines() == module.table()
+
+
+def test_every_link_in_the_docs_leads_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if not target.startswith(("http", "#")):
+                assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def test_every_option_in_the_limits_page_exists():
+    """The options that casa-serve adds, and no others, are explained with their defaults."""
+    from casa_serving.limits import ImageLimits
+    from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
+
+    text = (ROOT / "docs" / "limits.md").read_text()
+    options = ImageLimits().as_options() | {"max_request_bytes": DEFAULT_MAX_REQUEST_BYTES}
+    for name, default in options.items():
+        row = next(line for line in text.splitlines() if f"`--{name.replace('_', '-')}`" in line)
+        assert f"{default:,}" in row or f" {default} " in row, row
