@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.worker.gpu.buffer_utils import async_copy_to_gpu
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -70,9 +70,9 @@ class SegmentTensors:
             plan.first_pages,
         )
         return cls(
-            async_copy_to_gpu(np.stack(fields).astype(np.int32), device=device),
-            async_copy_to_gpu(plan.page_lens, device=device),
-            async_copy_to_gpu(plan.relative_positions, device=device),
+            async_tensor_h2d(np.stack(fields).astype(np.int32), device=device),
+            async_tensor_h2d(plan.page_lens, device=device),
+            async_tensor_h2d(plan.relative_positions, device=device),
         )
 
     def first(self, num_segments: int) -> "SegmentTensors":
@@ -209,7 +209,7 @@ class CasaModelState(DefaultModelState):
             query_start_loc, max_query_len = input_batch.query_start_loc, 1
             num_tokens, has_image = input_batch.num_tokens_after_padding, True
         else:
-            query_start_loc = async_copy_to_gpu(plan.query_start_loc, device=self.device)
+            query_start_loc = async_tensor_h2d(plan.query_start_loc, device=self.device)
             max_query_len, num_tokens = plan.max_query_len, int(plan.query_start_loc[-1])
             has_image = bool(plan.num_pages.any())
         max_text_len = self.max_model_len if plan is None else plan.max_text_len

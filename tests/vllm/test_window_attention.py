@@ -107,9 +107,7 @@ class Paged:
             text_table.append(blocks)
             for i in range(segment.num_queries):
                 seen = range(segment.start, segment.first + i + 1) if with_text else ()
-                self._expect(
-                    token, [*keys, *text_k[list(seen)]], [*values, *text_v[list(seen)]], group
-                )
+                self._expect(token, [*keys, *text_k[list(seen)]], [*values, *text_v[list(seen)]], group)
                 token += 1
         lengths = [s.num_queries for s in self.segments]
         int32 = {"dtype": torch.int32}

@@ -1,0 +1,128 @@
+"""vLLM's Model Runner V2, which serves GPUs, against the eager model, on a CPU.
+
+Triton's interpreter runs its kernels and ours (see support/interpreted_triton.py). It has to be
+switched on before vLLM is imported, so the tests run in a pytest of their own that the first one
+starts; there are few of them, because that decodes some 45 tokens a second.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm_harness import BARE_IMAGE, IMAGE, Prompt, assert_same, picture
+
+IS_V2 = "interpreted_triton" in sys.modules
+NUM_TOKENS = 4
+# Prompts longer than this are cut into chunks.
+STEP_TOKENS = 64
+
+PROMPTS = [
+    Prompt("hello"),
+    Prompt(f"{BARE_IMAGE}{BARE_IMAGE}two {IMAGE} one", tuple(picture(i, 56, 28 * i) for i in (1, 2, 3))),
+    Prompt(f"Text that is cut into chunks, before and after {IMAGE} the image in it.", (picture(4, 140, 84),)),
+    Prompt(f"last: {BARE_IMAGE}", (picture(1, 56, 28),)),
+]
+MODELS = [(preset, fusion) for preset in ("tiny-llama", "tiny-qwen") for fusion in ("ca", "ca_tv")]
+
+in_v2 = pytest.mark.skipif(not IS_V2, reason="runs in the process that test_in_a_process_of_their_own starts")
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(IS_V2, reason="this is that process")
+def test_in_a_process_of_their_own():
+    support = str(Path(__file__).parents[1] / "support")
+    environment = {**os.environ, "PYTHONPATH": support, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "interpreted_triton", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+def v2(request, engine, checkpoints):
+    """Folder and engine of a model on the second runner; the tests of a model share it."""
+    preset, fusion = request.param
+    folder = checkpoints(preset, fusion=fusion)
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": STEP_TOKENS}
+    return folder, engine(folder, **limits, limit_mm_per_prompt={"image": 3})
+
+
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch):
+    """The interpreter runs a GPU's programs one by one: 2 splits of the keys show what 32 do."""
+    if IS_V2:
+        from casa_vllm.ops import triton_window_attention
+
+        monkeypatch.setattr(triton_window_attention, "MAX_SPLITS", 2)
+
+
+def runner_of(engine):
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    runner = engine.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    assert isinstance(runner, GPUModelRunner)
+    return runner
+
+
+@in_v2
+def test_equals_eager_cold_and_warm(v2, eager):
+    folder, engine = v2
+    expected = [eager(folder)(prompt, NUM_TOKENS) for prompt in PROMPTS]
+    encoded = engine.images.counters.images_encoded
+    assert_same(engine.ask(PROMPTS, NUM_TOKENS), expected)
+    assert engine.images.counters.images_encoded == encoded + 4, "the fifth image is the first's"
+    # Again: text from the prefix cache, images from the pages of the run before.
+    assert_same(engine.ask(PROMPTS[::-1], NUM_TOKENS), expected[::-1])
+    assert engine.images.counters.images_encoded == encoded + 4
+
+
+@in_v2
+def test_decode_from_the_buffers_of_a_graph(v2, eager, monkeypatch):
+    """CA layers read what `prepare_attn` returned at capture, as a replayed CUDA graph does.
+
+    Sequences come and go under it, so that the batch is smaller than the graph and rows are
+    padding. Self-attention is vLLM's own and runs eagerly.
+    """
+    folder, engine = v2
+    runner = runner_of(engine)
+    captured = capture(runner, num_reqs=4)
+    replays = []
+    prepare = type(runner.model_state).prepare_attn
+
+    def replay(state, input_batch, cudagraph_mode, *args, **kwargs):
+        from vllm.config.compilation import CUDAGraphMode
+
+        if (input_batch.num_scheduled_tokens > 1).any():
+            return prepare(state, input_batch, cudagraph_mode, *args, **kwargs)
+        replays.append(input_batch.num_reqs)
+        metadata = prepare(state, input_batch, CUDAGraphMode.FULL, *args, **kwargs)
+        cross = [layer.layer_name for layer in state._layers]
+        assert cross and all(metadata[name] is not captured[name] for name in cross)
+        return metadata | {name: captured[name] for name in cross}
+
+    monkeypatch.setattr(type(runner.model_state), "prepare_attn", replay)
+    lengths = [2, 6, 4, 3]
+    names = [engine.add(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    answers = engine.run()
+    expected = [eager(folder)(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    assert_same([answers[name] for name in names], expected)
+    assert len(set(replays)) > 1, f"decode batches of {replays} requests; expected several sizes"
+
+
+def capture(runner, num_reqs):
+    """The attention metadata of CA layers, built the way vLLM does it for a graph."""
+    from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
+
+    state = prepare_inputs_to_capture(
+        num_reqs,
+        num_reqs,
+        runner.model_state,
+        runner.input_buffers,
+        runner.block_tables,
+        runner.attn_groups,
+        runner.kv_cache_config,
+        full_cudagraph=True,
+    )
+    return {layer.layer_name: state[0][layer.layer_name] for layer in runner.model_state._layers}
