@@ -50,7 +50,8 @@ def test_images_stand_in_no_text_position(ask):
     large = ask("Read.", part(picture(size=(560, 560)))).usage.prompt_tokens
     none = ask("Read.").usage.prompt_tokens
     assert small == large
-    assert large - none <= 2
+    # The tokens before and after an image; vLLM adds nothing of its own.
+    assert large - none == 2
 
 
 def test_another_image_gives_another_answer(ask):
@@ -116,13 +117,9 @@ def test_structured_output(ask):
         "required": ["digit"],
         "additionalProperties": False,
     }
-    as_json = ask(
-        "?",
-        part(picture()),
-        max_tokens=200,
-        extra_body={"ignore_eos": False},
-        response_format={"type": "json_schema", "json_schema": {"name": "d", "schema": schema}},
-    )
+    # Without whitespace there are two texts that fit, and even a model that babbles ends.
+    fixed = {"structured_outputs": {"json": schema, "disable_any_whitespace": True}, "ignore_eos": False}
+    as_json = ask("?", part(picture()), max_tokens=40, extra_body=fixed)
     assert json.loads(as_json.choices[0].message.content)["digit"] in (3, 7)
 
 
