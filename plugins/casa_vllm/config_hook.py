@@ -23,10 +23,19 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Insertion on M-RoPE backbones: vLLM finds M-RoPE by the text config's rope parameters."""
+        """Tells vLLM about M-RoPE where the text has it: insertion on backbones of the Qwen kind.
+
+        CA text has one axis; only image keys have three. vLLM 0.32 takes any config with a field
+        `mrope_section` for an M-RoPE model, so for CA it goes by another name in the engine.
+        """
         config: CasaConfig = model_config.hf_config
-        if not config.is_cross_attention and config.mrope_section is not None:
-            config.text_config.rope_parameters["mrope_section"] = list(config.mrope_section)
+        section = config.mrope_section
+        if section is None:
+            return
+        if config.is_cross_attention:
+            config.image_mrope_section, config.mrope_section = section, None
+        else:
+            config.text_config.rope_parameters["mrope_section"] = list(section)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -44,9 +53,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         _refuse(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = "casa_vllm.scheduler.create_scheduler"
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
-        vllm_config.ec_manager_config.encoder_cache_manager_cls = (
-            "casa_vllm.residency.ImageResidency"
-        )
+        vllm_config.ec_manager_config.encoder_cache_manager_cls = "casa_vllm.residency.ImageResidency"
         config.vllm_encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         if current_platform.is_cpu():
             vllm_config.parallel_config.worker_cls = "casa_vllm.v1_runner.CasaCPUWorker"
@@ -67,18 +74,13 @@ def _refuse(vllm_config: "VllmConfig") -> None:
         "microbatching (--enable-dbo)": parallel.enable_dbo,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "encoder connectors (--ec-transfer-config)": vllm_config.ec_transfer_config is not None,
-        "--disable-hybrid-kv-cache-manager": (
-            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True
-        ),
+        "--disable-hybrid-kv-cache-manager": (vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True),
         "speculative decoding": vllm_config.speculative_config is not None,
         "LoRA": vllm_config.lora_config is not None,
         "a quantised KV cache (--kv-cache-dtype)": (
-            vllm_config.cache_config.cache_dtype
-            not in ("auto", "float16", "bfloat16", "float32")
+            vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
         ),
-        "another scheduler (--scheduler-cls)": (
-            vllm_config.scheduler_config.scheduler_cls is not None
-        ),
+        "another scheduler (--scheduler-cls)": (vllm_config.scheduler_config.scheduler_cls is not None),
         "Model Runner V1 on a GPU (VLLM_USE_V2_MODEL_RUNNER=0)": (
             not current_platform.is_cpu() and not vllm_config.use_v2_model_runner
         ),

@@ -54,10 +54,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.qkv_proj, self.o_proj = own_projections(config, vllm_config, prefix)
         self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        self.sizes = [
-            heads * config.head_dim
-            for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        ]
+        self.sizes = [heads * config.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         self.rotary_emb = _rotary_embedding(config, vllm_config)
         self.attn = Attention(
             self.num_heads,
@@ -79,9 +76,7 @@ class SelfAttention(nn.Module):
 class CasaDecoderLayer(nn.Module):
     """One block; either attention may be absent."""
 
-    def __init__(
-        self, config: CasaConfig, vllm_config: VllmConfig, limits: ImageLimits, prefix: str
-    ) -> None:
+    def __init__(self, config: CasaConfig, vllm_config: VllmConfig, limits: ImageLimits, prefix: str) -> None:
         super().__init__()
         text, layer = config.text_config, extract_layer_index(prefix)
         self.hidden_size = text.hidden_size
@@ -101,9 +96,7 @@ class CasaDecoderLayer(nn.Module):
         if config.has_sa(layer):
             self.self_attn = SelfAttention(config, vllm_config, f"{prefix}.self_attn")
         if config.has_ca(layer):
-            self.cross_attn = self._cross_attention(
-                config, vllm_config, limits, f"{prefix}.cross_attn"
-            )
+            self.cross_attn = self._cross_attention(config, vllm_config, limits, f"{prefix}.cross_attn")
 
     def _cross_attention(
         self, config: CasaConfig, vllm_config: VllmConfig, limits: ImageLimits, prefix: str
@@ -148,9 +141,7 @@ class CasaDecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm(attended, residual)
         return self.mlp(x), residual
 
-    def write_images(
-        self, images: torch.Tensor, rope: tuple | None, slots: torch.Tensor
-    ) -> None:
+    def write_images(self, images: torch.Tensor, rope: tuple | None, slots: torch.Tensor) -> None:
         """See `CrossAttention.write_images`; `images` is the vision encoder's output."""
         if self.normalize_image_tokens:
             images = self.input_layernorm(images)
@@ -210,9 +201,7 @@ class CasaModel(nn.Module):
     """Vision encoder and text model, under the checkpoint's names."""
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    CasaMultiModalProcessor, info=CasaProcessingInfo, dummy_inputs=CasaDummyInputs
-)
+@MULTIMODAL_REGISTRY.register_processor(CasaMultiModalProcessor, info=CasaProcessingInfo, dummy_inputs=CasaDummyInputs)
 class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE):
     """vLLM's model class for `CasaConfig`."""
 
@@ -245,12 +234,8 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         self.merge_size = config.vision_config.spatial_merge_size
         self.model = CasaModel()
         with self._mark_tower_model(vllm_config, "image"):
-            self.model.visual = vision_encoder(
-                config.vision_config, vllm_config.quant_config, "model.visual"
-            )
-        self.model.language_model = CasaTextModel(
-            vllm_config=vllm_config, prefix="model.language_model"
-        )
+            self.model.visual = vision_encoder(config.vision_config, vllm_config.quant_config, "model.visual")
+        self.model.language_model = CasaTextModel(vllm_config=vllm_config, prefix="model.language_model")
         text = config.text_config
         self.lm_head = ParallelLMHead(
             text.vocab_size,
@@ -283,9 +268,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         images = visual(pixel_values.to(visual.dtype), grid_thw=grids.tolist())
         return images.split(image_token_counts(grids, self.merge_size))
 
-    def write_images(
-        self, images: torch.Tensor, grids: torch.Tensor, slots: dict[str, torch.Tensor]
-    ) -> None:
+    def write_images(self, images: torch.Tensor, grids: torch.Tensor, slots: dict[str, torch.Tensor]) -> None:
         """Writes keys and values of encoded images into the pages of all CA layers.
 
         Args:
@@ -297,7 +280,9 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         if self.config.sees_window_text:
             positions = torch.cat([image_positions(grid, self.config) for grid in grids], dim=1)
             rope = axes_rotary_tables(
-                positions.to(images.device), self.inv_freq, self.config.mrope_section
+                positions.to(images.device),
+                self.inv_freq,
+                getattr(self.config, "image_mrope_section", None),  # see config_hook.py
             )
         for layer in self.model.language_model.layers:
             if layer.cross_attn is not None:
@@ -327,9 +312,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         **kwargs: object,
     ) -> torch.Tensor:
         """Final hidden states (T, C)."""
-        return self.model.language_model(
-            input_ids, positions, intermediate_tensors, inputs_embeds
-        )
+        return self.model.language_model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """(T, C) -> (T, vocabulary)."""
@@ -344,9 +327,7 @@ def _rotary_embedding(config: CasaConfig, vllm_config: VllmConfig) -> nn.Module:
     """vLLM caches these: all layers get the same module."""
     return get_rope(
         config.head_dim,
-        max_position=max(
-            config.text_config.max_position_embeddings, vllm_config.model_config.max_model_len
-        ),
+        max_position=max(config.text_config.max_position_embeddings, vllm_config.model_config.max_model_len),
         rope_parameters=config.text_config.rope_parameters,
         is_neox_style=True,
     )

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from vllm_harness import BARE_IMAGE, IMAGE, Prompt, assert_same, picture
 
 IS_V2 = "interpreted_triton" in sys.modules
@@ -24,23 +25,35 @@ PROMPTS = [
     Prompt(f"Text that is cut into chunks, before and after {IMAGE} the image in it.", (picture(4, 140, 84),)),
     Prompt(f"last: {BARE_IMAGE}", (picture(1, 56, 28),)),
 ]
-MODELS = [(preset, fusion) for preset in ("tiny-llama", "tiny-qwen") for fusion in ("ca", "ca_tv")]
+MODELS = [
+    pytest.param(("tiny-llama", "ca"), id="llama-ca"),
+    pytest.param(("tiny-qwen", "ca_tv"), id="qwen-ca_tv"),
+    pytest.param(("tiny-llama", "ca_tv"), id="llama-ca_tv", marks=pytest.mark.slow),
+    pytest.param(("tiny-qwen", "ca"), id="qwen-ca", marks=pytest.mark.slow),
+]
 
 in_v2 = pytest.mark.skipif(not IS_V2, reason="runs in the process that test_in_a_process_of_their_own starts")
 
 
 @pytest.mark.vllm
 @pytest.mark.skipif(IS_V2, reason="this is that process")
-def test_in_a_process_of_their_own():
+def test_in_a_process_of_their_own(request):
     support = str(Path(__file__).parents[1] / "support")
     environment = {**os.environ, "PYTHONPATH": support, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "interpreted_triton", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, timeout=900)
+    options = ["-q", "-x", "-p", "interpreted_triton", "-p", "no:cacheprovider"]
+    options += ["-m", request.config.getoption("markexpr")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout
 
 
-@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+@pytest.fixture(scope="module", params=MODELS)
 def v2(request, engine, checkpoints):
     """Folder and engine of a model on the second runner; the tests of a model share it."""
     preset, fusion = request.param
