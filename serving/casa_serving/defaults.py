@@ -36,9 +36,21 @@ def engine_options(config: CasaConfig, *, embedded: bool) -> dict[str, Any]:
         "allowed_origins": [],
     }
     if embedded:
-        # vLLM would round float32 weights to 16 bits, which a 10 MB model has no use for.
-        options |= {"served_model_name": [EMBEDDED_NAME], "dtype": "float32"}
+        options |= embedded_options()
     return options
+
+
+def embedded_options() -> dict[str, Any]:
+    """Returns defaults for the embedded model alone."""
+    from vllm.config import StructuredOutputsConfig
+
+    return {
+        "served_model_name": [EMBEDDED_NAME],
+        # vLLM would round float32 weights to 16 bits, which a 10 MB model has no use for.
+        "dtype": "float32",
+        # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
+    }
 
 
 def set_environment(*, embedded: bool, on_cpu: bool) -> None:

@@ -38,9 +38,13 @@ def server(request, tmp_path_factory):
         "--max-request-bytes": 12_000_000,
     }
     arguments = [part for option in options.items() for part in option]
+    # Compiling would take longer than all the tests.
+    arguments.append("--enforce-eager")
     if not (files("casa_engine") / "digits" / "checkpoint" / "config.json").is_file():
         folder = request.getfixturevalue("random_checkpoint")
+        compact = '{"backend": "xgrammar", "disable_any_whitespace": true}'
         arguments = [folder, "--served-model-name", MODEL, "--dtype", "float32", *arguments]
+        arguments += ["--structured-outputs-config", compact]
     domains = ["127.0.0.1", "10.0.0.1", "169.254.169.254"]
     with casa_serve(log, *arguments, "--allow-loopback-media", "--allowed-media-domains", *domains) as running:
         yield running

@@ -141,11 +141,15 @@ def test_what_is_neither_text_nor_image(refuses, kind, message):
 
 
 def test_an_unknown_uuid(refuses):
-    refuses("Read.", part(None, uuid="never-sent"), message="uuid|UUID|cache|never-sent")
+    refuses("Read.", part(None, uuid="never-sent"), message="Cache miss for image")
 
 
-def test_an_image_marker_written_as_text(refuses):
-    refuses("Look: <|vision_start|><|image_pad|><|vision_end|>", message="image")
+def test_an_image_marker_written_as_text(refuses, ask, good_request, expected):
+    marker = "Look: <|vision_start|><|image_pad|><|vision_end|>"
+    refuses(marker, image(), message="2 image markers and 1 images")
+    # Without any image nothing looks for markers: it is a token like any other.
+    assert ask(marker).usage.completion_tokens == 6
+    assert good_request() == expected
 
 
 def test_requests_cannot_lift_the_limits(refuses):
