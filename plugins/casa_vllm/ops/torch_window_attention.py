@@ -20,21 +20,21 @@ class SegmentBucket:
 
     Attributes:
         tokens: (B, Q) int64, token of each query; a padding query repeats the segment's last.
-        is_query: (B, Q) bool, False for padding queries.
-        image_blocks: (B, image pages) int64.
-        text_blocks: (B, text pages) int64, None for `ca`.
-        unreadable: (B, N) bool, keys that no query of the segment sees; may hold anything.
+        is_query: (B, Q) bool, False for padding queries; None where there are none.
+        image_pages, text_pages: (B, Hkv, pages) int64, index of (block, head) in the flattened
+            cache; None where no segment has one.
+        unreadable: two (K,) int64, segment and key of what no query of the segment sees.
         bias: (B, 1, Q, N), 0 where a query sees a key, else the dtype's minimum.
-        has_key: (B, Q, 1, 1) bool.
+        has_key: (B, Q, 1, 1) bool; None where every query has one.
     """
 
     tokens: torch.Tensor
-    is_query: torch.Tensor
-    image_blocks: torch.Tensor
-    text_blocks: torch.Tensor | None
-    unreadable: torch.Tensor
+    is_query: torch.Tensor | None
+    image_pages: torch.Tensor | None
+    text_pages: torch.Tensor | None
+    unreadable: tuple[torch.Tensor, ...]
     bias: torch.Tensor
-    has_key: torch.Tensor
+    has_key: torch.Tensor | None
 
 
 def torch_window_attention(
@@ -47,34 +47,52 @@ def torch_window_attention(
 ) -> None:
     """See `casa_vllm.ops.window_attention`."""
     if metadata.torch_buckets is None:
-        text_block_size = text_cache.shape[2] if text_cache is not None else 0
-        metadata.torch_buckets = plan_buckets(
-            metadata, image_cache.shape[2], text_block_size, query.dtype
-        )
+        metadata.torch_buckets = plan_buckets(metadata, image_cache, text_cache, query.dtype)
     output[: metadata.num_tokens] = 0
     for bucket in metadata.torch_buckets:
-        cached = _gather(image_cache, bucket.image_blocks)
-        if bucket.text_blocks is not None:
-            cached = torch.cat((cached, _gather(text_cache, bucket.text_blocks)), 2)
+        cached = [
+            _gather(cache, pages)
+            for cache, pages in ((image_cache, bucket.image_pages), (text_cache, bucket.text_pages))
+            if pages is not None
+        ]
+        cached = cached[0] if len(cached) == 1 else torch.cat(cached, 2)
         # An unused slot may hold NaN, and a softmax weight of 0 does not stop a NaN.
-        cached.masked_fill_(bucket.unreadable[:, None, :, None], 0)
+        cached[bucket.unreadable[0], :, bucket.unreadable[1]] = 0
         keys, values = cached.chunk(2, -1)
+        attended = _attend(query[bucket.tokens], keys, values, bucket.bias, scale)
+        if bucket.has_key is not None:
+            attended = attended * bucket.has_key
+        tokens = bucket.tokens
+        if bucket.is_query is not None:
+            tokens, attended = tokens[bucket.is_query], attended[bucket.is_query]
+        output[tokens] = attended.to(output.dtype)
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Grouped-query attention of (B, Q, H, D) over (B, Hkv, N, D) -> (B, Q, H, D)."""
+    if query.shape[1] == 1:
+        # One query: the heads of a group become its rows, and read their keys once.
+        grouped = query.unflatten(2, (keys.shape[1], -1))[:, 0]
         attended = scaled_dot_product_attention(
-            query[bucket.tokens].transpose(1, 2),
-            keys,
-            values,
-            attn_mask=bucket.bias,
-            scale=scale,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        ).transpose(1, 2)
-        attended = attended * bucket.has_key
-        output[bucket.tokens[bucket.is_query]] = attended[bucket.is_query].to(output.dtype)
+            grouped, keys, values, attn_mask=bias.expand(-1, -1, grouped.shape[2], -1), scale=scale
+        )
+        return attended.flatten(1, 2)[:, None]
+    return scaled_dot_product_attention(
+        query.transpose(1, 2),
+        keys,
+        values,
+        attn_mask=bias,
+        scale=scale,
+        enable_gqa=query.shape[2] != keys.shape[1],
+    ).transpose(1, 2)
 
 
 def plan_buckets(
     metadata: WindowAttentionMetadata,
-    image_block_size: int,
-    text_block_size: int,
+    image_cache: torch.Tensor,
+    text_cache: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> list[SegmentBucket]:
     """Groups the segments that have a key to read; the others are left out."""
@@ -93,32 +111,31 @@ def plan_buckets(
         offsets = torch.arange(int(last.max()) + 1, device=starts.device)
         is_query, offsets = offsets <= last, torch.minimum(offsets, last)
 
-        image_blocks, image_visible = _image_keys(metadata, segments, image_block_size)
+        image_blocks, image_visible = _image_keys(metadata, segments, image_cache.shape[2])
         visible = image_visible[:, None].expand(-1, offsets.shape[1], -1)
         text_blocks = None
         if metadata.text_block_table is not None:
-            text_blocks, text_visible = _text_keys(metadata, segments, offsets, text_block_size)
+            text_blocks, text_visible = _text_keys(metadata, segments, offsets, text_cache.shape[2])
             visible = torch.cat((visible, text_visible), 2)
         # Finite instead of -inf, so that a row without any key stays finite and can be zeroed.
         bias = torch.zeros(visible.shape, dtype=dtype, device=starts.device)
         bias.masked_fill_(~visible, torch.finfo(dtype).min)
+        has_key = visible.any(2)
         buckets.append(
             SegmentBucket(
                 tokens=starts[segments, None] + offsets,
-                is_query=is_query,
-                image_blocks=image_blocks,
-                text_blocks=text_blocks,
-                unreadable=~visible.any(1),
+                is_query=None if is_query.all() else is_query,
+                image_pages=_pages(image_cache, image_blocks),
+                text_pages=None if text_blocks is None else _pages(text_cache, text_blocks),
+                unreadable=(~visible.any(1)).nonzero(as_tuple=True),
                 bias=bias.unsqueeze(1),
-                has_key=visible.any(2)[..., None, None],
+                has_key=None if has_key.all() else has_key[..., None, None],
             )
         )
     return buckets
 
 
-def torch_write_pages(
-    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
-) -> None:
+def torch_write_pages(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
     """See `casa_vllm.ops.write_pages`."""
     count = min(len(key), len(slots))
     slots = slots[:count]
@@ -156,9 +173,7 @@ def _text_keys(
     positions = metadata.first_positions[segments].long()[:, None] + offsets
     first_page = starts // block_size
     last_page = positions[:, -1] // block_size
-    pages = first_page[:, None] + torch.arange(
-        int((last_page - first_page).max()) + 1, device=starts.device
-    )
+    pages = first_page[:, None] + torch.arange(int((last_page - first_page).max()) + 1, device=starts.device)
     # Shorter windows of the bucket repeat their last page; nothing of the repetition is visible.
     rows = metadata.text_rows[segments].long()[:, None]
     blocks = metadata.text_block_table[rows, torch.minimum(pages, last_page[:, None])].long()
@@ -167,6 +182,19 @@ def _text_keys(
     return blocks, (keys >= starts[:, None, None]) & (keys <= positions[..., None])
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Keys and values (B, Hkv, P * block_size, 2 * D) of the pages `blocks` (B, P), copied."""
-    return cache[blocks].transpose(1, 2).flatten(2, 3)
+def _pages(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor | None:
+    """(B, Hkv, P) index of each (block, head) of `blocks` (B, P); None without any."""
+    if blocks.shape[1] == 0:
+        return None
+    heads = torch.arange(cache.shape[1], device=blocks.device)
+    return blocks[:, None] * cache.shape[1] + heads[:, None]
+
+
+def _gather(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Copies keys and values (B, Hkv, P * block_size, 2 * D) of `pages` (B, Hkv, P)."""
+    num_heads = cache.shape[1]
+    if cache.is_contiguous():  # whole pages of a head, a plain memory copy each
+        copied = cache.flatten(0, 1).index_select(0, pages.flatten()).view(*pages.shape, *cache.shape[2:])
+    else:
+        copied = cache[pages // num_heads, pages % num_heads]
+    return copied.flatten(2, 3)

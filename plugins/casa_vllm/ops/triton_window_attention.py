@@ -279,9 +279,7 @@ def decode_splits(num_programs: int) -> int:
     return min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
 
 
-def triton_write_pages(
-    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
-) -> None:
+def triton_write_pages(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
     """See `casa_vllm.ops.write_pages`."""
     num_tokens = min(len(key), len(slots))
     if num_tokens == 0:
