@@ -43,7 +43,7 @@ class SegmentTensors:
     Attributes:
         fields: (5, V) int32: rows, first positions, text starts, numbers of pages, first pages.
         page_lens: (V, P) int32.
-        relative_positions: (T,) int64.
+        relative_positions: (T or more,) int64; 0 for padding.
     """
 
     fields: torch.Tensor
@@ -60,8 +60,16 @@ class SegmentTensors:
         )
 
     @classmethod
-    def from_plan(cls, plan: SegmentPlan, device: torch.device) -> "SegmentTensors":
-        """Copies without waiting for the device."""
+    def from_plan(cls, plan: SegmentPlan, num_tokens: int, device: torch.device) -> "SegmentTensors":
+        """Copies without waiting for the device.
+
+        Args:
+            plan: Segments of T tokens.
+            num_tokens: T, or more where the batch is padded for a piecewise graph.
+            device: Where to.
+        """
+        positions = np.zeros(num_tokens, dtype=np.int64)
+        positions[: len(plan.relative_positions)] = plan.relative_positions
         fields = (
             plan.rows,
             plan.first_positions,
@@ -72,7 +80,7 @@ class SegmentTensors:
         return cls(
             async_tensor_h2d(np.stack(fields).astype(np.int32), device=device),
             async_tensor_h2d(plan.page_lens, device=device),
-            async_tensor_h2d(plan.relative_positions, device=device),
+            async_tensor_h2d(positions, device=device),
         )
 
     def first(self, num_segments: int) -> "SegmentTensors":
@@ -156,7 +164,10 @@ class CasaModelState(DefaultModelState):
         # The runner says NONE while it captures.
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         plan = None if for_capture else self._plan(input_batch)
-        step = None if plan is None else SegmentTensors.from_plan(plan, self.device)
+        step = None
+        if plan is not None:
+            num_tokens = input_batch.num_tokens if in_graph else input_batch.num_tokens_after_padding
+            step = SegmentTensors.from_plan(plan, num_tokens, self.device)
         if in_graph:
             self._decode_buffers.overwrite(step)
             step = self._decode_buffers.first(input_batch.num_reqs_after_padding)

@@ -7,7 +7,6 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
@@ -20,6 +19,11 @@ import numpy as np
 import torch
 from casa_engine.checkpoints import load_model, load_processor
 from PIL import Image
+
+# On a GPU the engine runs as it would in production: compiled, with CUDA graphs.
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 BARE_IMAGE = "<|image_pad|>"
@@ -97,7 +101,7 @@ class Engine:
         settings = {
             "model": str(folder),
             "dtype": "float32",
-            "enforce_eager": True,
+            "enforce_eager": not ON_GPU,
             "max_model_len": 1024,
             "max_num_seqs": 16,
             "max_num_batched_tokens": 512,
