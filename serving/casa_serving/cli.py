@@ -69,9 +69,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
         CheckpointError: the checkpoint is not one.
         InputError: two options contradict each other, or a limit makes no sense.
     """
-    named = None if names_no_model(argv) else build_parser({}).parse_args(["serve", *argv])
-    embedded = named is None or named.model_tag is None
-    checkpoint = embedded_checkpoint() if embedded else Path(named.model_tag)
+    named = named_checkpoint(argv)
+    embedded = named is None
+    checkpoint = embedded_checkpoint() if named is None else Path(named)
     check_folder(checkpoint)
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
@@ -82,16 +82,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
     return guarded(args), embedded
 
 
-def names_no_model(argv: list[str]) -> bool:
-    """Tells whether the command line plainly names no checkpoint.
+def named_checkpoint(argv: list[str]) -> str | None:
+    """Returns the checkpoint that the command line names, or None.
 
-    vLLM's parser refuses `--served-model-name` without a model before it says that there is
-    none, so this case is decided here.
+    A first word that is no option is the checkpoint, which can then be checked before vLLM is
+    imported. Otherwise vLLM's parser finds it: behind options, or in a file (`--config`). That
+    parser refuses `--served-model-name` without a model before it would say that there is none.
     """
-    options_only = not argv or argv[0].startswith("-")
-    has_source = any(arg.split("=")[0] in ("--config", "--model", "--help", "-h") for arg in argv)
-    served = any(arg.split("=")[0].replace("_", "-") == "--served-model-name" for arg in argv)
-    return options_only and not has_source and (served or not argv)
+    if not argv:
+        return None
+    if not argv[0].startswith("-"):
+        return argv[0]
+    options = {word.partition("=")[0].replace("_", "-") for word in argv}
+    if "--served-model-name" in options and not options & {"--config", "--model"}:
+        return None
+    # vLLM's own default is a model on a hub.
+    args = build_parser({"model": None}).parse_args(["serve", *argv])
+    return args.model_tag or args.model
 
 
 def check_folder(checkpoint: Path) -> None:

@@ -96,9 +96,42 @@ def test_the_command_itself_exits_with_the_sentence(tmp_path):
     assert "has no config.json" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], None),
+        (["./model"], "./model"),
+        (["./model", "--port", "9000"], "./model"),
+        (["--served-model-name", "digits"], None),
+        (["--port", "9000"], None),
+        (["--port", "9000", "./model"], "./model"),
+        (["--model", "./model"], "./model"),
+    ],
+)
+def test_which_checkpoint_is_named(argv, named):
+    assert cli.named_checkpoint(argv) == named
+
+
+def test_a_file_of_options_can_name_the_checkpoint(tmp_path):
+    options = tmp_path / "options.yaml"
+    options.write_text("model: ./model\nmax-image-bytes: 1000\n")
+    assert cli.named_checkpoint(["--config", str(options)]) == "./model"
+    args = cli.build_parser({}).parse_args(["serve", "--config", str(options)])
+    assert args.max_image_bytes == 1000
+
+
+def test_defaults_give_way_to_the_command_line(random_checkpoint):
+    args, embedded = cli.parse([str(random_checkpoint), "--max-model-len", "128"])
+    assert not embedded
+    assert args.max_model_len == 128
+    assert args.limit_mm_per_prompt == {"image": 256, "video": 0}
+    assert args.media_io_kwargs["image"]["max_image_pixels"] == 4096 * 4096
+    assert args.middleware == ["casa_serving.request_guard.RequestGuard"]
+
+
 @pytest.mark.vllm
 def test_a_server_that_takes_no_images(random_checkpoint, tmp_path):
-    limit = ["--limit-mm-per-prompt", '{"image": 0}', "--dtype", "float32", "--max-model-len", "256"]
+    limit = ["--limit-mm-per-prompt", '{"image": 0}', "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     with casa_serve(tmp_path / "log.txt", random_checkpoint, *limit) as server:
         client = server.client()
         model = client.models.list().data[0].id
