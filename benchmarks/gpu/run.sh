@@ -45,7 +45,8 @@ END
 part "kernel tests" 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/vllm/test_window_attention.py
 if "$PYTHON" -c 'import vllm' 2>"$OUT/vllm-import.log"; then
     # On a GPU the tests' engines are compiled and use CUDA graphs.
-    part "parity suite" 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" \
+    # 11 engines: a minute or two on a GPU machine, many on a CPU that others use as well.
+    part "parity suite" "$([[ -n $tiny ]] && echo 1200 || echo 240)" "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" \
         tests/vllm/test_parity.py
     if [[ -n $tiny ]]; then presets=(tiny-llama tiny-qwen); else
         presets=(CASA-Helium1-VL-2B CASA-Qwen2_5-VL-3B)

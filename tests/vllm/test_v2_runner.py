@@ -124,6 +124,21 @@ def test_decode_from_the_buffers_of_a_graph(v2, eager, monkeypatch):
     assert len(set(replays)) > 1, f"decode batches of {replays} requests; expected several sizes"
 
 
+@in_v2
+def test_what_a_gpu_worker_runs_before_serving(v2, eager):
+    """Warm-up steps of made-up requests, and dummy batches with attention; then a real answer."""
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
+
+    folder, engine = v2
+    engine.forget_text()
+    worker = engine.engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert run_mixed_prefill_decode_warmup(runner_of(engine), worker.execute_model, worker.sample_tokens, num_tokens=6)
+    runner_of(engine)._dummy_run(3, uniform_decode=True)
+    runner_of(engine)._dummy_run(8)
+    # The warm-up wrote into blocks that the engine believes empty: nothing may be left of it.
+    assert_same(engine.ask(PROMPTS[1:2], NUM_TOKENS), [eager(folder)(PROMPTS[1], NUM_TOKENS)])
+
+
 def capture(runner, num_reqs):
     """The attention metadata of CA layers, built the way vLLM does it for a graph."""
     from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+
 from casa_vllm.ops import WindowAttentionMetadata, window_attention, write_pages
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -245,3 +246,34 @@ def test_triton_kernels_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(USE_TRITON, reason="compiled by being run, or interpreted")
+@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "prefill"])
+def test_kernel_compiles_for_an_h200(is_decode):
+    """Down to machine code, bf16 at the 3B preset's sizes: needs no GPU."""
+    pytest.importorskip("triton")
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from casa_vllm.ops.triton_window_attention import _window_attention_kernel as kernel
+
+    constants = {
+        "IMAGE_BLOCK": 16, "TEXT_BLOCK": 16, "HAS_TEXT": True, "HEAD_DIM": 128, "DIMS": 128, "GROUP": 8,
+        "TILE_QUERIES": 1 if is_decode else 8, "ROWS": 16 if is_decode else 64, "TILE_KEYS": 32,
+        "SPLITS": 16 if is_decode else 1, "IS_DECODE": is_decode, "PRECISION": "tf32",
+    }  # fmt: skip
+    pointers = dict.fromkeys(("query_ptr", "image_ptr", "text_ptr", "output_ptr"), "*bf16")
+    pointers |= dict.fromkeys(("partial_ptr", "max_ptr", "sum_ptr"), "*fp32")
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    } | {"scale": "fp32"}
+    indexes = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = compile_kernel(
+        ASTSource(kernel, signature, constexprs=indexes), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
+    )
+    assert compiled.asm["cubin"]
+    # An H200's multiprocessor has 228 KiB; well below, so that several programs share one.
+    assert compiled.metadata.shared <= 48 * 1024
