@@ -1,6 +1,6 @@
 """What differs between the vLLM versions that the plugin supports, in one place."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import vllm
 from packaging.version import Version
@@ -41,6 +41,14 @@ def encoder_schedule(images: list[int], num_new_tokens: int, budget: int) -> tup
     """
     extra = ([], []) if HAS_DUPLICATE_INPUTS else ([],)
     return (images, num_new_tokens, budget, *extra)
+
+
+def sender_cache(processor: Any, inputs: Any) -> Any:
+    """The frontend's cache of processed images, or None.
+
+    0.29 keeps it with the processor, 0.32 passes it with the inputs.
+    """
+    return inputs.cache if VERSION >= Version("0.32.0") else processor.cache
 
 
 def hash_all_images(request: "Request", block_size: int, cache_config: "CacheConfig") -> None:

@@ -33,6 +33,7 @@ from vllm.multimodal.processing import (
 from casa_engine.configuration import CasaConfig
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.windows import split_image_markers
+from casa_vllm import compat
 from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW, ImageLimits
 
 # Image tokens that a prompt may bring; `--hf-overrides` sets the configuration's own value.
@@ -136,7 +137,14 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         updates = result.prompt_updates.get("image", [])
         counts = [len(update[0].content.full) for update in updates]
         stream, points = split_image_markers(list(inputs.prompt), config.image_token_id)
-        self._check_limits(points, counts, len(stream))
+        try:
+            self._check_limits(points, counts, len(stream))
+        except ValueError:
+            # vLLM believes by now that the engine has these images in its cache.
+            cache = compat.sender_cache(self, inputs)
+            for content_hash in result.hashes.get("image", ()) if cache is not None else ():
+                cache.invalidate(content_hash)
+            raise
         ranges = [
             PlaceholderRange(point, 1, torch.ones(count, dtype=torch.bool))
             for point, count in zip(points, counts, strict=True)

@@ -1,0 +1,105 @@
+"""What is refused, and with which words; and the undocumented ground of vLLM's we stand on."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW
+from casa_vllm.images import RequestImages
+from safetensors.torch import load_file, save_file
+from vllm.multimodal.inputs import PlaceholderRange
+from vllm_harness import BARE_IMAGE, IMAGE, Engine, Prompt, picture
+
+pytestmark = pytest.mark.vllm
+
+
+def test_a_mask_may_be_longer_than_its_range():
+    attached = PlaceholderRange(offset=3, length=1, is_embed=torch.ones(7, dtype=torch.bool))
+    again = pickle.loads(pickle.dumps(attached))
+    assert (again.offset, again.length, again.get_num_embeds()) == (3, 1, 7)
+    assert again.get_embeds_indices_in_range(0, 1) == (0, 1)
+
+
+@pytest.mark.parametrize("fusion", ["ca", "insertion"])
+def test_wrong_prompts_are_refused_and_the_next_is_answered(fusion, checkpoints, engine):
+    vllm = engine(checkpoints("tiny-llama", fusion=fusion))
+    image = picture(1)
+    for prompt in (
+        Prompt(f"{IMAGE} and {IMAGE}", (image,)),
+        Prompt("no marker", (image,)),
+    ):
+        with pytest.raises(ValueError, match="image markers"):
+            vllm.add(prompt, 1)
+    with pytest.raises(ValueError, match="ratio"):
+        vllm.add(Prompt(f"{IMAGE} thin", (picture(2, 5000, 1),)), 1)
+    assert len(vllm.ask([Prompt(f"{IMAGE} good", (image,))], 2)[0].tokens) == 2
+
+
+def test_windows_and_prompts_have_limits(checkpoints, engine):
+    vllm = engine(checkpoints("tiny-llama", fusion="ca"))
+    many = MAX_IMAGES_PER_WINDOW + 1
+    with pytest.raises(ValueError, match="share one window"):
+        vllm.add(Prompt(f"x{BARE_IMAGE * many}", (picture(1),) * many), 1)
+    with pytest.raises(ValueError, match="no text token"):
+        vllm.add(Prompt(BARE_IMAGE, (picture(1),)), 1)
+    # The image of refused prompts is not taken for known.
+    assert vllm.ask([Prompt(f"{IMAGE} good", (picture(1),))], 1)
+
+
+def test_a_prompt_whose_images_do_not_fit_in_a_row_ends_alone(checkpoints, engine):
+    vllm = engine(checkpoints("tiny-llama", fusion="ca"))
+    manager, row_pages = vllm.images, vllm.images.row_pages
+    manager.row_pages = 1
+    name = vllm.add(Prompt(f"{IMAGE}a{IMAGE}", (picture(1), picture(2))), 2)
+    answers = vllm.run()
+    manager.row_pages = row_pages
+    assert answers[name].tokens == []
+    assert len(vllm.ask([Prompt(f"{IMAGE}a{IMAGE}", (picture(1), picture(2)))], 2)[0].tokens) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable-hybrid-kv-cache-manager"),
+        ({"enable_lora": True}, "LoRA"),
+        ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "KV connectors",
+        ),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_options_that_cannot_work_are_refused(options, words, checkpoints):
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = checkpoints("tiny-llama", fusion="ca")
+    arguments = EngineArgs(model=str(folder), dtype="float32", max_model_len=256, **options)
+    with pytest.raises(ValueError, match=words):
+        arguments.create_engine_config()
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "has shape"])
+def test_damaged_checkpoints_are_refused(damage, checkpoints, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoints("tiny-llama", fusion="ca"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.language_model.layers.1.cross_attn.k_proj.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "unexpected":
+        name = "model.language_model.layers.1.extra.weight"
+        tensors[name] = torch.zeros(3)
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Exception, match=f"(?s)checkpoint does not hold.*{damage}") as error:
+        Engine(folder)
+    assert name in str(error.value)
+
+
+def test_rows_start_with_what_can_still_be_seen():
+    images = RequestImages.from_features([])
+    assert (len(images), images.first_live(5), images.end_before(5)) == (0, 0, 0)
