@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
     check_folder(checkpoint)
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
-    defaults = engine_options(config, embedded=embedded)
+    defaults = engine_options(config, embedded=embedded, on_cpu=on_cpu())
     if embedded:
         argv = [str(checkpoint), *argv]
     args = build_parser(defaults).parse_args(["serve", *argv])
@@ -99,6 +99,13 @@ def named_checkpoint(argv: list[str]) -> str | None:
     # vLLM's own default is a model on a hub.
     args = build_parser({"model": None}).parse_args(["serve", *argv])
     return args.model_tag or args.model
+
+
+def on_cpu() -> bool:
+    """Tells whether vLLM will run on the CPU."""
+    import torch
+
+    return not torch.cuda.is_available()
 
 
 def check_folder(checkpoint: Path) -> None:
@@ -146,10 +153,9 @@ def run(argv: list[str]) -> int:
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1
-    import torch
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    set_environment(embedded=embedded, on_cpu=not torch.cuda.is_available())
+    set_environment(embedded=embedded, on_cpu=on_cpu())
     register()
     command = ServeSubcommand()
     try:

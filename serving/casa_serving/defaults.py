@@ -19,12 +19,13 @@ EMBEDDED_NAME = "casa-tiny-digits"
 MAX_IMAGES = 256
 
 
-def engine_options(config: CasaConfig, *, embedded: bool) -> dict[str, Any]:
+def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[str, Any]:
     """Returns defaults for vLLM's options, by argument name.
 
     Args:
         config: The checkpoint's configuration.
         embedded: Whether it is the model in the package, which is known to be tiny.
+        on_cpu: Whether vLLM will run on the CPU.
     """
     options: dict[str, Any] = {
         "max_model_len": config.text_config.max_position_embeddings,
@@ -36,11 +37,11 @@ def engine_options(config: CasaConfig, *, embedded: bool) -> dict[str, Any]:
         "allowed_origins": [],
     }
     if embedded:
-        options |= embedded_options()
+        options |= embedded_options(on_cpu=on_cpu)
     return options
 
 
-def embedded_options() -> dict[str, Any]:
+def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
     """Returns defaults for the embedded model alone."""
     from vllm.config import StructuredOutputsConfig
 
@@ -67,6 +68,9 @@ def set_environment(*, embedded: bool, on_cpu: bool) -> None:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if embedded:
             variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
+            # Its matrices are too small to be shared between threads, and threads that wait
+            # for each other on a busy machine make it ten times slower.
+            variables["OMP_NUM_THREADS"] = "1"
     for name, value in variables.items():
         os.environ.setdefault(name, value)
     # No default but what makes the server safe: the limits hang on it.
