@@ -138,10 +138,10 @@ def plan_buckets(
 def torch_write_pages(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
     """See `casa_vllm.ops.write_pages`."""
     count = min(len(key), len(slots))
-    slots = slots[:count]
+    slots, entries = slots[:count], torch.cat((key[:count], value[:count]), -1)
     written = slots >= 0
-    slots = slots[written]
-    entries = torch.cat((key[:count][written], value[:count][written]), -1)
+    if not written.all():
+        slots, entries = slots[written], entries[written]
     cache[slots // cache.shape[2], :, slots % cache.shape[2]] = entries.to(cache.dtype)
 
 
