@@ -69,7 +69,7 @@ def set_environment(*, embedded: bool, on_cpu: bool) -> None:
         if embedded:
             variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
             # Its matrices are too small to be shared between threads, and threads that wait
-            # for each other on a busy machine make it ten times slower.
+            # for each other on a busy machine make it many times slower.
             variables["OMP_NUM_THREADS"] = "1"
     for name, value in variables.items():
         os.environ.setdefault(name, value)
