@@ -15,10 +15,10 @@ MODELS = ((ARCHITECTURE, "casa_vllm.model:CasaForConditionalGeneration"),)
 
 def register() -> None:
     """Makes vLLM know CASA: configuration, architecture, config hook and cache. Safe to call twice."""
-    import casa_engine  # noqa: F401 (teaches transformers' AutoConfig the model_type "casa")
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
+    import casa_engine  # noqa: F401 (teaches transformers' AutoConfig the model_type "casa")
     from casa_vllm.config_hook import CasaConfigHook
     from casa_vllm.image_cache_spec import register_image_cache
 

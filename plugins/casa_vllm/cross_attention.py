@@ -71,14 +71,17 @@ class CasaCacheBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
+        """Shown in vLLM's log."""
         return "CASA"
 
     @staticmethod
     def get_impl_cls() -> type:
+        """Never asked: CA layers are no `Attention` of vLLM's."""
         raise NotImplementedError("CA layers run through casa_vllm.cross_attention, not an impl.")
 
     @staticmethod
     def get_builder_cls() -> type[GroupMetadataBuilder]:
+        """Builder of the group's metadata."""
         return GroupMetadataBuilder
 
 
@@ -92,9 +95,7 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         head_size: D.
     """
 
-    def __init__(
-        self, vllm_config: VllmConfig, layer_name: str, num_kv_heads: int, head_size: int
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, layer_name: str, num_kv_heads: int, head_size: int) -> None:
         super().__init__()
         self.layer_name = layer_name
         self.num_kv_heads, self.head_size = num_kv_heads, head_size
@@ -105,6 +106,7 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         layers[layer_name] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
+        """vLLM's hook."""
         return CasaCacheBackend
 
     def _spec_fields(self, vllm_config: VllmConfig) -> dict[str, Any]:
@@ -120,6 +122,7 @@ class TextCache(CacheLayer):
     """Text keys of `ca_tv`, rotated relative to their window's start, and values."""
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """The same as self-attention's, so that it joins the text groups."""
         return FullAttentionSpec(**self._spec_fields(vllm_config))
 
 
@@ -164,11 +167,10 @@ class CrossAttention(CacheLayer):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.text_cache = None
         if self.sees_text:
-            self.text_cache = TextCache(
-                vllm_config, f"{prefix}.text", num_kv_heads, config.head_dim
-            )
+            self.text_cache = TextCache(vllm_config, f"{prefix}.text", num_kv_heads, config.head_dim)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """Pages of images, in a group of their own."""
         return ImageCacheSpec(**self._spec_fields(vllm_config), **asdict(self.limits))
 
     def forward(self, x: torch.Tensor, hidden_size: int) -> torch.Tensor:
@@ -197,9 +199,7 @@ class CrossAttention(CacheLayer):
         query = query.contiguous()
         if self.sees_text:
             # Copies: self-attention rotates the same projections in place by other positions.
-            query, key = rotary_emb(
-                metadata.relative_positions[: len(x)], query.clone(), key.clone()
-            )
+            query, key = rotary_emb(metadata.relative_positions[: len(x)], query.clone(), key.clone())
             write_pages(
                 self._heads(key),
                 self._heads(value),

@@ -75,9 +75,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self._share_unwritten = True
         self._max_held_pages = 2 * self.step_pages
 
-    def bind(
-        self, requests: Mapping[str, Request], share_unwritten: bool, max_concurrent_batches: int
-    ) -> None:
+    def bind(self, requests: Mapping[str, Request], share_unwritten: bool, max_concurrent_batches: int) -> None:
         """Called once by the scheduler.
 
         Args:
@@ -149,8 +147,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
             {
                 block.block_id
                 for block in self.block_pool.blocks
-                if block.block_hash is not None
-                and get_group_id(block.block_hash) == self.kv_cache_group_id
+                if block.block_hash is not None and get_group_id(block.block_hash) == self.kv_cache_group_id
             }
         )
 
@@ -188,9 +185,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
                 needed += self._get_num_evictable_blocks(found)
         return min(needed, self._max_held_pages) if apply_admission_cap else needed
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Appends the pages of the images before text token `num_tokens` to the row."""
         request = self._requests[request_id]
         images = self.images(request)

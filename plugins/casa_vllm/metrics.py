@@ -32,9 +32,7 @@ COUNTERS = {
 }
 
 
-def attach_image_stats(
-    stats: SchedulerStats, groups: Sequence["ImageCounters"], num_free_pages: int
-) -> None:
+def attach_image_stats(stats: SchedulerStats, groups: Sequence["ImageCounters"], num_free_pages: int) -> None:
     """Puts the counters of all image groups into the stats. Mutates `stats`."""
     values = {
         "image_pages_in_use": sum(group.pages_in_use for group in groups),
@@ -56,8 +54,7 @@ class ImageStatLogger(StatLoggerBase):
         self._labels = [vllm_config.model_config.served_model_name, str(engine_index)]
         self._last: dict[str, int] = {}
         self._gauges = {
-            name: _metric(Gauge, name, text, multiprocess_mode="mostrecent")
-            for name, text in GAUGES.items()
+            name: _metric(Gauge, name, text, multiprocess_mode="mostrecent") for name, text in GAUGES.items()
         }
         self._counters = {name: _metric(Counter, name, text) for name, text in COUNTERS.items()}
 

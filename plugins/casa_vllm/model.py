@@ -193,7 +193,7 @@ class CasaTextModel(nn.Module):
         return self.norm(x, residual)[0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """vLLM's hook: q, k, v and gate, up of the checkpoint are stacked here."""
+        """VLLM's hook: q, k, v and gate, up of the checkpoint are stacked here."""
         return load_stacked(self, weights)
 
 
@@ -324,7 +324,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
 
 def _rotary_embedding(config: CasaConfig, vllm_config: VllmConfig) -> nn.Module:
-    """vLLM caches these: all layers get the same module."""
+    """VLLM caches these: all layers get the same module."""
     return get_rope(
         config.head_dim,
         max_position=max(config.text_config.max_position_embeddings, vllm_config.model_config.max_model_len),

@@ -45,20 +45,23 @@ class CasaProcessingInfo(BaseProcessingInfo):
     """What vLLM asks about the model's inputs."""
 
     def get_hf_config(self) -> CasaConfig:
+        """The checkpoint's configuration."""
         return self.ctx.get_hf_config(CasaConfig)
 
     def get_hf_processor(self, **kwargs: object) -> CasaProcessor:
+        """The checkpoint's processor."""
         return self.ctx.get_hf_processor(CasaProcessor, **kwargs)
 
     def get_data_parser(self) -> MultiModalDataParser:
+        """Stock parsing of images."""
         return MultiModalDataParser()
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Any number of images."""
         return {"image": None}
 
-    def get_mm_max_tokens_per_item(
-        self, seq_len: int, mm_counts: Mapping[str, int]
-    ) -> Mapping[str, int]:
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """Sizes the encoder budget."""
         return {"image": self.get_max_image_tokens()}
 
     def get_max_image_tokens(self) -> int:
@@ -96,12 +99,14 @@ class CasaDummyInputs(BaseDummyInputsBuilder[CasaProcessingInfo]):
     """The largest inputs, for vLLM's profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """One marker for each image."""
         # Text between images, as in a prompt: adjacent ones would share a window.
         return f"x{self.info.get_hf_processor().image_token}" * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, Any]:
+        """Images of the largest size."""
         width, height = self.info.get_max_image_size()
         images = self._get_dummy_images(
             width=width,
@@ -116,7 +121,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
     """Runs the image processor and places images in the prompt."""
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """vLLM's hook: one rendered prompt with its images.
+        """VLLM's hook: one rendered prompt with its images.
 
         Raises:
             ValueError: Markers and images differ in number, or there are too many image tokens.
@@ -160,8 +165,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         limits = self.info.image_limits()
         if num_text == 0:
             raise ValueError(
-                "the prompt has no text token beside its images; expected at least one: use the "
-                "model's chat template."
+                "the prompt has no text token beside its images; expected at least one: use the model's chat template."
             )
         if sum(counts) > limits.max_prompt_tokens or len(counts) > limits.max_prompt_images:
             raise ValueError(
@@ -178,9 +182,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
                     "put text between them, or raise --max-num-batched-tokens."
                 )
 
-    def _apply_hf_processor_main(
-        self, mm_items: MultiModalDataItems, *args: object, **kwargs: object
-    ) -> BatchFeature:
+    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, *args: object, **kwargs: object) -> BatchFeature:
         """Runs CASA's image processing; there is no text to process with it."""
         if mm_items.get_all_counts().get("image", 0) == 0:
             return BatchFeature()
@@ -209,8 +211,4 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
             grid = out_mm_kwargs["image"][item]["image_grid_thw"].data
             return [config.image_token_id] * (int(grid.prod()) // merge**2)
 
-        return [
-            PromptReplacement(
-                modality="image", target=[config.image_token_id], replacement=image_tokens
-            )
-        ]
+        return [PromptReplacement(modality="image", target=[config.image_token_id], replacement=image_tokens)]

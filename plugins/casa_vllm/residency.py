@@ -21,7 +21,7 @@ class ImageResidency(EncoderCacheManager):
 
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: "VllmConfig") -> "ImageResidency":
-        """vLLM's constructor hook."""
+        """VLLM's constructor hook."""
         return cls(cache_size)
 
     def __init__(self, cache_size: int) -> None:

@@ -31,10 +31,7 @@ class CasaCPUModelRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kw)
         groups = self.kv_cache_config.kv_cache_groups
         group_of = {name: gid for gid, group in enumerate(groups) for name in group.layer_names}
-        self.image_groups = [
-            gid for gid, group in enumerate(groups)
-            if isinstance(group.kv_cache_spec, ImageCacheSpec)
-        ]
+        self.image_groups = [gid for gid, group in enumerate(groups) if isinstance(group.kv_cache_spec, ImageCacheSpec)]
         self.block_sizes = [groups[gid].kv_cache_spec.block_size for gid in self.image_groups]
         # CA layer -> index of its image group, and its text group (None for `ca`).
         self.image_group_of: dict[str, int] = {}
@@ -69,13 +66,9 @@ class CasaCPUModelRunner(CPUModelRunner):
                     row[windows.pages_of(request_id, index)].tolist()
                     for row, windows in zip(rows, self.windows, strict=True)
                 ]
-                images.append(
-                    ImageToEncode(feature.data, feature.mm_position.get_num_embeds(), pages)
-                )
+                images.append(ImageToEncode(feature.data, feature.mm_position.get_num_embeds(), pages))
         if images:
-            encode_images(
-                self.model, images, self.block_sizes, self.image_group_of, self.device
-            )
+            encode_images(self.model, images, self.block_sizes, self.image_group_of, self.device)
         return []
 
     def _gather_mm_embeddings(
@@ -101,9 +94,7 @@ class CasaCPUModelRunner(CPUModelRunner):
             text_group = self.text_group_of[name]
             if (image_group, text_group) not in built:
                 text = None if text_group is None else metadata[f"{name}.text"]
-                built[image_group, text_group] = self._casa_metadata(
-                    plans[image_group], image_group, text
-                )
+                built[image_group, text_group] = self._casa_metadata(plans[image_group], image_group, text)
             metadata[name] = built[image_group, text_group]
         return metadata, spec_decode
 

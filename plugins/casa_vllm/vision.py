@@ -25,9 +25,7 @@ class TransformersVisionEncoder(Qwen2_5_VisionTransformerPretrainedModel):
         return super().forward(pixel_values, grid_thw=grids).pooler_output
 
 
-def vision_encoder(
-    config: Qwen2_5_VLVisionConfig, quant_config: QuantizationConfig | None, prefix: str
-) -> nn.Module:
+def vision_encoder(config: Qwen2_5_VLVisionConfig, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
     """Builds the encoder; chosen by whether torchvision is installed."""
     if find_spec("torchvision") is None:
         return TransformersVisionEncoder._from_config(config, dtype=torch.get_default_dtype())

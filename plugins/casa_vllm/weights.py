@@ -27,9 +27,7 @@ def load_stacked(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) 
     return AutoWeightsLoader(model).load_weights(weights, mapper=STACKED)
 
 
-def load_strictly(
-    model: nn.Module, config: CasaConfig, weights: Iterable[tuple[str, torch.Tensor]]
-) -> set[str]:
+def load_strictly(model: nn.Module, config: CasaConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Loads weights that are exactly those of the configuration.
 
     Args:
@@ -45,8 +43,7 @@ def load_strictly(
     """
     with torch.device("meta"):
         expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in CasaForConditionalGeneration(config).state_dict().items()
+            name: tuple(tensor.shape) for name, tensor in CasaForConditionalGeneration(config).state_dict().items()
         }
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)

@@ -115,9 +115,7 @@ class WindowTable:
         row = self._rows[request_id]
         return slice(int(row.page_begins[image + 1]), int(row.page_ends[image + 1]))
 
-    def plan(
-        self, request_ids: list[str], num_computed: np.ndarray, num_scheduled: np.ndarray
-    ) -> SegmentPlan:
+    def plan(self, request_ids: list[str], num_computed: np.ndarray, num_scheduled: np.ndarray) -> SegmentPlan:
         """Plans one step.
 
         Args:
@@ -128,9 +126,7 @@ class WindowTable:
         points, begins, ends, lens, lens_offsets = self._concatenated(request_ids)
         num_scheduled = num_scheduled.astype(np.int64)
         rows = np.repeat(np.arange(len(request_ids)), num_scheduled)
-        within = np.arange(len(rows)) - np.repeat(
-            np.cumsum(num_scheduled) - num_scheduled, num_scheduled
-        )
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(num_scheduled) - num_scheduled, num_scheduled)
         positions = num_computed.astype(np.int64)[rows] + within
         windows = plan_windows(positions + rows * STRIDE, points)
 

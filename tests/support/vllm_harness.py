@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from casa_engine.checkpoints import load_model, load_processor
 from PIL import Image
+
+from casa_engine.checkpoints import load_model, load_processor
 
 # On a GPU the engine runs as it would in production: compiled, with CUDA graphs.
 ON_GPU = torch.cuda.is_available()
@@ -114,9 +115,7 @@ class Engine:
         config = EngineArgs(**(settings | options)).create_engine_config()
         # The CPU platform switches it off; in one process it can be tested all the same.
         config.scheduler_config.async_scheduling = is_async
-        self.engine = LLMEngine(
-            vllm_config=config, executor_class=Executor.get_class(config), log_stats=True
-        )
+        self.engine = LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=True)
         self._count = 0
 
     @property
@@ -189,6 +188,4 @@ def assert_same(answers: list[Answer], expected: list[Answer], tolerance: float 
     """Greedy tokens identical, logprobs within the tolerance."""
     for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True)):
         assert answer.tokens == wanted.tokens, f"prompt {index}"
-        np.testing.assert_allclose(
-            answer.logprobs, wanted.logprobs, atol=tolerance, rtol=0, err_msg=f"prompt {index}"
-        )
+        np.testing.assert_allclose(answer.logprobs, wanted.logprobs, atol=tolerance, rtol=0, err_msg=f"prompt {index}")

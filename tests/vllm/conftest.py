@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from casa_engine.checkpoints import write_random_checkpoint
 from casa_engine.presets import preset_config
 from vllm_harness import Eager, Engine

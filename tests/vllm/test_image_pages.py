@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from vllm_harness import BLOCK_SIZE, IMAGE, Prompt, assert_same, picture
 
 pytestmark = pytest.mark.vllm
@@ -139,9 +140,7 @@ def test_chunks_of_32_tokens(folder, oracle, engine):
 )
 def test_few_pages_force_preemptions(folder, eager, engine, options):
     prompts, grown = shuffled_pictures(7, 8), 20
-    vllm = engine(
-        folder, num_gpu_blocks_override=80, max_num_batched_tokens=64, max_model_len=256, **options
-    )
+    vllm = engine(folder, num_gpu_blocks_override=80, max_num_batched_tokens=64, max_model_len=256, **options)
     free = vllm.num_free_blocks
     rng = random.Random(3)
     urgency = 3 if "scheduling_policy" in options else 1
@@ -167,9 +166,7 @@ def test_few_pages_force_preemptions(folder, eager, engine, options):
 def test_pages_run_out_while_answers_grow(checkpoints, eager, engine):
     folder, grown = checkpoints("tiny-qwen", fusion="ca_tv"), 40
     prompts = [Prompt(f"{LONG}{IMAGE}{index}", (picture(index),)) for index in range(14)]
-    vllm = engine(
-        folder, num_gpu_blocks_override=80, max_num_batched_tokens=64, max_model_len=256
-    )
+    vllm = engine(folder, num_gpu_blocks_override=80, max_num_batched_tokens=64, max_model_len=256)
     names, preemptions = [vllm.add(prompt, grown) for prompt in prompts], [0]
 
     def watch():

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW
-from casa_vllm.images import RequestImages
 from safetensors.torch import load_file, save_file
 from vllm.multimodal.inputs import PlaceholderRange
+
+from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW
+from casa_vllm.images import RequestImages
 from vllm_harness import BARE_IMAGE, IMAGE, Engine, Prompt, picture
 
 pytestmark = pytest.mark.vllm

@@ -1,6 +1,7 @@
 """vLLM's tokens and logprobs against the eager model's, for every fusion, placement and backbone."""
 
 import pytest
+
 from vllm_harness import BARE_IMAGE, IMAGE, Prompt, assert_same, picture
 
 NUM_TOKENS = 6
@@ -11,9 +12,7 @@ PROMPTS = {
     "image-first": Prompt(f"{BARE_IMAGE}what is this?", (picture(1),)),
     "image-last": Prompt(f"look: {BARE_IMAGE}", (picture(2, 84, 56),)),
     "text-before-the-first-image": Prompt(f"{LONG}{IMAGE} and?", (picture(3),)),
-    "adjacent-images": Prompt(
-        f"two {BARE_IMAGE}{BARE_IMAGE} of them", (picture(4), picture(5, 28, 28))
-    ),
+    "adjacent-images": Prompt(f"two {BARE_IMAGE}{BARE_IMAGE} of them", (picture(4), picture(5, 28, 28))),
     "six-images-interleaved": Prompt(
         "".join(f"{name} {IMAGE} then " for name in "abcdef"),
         tuple(picture(10 + index) for index in range(6)),

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import torch
+
 from vllm_harness import IMAGE, Answer, Prompt, assert_same, picture
 
 pytestmark = pytest.mark.vllm
@@ -68,9 +69,7 @@ async def stream(folder):
     return answers
 
 
-@pytest.mark.parametrize(
-    ("preset", "fusion"), [("tiny-qwen", "ca_tv"), ("tiny-llama", "ca")], ids=["ca_tv", "ca"]
-)
+@pytest.mark.parametrize(("preset", "fusion"), [("tiny-qwen", "ca_tv"), ("tiny-llama", "ca")], ids=["ca_tv", "ca"])
 def test_thirty_chunks_with_an_image_each(preset, fusion, checkpoints, eager):
     folder = checkpoints(preset, fusion=fusion)
     answers = asyncio.run(stream(folder))
