@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from pathlib import Path
 
@@ -129,6 +130,11 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(
             f"--media-io-kwargs sets {sorted(media['image'])} for images; casa-serve sets how "
             "images are loaded. Use its own options instead (--help=CASA)."
+        )
+    if args.grpc or os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise InputError(
+            "--grpc and VLLM_USE_RUST_FRONTEND start servers of vLLM's that know nothing of the guard for "
+            "images. Leave them out, or use `vllm serve` and keep clients away yourself."
         )
     limits = ImageLimits.from_options(vars(args)).as_options()
     media["image"] = {**limits, ALLOW_LOOPBACK: args.allow_loopback_media}

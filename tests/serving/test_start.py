@@ -89,6 +89,12 @@ def test_limits_that_make_no_sense(capsys, random_checkpoint):
     assert "--help=CASA" in said
 
 
+def test_servers_without_the_guard_are_refused(capsys, random_checkpoint, monkeypatch):
+    assert "know nothing of the guard" in refused(capsys, random_checkpoint, "--grpc")
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "know nothing of the guard" in refused(capsys, random_checkpoint)
+
+
 def test_the_command_itself_exits_with_the_sentence(tmp_path):
     run = subprocess.run([CASA_SERVE, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 1
