@@ -106,7 +106,7 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         layers[layer_name] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """vLLM's hook."""
+        """How vLLM builds metadata for the layer's group."""
         return CasaCacheBackend
 
     def _spec_fields(self, vllm_config: VllmConfig) -> dict[str, Any]:

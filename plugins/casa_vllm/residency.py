@@ -35,7 +35,7 @@ class ImageResidency(EncoderCacheManager):
     def reset(self) -> None:
         """The weights changed: what was encoded before is worthless."""
         super().reset()
-        for manager in getattr(self, "_managers", ()):
+        for manager in self._managers:
             manager.forget_contents()
 
     def check_and_update_cache(self, request: Request, input_id: int) -> bool:
