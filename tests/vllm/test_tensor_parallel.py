@@ -1,6 +1,7 @@
 """Two ranks: heads are sharded, key heads repeated where there are fewer than ranks."""
 
 import pytest
+
 from vllm_harness import IMAGE, Answer, Prompt, assert_same, picture
 
 NUM_TOKENS = 6
