@@ -35,10 +35,6 @@ class GlyphBank:
     labels: np.ndarray
     of_label: tuple[np.ndarray, ...]
 
-    def glyph(self, index: int) -> np.ndarray:
-        size = self.sizes[index]
-        return self.ink[index, :size, :size].astype(np.float32) / 255.0
-
 
 def _affine(rng: np.random.Generator, count: int) -> np.ndarray:
     """(count, 2, 3) maps from output to input coordinates in -1..1; about a third are the identity."""
@@ -74,7 +70,9 @@ def make_bank(rng: np.random.Generator, samples: DigitSamples, variants: int) ->
             chosen = np.flatnonzero((sizes == size) & (modes == mode))
             if not len(chosen):
                 continue
-            where = functional.affine_grid(matrices[chosen], [len(chosen), 1, int(size), int(size)], align_corners=False)
+            where = functional.affine_grid(
+                matrices[chosen], [len(chosen), 1, int(size), int(size)], align_corners=False
+            )
             glyphs = functional.grid_sample(
                 images[source[chosen]], where, mode=name, padding_mode="zeros", align_corners=False
             )
@@ -112,7 +110,9 @@ def camera_noise(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     kind = rng.random()
     if kind < 0.5:
         buffer = BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(40, 96)), subsampling=int(rng.integers(0, 3)))
+        Image.fromarray(pixels).save(
+            buffer, "JPEG", quality=int(rng.integers(40, 96)), subsampling=int(rng.integers(0, 3))
+        )
         return np.asarray(Image.open(buffer).convert("RGB"))
     grain = rng.standard_normal(pixels.shape, np.float32) * rng.uniform(1.0, 8.0) + rng.uniform(-8.0, 8.0)
     return np.clip(pixels + grain, 0, 255).astype(np.uint8)

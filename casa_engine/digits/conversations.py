@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from casa_engine.digits.frames import FramePool
@@ -43,6 +42,7 @@ class Conversation:
     images: list[int] = field(default_factory=list)
 
     def append(self, ids: tuple[int, ...], learn: bool = False) -> None:
+        """Adds tokens, learned or only read."""
         self.ids += ids
         self.labels += ids if learn else [IGNORED] * len(ids)
 
@@ -73,25 +73,28 @@ class Writer:
         return talk
 
     def memory(self, pool: FramePool) -> Conversation:
-        """A conversation in which the first answer is asked for; it may have been wrong, the text decides."""
+        """A conversation in which the first answer is asked for; it may have been wrong, the text decides.
+
+        In half of them nothing else is learned: this is the hardest thing to find out about, and easily drowned.
+        """
         talk = self._begin()
-        wrong = self._chance(0.3)
+        wrong, learn = self._chance(0.4), self._chance(0.5)
         first = None
-        for turn in range(self.rng.choice([1, 2, 3, 4], p=[0.05, 0.5, 0.35, 0.1])):
+        for _ in range(self.rng.choice([1, 2, 3, 4], p=[0.1, 0.4, 0.4, 0.1])):
             image = pool.any(self.rng)
             answer = pool.texts[pool.any(self.rng)] if wrong else pool.texts[image]
             if first is None:
                 first = answer
-                self._exchange(talk, self._pick(READ), answer, [image], learn=not wrong)
+                self._exchange(talk, self._pick(READ), answer, [image], learn=learn and not wrong)
             else:
-                self._ask(talk, pool, [image], image)
-            while self._chance(0.15):
-                self._ask(talk, pool, [], image)
-            if turn and self._chance(0.2):
+                self._ask(talk, pool, [image], image, learn)
+            if self._chance(0.15):
+                self._ask(talk, pool, [], image, learn)
+            if self._chance(0.4):
                 self._exchange(talk, self._pick(FIRST), first)
         self._exchange(talk, self._pick(FIRST), first)
-        if self._chance(0.3):
-            self._ask(talk, pool, [], image)
+        if self._chance(0.2):
+            self._ask(talk, pool, [], image, learn)
         return talk
 
     def stream(self, pool: FramePool, num_tokens: int) -> Conversation:
@@ -109,7 +112,10 @@ class Writer:
             caption = "" if said == pool.texts[image] else pool.texts[image]
             learn = not remembered
             if self._chance(faults):
-                caption, learn = ("" if said and self._chance(0.5) else pool.texts[pool.sibling(self.rng, image)]), False
+                caption, learn = (
+                    ("" if said and self._chance(0.5) else pool.texts[pool.sibling(self.rng, image)]),
+                    False,
+                )
             said = caption or said
             if not (remembered and drop_silent and not caption):
                 self._frame(talk, None if remembered else image, caption, learn)
@@ -153,8 +159,8 @@ class Writer:
             return self._pick(READ), text
         return self._pick(COUNT), str(len(text.split()))
 
-    def _ask(self, talk: Conversation, pool: FramePool, images: list[int], about: int) -> None:
-        self._exchange(talk, *self._question(pool.texts[about]), images)
+    def _ask(self, talk: Conversation, pool: FramePool, images: list[int], about: int, learn: bool = True) -> None:
+        self._exchange(talk, *self._question(pool.texts[about]), images, learn)
 
     def _exchange(
         self, talk: Conversation, question: str, answer: str, images: list[int] | tuple = (), learn: bool = True
@@ -188,25 +194,3 @@ class Writer:
     def _pick(self, phrases: tuple[str, ...]) -> str:
         """The first phrase, the canonical one, half of the time."""
         return phrases[0] if self._chance(0.5) else phrases[int(self.rng.integers(len(phrases)))]
-
-
-def collate(conversations: list[Conversation], pool: FramePool, merge_size: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded inputs of `CasaForConditionalGeneration`, with `image_embeds` in place of pixels."""
-    longest = max(len(talk.ids) for talk in conversations)
-    input_ids = torch.full((len(conversations), longest), pad_id)
-    labels = torch.full_like(input_ids, IGNORED)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, talk in enumerate(conversations):
-        input_ids[row, : len(talk.ids)] = torch.tensor(talk.ids)
-        labels[row, : len(talk.ids)] = torch.tensor(talk.labels)
-        attention_mask[row, : len(talk.ids)] = 1
-    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-    images = [image for talk in conversations for image in talk.images]
-    if images:
-        grids = [pool.grids[image] for image in images]
-        rows = np.repeat(np.arange(len(conversations)), [len(talk.images) for talk in conversations])
-        batch["image_embeds"] = torch.cat([pool.tokens[image] for image in images])
-        batch["image_grid_thw"] = torch.tensor([[1, g.rows * merge_size, g.columns * merge_size] for g in grids])
-        batch["insertion_points"] = torch.tensor([point for talk in conversations for point in talk.points])
-        batch["image_rows"] = torch.from_numpy(rows)
-    return batch

@@ -17,7 +17,7 @@ whose index is a multiple of 5 are held out: training never sees them.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -53,10 +53,12 @@ class Grid:
 
     @property
     def num_cells(self) -> int:
+        """Rows times columns."""
         return self.rows * self.columns
 
     @property
     def max_digits(self) -> int:
+        """Most digits that find a cell of their own."""
         return min(MAX_DIGITS, self.num_cells)
 
 
@@ -122,6 +124,7 @@ class DigitImage:
         return " ".join(str(digit) for digit in self.digits)
 
     def to_pil(self) -> Image.Image:
+        """The image for a processor or a file."""
         return Image.fromarray(self.pixels)
 
 
@@ -145,7 +148,7 @@ def load_samples(held_out: bool) -> DigitSamples:
     return DigitSamples(images, data.target[chosen].astype(np.int64), indices[chosen])
 
 
-@lru_cache(maxsize=None)
+@cache
 def upscaling_matrix(size: int, filter_name: str) -> np.ndarray:
     """(size, 8) float32 matrix M such that M @ image @ M.T is PIL's resize of an 8x8 image."""
     rows = [Image.fromarray(row[None]).resize((size, 1), FILTERS[filter_name]) for row in np.eye(8, dtype=np.float32)]
@@ -159,6 +162,7 @@ def upscale(image: np.ndarray, size: int, filter_name: str) -> np.ndarray:
 
 
 def draw_grid(rng: np.random.Generator) -> Grid:
+    """Any size, all equally likely."""
     return Grid(int(rng.integers(1, MAX_ROWS + 1)), int(rng.integers(1, MAX_COLUMNS + 1)))
 
 

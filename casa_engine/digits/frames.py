@@ -49,6 +49,7 @@ class FramePool:
         return image - image % size + int(rng.integers(size))
 
     def any(self, rng: np.random.Generator) -> int:
+        """Any image at all."""
         return int(rng.integers(len(self)))
 
 

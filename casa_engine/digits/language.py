@@ -5,23 +5,22 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from casa_engine.digits.augment import make_bank
-from casa_engine.digits.conversations import IGNORED, Conversation, Writer, collate
+from casa_engine.digits.conversations import Conversation, Writer
 from casa_engine.digits.data import DigitSamples
 from casa_engine.digits.frames import FramePool, fill_pool
 from casa_engine.digits.schedule import cosine_rate
+from casa_engine.digits.windowed import build_batch, loss_of
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 
 KINDS = ("chat", "memory", "stream")
-KIND_SHARES = (0.4, 0.2, 0.4)
-ROWS_DRAWN = {"chat": 160, "memory": 60, "stream": 24}
+KIND_SHARES = (0.25, 0.35, 0.4)
+ROWS_DRAWN = {"chat": 160, "memory": 80, "stream": 32}
 STREAM_TOKENS = (120, 240, 400, 680)
-STREAM_TOKEN_SHARES = (0.45, 0.3, 0.15, 0.1)
-BATCH_TOKENS = 2400
+STREAM_TOKEN_SHARES = (0.55, 0.3, 0.1, 0.05)
+BATCH_TOKENS = 1600
 
 
 def draw_batches(rng: np.random.Generator, writer: Writer, pool: FramePool) -> Iterator[list[Conversation]]:
@@ -44,14 +43,6 @@ def _split(rows: list[Conversation]) -> Iterator[list[Conversation]]:
             count += 1
         yield rows[:count]
         rows = rows[count:]
-
-
-def loss_of(model: CasaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of the learned tokens; only their positions go through the output layer."""
-    labels = batch.pop("labels")[:, 1:]
-    learned = labels != IGNORED
-    hidden = model.model(**batch)[:, :-1]
-    return functional.cross_entropy(model.lm_head(hidden[learned]), labels[learned])
 
 
 def teach_language(
@@ -84,7 +75,6 @@ def teach_language(
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, num_steps))
-    pad_id, merge_size = model.config.text_config.pad_token_id, model.config.vision_config.spatial_merge_size
     progress = tqdm(range(num_steps), desc="language", mininterval=5.0)
     recent: deque[float] = deque(maxlen=200)
     for step in progress:
@@ -93,8 +83,7 @@ def teach_language(
             batches = draw_batches(rng, writer, pool)
             if step and save is not None:
                 save()
-        conversations = next(batches)
-        loss = loss_of(model, collate(conversations, pool, merge_size, pad_id))
+        loss = loss_of(model, build_batch(model, next(batches), pool))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

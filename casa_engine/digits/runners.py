@@ -13,6 +13,7 @@ from casa_engine.checkpoints import load_model, load_processor
 from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
 MAX_ANSWER_TOKENS = 16
+NUM_DELIMITERS = 3  # of a frame in a stream: image start, image end, end of the caption
 Message = dict[str, Any]
 
 
@@ -36,6 +37,7 @@ class EagerRunner:
 
     @torch.inference_mode()
     def answer(self, messages: list[Message]) -> str:
+        """See `Runner`."""
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         images = [item["image"] for message in messages for item in _items(message) if item["type"] == "image"]
         inputs = self.processor(images=images, text=text)
@@ -60,6 +62,7 @@ class EndpointRunner:
         self.model = model or self.client.models.list().data[0].id
 
     def answer(self, messages: list[Message]) -> str:
+        """See `Runner`."""
         sent = [{**message, "content": [_for_endpoint(item) for item in _items(message)]} for message in messages]
         reply = self.client.chat.completions.create(
             model=self.model, messages=sent, temperature=0.0, max_tokens=MAX_ANSWER_TOKENS
@@ -84,8 +87,9 @@ def _for_endpoint(item: dict[str, Any]) -> dict[str, Any]:
 class EagerStream:
     """Live captioning with the eager model: one assistant turn that never ends, within a budget of text tokens.
 
-    When the text would outgrow the budget, the oldest frames' text is dropped, down to half of the budget, and the rest
-    is read again: instructions first, then the newest frames as text, without their images.
+    When the text would outgrow the budget, the text of the oldest frames is dropped, down to half of the budget, and
+    the rest is read again: instructions first, then what was said, as text without images. Silent frames go first: the
+    last caption must stay, because the next frame is compared with it.
 
     Args:
         runner: Model and processor.
@@ -129,6 +133,7 @@ class EagerStream:
         return output.logits[0, -1]
 
     def _forget(self) -> None:
+        self.frames = [frame for frame in self.frames if len(frame) > NUM_DELIMITERS]
         while self.frames and self.num_tokens > self.text_budget // 2:
             self.frames.pop(0)
         self.cache = CasaCache(self.runner.model.config)

@@ -11,13 +11,15 @@ the same weights on the same machine and versions.
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from casa_engine.checkpoints import save_checkpoint
+from casa_engine.checkpoints import load_model, save_checkpoint
 from casa_engine.digits import checkpoint_path
 from casa_engine.digits.conversations import Writer
 from casa_engine.digits.data import load_samples
@@ -38,6 +40,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--families", type=int, default=4000, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
+    parser.add_argument("--continue-from", type=Path, help="leaves out stage 1: a checkpoint to teach further")
+    parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
     parser.add_argument("--keep-vision", type=Path, help="writes the tower after stage 1 to this file")
     return parser.parse_args(arguments)
 
@@ -52,7 +56,11 @@ def main(arguments: list[str] | None = None) -> None:
     vision_rng, language_rng = np.random.default_rng(options.seed).spawn(2)
     samples = load_samples(held_out=False)
 
-    if options.vision_weights:
+    earlier = None
+    if options.continue_from:
+        model = load_model(options.continue_from).train()
+        earlier = json.loads((options.continue_from / "accuracy.json").read_text())
+    elif options.vision_weights:
         model.model.visual.load_state_dict(torch.load(options.vision_weights, weights_only=True))
     else:
         head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
@@ -68,12 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
         samples,
         options.language_steps,
         options.families,
+        peak_rate=options.peak_rate,
         save=lambda: save_checkpoint(model, processor, options.output),
     )
     save_checkpoint(model, processor, options.output)
     record = {
-        "command": f"casa-train-digits --seed {options.seed} --vision-steps {options.vision_steps} "
-        f"--language-steps {options.language_steps} --families {options.families}",
+        "command": shlex.join(["casa-train-digits", *(sys.argv[1:] if arguments is None else arguments)]),
+        "continued_from": earlier,
         "torch": torch.__version__,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "held_out": evaluate_eager(options.output).as_dict(),

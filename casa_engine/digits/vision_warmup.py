@@ -22,6 +22,7 @@ from casa_engine.digits.tower import encode, patchify
 BLANK = 10
 NUM_CLASSES = 11
 NOISY_SHARE = 0.25
+FULL_SHARE = 0.4  # of the images get as many digits as they can hold: the order of four is the hard part
 NUM_RANKS = MAX_DIGITS + 1
 
 
@@ -51,13 +52,16 @@ class CellHead(nn.Module):
         self.rank = nn.Linear(width, NUM_RANKS)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., C) -> logits (..., 11) of the digit and (..., 5) of the rank."""
         tokens = self.norm(tokens)
         return self.digit(tokens), self.rank(tokens)
 
 
 def draw_cells(rng: np.random.Generator, bank: GlyphBank, grid: Grid, count: int) -> CellBatch:
     """A training batch of augmented images with the truth of each cell."""
-    scenes = draw_scenes(rng, bank, grid, count)
+    num_digits = rng.integers(1, grid.max_digits + 1, count)
+    num_digits[rng.random(count) < FULL_SHARE] = grid.max_digits
+    scenes = draw_scenes(rng, bank, grid, count, num_digits)
     pixels = add_noise(rng, scenes.draw(bank), NOISY_SHARE)
     digits = np.full((count, grid.num_cells), BLANK)
     ranks = np.zeros((count, grid.num_cells), np.int64)
@@ -73,7 +77,7 @@ def loss_of(tower: nn.Module, head: CellHead, batch: CellBatch) -> Tensor:
     digit_logits, rank_logits = head(encode(tower, batch.patches, batch.grid))
     weight = torch.where(batch.ranks.flatten() > 0, 1.0, 0.25)
     losses = functional.cross_entropy(digit_logits.flatten(0, 1), batch.digits.flatten(), reduction="none")
-    losses = losses + 0.5 * functional.cross_entropy(rank_logits.flatten(0, 1), batch.ranks.flatten(), reduction="none")
+    losses = losses + functional.cross_entropy(rank_logits.flatten(0, 1), batch.ranks.flatten(), reduction="none")
     return (losses * weight).sum() / weight.sum()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from casa_engine.digits.conversations import IGNORED, Writer, collate
+from casa_engine.digits.conversations import IGNORED, Writer
 from casa_engine.digits.data import Grid
 from casa_engine.digits.frames import FramePool
 from casa_engine.digits.model import MAX_POSITIONS, build_processor
@@ -81,14 +81,3 @@ def test_a_stream_says_digits_that_differ_from_the_last_said_and_nothing_else(to
             said = caption or said
         assert start in talk.ids
     assert num_learned > 1000 and num_silent > 300
-
-
-def test_a_collated_batch_is_padded_and_lists_images_by_row(tokenizer, pool):
-    writer = Writer(tokenizer, np.random.default_rng(4))
-    talks = [writer.chat(pool) for _ in range(5)]
-    batch = collate(talks, pool, merge_size=2, pad_id=0)
-    assert batch["input_ids"].shape == batch["labels"].shape == (5, max(len(talk.ids) for talk in talks))
-    assert batch["attention_mask"].sum(dim=1).tolist() == [len(talk.ids) for talk in talks]
-    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
-    assert batch["image_rows"].tolist() == [row for row, talk in enumerate(talks) for _ in talk.images]
-    assert len(batch["image_embeds"]) == int(batch["image_grid_thw"].prod(dim=1).sum()) // 4

@@ -68,7 +68,7 @@ def test_upscaling_is_pils_resize():
 
 
 def test_a_grid_outside_the_specification_is_refused():
-    with pytest.raises(ValueError, match="expected 1..4 rows and 1..8 columns"):
+    with pytest.raises(ValueError, match=r"expected 1\.\.4 rows and 1\.\.8 columns"):
         Grid(5, 2)
 
 

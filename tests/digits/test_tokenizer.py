@@ -14,7 +14,16 @@ def tokenizer():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "3 7 1", " leading", "trailing ", "two  spaces\n\n\tand\r\nlines", "Füße 世界 😀\u200d🔬", "\x00\x7f", "a" * 500],
+    [
+        "",
+        "3 7 1",
+        " leading",
+        "trailing ",
+        "two  spaces\n\n\tand\r\nlines",
+        "Füße 世界 😀\u200d🔬",
+        "\x00\x7f",
+        "a" * 500,
+    ],
 )
 def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
