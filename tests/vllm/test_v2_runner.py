@@ -62,15 +62,6 @@ def v2(request, engine, checkpoints):
     return folder, engine(folder, **limits, limit_mm_per_prompt={"image": 3})
 
 
-@pytest.fixture(autouse=True)
-def few_splits(monkeypatch):
-    """The interpreter runs a GPU's programs one by one: 2 splits of the keys show what 32 do."""
-    if IS_V2:
-        from casa_vllm.ops import triton_window_attention
-
-        monkeypatch.setattr(triton_window_attention, "MAX_SPLITS", 2)
-
-
 def runner_of(engine):
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
