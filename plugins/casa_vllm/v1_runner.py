@@ -81,11 +81,13 @@ class CasaCPUModelRunner(CPUModelRunner):
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         metadata, spec_decode = super()._build_attention_metadata(*args, **kwargs)
         scheduled = kwargs.get("num_scheduled_tokens")
-        if scheduled is None:  # a dummy run
+        request_ids = self.input_batch.req_ids
+        sees_text = any(group is not None for group in self.text_group_of.values())
+        if scheduled is None or not (sees_text or self.windows[0].has_images(request_ids)):
+            # A dummy run, or `ca` without an image: its layers add nothing.
             for name in self.image_group_of:
                 metadata.pop(name, None)
             return metadata, spec_decode
-        request_ids = self.input_batch.req_ids
         computed = self.input_batch.num_computed_tokens_cpu[: len(request_ids)]
         num_scheduled = np.array([scheduled[request_id] for request_id in request_ids])
         plans = [table.plan(request_ids, computed, num_scheduled) for table in self.windows]

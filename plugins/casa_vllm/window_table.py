@@ -110,6 +110,10 @@ class WindowTable:
         self._rows.pop(request_id, None)
         self._batch = None
 
+    def has_images(self, request_ids: list[str]) -> bool:
+        """Whether any of the requests has an image in its row, now or later."""
+        return any(len(self._rows[request_id].page_lens) for request_id in request_ids)
+
     def pages_of(self, request_id: str, image: int) -> slice:
         """The image's pages in the request's row."""
         row = self._rows[request_id]
