@@ -36,7 +36,8 @@ from casa_engine.presets import TINY_IDS, TINY_VISION
 PROMPT_TOKENS = 64
 STEPS_PER_TURN = 12
 NUM_IMAGES = 64
-IMAGE_PX = 224
+IMAGE_PX = 448
+MEMORY_SIZE = {"layers": 2, "hidden": 256}  # bytes grow in proportion; 17,000 tokens of attention are slow
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CASA_MODELS = {
     "casa ca": {"fusion": "ca"},
@@ -57,7 +58,7 @@ def text_config(options: argparse.Namespace) -> LlamaConfig:
         num_hidden_layers=options.layers,
         num_attention_heads=heads,
         num_key_value_heads=max(heads // 4, 1),
-        max_position_embeddings=8192,
+        max_position_embeddings=32768,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
@@ -81,10 +82,11 @@ class Engine:
     Args:
         config: Model configuration; a processor is written beside it for CASA.
         options: Command line.
+        max_len: Longest sequence.
         **settings: Engine arguments.
     """
 
-    def __init__(self, config: Any, options: argparse.Namespace, **settings: Any) -> None:
+    def __init__(self, config: Any, options: argparse.Namespace, max_len: int = 2048, **settings: Any) -> None:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor.abstract import Executor
@@ -101,7 +103,7 @@ class Engine:
             load_format="dummy",
             dtype=options.dtype,
             enforce_eager=not options.compile,
-            max_model_len=8192,
+            max_model_len=max_len,
             max_num_seqs=max(options.seqs),
             max_num_batched_tokens=1024,
             enable_prefix_caching=False,
@@ -179,17 +181,44 @@ def decoder_weights(config: Any) -> int:
 
 def measure_memory(options: argparse.Namespace, fusion: str) -> tuple[int, int]:
     """Greatest and last KV bytes while a conversation of 64 images is prefilled and answered."""
-    engine = Engine(casa_config(options, fusion=fusion), options)
+    sized = argparse.Namespace(**(vars(options) | MEMORY_SIZE))
+    engine = Engine(casa_config(sized, fusion=fusion), options, max_len=32768)
     rng = np.random.default_rng(0)
     shape = (IMAGE_PX, IMAGE_PX, 3)
     images = [Image.fromarray(rng.integers(0, 255, shape, np.uint8)) for _ in range(NUM_IMAGES)]
-    text = "".join(f"{IMAGE}picture {index}. " for index in range(NUM_IMAGES))
+    text = f"{IMAGE}a cat. " * NUM_IMAGES
     engine.add({"prompt": text, "multi_modal_data": {"image": images}}, max_tokens=8)
     used = []
     while engine.engine.has_unfinished_requests():
         used.append(engine.kv_bytes())
         engine.engine.step()
     return max(used), used[-1]
+
+
+def report_decode(options: argparse.Namespace) -> None:
+    """Prints the table of decode steps."""
+    configs: dict[str, Any] = {"llama": text_config(options)}
+    configs |= {name: casa_config(options, **fields) for name, fields in CASA_MODELS.items()}
+    engines = {name: Engine(config, options) for name, config in configs.items()}
+    size = f"{options.layers} layers of {options.hidden}"
+    print(f"\n| text-only decode, {size} | sequences | step, ms | vLLM's Llama, ms | ratio | weights read |")
+    print("|---|---|---|---|---|---|")
+    for num_seqs in options.seqs:
+        medians = measure_decode(engines, num_seqs, options.rounds)
+        for name in CASA_MODELS:
+            weights = decoder_weights(configs[name]) / decoder_weights(configs["llama"])
+            cells = f"{medians[name]:.2f} | {medians['llama']:.2f} | {medians[name] / medians['llama']:.2f}x"
+            print(f"| {name} | {num_seqs} | {cells} | {weights:.2f}x |", flush=True)
+
+
+def report_memory(options: argparse.Namespace) -> None:
+    """Prints the table of KV bytes."""
+    size = f"{MEMORY_SIZE['layers']} layers of {MEMORY_SIZE['hidden']}"
+    print(f"\n| KV bytes, {NUM_IMAGES} images of {IMAGE_PX} px, {size} | greatest | at the end |")
+    print("|---|---|---|")
+    for fusion in ("ca_tv", "insertion"):
+        greatest, last = measure_memory(options, fusion)
+        print(f"| {fusion} | {greatest:,} | {last:,} |", flush=True)
 
 
 def main() -> None:
@@ -201,27 +230,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--compile", action="store_true", help="vLLM's defaults, not eager mode")
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--skip-decode", action="store_true")
     options = parser.parse_args()
-    configs: dict[str, Any] = {"llama": text_config(options)}
-    configs |= {name: casa_config(options, **fields) for name, fields in CASA_MODELS.items()}
-    engines = {name: Engine(config, options) for name, config in configs.items()}
-
-    print(f"\n| text-only decode, {options.layers} layers of {options.hidden} | sequences | "
-          "step, ms | vLLM's Llama, ms | ratio | weights read |")  # fmt: skip
-    print("|---|---|---|---|---|---|")
-    for num_seqs in options.seqs:
-        medians = measure_decode(engines, num_seqs, options.rounds)
-        for name in CASA_MODELS:
-            weights = decoder_weights(configs[name]) / decoder_weights(configs["llama"])
-            ratio = medians[name] / medians["llama"]
-            print(f"| {name} | {num_seqs} | {medians[name]:.2f} | {medians['llama']:.2f} | "
-                  f"{ratio:.2f}x | {weights:.2f}x |", flush=True)  # fmt: skip
+    if not options.skip_decode:
+        report_decode(options)
     if not options.skip_memory:
-        print(f"\n| KV bytes, {NUM_IMAGES} images of {IMAGE_PX} px | greatest | at the end |")
-        print("|---|---|---|")
-        for fusion in ("ca_tv", "insertion"):
-            greatest, last = measure_memory(options, fusion)
-            print(f"| {fusion} | {greatest:,} | {last:,} |", flush=True)
+        report_memory(options)
 
 
 if __name__ == "__main__":
