@@ -165,7 +165,7 @@ def test_few_pages_force_preemptions(folder, eager, engine, options):
 
 def test_pages_run_out_while_answers_grow(checkpoints, eager, engine):
     folder, grown = checkpoints("tiny-qwen", fusion="ca_tv"), 40
-    prompts = [Prompt(f"{LONG}{IMAGE}{index}", (picture(index),)) for index in range(14)]
+    prompts = [Prompt(f"{index:02} {LONG}{IMAGE}", (picture(index),)) for index in range(14)]
     vllm = engine(folder, num_gpu_blocks_override=80, max_num_batched_tokens=64, max_model_len=256)
     names, preemptions = [vllm.add(prompt, grown) for prompt in prompts], [0]
 
