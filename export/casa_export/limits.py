@@ -47,7 +47,7 @@ class Limits:
     def axes(self, config: CasaConfig) -> dict[str, dict[str, tuple[int, int]]]:
         """Smallest and largest size of every named axis of every graph."""
         vision = config.vision_config
-        slots = (vision.window_size // vision.spatial_merge_size // vision.patch_size) ** 2
+        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
         decoder = {
             "batch": (1, self.batch),
             "tokens": (1, self.call_tokens),
@@ -60,9 +60,8 @@ class Limits:
         return {
             "vision": {
                 "image_tokens": (1, self.image_tokens),
-                # Any shape of image: in the worst case, one token high, each window holds its side's few tokens.
-                "windows": (1, self.image_tokens),
-                "window_slots": (1, slots),
+                "windows": (1, _most_windows(self.image_tokens, side)),
+                "window_slots": (1, side**2),
             },
             "image_kv": {"batch": (1, self.batch), "image_tokens": (1, self.call_image_tokens)},
             "decoder": decoder,
@@ -91,6 +90,11 @@ class Limits:
                 f"the batch has {num_rows} rows; these graphs take up to {self.batch}. Split it, or export again "
                 "with a larger --max-batch."
             )
+
+
+def _most_windows(image_tokens: int, side: int) -> int:
+    """Most windows of `side` x `side` image tokens over all shapes of an image of so many tokens."""
+    return max(-(-h // side) * -(-(image_tokens // h) // side) for h in range(1, image_tokens + 1))
 
 
 def default_limits(config: CasaConfig, image_tokens: int, **given: int | None) -> Limits:
