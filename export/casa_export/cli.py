@@ -1,4 +1,4 @@
-"""`casa-export [CHECKPOINT] OUT` exports a model; `casa-export run FOLDER --image I --prompt P` asks an exported one."""
+"""`casa-export [CHECKPOINT] OUT` exports a model, `casa-export run FOLDER --image I --prompt P` asks one."""
 
 import argparse
 import resource
@@ -39,7 +39,9 @@ def export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--validate-prompts", type=int, default=20, metavar="N", help="prompts to answer (default: 20)")
     for name, meaning in LIMIT_OPTIONS.items():
-        parser.add_argument(f"--max-{name.replace('_', '-')}", type=int, dest=f"limit_{name}", metavar="N", help=meaning)
+        parser.add_argument(
+            f"--max-{name.replace('_', '-')}", type=int, dest=f"limit_{name}", metavar="N", help=meaning
+        )
     parser.add_argument(
         "--trt",
         nargs="?",
@@ -54,7 +56,9 @@ def export_parser() -> argparse.ArgumentParser:
         metavar="X.Y",
         help="GPUs to build for without having one (TensorRT-RTX), such as 8.9",
     )
-    parser.add_argument("--engine-cache", type=Path, metavar="DIR", help="folder of engines to use again, by their inputs")
+    parser.add_argument(
+        "--engine-cache", type=Path, metavar="DIR", help="folder of engines to use again, by their inputs"
+    )
     return parser
 
 
@@ -98,9 +102,7 @@ def export(options: argparse.Namespace) -> None:
 
     source = options.checkpoint or checkpoint_path()
     if not source.is_dir():
-        raise CheckpointError(
-            f"no checkpoint folder {source}. Name one, or none for the embedded model; casa-checkpoint random makes one."
-        )
+        raise CheckpointError(f"no checkpoint folder {source}. Name one, or none for the embedded model.")
     if options.trt:
         load_tensorrt(options.trt)  # a missing package must not show only after a long export
     progress = Progress(NUM_STEPS + options.validate + (len(GRAPHS) if options.trt else 0))

@@ -23,7 +23,6 @@ from casa_engine.checkpoints import read_config
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
 from casa_engine.rope import image_positions, image_token_counts
-
 from casa_export.backend import Backend
 from casa_export.exported_cache import ExportedCache, SeenImage
 from casa_export.graph_spec import cache_names
@@ -48,8 +47,7 @@ class ExportedModel:
         self.config, self.manifest, self.generation_config, self.backend = config, manifest, generation, backend
         self.limits = manifest.limits
         self._names = {
-            kind: cache_names(config, kind)
-            for kind in ("past", "present", "window_past", "window_present", "image")
+            kind: cache_names(config, kind) for kind in ("past", "present", "window_past", "window_present", "image")
         }
 
     @classmethod

@@ -15,7 +15,6 @@ from casa_engine.checkpoints import check_tensors, load_model, load_processor, r
 from casa_engine.configuration import CasaConfig
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
-
 from casa_export.errors import ExportError
 from casa_export.graph_spec import GraphSpec, TensorSpec, axis_size, graph_specs
 from casa_export.graphs import GRAPHS
@@ -183,6 +182,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-

@@ -16,7 +16,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from casa_engine.modeling_casa import CasaForConditionalGeneration, LayerInputs
 from casa_engine.rope import axes_rotary_tables, rotary_tables
 from casa_engine.window_batch import WindowBatch
-
 from casa_export.graph_spec import GraphSpec, cache_layers
 
 

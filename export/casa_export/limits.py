@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
-
 from casa_export.errors import ExportError
 
 DEFAULT_MAX_TEXT_TOKENS = 4096
@@ -97,16 +96,16 @@ def _most_windows(image_tokens: int, side: int) -> int:
     return max(-(-h // side) * -(-(image_tokens // h) // side) for h in range(1, image_tokens + 1))
 
 
-def default_limits(config: CasaConfig, image_tokens: int, **given: int | None) -> Limits:
+def default_limits(config: CasaConfig, largest_image: int, **given: int | None) -> Limits:
     """Limits of a model where none are given.
 
     Args:
         config: Gives the longest text.
-        image_tokens: The largest image that the checkpoint's processor makes.
+        largest_image: Image tokens of the largest image that the checkpoint's processor makes.
         **given: Fields of `Limits`; None leaves one to its default.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    image_tokens = chosen.get("image_tokens", image_tokens)
+    image_tokens = chosen.get("image_tokens", largest_image)
     text_tokens = min(config.text_config.max_position_embeddings, DEFAULT_MAX_TEXT_TOKENS)
     defaults = {
         "batch": DEFAULT_MAX_BATCH,

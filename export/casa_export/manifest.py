@@ -1,12 +1,12 @@
 """`manifest.json`: what an exported folder holds, so that a runtime in any language can load and check it.
 
-    format_version   raised when a reader must change; readers refuse a newer one
-    model            fusion, backbone, dtype, opset, stop tokens
-    source           name and hash of the checkpoint
-    limits, axes     largest sizes; smallest and largest size of every named axis of each graph
-    graphs           each graph's file and its inputs and outputs: name, dtype, axes
-    files            SHA-256 and size of every file
-    versions         what made it
+format_version   raised when a reader must change; readers refuse a newer one
+model            fusion, backbone, dtype, opset, stop tokens
+source           name and hash of the checkpoint
+limits, axes     largest sizes; smallest and largest size of every named axis of each graph
+graphs           each graph's file and its inputs and outputs: name, dtype, axes
+files            SHA-256 and size of every file
+versions         what made it
 """
 
 import hashlib
@@ -119,15 +119,15 @@ def check_files(folder: str | Path, manifest: Manifest, names: list[str] | None 
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
-    axes = {
-        graph: {name: tuple(sizes) for name, sizes in ranges.items()} for graph, ranges in content["axes"].items()
-    }
+    axes = {graph: {name: tuple(sizes) for name, sizes in ranges.items()} for graph, ranges in content["axes"].items()}
     return Manifest(
         model=content["model"],
         source=content["source"],
         limits=Limits(**content["limits"]),
         axes=axes,
-        graphs={name: GraphSpec(name, *map(_tensors, (g["inputs"], g["outputs"]))) for name, g in content["graphs"].items()},
+        graphs={
+            name: GraphSpec(name, *map(_tensors, (g["inputs"], g["outputs"]))) for name, g in content["graphs"].items()
+        },
         versions=content["versions"],
         files=content["files"],
         format_version=content["format_version"],

@@ -79,7 +79,8 @@ def _load(path: Path, dtype: str, device: str, options: ort.SessionOptions) -> o
         return ort.InferenceSession(path, options, providers=providers)
     except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise RunnerError(
-            f"ONNX Runtime has no {device} kernel for {dtype} in {path.name}: {error}. Export with --dtype fp32 or fp16."
+            f"ONNX Runtime has no {device} kernel for {dtype} in {path.name}: {error}. "
+            "Export with --dtype fp32 or fp16."
         ) from error
     except (
         ort.capi.onnxruntime_pybind11_state.Fail,

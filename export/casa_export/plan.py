@@ -26,9 +26,7 @@ def vision_inputs(config: CasaConfig, grid: np.ndarray) -> dict[str, np.ndarray]
         patch_positions (P, 2), vision_windows (W, S) and vision_slots (N,), all int64; see `VisionGraph`.
     """
     vision, grids = config.vision_config, torch.from_numpy(np.asarray(grid, dtype=np.int64))[None]
-    index, bounds = get_vision_window_index(
-        grids, vision.spatial_merge_size, vision.window_size, vision.patch_size
-    )
+    index, bounds = get_vision_window_index(grids, vision.spatial_merge_size, vision.window_size, vision.patch_size)
     bounds = bounds.numpy() // vision.spatial_merge_size**2
     lengths = np.diff(bounds)
     windows = np.full((len(lengths), lengths.max()), PADDING, dtype=np.int64)

@@ -143,7 +143,13 @@ def _key(
 ) -> str:
     file = graph_file(graph)
     graph_files = {name: entry["sha256"] for name, entry in manifest.files.items() if name.startswith(file)}
-    parts = [trt.__name__, trt.__version__, list(compute_capabilities), graph_files, [asdict(shape) for shape in shapes]]
+    parts = [
+        trt.__name__,
+        trt.__version__,
+        list(compute_capabilities),
+        graph_files,
+        [asdict(shape) for shape in shapes],
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,7 +7,6 @@ token a row; both reach down to empty caches and no image.
 from dataclasses import dataclass
 
 from casa_engine.errors import InputError
-
 from casa_export.graph_spec import axis_size
 from casa_export.manifest import Manifest
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from casa_engine.checkpoints import read_config
-
 from casa_export.errors import RunnerError
 from casa_export.exported_model import ExportedModel
 from casa_export.graph_spec import axis_size
@@ -81,7 +80,9 @@ class TrtBackend:
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """See `Backend.empty`."""
-        return torch.empty(shape, dtype=self._dtypes["image_kv"][self.manifest.graphs["image_kv"].outputs[0].name]).cuda()
+        return torch.empty(
+            shape, dtype=self._dtypes["image_kv"][self.manifest.graphs["image_kv"].outputs[0].name]
+        ).cuda()
 
     def _profile(self, graph: str, inputs: dict[str, Tensor]) -> tuple[int, Profile]:
         """Decode's profile for one token a row, else the first."""

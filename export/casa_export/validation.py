@@ -13,7 +13,6 @@ from torch import Tensor
 
 from casa_engine.checkpoints import load_model
 from casa_engine.modeling_casa import CasaForConditionalGeneration
-
 from casa_export.errors import ExportError
 from casa_export.exported_model import ExportedModel
 from casa_export.exporter import DTYPES
@@ -98,8 +97,10 @@ def multi_image_prompt(exported: ExportedModel, generator: torch.Generator) -> t
     """
     num_images = int(torch.randint(2, 5, (), generator=generator))
     fitting = [grid for grid in GRIDS if _tokens(exported, grid) <= exported.limits.image_tokens] or [(1, 2, 2)]
-    grids = torch.tensor([fitting[int(torch.randint(len(fitting), (), generator=generator))] for _ in range(num_images)])
-    ids = torch.randint(2, _ordinary_ids(exported), (1, PROMPT_TOKENS), generator=generator)
+    grids = torch.tensor(
+        [fitting[int(torch.randint(len(fitting), (), generator=generator))] for _ in range(num_images)]
+    )
+    ids = torch.randint(2, exported.config.text_config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
     points = torch.randint(0, PROMPT_TOKENS + 1, (num_images,), generator=generator).sort().values
     return ids, _images(exported, grids, generator) | {"insertion_points": points}
 
@@ -117,12 +118,6 @@ def greedy(model, ids: Tensor, images: dict[str, Tensor], num_tokens: int = NUM_
 
 def _tokens(exported: ExportedModel, grid: tuple[int, ...]) -> int:
     return int(np.prod(grid)) // exported.config.vision_config.spatial_merge_size**2
-
-
-def _ordinary_ids(exported: ExportedModel) -> int:
-    """Ids below this one are not image markers."""
-    ids = exported.config.image_token_id, exported.config.text_config.vocab_size
-    return min(number for number in ids if number > 2)
 
 
 def _images(exported: ExportedModel, grids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -197,7 +192,7 @@ def _decode(model, exported: ExportedModel, generator: torch.Generator) -> Tenso
 
 def _run(model, exported: ExportedModel, generator: torch.Generator, cache):
     grids = torch.tensor([GRIDS[0], GRIDS[2], GRIDS[0]])
-    ids = torch.randint(2, _ordinary_ids(exported), (1, PROMPT_TOKENS), generator=generator)
+    ids = torch.randint(2, exported.config.text_config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
     points = torch.tensor([2, 11, 11])  # the last two share a window
     images = _images(exported, grids, generator) | {"insertion_points": points}
     return model(ids, past_key_values=cache, **images)
