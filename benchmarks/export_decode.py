@@ -1,6 +1,6 @@
 """Decode speed and time to first token: ONNX Runtime on the CPU against the eager model, in one run.
 
-    python benchmarks/export_decode.py                      the embedded model and a random one of 200 million parameters
+    python benchmarks/export_decode.py              the embedded model and a random one of 200 million weights
     python benchmarks/export_decode.py --models embedded --threads 2
 
 Both answer the same prompt (one image of the digits' size, 64 tokens of text) through `CasaStream`, alternately, so
@@ -61,9 +61,10 @@ def measure(model, num_tokens: int) -> tuple[float, float]:
 
 
 def compare(name: str, checkpoint: Path, folder: Path, threads: int, num_tokens: int, rounds: int) -> None:
-    """Exports, measures both alternately and prints a line."""
+    """Exports what is not exported yet, measures both alternately and prints a line."""
     started = time.perf_counter()
-    export_checkpoint(checkpoint, folder)
+    if not (folder / "manifest.json").is_file():
+        export_checkpoint(checkpoint, folder)
     export_s = time.perf_counter() - started
     models = {"eager": load_model(checkpoint), "onnx": ExportedModel.load(folder, num_threads=threads)}
     millions = sum(parameter.numel() for parameter in models["eager"].parameters()) / 1e6
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("embedded", "200m"), default=["embedded", "200m"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--embedded-export", type=Path, help="an export of the embedded model to use, to save time")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {options.threads} threads, fp32")
@@ -94,7 +96,8 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         if "embedded" in options.models:
-            compare("embedded", checkpoint_path(), Path(folder) / "a", options.threads, 128, options.rounds)
+            exported = options.embedded_export or Path(folder) / "a"
+            compare("embedded", checkpoint_path(), exported, options.threads, 128, options.rounds)
         if "200m" in options.models:
             write_random_checkpoint(random_200m(), Path(folder) / "b")
             compare("random", Path(folder) / "b", Path(folder) / "c", options.threads, 24, options.rounds)

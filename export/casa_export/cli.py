@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from casa_engine.checkpoints import load_processor
 from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CasaError, CheckpointError, InputError
+from casa_export.errors import ExportError
 
 DTYPE_NAMES = ("fp32", "fp16", "bf16")
 LIMIT_OPTIONS = {
@@ -103,6 +104,11 @@ def export(options: argparse.Namespace) -> None:
     source = options.checkpoint or checkpoint_path()
     if not source.is_dir():
         raise CheckpointError(f"no checkpoint folder {source}. Name one, or none for the embedded model.")
+    if options.dtype == "bf16" and options.validate:
+        raise ExportError(
+            "bf16 graphs cannot be compared here: ONNX Runtime's CPU provider has no bf16 kernels. Add --no-validate, "
+            "or export fp32 or fp16."
+        )
     if options.trt:
         load_tensorrt(options.trt)  # a missing package must not show only after a long export
     progress = Progress(NUM_STEPS + options.validate + (len(GRAPHS) if options.trt else 0))

@@ -25,13 +25,16 @@ class OrtBackend:
         manifest: Its manifest.
         device: `cpu` or `cuda`.
         num_threads: Threads within an operation; 0 lets ONNX Runtime choose.
+        optimize: Whether ONNX Runtime rewrites the graphs for this machine when it loads them.
 
     Raises:
         RunnerError: This ONNX Runtime lacks the provider, or no kernel for the dtype.
         ManifestError: A graph does not load.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str = "cpu", num_threads: int = 0) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, device: str = "cpu", num_threads: int = 0, optimize: bool = True
+    ) -> None:
         if device not in PROVIDERS:
             raise RunnerError(f"device is {device!r}; expected one of {', '.join(PROVIDERS)}.")
         if PROVIDERS[device] not in ort.get_available_providers():
@@ -42,6 +45,8 @@ class OrtBackend:
         self.device, self.manifest = device, manifest
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3  # its warnings are about where it places shape arithmetic
         self.sessions = {
             name: _load(folder / graph_file(name), manifest.model["dtype"], device, options) for name in manifest.graphs

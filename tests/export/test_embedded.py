@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exports import embedded_export
 
 from casa_engine.checkpoints import load_processor
 from casa_engine.digits import checkpoint_path
@@ -17,8 +16,11 @@ from casa_engine.digits.runners import EagerRunner
 from casa_export import cli
 from casa_export.exported_model import ExportedModel
 from casa_export.validation import table, validate
+from exports import embedded_export
 
-pytestmark = pytest.mark.skipif(not checkpoint_path().is_dir(), reason="the embedded checkpoint is not in this checkout")
+pytestmark = pytest.mark.skipif(
+    not checkpoint_path().is_dir(), reason="the embedded checkpoint is not in this checkout"
+)
 PAGE = Path(__file__).parent.parent.parent / "docs" / "export.md"
 
 
@@ -79,7 +81,9 @@ def test_run_prints_the_answer(tmp_path, capsys):
 def test_example_of_the_page_needs_only_onnxruntime_and_numpy(tmp_path):
     """Runs the page's program where importing torch, transformers or anything of ours is an error."""
     program = re.search(r"^```python example\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
-    forbidden = "import sys\nfor name in ('torch', 'transformers', 'tokenizers', 'casa_engine', 'casa_export', 'PIL'):\n"
+    forbidden = (
+        "import sys\nfor name in ('torch', 'transformers', 'tokenizers', 'casa_engine', 'casa_export', 'PIL'):\n"
+    )
     (tmp_path / "example.py").write_text(forbidden + "    sys.modules[name] = None\n" + program)
     image = picture(6)
     np.save(tmp_path / "digits.npy", np.asarray(image))

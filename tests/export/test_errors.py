@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from exports import LIMITS, checkpoint, export
 
 from casa_engine.checkpoints import write_random_checkpoint
 from casa_engine.errors import CheckpointError, InputError
@@ -18,6 +17,7 @@ from casa_export.exporter import export_checkpoint
 from casa_export.limits import Limits
 from casa_export.trt_builder import build_engines
 from casa_export.trt_runner import load_trt_model
+from exports import LIMITS, checkpoint, export
 
 
 @pytest.fixture
@@ -64,6 +64,13 @@ def test_no_tensorrt_installed(copy, tmp_path, package, monkeypatch, capsys):
     assert cli.main([str(checkpoint("qwen", "ca_tv")), str(out), "--trt", package]) == 1
     assert "no TensorRT" in capsys.readouterr().err
     assert not out.exists(), "it must show before the export, not after"
+
+
+def test_validation_of_bf16_is_refused_before_the_export(tmp_path, capsys):
+    arguments = [str(checkpoint("qwen", "ca_tv")), str(tmp_path / "out"), "--dtype", "bf16"]
+    assert cli.main(arguments) == 1
+    assert "Add --no-validate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_image_above_the_limit(exported):

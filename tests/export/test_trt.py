@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from exports import KINDS, embedded_export, export
 
 from casa_engine.digits import checkpoint_path
 from casa_engine.errors import InputError
@@ -18,6 +17,7 @@ from casa_export.trt_manifest import FOLDER_NAME, read_engine_manifest
 from casa_export.trt_package import load_tensorrt
 from casa_export.trt_profiles import profiles
 from casa_export.trt_runner import load_trt_model
+from exports import KINDS, embedded_export, export
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'casa-engine[trt]'")
 
@@ -101,7 +101,7 @@ def test_graph_that_tensorrt_cannot_read(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_for_a_runner(built):
-    with pytest.raises(RunnerError, match="need an NVIDIA GPU.*Run the ONNX graphs instead"):
+    with pytest.raises(RunnerError, match=r"need an NVIDIA GPU.*Run the ONNX graphs instead"):
         load_trt_model(built)
 
 

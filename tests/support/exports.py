@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from casa_engine.checkpoints import write_random_checkpoint
+from casa_engine.configuration import CasaConfig
 from casa_engine.presets import preset_config
 from casa_export.exporter import export_checkpoint
 
@@ -18,18 +19,30 @@ def _root() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="casa-export-")
 
 
+# Tracing costs some six seconds a decoder layer, so most kinds have one. They differ in more than their names say: a
+# replaced layer, shared weights, an encoder with only windowed or only full attention.
+VARIANTS = {
+    ("llama", "ca"): {"layers": 2, "vision": {"depth": 2}, "fields": {"ca_placement": "replace", "ca_layers": [1]}},
+    ("llama", "ca_tv"): {"layers": 1, "vision": {"depth": 1, "fullatt_block_indexes": []}, "fields": {}},
+    ("qwen", "ca"): {
+        "layers": 1,
+        "vision": {"depth": 1, "fullatt_block_indexes": [0]},
+        "fields": {"ca_weights": "shared"},
+    },
+    ("qwen", "ca_tv"): {"layers": 1, "vision": {"depth": 1, "fullatt_block_indexes": []}, "fields": {}},
+}
+
+
 @functools.cache
 def checkpoint(backbone: str, fusion: str) -> Path:
-    """A random checkpoint of two decoder layers.
-
-    The kinds differ in more than their names say, so that four cover shared weights and replaced layers too.
-    """
-    fields = {("llama", "ca"): {"ca_placement": "replace", "ca_layers": [1]}, ("qwen", "ca"): {"ca_weights": "shared"}}
-    config = preset_config(f"tiny-{backbone}", fusion=fusion)
-    text = config.text_config.to_dict() | {"num_hidden_layers": 2, "layer_types": None}
-    config = type(config)(**(config.to_dict() | {"text_config": text} | fields.get((backbone, fusion), {})))
+    """A tiny random checkpoint of a kind."""
+    config, variant = preset_config(f"tiny-{backbone}", fusion=fusion), VARIANTS[backbone, fusion]
+    parts = {
+        "text_config": config.text_config.to_dict() | {"num_hidden_layers": variant["layers"], "layer_types": None},
+        "vision_config": config.vision_config.to_dict() | variant["vision"],
+    }
     folder = Path(_root().name) / f"{backbone}-{fusion}"
-    write_random_checkpoint(config, folder)
+    write_random_checkpoint(CasaConfig(**(config.to_dict() | parts | variant["fields"])), folder)
     return folder
 
 
