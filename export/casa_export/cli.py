@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == ["run"]:
             run(run_parser().parse_args(arguments[1:]))
         else:
-            export(export_parser().parse_args(arguments))
+            export(export_parser().parse_intermixed_args(arguments))
     except CasaError as error:
         print(f"casa-export: {error}", file=sys.stderr)
         return 1

@@ -85,7 +85,7 @@ def export_checkpoint(
     with progress.step("hash files and write the manifest"):
         Manifest(
             model=_describe(config, model, dtype),
-            source={"name": source.name, "sha256": folder_hash(source, "*.safetensors")},
+            source={"name": source.name, "sha256": folder_hash(source)},
             limits=chosen,
             axes=chosen.axes(config),
             graphs=specs,

@@ -61,10 +61,10 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_hash(folder: Path, pattern: str) -> str:
-    """SHA-256 over names and contents of a folder's files that match a pattern, in order of their names."""
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's files, in order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 Not run on a GPU yet (docs/export.md says what was checked): engines are built and refusals tested without one.
 """
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class TrtBackend:
             )
         engines.check_runtime(trt.__version__, ".".join(map(str, torch.cuda.get_device_capability())))
         self.manifest, self.engines = manifest, engines
+        self._lock = threading.Lock()  # execution contexts hold shapes and addresses, so they serve one call at a time
         self._logger = CollectingLogger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engines, self._contexts = {}, {}
@@ -51,16 +53,18 @@ class TrtBackend:
             if engine is None:
                 raise RunnerError(f"TensorRT cannot load {path}: {'; '.join(self._logger.errors)}. Build it again.")
             self._engines[graph] = engine
-        self._dtypes = {
-            graph: {tensor.name: getattr(torch, tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
-            for graph, spec in manifest.graphs.items()
-        }
 
     def run(
         self, graph: str, host: dict[str, np.ndarray], resident: dict[str, Tensor], fetch: str | None
     ) -> tuple[np.ndarray | None, dict[str, Tensor]]:
         """See `Backend.run`."""
         inputs = {name: torch.from_numpy(array).cuda() for name, array in host.items()} | resident
+        with self._lock:
+            outputs = self._execute(graph, inputs)
+        fetched = outputs.pop(fetch).cpu().numpy() if fetch else None
+        return fetched, outputs
+
+    def _execute(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         index, profile = self._profile(graph, inputs)
         context = self._context(graph, index)
         for name, tensor in inputs.items():
@@ -75,14 +79,12 @@ class TrtBackend:
         if not context.execute_async_v3(stream.cuda_stream):
             raise RunnerError(f"TensorRT failed in graph {graph}: {'; '.join(self._logger.errors)}")
         stream.synchronize()
-        fetched = outputs.pop(fetch).cpu().numpy() if fetch else None
-        return fetched, outputs
+        return outputs
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """See `Backend.empty`."""
-        return torch.empty(
-            shape, dtype=self._dtypes["image_kv"][self.manifest.graphs["image_kv"].outputs[0].name]
-        ).cuda()
+        dtype = getattr(torch, self.manifest.graphs["image_kv"].outputs[0].dtype)
+        return torch.empty(shape, dtype=dtype, device="cuda")
 
     def _profile(self, graph: str, inputs: dict[str, Tensor]) -> tuple[int, Profile]:
         """Decode's profile for one token a row, else the first."""
