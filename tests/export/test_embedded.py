@@ -50,15 +50,14 @@ def answers(runner: EagerRunner, conversation) -> list[str]:
 def test_digits_are_read_as_by_the_eager_model():
     """A tenth of the digits test; benchmarks/export_digits.py runs all of it."""
     eager, exported = EagerRunner(checkpoint_path()), exported_runner()
-    num_right, conversations = 0, 0
     for suite in draw_suites(seed=0, scale=0.1):
+        num_right = 0
         for conversation in suite.conversations:
             expected = answers(eager, conversation)
             assert answers(exported, conversation) == expected
-            last = conversation[-1].expected
-            num_right += expected[-1] == (expected[0] if last is None else last)
-            conversations += 1
-    assert num_right >= 0.9 * conversations
+            num_right += expected[-1] == conversation[-1].expected
+        # What the eager model itself must reach is for tests/digits to say; this rules out equal nonsense.
+        assert suite.name != "read" or num_right >= 0.9 * len(suite.conversations)
 
 
 def picture(seed: int):
