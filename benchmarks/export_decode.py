@@ -88,19 +88,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("embedded", "200m"), default=["embedded", "200m"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--embedded-export", type=Path, help="an export of the embedded model to use, to save time")
+    parser.add_argument("--work", type=Path, help="keeps the exports here, and uses those that are there already")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {options.threads} threads, fp32")
     print("| model | eager TTFT ms | ONNX TTFT ms | eager tok/s | ONNX tok/s | decode | export s |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
         if "embedded" in options.models:
-            exported = options.embedded_export or Path(folder) / "a"
-            compare("embedded", checkpoint_path(), exported, options.threads, 128, options.rounds)
+            compare("embedded", checkpoint_path(), work / "embedded-onnx", options.threads, 128, options.rounds)
         if "200m" in options.models:
-            write_random_checkpoint(random_200m(), Path(folder) / "b")
-            compare("random", Path(folder) / "b", Path(folder) / "c", options.threads, 24, options.rounds)
+            if not (work / "200m").is_dir():
+                write_random_checkpoint(random_200m(), work / "200m")
+            compare("random", work / "200m", work / "200m-onnx", options.threads, 24, options.rounds)
 
 
 if __name__ == "__main__":
