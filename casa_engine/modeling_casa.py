@@ -7,6 +7,7 @@ The vision encoder, norms and MLPs are those of transformers; the attention is w
 self-attention's projections (shared weights) and keys that no stock cache holds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +48,8 @@ class LayerInputs:
         window_rope: cos, sin of the text in CA (relative to the window), each (B, 1, T, D); None unless `ca_tv`.
         image_rope: cos, sin of the new image tokens, each (B, 1, N, D); None unless `ca_tv` with new images.
         cache: None when nothing is to be kept.
+        attend: Attention under a boolean mask, as `masked_attention` defines it; an exported graph writes it
+            in other operations.
     """
 
     text_rope: tuple[Tensor, Tensor]
@@ -56,6 +59,7 @@ class LayerInputs:
     window_rope: tuple[Tensor, Tensor] | None
     image_rope: tuple[Tensor, Tensor] | None
     cache: CasaCache | None
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = masked_attention
 
 
 class CasaDecoderLayer(nn.Module):
@@ -90,13 +94,13 @@ class CasaDecoderLayer(nn.Module):
         )
         if inputs.cache is not None:
             key, value = inputs.cache.update(key, value, self.layer)
-        return self.self_attn.o_proj(masked_attention(query, key, value, inputs.causal_mask))
+        return self.self_attn.o_proj(inputs.attend(query, key, value, inputs.causal_mask))
 
     def _cross_attention(self, h: Tensor, inputs: LayerInputs) -> Tensor:
         """CA (Eq. 2) or CA_t+v (Eq. 4): keys are the image tokens of the window, then its text."""
         project = self.cross_attn or self.self_attn
         query, mask = project.query(h), inputs.windows.image_mask
-        key, value = self._image_key_value(project, inputs)
+        key, value = self._window_key_value(inputs)
         if self.fusion == "ca_tv":
             query = rotate(query, *inputs.window_rope)
             text_key, text_value = project.key_value(h)
@@ -108,16 +112,29 @@ class CasaDecoderLayer(nn.Module):
             value = text_value if value is None else torch.cat([value, text_value], dim=2)
         if key is None:  # no image in any row: CA contributes exactly zero, without the output bias
             return torch.zeros_like(h)
-        output = project.o_proj(masked_attention(query, key, value, mask))
-        return output * mask.any(dim=-1, keepdim=True)
+        output = project.o_proj(inputs.attend(query, key, value, mask))
+        # A sum, since exported graphs come here with no key at all, and the largest of none is undefined in ONNX.
+        return output * (mask.sum(dim=-1, keepdim=True) > 0)
 
-    def _image_key_value(self, project: CasaProjections, inputs: LayerInputs) -> tuple[Tensor | None, Tensor | None]:
+    def image_key_value(self, images: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """This layer's CA keys and values of image tokens.
+
+        Args:
+            images: (B, N, C). Vision output.
+            rope: cos, sin of the image tokens, each (B, 1, N, D); None for `ca`.
+
+        Returns:
+            Two (B, Hkv, N, D).
+        """
+        if self.normalize_image_tokens:
+            images = self.input_layernorm(images)
+        key, value = (self.cross_attn or self.self_attn).key_value(images)
+        return (key if rope is None else rotate(key, *rope)), value
+
+    def _window_key_value(self, inputs: LayerInputs) -> tuple[Tensor | None, Tensor | None]:
         key = value = None
         if inputs.images is not None:
-            images = self.input_layernorm(inputs.images) if self.normalize_image_tokens else inputs.images
-            key, value = project.key_value(images)
-            if inputs.image_rope is not None:
-                key = rotate(key, *inputs.image_rope)
+            key, value = self.image_key_value(inputs.images, inputs.image_rope)
         if inputs.cache is not None:
             key, value = inputs.cache.with_window(self.layer, key, value)
             if inputs.windows.kept is not None:
@@ -366,6 +383,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def new_cache(self) -> CasaCache:
+        """An empty cache, for conversations fed piece by piece (`CasaStream`)."""
+        return CasaCache(self.config)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """GenerationMixin's hook for models with a cache of their own."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from casa_engine.cache import CasaCache
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 
 # Changes logits (1, V) in place or returns new ones, given all ids of the conversation so far.
@@ -18,10 +17,10 @@ LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
 
 
 class CasaStream:
-    """One conversation with the eager model, fed piece by piece.
+    """One conversation with a model, fed piece by piece.
 
     Args:
-        model: The eager model.
+        model: The eager model, or one with its interface (`casa_export` runs exported graphs behind it).
         stop_token_ids: Ids that end a generation; the model's generation config where none are given.
 
     Attributes:
@@ -32,7 +31,7 @@ class CasaStream:
         self.model = model
         eos = model.generation_config.eos_token_id if stop_token_ids is None else list(stop_token_ids)
         self.stop_token_ids = set([eos] if isinstance(eos, int) else eos or [])
-        self.cache = CasaCache(model.config)
+        self.cache = model.new_cache()
         self.token_ids: list[int] = []
         self._logits: Tensor | None = None
 

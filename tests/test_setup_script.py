@@ -125,3 +125,9 @@ def test_make_serve_passes_port_and_arguments():
     )
     assert "scripts/setup.py" in run.stdout
     assert "casa-serve model --max-num-seqs 2 --port 8123" in run.stdout
+
+
+def test_extras_that_name_the_project_itself_are_taken_apart(script):
+    wanted = script.requirements("cpu")
+    assert {"onnxruntime==1.32.0", "tensorrt-rtx==1.7.1.116"} <= set(wanted)
+    assert not any(requirement.startswith("casa-engine") for requirement in wanted)

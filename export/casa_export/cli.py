@@ -1,0 +1,175 @@
+"""`casa-export [CHECKPOINT] OUT` exports a model, `casa-export run FOLDER --image I --prompt P` asks one."""
+
+import argparse
+import resource
+import sys
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from casa_engine.checkpoints import load_processor
+from casa_engine.digits import checkpoint_path
+from casa_engine.errors import CasaError, CheckpointError, InputError
+from casa_export.errors import ExportError
+
+DTYPE_NAMES = ("fp32", "fp16", "bf16")
+LIMIT_OPTIONS = {
+    "batch": "conversations in one call",
+    "text_tokens": "text tokens of one conversation",
+    "call_tokens": "new text tokens in one decoder call",
+    "image_tokens": "image tokens of one image",
+    "call_image_tokens": "image tokens that one decoder call sees",
+}
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """Options of `casa-export [CHECKPOINT] OUT`."""
+    parser = argparse.ArgumentParser(
+        prog="casa-export",
+        description="Export a CASA model to ONNX, and to TensorRT with --trt.",
+        epilog="casa-export run FOLDER --image FILE --prompt TEXT asks an exported model; see casa-export run --help.",
+    )
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="checkpoint folder; default: the embedded model")
+    parser.add_argument("out", type=Path, help="folder to write; an older export there is replaced")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32", help="of weights and caches (default: fp32)")
+    parser.add_argument(
+        "--validate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with the eager model on this CPU and print a table (default: on)",
+    )
+    parser.add_argument("--validate-prompts", type=int, default=20, metavar="N", help="prompts to answer (default: 20)")
+    for name, meaning in LIMIT_OPTIONS.items():
+        parser.add_argument(
+            f"--max-{name.replace('_', '-')}", type=int, dest=f"limit_{name}", metavar="N", help=meaning
+        )
+    parser.add_argument(
+        "--trt",
+        nargs="?",
+        const="auto",
+        choices=("auto", "tensorrt", "tensorrt_rtx"),
+        help="also build TensorRT engines, with this package (default: whichever is installed)",
+    )
+    parser.add_argument(
+        "--compute-capability",
+        nargs="+",
+        default=[],
+        metavar="X.Y",
+        help="GPUs to build for without having one (TensorRT-RTX), such as 8.9",
+    )
+    parser.add_argument(
+        "--engine-cache", type=Path, metavar="DIR", help="folder of engines to use again, by their inputs"
+    )
+    return parser
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """Options of `casa-export run FOLDER`."""
+    parser = argparse.ArgumentParser(prog="casa-export run", description="Ask an exported model.")
+    parser.add_argument("folder", type=Path, help="what casa-export wrote")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ONNX Runtime (default: cpu)")
+    parser.add_argument("--trt", action="store_true", help="run the TensorRT engines instead; needs an NVIDIA GPU")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["run"]:
+            run(run_parser().parse_args(arguments[1:]))
+        else:
+            export(export_parser().parse_intermixed_args(arguments))
+    except CasaError as error:
+        print(f"casa-export: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        # onnx, onnxruntime and onnxscript come with an extra of their own.
+        print(f"casa-export: {error}. Install it: pip install 'casa-engine[export]'.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def export(options: argparse.Namespace) -> None:
+    """Exports, validates and builds engines, as asked."""
+    from casa_export.exporter import NUM_STEPS, export_checkpoint
+    from casa_export.graphs import GRAPHS
+    from casa_export.progress import Progress
+    from casa_export.trt_builder import build_engines
+    from casa_export.trt_package import load_tensorrt
+
+    source = options.checkpoint or checkpoint_path()
+    if not source.is_dir():
+        raise CheckpointError(f"no checkpoint folder {source}. Name one, or none for the embedded model.")
+    if options.dtype == "bf16" and options.validate:
+        raise ExportError(
+            "bf16 graphs cannot be compared here: ONNX Runtime's CPU provider has no bf16 kernels. Add --no-validate, "
+            "or export fp32 or fp16."
+        )
+    if options.trt:
+        load_tensorrt(options.trt)  # a missing package must not show only after a long export
+    progress = Progress(NUM_STEPS + options.validate + (len(GRAPHS) if options.trt else 0))
+    limits = {name: getattr(options, f"limit_{name}") for name in LIMIT_OPTIONS}
+    export_checkpoint(source, options.out, options.dtype, limits, progress)
+    if options.validate:
+        _validate(source, options, progress)
+    if options.trt:
+        capabilities = tuple(options.compute_capability)
+        built = build_engines(options.out, options.trt, capabilities, options.engine_cache, progress)
+        print(f"engines: {built.package} {built.version} in {options.out / 'engines'}")
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    print(f"{options.out}: {source.name}, {options.dtype}; {sum(progress.seconds.values()):.0f} s, {peak_gib:.1f} GiB")
+
+
+def _validate(source: Path, options: argparse.Namespace, progress) -> None:
+    from casa_export.validation import check, table, validate
+
+    with progress.step("validate against the eager model"):
+        comparisons = validate(source, options.out, options.validate_prompts)
+    print(table(comparisons))
+    check(comparisons)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answers one question, token by token."""
+    model = _load(options)
+    processor = load_processor(options.folder)
+    content = [{"type": "image", "image": _open(path)} for path in options.image]
+    content.append({"type": "text", "text": options.prompt})
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(images=[item["image"] for item in content[:-1]], text=prompt)
+    ids: list[int] = []
+    shown = ""
+    for step in model.steps(**inputs, max_new_tokens=options.max_new_tokens):
+        ids.append(int(step))
+        text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def _load(options: argparse.Namespace):
+    if options.trt:
+        from casa_export.trt_runner import load_trt_model
+
+        return load_trt_model(options.folder)
+    from casa_export.exported_model import ExportedModel
+
+    return ExportedModel.load(options.folder, options.device)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (FileNotFoundError, UnidentifiedImageError) as error:
+        raise InputError(f"{path} is not a picture that can be read: {error}. Name a PNG or JPEG file.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""`manifest.json`: what an exported folder holds, so that a runtime in any language can load and check it.
+
+format_version   raised when a reader must change; readers refuse a newer one
+model            fusion, backbone, dtype, opset, stop tokens
+source           name and hash of the checkpoint
+limits, axes     largest sizes; smallest and largest size of every named axis of each graph
+graphs           each graph's file and its inputs and outputs: name, dtype, axes
+files            SHA-256 and size of every file
+versions         what made it
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from casa_export.errors import ManifestError
+from casa_export.graph_spec import GraphSpec, TensorSpec
+from casa_export.limits import Limits
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+HASH_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of `manifest.json`; see the module for the fields."""
+
+    model: dict[str, Any]
+    source: dict[str, str]
+    limits: Limits
+    axes: dict[str, dict[str, tuple[int, int]]]
+    graphs: dict[str, GraphSpec]
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Writes it, with hashes of all files that the folder holds now."""
+        paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != FILE_NAME)
+        files = {path.name: {"sha256": file_hash(path), "size_bytes": path.stat().st_size} for path in paths}
+        content = asdict(self) | {"files": files}
+        for name, graph in content["graphs"].items():
+            graph["file"] = graph_file(name)
+        (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def graph_file(name: str) -> str:
+    """File of a graph; weights over 2 GB lie beside it, in the same name with `.data`."""
+    return f"{name}.onnx"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's files, in order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Reads a folder's manifest.
+
+    Raises:
+        ManifestError: There is none, it cannot be read, or it is of a newer format.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise ManifestError(f"{folder} has no {FILE_NAME}; expected a folder that casa-export wrote.")
+    try:
+        content = json.loads(path.read_text())
+        version = content["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path} is not a manifest of casa-export: {error}. Export the model again.") from error
+    if version > FORMAT_VERSION:
+        raise ManifestError(
+            f"{path} has format version {version}; this casa-export reads up to {FORMAT_VERSION}. Update casa-engine, "
+            "or export the checkpoint again with this version."
+        )
+    try:
+        return _from_json(content)
+    except (KeyError, TypeError) as error:
+        raise ManifestError(f"{path} lacks or misnames a field: {error}. Export the model again.") from error
+
+
+def check_files(folder: str | Path, manifest: Manifest, names: list[str] | None = None) -> None:
+    """Compares files with their hashes.
+
+    Args:
+        folder: The exported folder.
+        manifest: Its manifest.
+        names: Which files; None for all.
+
+    Raises:
+        ManifestError: A file is missing or differs.
+    """
+    for name, known in manifest.files.items():
+        if names is not None and name not in names:
+            continue
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ManifestError(f"{path} is missing; the manifest lists it. Copy the whole folder, or export again.")
+        if path.stat().st_size != known["size_bytes"] or file_hash(path) != known["sha256"]:
+            raise ManifestError(
+                f"{path} is damaged: its contents do not match the hash in {FILE_NAME}. Copy it again, or export the "
+                "model again."
+            )
+
+
+def _from_json(content: dict[str, Any]) -> Manifest:
+    axes = {graph: {name: tuple(sizes) for name, sizes in ranges.items()} for graph, ranges in content["axes"].items()}
+    return Manifest(
+        model=content["model"],
+        source=content["source"],
+        limits=Limits(**content["limits"]),
+        axes=axes,
+        graphs={
+            name: GraphSpec(name, *map(_tensors, (g["inputs"], g["outputs"]))) for name, g in content["graphs"].items()
+        },
+        versions=content["versions"],
+        files=content["files"],
+        format_version=content["format_version"],
+    )
+
+
+def _tensors(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["axes"])) for entry in entries)

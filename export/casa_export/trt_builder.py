@@ -1,0 +1,157 @@
+"""ONNX graphs -> TensorRT engines, with either TensorRT package, without a GPU where the package can."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from casa_export.errors import ExportError, RunnerError
+from casa_export.manifest import Manifest, check_files, file_hash, graph_file, read_manifest
+from casa_export.progress import Progress
+from casa_export.trt_manifest import FILE_NAME, FOLDER_NAME, Engine, EngineManifest, read_engine_manifest
+from casa_export.trt_package import CollectingLogger, load_tensorrt
+from casa_export.trt_profiles import Profile, profiles
+
+
+def build_engines(
+    folder: str | Path,
+    package: str = "auto",
+    compute_capabilities: tuple[str, ...] = (),
+    engine_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> EngineManifest:
+    """Builds engines of all graphs into the folder's `engines/`.
+
+    An engine whose key (graph file, TensorRT version, compute capabilities, profiles) did not change is kept.
+
+    Args:
+        folder: What `casa-export` wrote.
+        package: `tensorrt`, `tensorrt_rtx` or `auto`.
+        compute_capabilities: TensorRT-RTX only: GPUs to build for, such as `8.9`; empty for its default set.
+        engine_cache: A folder to share built engines between exports, in files named by key.
+        progress: Told of every step; silent by default.
+
+    Raises:
+        RunnerError: TensorRT is missing, or cannot build for what was asked.
+        ExportError: TensorRT refuses a graph; the message holds its words.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    trt = load_tensorrt(package)
+    targets = _targets(trt, compute_capabilities)
+    out = folder / FOLDER_NAME
+    out.mkdir(exist_ok=True)
+    known = read_engine_manifest(out).engines if (out / FILE_NAME).is_file() else {}
+    progress = progress or Progress(len(manifest.graphs), None)
+    engines = {}
+    for graph in manifest.graphs:
+        shapes = profiles(manifest, graph)
+        key = _key(trt, manifest, graph, compute_capabilities, shapes)
+        path = out / f"{graph}.engine"
+        with progress.step(f"{trt.__name__}: build {graph}"):
+            if not (graph in known and known[graph].key == key and _intact(path, known[graph])):
+                _build_or_copy(trt, folder / graph_file(graph), path, shapes, targets, engine_cache, key)
+        engines[graph] = Engine(path.name, key, file_hash(path), tuple(shapes))
+    built = EngineManifest(trt.__name__, trt.__version__, tuple(compute_capabilities), engines)
+    built.write(out)
+    return built
+
+
+def _intact(path: Path, engine: Engine) -> bool:
+    return path.is_file() and file_hash(path) == engine.sha256
+
+
+def _build_or_copy(
+    trt: ModuleType, onnx: Path, path: Path, shapes: list[Profile], targets: list[Any], cache: Path | None, key: str
+) -> None:
+    cached = None if cache is None else cache / f"{key}.engine"
+    if cached is not None and cached.is_file():
+        shutil.copyfile(cached, path)
+        return
+    path.write_bytes(build_engine(trt, onnx, shapes, targets))
+    if cached is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, cached)
+
+
+def build_engine(trt: ModuleType, onnx: Path, shapes: list[Profile], targets: list[Any]) -> memoryview:
+    """Parses a graph and builds its engine.
+
+    Args:
+        trt: The TensorRT package.
+        onnx: The graph.
+        shapes: Its optimisation profiles.
+        targets: TensorRT-RTX's compute capabilities to build for; empty for the default.
+
+    Returns:
+        The serialised engine.
+    """
+    logger = CollectingLogger(trt)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise RunnerError(f"{trt.__name__} has no builder here: {_words(logger)}. Does this machine have a GPU?")
+    # Strongly typed: every tensor has the dtype that the graph gives it. Newer versions know nothing else.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        raise ExportError(f"{trt.__name__} {trt.__version__} cannot read {onnx.name}: {errors}")
+    config = builder.create_builder_config()
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(target, index)
+    for shape in shapes:
+        profile = builder.create_optimization_profile()
+        for name, (low, usual, high) in shape.shapes.items():
+            profile.set_shape(name, low, usual, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise ExportError(f"{trt.__name__} refuses profile {shape.name!r} of {onnx.name}: {_words(logger)}")
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise ExportError(f"{trt.__name__} {trt.__version__} cannot build {onnx.name}: {_words(logger)}")
+    return memoryview(engine)
+
+
+def _targets(trt: ModuleType, compute_capabilities: tuple[str, ...]) -> list[Any]:
+    """TensorRT-RTX's names of compute capabilities such as `8.9`."""
+    if not compute_capabilities:
+        return []
+    if not hasattr(trt, "ComputeCapability"):
+        raise RunnerError(
+            f"{trt.__name__} builds for the GPU of this machine only; leave --compute-capability out, or use "
+            "--trt tensorrt_rtx."
+        )
+    known = {name: value for name, value in vars(trt.ComputeCapability).items() if name.startswith("SM")}
+    names = {f"{name[2:-1]}.{name[-1]}": value for name, value in known.items()}
+    for capability in compute_capabilities:
+        if capability not in names:
+            raise RunnerError(
+                f"compute capability is {capability!r}; {trt.__name__} {trt.__version__} builds for "
+                f"{', '.join(sorted(names, key=float))}. For other GPUs build on them with --trt tensorrt."
+            )
+    return [names[capability] for capability in compute_capabilities]
+
+
+def _key(
+    trt: ModuleType, manifest: Manifest, graph: str, compute_capabilities: tuple[str, ...], shapes: list[Profile]
+) -> str:
+    file = graph_file(graph)
+    graph_files = {name: entry["sha256"] for name, entry in manifest.files.items() if name.startswith(file)}
+    parts = [
+        trt.__name__,
+        trt.__version__,
+        list(compute_capabilities),
+        graph_files,
+        [asdict(shape) for shape in shapes],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _words(logger: Any) -> str:
+    return "; ".join(logger.errors) or "it gives no reason"

@@ -1,0 +1,101 @@
+"""Each graph and the whole model against eager, in fp32."""
+
+import pytest
+import torch
+
+from casa_engine.streaming import CasaStream
+from casa_export.errors import ExportError
+from casa_export.validation import FP32_LIMIT, Comparison, check, multi_image_prompt, relative_error, table, validate
+from exports import KINDS, checkpoint, export
+
+# 6, 5, 16, 1, 15 and 4 image tokens: one attention window, several of unequal size, one token high.
+GRIDS = torch.tensor([[1, 4, 6], [1, 2, 10], [1, 8, 8], [1, 2, 2], [1, 10, 6], [1, 4, 4]])
+
+
+def batch(generator):
+    """Three rows: three images of which two share a window; padding and an image at the end; an image first."""
+    ids = torch.randint(2, 380, (3, 40), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.randn(int(GRIDS.prod(-1).sum()), 1176, generator=generator),
+        "image_grid_thw": GRIDS,
+        "insertion_points": torch.tensor([3, 3, 20, 9, 40, 0]),
+        "image_rows": torch.tensor([0, 0, 0, 1, 1, 2]),
+    }
+
+
+@pytest.mark.parametrize(("backbone", "fusion"), KINDS)
+def test_every_graph_and_64_greedy_tokens(backbone, fusion):
+    comparisons = validate(checkpoint(backbone, fusion), export(backbone, fusion), num_prompts=4)
+    assert [c for c in comparisons if not c.passed] == [], table(comparisons)
+    assert {c.what.split(",")[0] for c in comparisons} >= {"vision", "image KV", "decoder prefill", "decoder decode"}
+
+
+@torch.inference_mode()
+def test_padded_batch_prefill_and_decode(pair):
+    eager, exported = pair
+    inputs = batch(torch.Generator().manual_seed(2))
+    caches = eager.new_cache(), exported.new_cache()
+    expected, got = (model(**inputs, past_key_values=cache) for model, cache in zip(pair, caches, strict=True))
+    real = inputs["attention_mask"] > 0
+    assert relative_error(got.logits[real], expected.logits[real]) < FP32_LIMIT
+    for _ in range(3):
+        tokens = expected.logits[:, -1].argmax(dim=-1, keepdim=True)
+        expected, got = (model(tokens, past_key_values=cache) for model, cache in zip(pair, caches, strict=True))
+        assert relative_error(got.logits, expected.logits) < FP32_LIMIT
+
+
+def test_generate_returns_what_eager_generate_returns(pair):
+    eager, exported = pair
+    inputs = batch(torch.Generator().manual_seed(3))
+    expected = eager.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(exported.generate(**inputs, max_new_tokens=12), expected)
+
+
+def test_text_alone(pair):
+    ids = torch.tensor([[5, 6, 7]])
+    eager, exported = (model.generate(ids, max_new_tokens=8, do_sample=False) for model in pair)
+    assert torch.equal(eager, exported)
+
+
+def test_stream_of_frames(pair):
+    streams = [CasaStream(model, stop_token_ids=[1]) for model in pair]
+    patches = torch.randn(int(GRIDS.prod(-1).sum()), 1176).split(GRIDS.prod(-1).tolist())
+    for frame in range(len(GRIDS)):
+        for stream in streams:
+            # An image after the first token of a turn, or at its end.
+            stream.feed([5 + frame, 6, 7], patches[frame], GRIDS[frame : frame + 1], [3 if frame % 2 else 1])
+            stream.generate(5)
+        assert streams[0].token_ids == streams[1].token_ids
+
+
+def test_pieces_of_a_long_prompt_equal_one_pass(pair):
+    """More text than one call takes, and more image tokens: cut at windows."""
+    eager, exported = pair
+    generator = torch.Generator().manual_seed(4)
+    grids = torch.tensor([[1, 16, 12], [1, 16, 12], [1, 16, 12]])  # 48 image tokens each, 128 fit into a call
+    inputs = {
+        "input_ids": torch.randint(2, 380, (1, 110), generator=generator),
+        "pixel_values": torch.randn(int(grids.prod(-1).sum()), 1176, generator=generator),
+        "image_grid_thw": grids,
+        "insertion_points": torch.tensor([10, 60, 110]),
+    }
+    with torch.inference_mode():
+        assert relative_error(exported(**inputs).logits, eager(**inputs).logits) < FP32_LIMIT
+    expected = eager.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(exported.generate(**inputs, max_new_tokens=6), expected)
+
+
+def test_validation_finds_a_wrong_graph(pair, monkeypatch):
+    """The comparison itself can fail: an error or NaN above the limit is refused by name."""
+    wrong = [Comparison("vision", 2e-4, FP32_LIMIT), Comparison("decoder", float("nan"), FP32_LIMIT)]
+    with pytest.raises(ExportError, match="vision, decoder"):
+        check([*wrong, Comparison("image KV", 0.0, FP32_LIMIT)])
+
+
+def test_prompts_of_the_validation_have_several_images(exported):
+    ids, images = multi_image_prompt(exported, torch.Generator().manual_seed(0))
+    assert len(images["image_grid_thw"]) >= 2 and ids.shape[1] > 0
