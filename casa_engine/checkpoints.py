@@ -122,15 +122,15 @@ def default_processor(config: CasaConfig) -> CasaProcessor:
     return CasaProcessor(images, byte_tokenizer(config), chat_template=chat_template(), fusion=config.fusion)
 
 
-def write_random_checkpoint(
-    config: CasaConfig, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> None:
-    """Writes a checkpoint with random weights: biases and norms too, so that no term is invisible in a comparison."""
+def random_model(
+    config: CasaConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> CasaForConditionalGeneration:
+    """A model with random weights: biases and norms too, so that no term is invisible in a comparison."""
     torch.manual_seed(seed)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = CasaForConditionalGeneration(config)
+        model = CasaForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(previous)
     with torch.no_grad():
@@ -139,4 +139,11 @@ def write_random_checkpoint(
                 parameter.normal_(std=0.1)
             elif parameter.ndim == 1:
                 parameter.uniform_(0.8, 1.2)
-    save_checkpoint(model, default_processor(config), folder)
+    return model
+
+
+def write_random_checkpoint(
+    config: CasaConfig, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes a checkpoint of a `random_model`, with a processor of its own."""
+    save_checkpoint(random_model(config, seed, dtype), default_processor(config), folder)

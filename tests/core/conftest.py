@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from casa_engine.checkpoints import random_model
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.presets import preset_config
 
@@ -13,16 +14,7 @@ GRIDS = torch.tensor([[1, 4, 6], [1, 6, 4], [1, 2, 10], [1, 4, 4]])  # in patche
 
 @functools.cache
 def build(preset: str, fields: tuple) -> CasaForConditionalGeneration:
-    torch.manual_seed(0)
-    config = preset_config(preset, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields})
-    model = CasaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif parameter.ndim == 1:
-                parameter.uniform_(0.8, 1.2)
-    return model
+    return random_model(preset_config(preset, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields}))
 
 
 @pytest.fixture
