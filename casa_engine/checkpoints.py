@@ -122,9 +122,7 @@ def default_processor(config: CasaConfig) -> CasaProcessor:
     return CasaProcessor(images, byte_tokenizer(config), chat_template=chat_template(), fusion=config.fusion)
 
 
-def random_model(
-    config: CasaConfig, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> CasaForConditionalGeneration:
+def random_model(config: CasaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> CasaForConditionalGeneration:
     """A model with random weights: biases and norms too, so that no term is invisible in a comparison."""
     torch.manual_seed(seed)
     previous = torch.get_default_dtype()
