@@ -11,7 +11,7 @@ than the placeholder:
 vLLM counts masks (N tokens for the encoder budget, the input checks and the admission of
 requests) and hashes text blocks by offset and length, so that the text prefix cache stays right.
 The offset may be the prompt's length: the image is seen by what is generated. That a mask may be
-longer than its range is not documented; tests/vllm/test_processing.py holds vLLM to it.
+longer than its range is not documented; tests/vllm/test_limits.py holds vLLM to it.
 """
 
 from collections.abc import Mapping, Sequence
