@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-from casa_engine.digits import checkpoint_path
 from casa_engine.errors import InputError
 from casa_export import trt_builder
 from casa_export.errors import ExportError, ManifestError, RunnerError
@@ -27,7 +26,6 @@ def test_builds_engines_of_every_kind(backbone, fusion):
     check_build(export(backbone, fusion))
 
 
-@pytest.mark.skipif(not checkpoint_path().is_dir(), reason="the embedded checkpoint is not in this checkout")
 def test_builds_engines_of_the_embedded_model():
     check_build(embedded_export())
 

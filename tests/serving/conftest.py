@@ -1,7 +1,6 @@
 """One real server for all tests of the endpoint, with the embedded model."""
 
 import json
-from importlib.resources import files
 
 import pytest
 
@@ -24,7 +23,7 @@ def random_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(request, tmp_path_factory):
+def server(tmp_path_factory):
     """`casa-serve` with the embedded model and small limits.
 
     Downloads are allowed from this machine, and from two private addresses, which must be
@@ -40,11 +39,6 @@ def server(request, tmp_path_factory):
     arguments = [part for option in options.items() for part in option]
     # Compiling would take longer than all the tests.
     arguments.append("--enforce-eager")
-    if not (files("casa_engine") / "digits" / "checkpoint" / "config.json").is_file():
-        folder = request.getfixturevalue("random_checkpoint")
-        compact = '{"backend": "xgrammar", "disable_any_whitespace": true}'
-        arguments = [folder, "--served-model-name", MODEL, "--dtype", "float32", *arguments]
-        arguments += ["--structured-outputs-config", compact]
     domains = ["127.0.0.1", "10.0.0.1", "169.254.169.254"]
     with casa_serve(log, *arguments, "--allow-loopback-media", "--allowed-media-domains", *domains) as running:
         yield running
