@@ -23,6 +23,7 @@ from casa_engine.digits.phrases import COUNT, FIRST, NO_IMAGE, READ, SMALL_TALK,
 from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
 IGNORED = -100
+SILENCE_LEARNED = 0.5  # of the unchanged frames: a missed change costs more than a caption said twice
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Writer:
         while len(talk.ids) < num_tokens:
             remembered = len(talk.ids) < text_only_until
             caption = "" if said == pool.texts[image] else pool.texts[image]
-            learn = not remembered
+            learn = not remembered and (caption != "" or self._chance(SILENCE_LEARNED))
             if self._chance(faults):
                 caption, learn = (
                     ("" if said and self._chance(0.5) else pool.texts[pool.sibling(self.rng, image)]),
@@ -119,7 +120,7 @@ class Writer:
             said = caption or said
             if not (remembered and drop_silent and not caption):
                 self._frame(talk, None if remembered else image, caption, learn)
-            if learn and self._chance(0.02):
+            if not remembered and self._chance(0.02):
                 self._interrupt(talk, pool, image)
             image = self._next_frame(pool, image, change)
         return talk

@@ -51,7 +51,7 @@ def teach_language(
     rng: np.random.Generator,
     samples: DigitSamples,
     num_steps: int,
-    num_families: int = 4000,
+    num_families: int = 1600,
     steps_per_pool: int = 1500,
     peak_rate: float = 2e-3,
     save: Callable[[], None] | None = None,
