@@ -1,0 +1,201 @@
+"""How a captioner's next token is chosen: three changes of the logits, in the published order.
+
+    1. repetition penalty     tokens said lately lose, the more the more often; counts fade by moving average
+    2. stop bias              the stop tokens lose a little
+    3. windowed n-gram ban    no n-gram of the last tokens is completed a second time
+
+What they remember lives as long as the session: `CaptionState`, a plain value that the session keeps and hands over
+with every chunk. Nothing is kept where the logits are made, so that a request that is preempted, restarted or resumed
+goes on exactly as it would have.
+
+    chunk read     state.read(chunk ids)
+    each token     state.charged() -> caption_logits(...) -> token -> state.read([token]) when it is fed again
+
+The token that ends a frame is never fed in it: it is read with the next chunk, whose first token it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casa_engine.errors import InputError
+from casa_engine.live.settings import LiveSettings
+
+# A count this small changes a logit by less than a float32 can tell (for any penalty that makes sense).
+FORGOTTEN = 1e-8
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """The numbers of `LiveSettings` that change logits, and the stop ids they speak of."""
+
+    stop_ids: tuple[int, ...]
+    repetition_penalty: float = 1.0
+    penalty_decay: float = 0.99
+    penalty_clamp: float = 5.0
+    stop_bias: float = 1.0
+    ngram_size: int = 0
+    ngram_window: int = 60
+
+    @classmethod
+    def from_settings(cls, settings: LiveSettings, stop_ids: Sequence[int]) -> "CaptionRules":
+        """The rules of a session."""
+        return cls(
+            tuple(stop_ids),
+            settings.repetition_penalty,
+            settings.penalty_decay,
+            settings.penalty_clamp,
+            settings.stop_bias,
+            settings.ngram_size,
+            settings.ngram_window,
+        )
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether nothing is changed at all."""
+        return self.repetition_penalty == 1 and self.stop_bias == 1 and self.ngram_size == 0
+
+
+@dataclass(frozen=True)
+class CaptionState:
+    """What the rules remember of a session.
+
+    Attributes:
+        counts: Faded number of occurrences by token id.
+        recent: The last `ngram_window` ids of the text.
+    """
+
+    counts: dict[int, float] = field(default_factory=dict)
+    recent: tuple[int, ...] = ()
+
+    def read(self, token_ids: Sequence[int], rules: CaptionRules) -> "CaptionState":
+        """The state after more text."""
+        return CaptionState(self.counts, (*self.recent, *token_ids)[-rules.ngram_window :])
+
+    def charged(self, rules: CaptionRules) -> "CaptionState":
+        """The state for the next choice: counts fade, and the last token read counts once more."""
+        if rules.repetition_penalty == 1 or not self.recent:
+            return self
+        decay = rules.penalty_decay
+        counts = {token: count * decay for token, count in self.counts.items() if count * decay > FORGOTTEN}
+        last = self.recent[-1]
+        counts[last] = counts.get(last, 0.0) + 1.0
+        return CaptionState(counts, self.recent)
+
+    def after(self, generated: Sequence[int], rules: CaptionRules) -> "CaptionState":
+        """The state after a generation, whose last token is read with the next chunk."""
+        state = self
+        for index, _ in enumerate(generated):
+            state = state.charged(rules)
+            if index < len(generated) - 1:
+                state = state.read(generated[index : index + 1], rules)
+        return state
+
+
+def caption_logits(logits: Tensor, state: CaptionState, rules: CaptionRules) -> Tensor:
+    """Applies the rules.
+
+    Args:
+        logits: float32 (V,).
+        state: Already charged for this choice.
+        rules: What to apply.
+
+    Returns:
+        float32 (V,), new; banned tokens are -inf.
+    """
+    logits = logits.clone()
+    if rules.repetition_penalty != 1:
+        _penalise(logits, state, rules)
+    if rules.stop_bias != 1:
+        stops = torch.tensor(_within(rules.stop_ids, logits), device=logits.device)
+        chosen = logits[stops]
+        logits[stops] = torch.where(chosen < 0, chosen / rules.stop_bias, chosen * rules.stop_bias)
+    banned = _within(banned_tokens(state.recent, rules), logits)
+    if banned:
+        logits[torch.tensor(banned, device=logits.device)] = float("-inf")
+    return logits
+
+
+def banned_tokens(recent: Sequence[int], rules: CaptionRules) -> list[int]:
+    """Tokens that would complete an n-gram of the window a second time; never stop tokens."""
+    size = rules.ngram_size
+    if size == 0 or len(recent) < size:
+        return []
+    recent = tuple(recent)
+    last = recent[len(recent) - size + 1 :]
+    ends = range(size - 1, len(recent))
+    banned = {recent[end] for end in ends if recent[end - size + 1 : end] == last}
+    return sorted(banned.difference(rules.stop_ids))
+
+
+def _penalise(logits: Tensor, state: CaptionState, rules: CaptionRules) -> None:
+    """Divides positive logits of what was said, multiplies negative ones. Mutates `logits`."""
+    tokens = _within([token for token in state.counts if token not in rules.stop_ids], logits)
+    if not tokens:
+        return
+    clamp = rules.penalty_clamp
+    factors = [rules.repetition_penalty ** min(state.counts[token], clamp) for token in tokens]
+    ids, factor = torch.tensor(tokens, device=logits.device), torch.tensor(factors, device=logits.device)
+    chosen = logits[ids]
+    logits[ids] = torch.where(chosen < 0, chosen * factor, chosen / factor)
+
+
+def _within(token_ids: Sequence[int], logits: Tensor) -> list[int]:
+    """The ids that have a logit."""
+    return [token for token in token_ids if 0 <= token < len(logits)]
+
+
+def to_plain(state: CaptionState, rules: CaptionRules) -> dict[str, Any]:
+    """State and rules as numbers, lists and dictionaries, to travel with a request."""
+    return {
+        "counts": [list(state.counts), list(state.counts.values())],
+        "recent": list(state.recent),
+        "stop_ids": list(rules.stop_ids),
+        **{name: getattr(rules, name) for name in RULE_NUMBERS},
+    }
+
+
+def from_plain(plain: Any) -> tuple[CaptionState, CaptionRules]:
+    """Reads what `to_plain` wrote; it may come from anywhere.
+
+    Raises:
+        InputError: It is something else.
+    """
+    names = {"counts", "recent", "stop_ids", *RULE_NUMBERS}
+    if not isinstance(plain, dict) or set(plain) != names:
+        got = sorted(map(str, plain)) if isinstance(plain, dict) else type(plain).__name__
+        raise InputError(f"the state of a live session is {got}; expected an object with exactly {sorted(names)}.")
+    counts = plain["counts"]
+    if not isinstance(counts, (list, tuple)) or len(counts) != 2:
+        raise InputError("counts of a live session are no pair of lists (ids and their counts).")
+    ids, amounts = _ids("counts", counts[0]), list(counts[1])
+    numbers = {name: plain[name] for name in RULE_NUMBERS}
+    if len(ids) != len(amounts) or not all(_is_number(amount) and 0 <= amount < 1e9 for amount in amounts):
+        raise InputError("counts of a live session must be as many numbers from 0 as ids.")
+    # The same limits as for a session's settings.
+    LiveSettings(**numbers)
+    state = CaptionState(dict(zip(ids, map(float, amounts), strict=True)), tuple(_ids("recent", plain["recent"])))
+    return state, CaptionRules(tuple(_ids("stop_ids", plain["stop_ids"])), **numbers)
+
+
+def _ids(name: str, values: Any) -> list[int]:
+    if not isinstance(values, (list, tuple)) or not all(type(value) is int and 0 <= value < 2**31 for value in values):
+        raise InputError(f"{name} of a live session is no list of token ids.")
+    return list(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+RULE_NUMBERS = (
+    "repetition_penalty",
+    "penalty_decay",
+    "penalty_clamp",
+    "stop_bias",
+    "ngram_size",
+    "ngram_window",
+)
