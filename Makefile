@@ -1,4 +1,5 @@
 # make serve   set up what is missing, then serve the embedded model on PORT
+# make serve-ray   the same on Ray Serve (docs/cluster.md)
 # make test    set up what is missing, then run the tests
 # make test-vllm VLLM=0.32.0   the tests of model and plugin with another vLLM, in an environment of its own
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PYTEST_ARGS ?=
 VLLM ?= 0.32.0
 BIN := .venv/bin
 
-.PHONY: setup serve test test-all test-vllm lint
+.PHONY: setup serve serve-ray test test-all test-vllm lint
 
 setup:
 	@$(PYTHON) scripts/setup.py --device $(DEVICE)
@@ -17,6 +18,10 @@ setup:
 # ARGS takes a checkpoint and any option: make serve ARGS="./my-checkpoint --max-num-seqs 8"
 serve: setup
 	@exec $(BIN)/casa-serve $(ARGS) --port $(PORT)
+
+# ARGS takes a cluster configuration: make serve-ray ARGS=deploy/cluster.yaml
+serve-ray: setup
+	@exec $(BIN)/casa-serve --ray $(ARGS) --port $(PORT)
 
 # The console script, not `python -m pytest`, which would make the folders plugins, export
 # and serving importable by their bare names.

@@ -42,7 +42,7 @@ def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
     serve.prog = "casa-serve"
     serve.usage = "casa-serve [CHECKPOINT] [options]"
     serve.description = DESCRIPTION
-    serve.epilog = "casa-serve --help=CASA | --help=all | --help=<option or group>"
+    serve.epilog = "casa-serve --help=CASA | --help=all | --help=<option or group> | --ray --help (docs/cluster.md)"
     group = serve.add_argument_group("CASA", "What clients may send")
     add_limit_options(group)
     group.add_argument(
@@ -154,6 +154,10 @@ def run(argv: list[str]) -> int:
     Args:
         argv: The command line without the command's own name.
     """
+    if argv[:1] == ["--ray"]:
+        from casa_serving.cluster.launch import run as run_cluster
+
+        return run_cluster(argv[1:])
     try:
         args, embedded = parse(argv)
     except CasaError as error:

@@ -54,14 +54,14 @@ def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
     }
 
 
-def set_environment(*, embedded: bool, on_cpu: bool) -> None:
-    """Sets the environment variables that vLLM has no option for, where they are not set.
+def environment(*, embedded: bool, on_cpu: bool) -> dict[str, str]:
+    """Returns the environment variables that vLLM has no option for, with the one that the limits on images hang on.
 
     Args:
         embedded: Whether the embedded model is served.
         on_cpu: Whether vLLM will run on the CPU.
     """
-    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": CONNECTOR}
     if on_cpu:
         # Pinning threads to cores needs the right to do so, which containers often lack, and
         # it leaves a core idle on small machines.
@@ -71,9 +71,13 @@ def set_environment(*, embedded: bool, on_cpu: bool) -> None:
             # Its matrices are too small to be shared between threads, and threads that wait
             # for each other on a busy machine make it many times slower.
             variables["OMP_NUM_THREADS"] = "1"
-    for name, value in variables.items():
+    return variables
+
+
+def set_environment(*, embedded: bool, on_cpu: bool) -> None:
+    """Sets these variables where they are not set; what makes the server safe is set in any case."""
+    for name, value in environment(embedded=embedded, on_cpu=on_cpu).items():
         os.environ.setdefault(name, value)
-    # No default but what makes the server safe: the limits hang on it.
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
 
 

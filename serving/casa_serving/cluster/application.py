@@ -1,0 +1,142 @@
+"""From the cluster configuration to a Ray Serve application.
+
+The application is what `ray.serve.llm.build_openai_app` makes, an ingress in front of an
+`LLMConfig`'s deployment, put together from the same public parts. `build_openai_app` itself takes
+no FastAPI application, and without one there is no place for the limit on bodies, which must come
+before they are read.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve.llm import LLMConfig, build_llm_deployment
+
+from casa_engine.checkpoints import check_tensors, read_config
+from casa_serving.cli import check_folder
+from casa_serving.cluster.capacity import check_capacity, cluster_has_gpu
+from casa_serving.cluster.config import ClusterConfig, parse_config
+from casa_serving.cluster.ingress import ingress_class
+from casa_serving.cluster.server import CasaServer
+from casa_serving.defaults import EMBEDDED_NAME, embedded_checkpoint, engine_options, environment
+from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits
+
+ROUTER = "casa_serving.cluster.router:CasaRequestRouter"
+POLICY = "casa_serving.cluster.autoscaling:LoadPolicy"
+SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+# Pushed to the controller this often; Ray Serve's default of 10 s would double every reaction.
+METRICS_INTERVAL_S = 2.0
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Builds the application; see `casa_serving.cluster.build_app`."""
+    config = parse_config(args)
+    on_gpu = config.device == "gpu" or (config.device == "auto" and cluster_has_gpu())
+    llm_config = llm_config_of(config, on_gpu=on_gpu)
+    if not config.wait_for_nodes:
+        check_capacity(bundle(config, on_gpu=on_gpu), config.tensor_parallel_size, config.replicas.min)
+    model = build_llm_deployment(llm_config, deployment_cls=CasaServer)
+    ingress = serve.deployment(ingress_class(config.ingress.max_request_bytes), **ingress_options(config))
+    return ingress.bind(llm_deployments={llm_config.model_id: model}, model_cards=model_cards(llm_config))
+
+
+def model_cards(llm_config: LLMConfig) -> dict[str, Any]:
+    """Returns what `/v1/models` says, by model name."""
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+
+    return {llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)}
+
+
+def llm_config_of(config: ClusterConfig, *, on_gpu: bool) -> LLMConfig:
+    """Returns Ray Serve LLM's configuration of the replicas.
+
+    Raises:
+        CheckpointError: The checkpoint is not one.
+    """
+    embedded = config.checkpoint is None
+    checkpoint = embedded_checkpoint() if config.checkpoint is None else config.checkpoint
+    check_folder(checkpoint)
+    checkpoint_config = read_config(checkpoint)
+    check_tensors(checkpoint, checkpoint_config)
+    options = engine_options(checkpoint_config, embedded=embedded, on_cpu=not on_gpu)
+    name = config.model or (EMBEDDED_NAME if embedded else checkpoint.resolve().name)
+    for option in ("served_model_name", "allowed_origins"):
+        options.pop(option, None)
+    options |= {
+        "max_num_seqs": config.concurrency.running,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "media_io_kwargs": {"image": media_limits(config)},
+        "allowed_media_domains": list(config.images.allowed_media_domains),
+        **copy.deepcopy(config.engine),
+    }
+    variables = {**environment(embedded=embedded, on_cpu=not on_gpu), **config.environment}
+    return LLMConfig(
+        model_loading_config={"model_id": name, "model_source": str(checkpoint.resolve())},
+        accelerator_type=config.accelerator_type if on_gpu else None,
+        accelerator_config={"kind": "gpu" if on_gpu else "cpu"},
+        placement_group_config={"bundle_per_worker": bundle(config, on_gpu=on_gpu), "strategy": "STRICT_PACK"},
+        engine_kwargs={key: asdict(value) if is_dataclass(value) else value for key, value in options.items()},
+        deployment_config=deployment_options(config),
+        # A batch of tokens every 50 ms, Ray Serve LLM's default, would add as much to the first one.
+        experimental_configs={"stream_batching_interval_ms": 0},
+        runtime_env={"env_vars": variables},
+        log_engine_metrics=True,
+    )
+
+
+def media_limits(config: ClusterConfig) -> dict[str, Any]:
+    """Returns the limits on images as the media connector takes them."""
+    limits = config.images.model_dump(exclude={"allowed_media_domains"})
+    return {**ImageLimits(**limits).as_options(), ALLOW_LOOPBACK: False}
+
+
+def bundle(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
+    """Returns the resources of one worker of a replica."""
+    return {"CPU": config.cpus, "GPU": 1} if on_gpu else {"CPU": config.cpus}
+
+
+def deployment_options(config: ClusterConfig) -> dict[str, Any]:
+    """Returns Ray Serve's options of the deployment of replicas."""
+    replicas, concurrency = config.replicas, config.concurrency
+    return {
+        "max_ongoing_requests": concurrency.per_replica,
+        "max_queued_requests": concurrency.queued,
+        "backpressure_config": {"status_code": 429, "retry_after_s": concurrency.retry_after_s},
+        "graceful_shutdown_timeout_s": replicas.drain_timeout_s,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        # The bundle reserves the CPUs; the actor itself asks for none beyond it.
+        "ray_actor_options": {"num_cpus": 0},
+        "request_router_config": {
+            "request_router_class": ROUTER,
+            "request_router_kwargs": config.routing.model_dump(),
+        },
+        "autoscaling_config": {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            "target_ongoing_requests": replicas.target_ongoing_requests,
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
+            "metrics_interval_s": METRICS_INTERVAL_S,
+            "look_back_period_s": max(METRICS_INTERVAL_S * 2, replicas.upscale_delay_s),
+            "policy": {
+                "policy_function": POLICY,
+                "policy_kwargs": {"target_live_sessions": replicas.target_live_sessions},
+            },
+        },
+    }
+
+
+def ingress_options(config: ClusterConfig) -> dict[str, Any]:
+    """Returns Ray Serve's options of the ingress; a session always meets the same one, which remembers it."""
+    return {
+        "name": "CasaIngress",
+        "num_replicas": config.ingress.replicas,
+        # It hands requests on; what is too much is refused by the queue behind it.
+        "max_ongoing_requests": 10_000,
+        "ray_actor_options": {"num_cpus": config.ingress.cpus},
+        "request_router_config": {"request_router_class": SESSION_ROUTER},
+    }

@@ -1,0 +1,53 @@
+"""Whether the cluster can hold what is asked for, before Ray Serve waits for it for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ray
+
+from casa_engine.errors import InputError
+
+
+def cluster_has_gpu() -> bool:
+    """Tells whether a node of the cluster has a GPU; this machine decides where no cluster runs."""
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0) > 0
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def check_capacity(worker: Mapping[str, float], num_workers: int, min_replicas: int) -> None:
+    """Refuses a replica that fits on no node, and more replicas than fit on all.
+
+    Args:
+        worker: Resources of one worker of a replica.
+        num_workers: Workers of a replica, all on one node.
+        min_replicas: Replicas that must run at once.
+
+    Raises:
+        InputError: What is asked for and what is there. Nothing is checked where no cluster runs.
+    """
+    if not ray.is_initialized():
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    need = {name: amount * num_workers for name, amount in worker.items()}
+    fitting = sum(replicas_on(node, need) for node in nodes)
+    if fitting < min_replicas:
+        shown = ", ".join(describe({name: node.get(name, 0) for name in need}) for node in nodes)
+        raise InputError(
+            f"The cluster cannot hold {min_replicas} replicas of {describe(need)} each: its nodes have {shown}. Lower "
+            "replicas.min, cpus or tensor_parallel_size, add nodes, or set wait_for_nodes where a cluster "
+            "autoscaler adds them."
+        )
+
+
+def replicas_on(node: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """Returns how many replicas a node holds when it holds nothing else."""
+    return min(int(node.get(name, 0) / amount + 1e-9) for name, amount in need.items())
+
+
+def describe(resources: Mapping[str, float]) -> str:
+    """Returns resources for people, such as `2 CPU + 1 GPU`."""
+    return " + ".join(f"{amount:g} {name}" for name, amount in resources.items())

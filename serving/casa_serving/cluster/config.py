@@ -1,0 +1,203 @@
+"""The cluster configuration: what a YAML file may say, with defaults that serve the embedded model.
+
+Unknown keys are refused, and a value that makes no sense is answered with one sentence that names
+the key. Everything else about the engine is vLLM's own option under `engine`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from casa_engine.errors import InputError
+from casa_serving.limits import ImageLimits
+from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
+
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Set by the cluster itself; naming them under `engine` would contradict it.
+RESERVED_ENGINE_OPTIONS = ("model", "served_model_name", "tensor_parallel_size", "media_io_kwargs", "max_num_seqs")
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are errors, and values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Replicas(Section):
+    """How many replicas, and when there are more or fewer.
+
+    Attributes:
+        min: Never fewer; 0 is not taken, because a cold start takes longer than clients wait.
+        max: Never more.
+        target_ongoing_requests: Requests in work or waiting, per replica, that scaling aims at.
+        target_live_sessions: Live sessions per replica that scaling aims at.
+        upscale_delay_s: How long the load must be higher before a replica is added.
+        downscale_delay_s: How long it must be lower before one is drained.
+        drain_timeout_s: How long a replica that is going may finish what it is doing.
+    """
+
+    min: PositiveInt = 1
+    max: PositiveInt = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8
+    target_live_sessions: Annotated[float, Field(gt=0)] = 4
+    upscale_delay_s: PositiveSeconds = 5
+    downscale_delay_s: PositiveSeconds = 60
+    drain_timeout_s: PositiveSeconds = 60
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Replicas:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
+class Concurrency(Section):
+    """How much work a replica takes, and what becomes of the rest.
+
+    Attributes:
+        running: Requests that a replica's engine works on at once (vLLM's `max_num_seqs`).
+        waiting: Requests that a replica holds beyond these, so that its batch never runs dry.
+        queued: Requests that wait in each ingress while all replicas are full; more are refused with 429.
+        retry_after_s: What the refusal says in `Retry-After`.
+    """
+
+    running: PositiveInt = 16
+    waiting: Annotated[int, Field(ge=0)] = 4
+    queued: Annotated[int, Field(ge=0)] = 64
+    retry_after_s: PositiveSeconds = 1
+
+    @property
+    def per_replica(self) -> int:
+        """Requests that one replica accepts."""
+        return self.running + self.waiting
+
+
+class Routing(Section):
+    """Where requests go.
+
+    Attributes:
+        affinity: Whether images and sessions are looked at; without, the least loaded replica is taken.
+        max_images: Images that the router remembers for each replica; the oldest are forgotten.
+        max_sessions: Sessions that the router remembers; the oldest are forgotten.
+        max_imbalance: A replica that has the images is passed over when it has this many requests
+            more than the least loaded one.
+    """
+
+    affinity: bool = True
+    max_images: PositiveInt = 4096
+    max_sessions: PositiveInt = 100_000
+    max_imbalance: PositiveInt = 8
+
+
+class Ingress(Section):
+    """The processes that parse requests and route them.
+
+    Attributes:
+        replicas: How many. Sessions are remembered by each; a session always meets the same one.
+        cpus: Ray's logical CPUs for each.
+        max_request_bytes: Largest body of a request.
+    """
+
+    replicas: PositiveInt = 1
+    cpus: Annotated[float, Field(ge=0)] = 0
+    max_request_bytes: PositiveInt = DEFAULT_MAX_REQUEST_BYTES
+
+
+class Images(Section):
+    """Limits on images, as casa-serve's options of these names (docs/limits.md)."""
+
+    max_image_bytes: PositiveInt = ImageLimits.max_image_bytes
+    max_image_pixels: PositiveInt = ImageLimits.max_image_pixels
+    max_image_side: PositiveInt = ImageLimits.max_image_side
+    max_image_aspect: PositiveInt = ImageLimits.max_image_aspect
+    max_pixels_in_flight: PositiveInt = ImageLimits.max_pixels_in_flight
+    allowed_media_domains: tuple[str, ...] = ()
+
+
+class ClusterConfig(Section):
+    """A deployment of one checkpoint on Ray Serve.
+
+    Attributes:
+        checkpoint: Its folder, the same on every node; None for the model in the package.
+        model: The name that clients use; None for the folder's name.
+        device: "cpu", "gpu", or "auto": a GPU where the cluster has one.
+        accelerator_type: Ray's name of a kind of GPU, such as H100; None for any.
+        tensor_parallel_size: GPUs (or CPU processes) of one replica.
+        cpus: Ray's logical CPUs for each of these.
+        wait_for_nodes: Start although no node has the resources now, because a cluster autoscaler
+            will add one. Without, that is an error.
+        engine: vLLM's engine arguments by name.
+        environment: Environment variables of the replicas.
+    """
+
+    checkpoint: Path | None = None
+    model: str | None = None
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator_type: str | None = None
+    tensor_parallel_size: PositiveInt = 1
+    cpus: Annotated[float, Field(gt=0)] = 1
+    wait_for_nodes: bool = False
+    replicas: Replicas = Replicas()
+    concurrency: Concurrency = Concurrency()
+    routing: Routing = Routing()
+    ingress: Ingress = Ingress()
+    images: Images = Images()
+    engine: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _engine_is_free(self) -> ClusterConfig:
+        taken = sorted(set(RESERVED_ENGINE_OPTIONS) & set(self.engine))
+        if taken:
+            raise ValueError(f"engine sets {taken}, which other keys decide (docs/cluster.md)")
+        return self
+
+
+def parse_config(args: dict[str, Any]) -> ClusterConfig:
+    """Checks a mapping.
+
+    Raises:
+        InputError: What is wrong with which key, in one sentence.
+    """
+    try:
+        return ClusterConfig.model_validate(args)
+    except ValidationError as error:
+        raise InputError(f"The cluster configuration is wrong: {'; '.join(map(sentence, error.errors()))}.") from error
+
+
+def sentence(problem: dict[str, Any]) -> str:
+    """Returns one problem that pydantic found as `key: what is wrong, got what`."""
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"there is no key {key!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a YAML file: a cluster configuration, or a Serve config file with one application.
+
+    Returns:
+        The cluster configuration as a mapping, and Serve's `http_options`.
+
+    Raises:
+        InputError: The file cannot be read, or holds something else.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"The configuration {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"The configuration {str(path)!r} is not a mapping of keys to values.")
+    if "applications" not in loaded:
+        return loaded, {}
+    applications = loaded["applications"]
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise InputError(f"{str(path)!r} must have exactly one application; deploy others with `serve deploy`.")
+    return applications[0].get("args", {}), loaded.get("http_options", {})

@@ -1,0 +1,44 @@
+"""Names of the images in a request, by which requests about the same image find each other.
+
+A name is the image's UUID where the client gives one, otherwise a digest of its URL; a data URL
+holds the whole file, so its digest is a hash of the content. The names are computed where the
+body is parsed, so that no later hop has to read it again and no size is too large.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+DIGEST_BYTES = 16
+
+
+def image_keys(messages: Any) -> tuple[str, ...]:
+    """Returns the names of all images in OpenAI chat messages, each once, in order.
+
+    Args:
+        messages: The messages as mappings; anything that is not an image part is passed over,
+            since the engine and not the router judges requests.
+    """
+    parts = (part for message in messages or () for part in _parts(message))
+    return tuple(dict.fromkeys(key for part in parts for key in _keys(part)))
+
+
+def _parts(message: Any) -> Iterator[dict[str, Any]]:
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        yield from (part for part in content if isinstance(part, dict))
+
+
+def _keys(part: dict[str, Any]) -> Iterator[str]:
+    """Yields the image's name if the part is an image."""
+    if "image_url" not in part:
+        return
+    if isinstance(part.get("uuid"), str):
+        yield f"uuid:{part['uuid']}"
+        return
+    image = part["image_url"]
+    url = image.get("url") if isinstance(image, dict) else image
+    if isinstance(url, str):
+        yield hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()

@@ -1,0 +1,102 @@
+"""The HTTP side of a cluster: Ray Serve LLM's OpenAI ingress, with CASA's limits, routing and retries."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from ray.exceptions import RayActorError
+from ray.llm._internal.serve.core.ingress.ingress import _sanitize_chat_completion_request
+from ray.serve._private.http_util import session_id_from_headers
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+
+from casa_serving.cluster.answers import REPLICA_LOST, add_error_handlers, error_event
+from casa_serving.cluster.image_keys import image_keys
+from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.request_guard import RequestGuard
+
+# A request that met a dying replica is given to another, so many times in all.
+MAX_ATTEMPTS = 3
+ENDPOINTS = {
+    "health": lambda app: app.get("/health"),
+    "models": lambda app: app.get("/v1/models"),
+    "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    "chat": lambda app: app.post("/v1/chat/completions"),
+    "completions": lambda app: app.post("/v1/completions"),
+    "tokenize": lambda app: app.post("/tokenize"),
+    "detokenize": lambda app: app.post("/detokenize"),
+}
+
+
+class CasaIngress(OpenAiIngress):
+    """Parses requests, names their images, and hands them to a replica."""
+
+    async def health(self) -> Response:
+        """Answers 200 while this ingress runs; Ray Serve checks the replicas itself."""
+        return Response()
+
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """A chat completion; the answer's headers say where it came from."""
+        return with_routing(await super().chat(body, request), request)
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """A completion of a text."""
+        return with_routing(await super().completions(body, request), request)
+
+    async def _get_response(
+        self, *, body: Any, call_method: str, raw_request: Request | None = None
+    ) -> AsyncIterator[Any]:
+        """Calls a replica; takes another when it dies before it has answered anything.
+
+        Yields:
+            What the replica yields; after its death in the middle of a stream, an error event.
+
+        Raises:
+            RayActorError: Every replica that was asked died.
+        """
+        if isinstance(body, ChatCompletionRequest):
+            body = _sanitize_chat_completion_request(body)
+        handle = self._get_configured_serve_handle(await self._get_model_id(body.model))
+        headers = raw_request.headers if raw_request is not None else {}
+        session = session_id_from_headers(headers)
+        if session:
+            handle = handle.options(session_id=session)
+        images = image_keys(getattr(body, "messages", None))
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            note = RoutingNote(headers=dict(headers), images=images)
+            if raw_request is not None:
+                raw_request.state.routing = note
+            begun = False
+            try:
+                async for item in getattr(handle, call_method).remote(body, note):
+                    begun = True
+                    yield item
+                return
+            except RayActorError:
+                if begun:
+                    yield error_event(REPLICA_LOST, "ReplicaLostError", 503)
+                    return
+                if attempt == MAX_ATTEMPTS:
+                    raise
+
+
+def with_routing(response: Response, request: Request) -> Response:
+    """Adds to an answer which replica gave it. Mutates `response`."""
+    note = getattr(request.state, "routing", None)
+    if note is not None:
+        response.headers.update(note.response_headers())
+    return response
+
+
+def ingress_class(max_request_bytes: int) -> type:
+    """Returns the deployment class of the ingress, with its routes and its limit on bodies."""
+    app = FastAPI(title="casa-engine", docs_url=None, redoc_url=None)
+    # Where RequestGuard finds its limit, as in casa-serve.
+    app.state.args = Namespace(max_request_bytes=max_request_bytes)
+    app.add_middleware(RequestGuard)
+    add_error_handlers(app)
+    return make_fastapi_ingress(CasaIngress, endpoint_map=ENDPOINTS, app=app)

@@ -1,0 +1,119 @@
+"""`casa-serve --ray [CONFIG.yaml]`: a cluster of one machine, or a part in one that runs already.
+
+With a Ray cluster's address in RAY_ADDRESS the application is put onto that cluster; otherwise Ray
+is started on this machine and ends with this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from casa_engine.errors import CasaError, InputError
+from casa_serving.cluster.config import parse_config, read_file
+
+APPLICATION = "casa"
+ENVIRONMENT = {
+    # Nothing is reported to anybody.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def set_environment() -> None:
+    """Sets what Ray reads when it is imported and what its processes inherit, where it is not set."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser for what follows `--ray`."""
+    parser = argparse.ArgumentParser(prog="casa-serve --ray", description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="?", type=Path, help="YAML file (docs/cluster.md); default: the embedded model")
+    parser.add_argument("--host", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (8000)")
+    parser.add_argument("--metrics-port", type=int, default=8080, help="Prometheus endpoint of this node (%(default)s)")
+    parser.add_argument("--num-cpus", type=int, help="CPUs that Ray hands out on this machine; default: what it has")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Runs the application until it is stopped; returns the exit status.
+
+    Args:
+        argv: The command line behind `--ray`.
+    """
+    options = build_parser().parse_args(argv)
+    set_environment()
+    try:
+        args, http = read_file(options.config) if options.config else ({}, {})
+        parse_config(args)
+        start(args, http, options)
+    except CasaError as error:
+        print(f"casa-serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def start(args: dict[str, Any], http: dict[str, Any], options: argparse.Namespace) -> None:
+    """Starts Ray and the application, and waits for a signal."""
+    import ray
+    from ray import serve
+
+    from casa_serving.cluster import build_app
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    address = {
+        "host": options.host or http.get("host", "127.0.0.1"),
+        "port": options.port if options.port is not None else http.get("port", 8000),
+    }
+    check_port(**address)
+    connect(options)
+    try:
+        application = build_app(args)
+        serve.start(http_options={**http, **address})
+        serve.run(application, name=APPLICATION, route_prefix="/")
+        print(f"casa-serve: ready at http://{address['host']}:{address['port']}", flush=True)
+        stop.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuses a port that somebody listens on, before anything is started."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"Nothing can listen on {host}:{port} ({error.strerror}). Stop what listens there, or pass another "
+                "with --port (make serve-ray PORT=...)."
+            ) from error
+
+
+def connect(options: argparse.Namespace) -> None:
+    """Connects to the cluster in RAY_ADDRESS, or starts one on this machine."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True)
+        return
+    ray.init(
+        num_cpus=options.num_cpus,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        _metrics_export_port=options.metrics_port,
+    )

@@ -1,0 +1,102 @@
+"""Ray Serve's request router for CASA: a session stays where it is, images go where their pages are.
+
+1.  A session that the router knows goes to its replica, and waits there when it is full. When that
+    replica is gone, another is taken and the client is told (`x-casa-session: moved`).
+2.  Otherwise the replica that has seen most of the request's images comes first, unless it has
+    `max_imbalance` requests more than the least loaded one.
+3.  Otherwise the least loaded replica.
+
+Queue lengths are Ray Serve's own: each replica's answer to the last request or probe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
+from ray.util.metrics import Counter
+
+from casa_serving.cluster.affinity import Affinity, preference
+from casa_serving.cluster.routing_note import RoutingNote, note_in
+
+
+class CasaRequestRouter(RequestRouter):
+    """Chooses a replica for each request of one ingress process."""
+
+    def initialize_state(self, affinity: bool, max_images: int, max_sessions: int, max_imbalance: int) -> None:
+        """Called by Ray Serve with the deployment's `request_router_kwargs` (`config.Routing`)."""
+        self._enabled = affinity
+        self._max_imbalance = max_imbalance
+        self._affinity = Affinity(max_images, max_sessions)
+        tags = {"application": self._deployment_id.app_name, "deployment": self._deployment_id.name}
+        names = (*tags, "result")
+        self._sessions_counter = Counter("casa_routing_sessions", "Requests of sessions: new, kept or moved.", names)
+        self._requests_counter = Counter("casa_routing_requests", "Requests with images: hit, partial or miss.", names)
+        self._images_counter = Counter("casa_routing_images", "Images sent to a replica that knew them or not.", names)
+        for counter in (self._sessions_counter, self._requests_counter, self._images_counter):
+            counter.set_default_tags(tags)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
+    ) -> list[list[Any]]:
+        """Returns replicas in groups, best first; Ray Serve takes the first that is not full."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
+        note = note_in(pending_request.args) or RoutingNote()
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        session = pending_request.metadata.session_id if self._enabled else ""
+        images = note.images if self._enabled else ()
+        hits = {replica: self._affinity.num_images_on(replica, images) for replica in replicas}
+        note.hits = hits if note.hits is None else note.hits
+        home = self._affinity.session_home(session) if session else None
+        note.session = note.session or session_state(session, home, replicas)
+        if home in replicas:
+            return [[replicas[home]]]
+        tie_key = session or next(iter(images), pending_request.metadata.internal_request_id)
+        order = preference(hits, self._loads(candidate_replicas), self._max_imbalance, tie_key)
+        if self._enabled and order:
+            # Before the answer of the replica, so that requests that come meanwhile follow.
+            self._affinity.remember(order[0], session, images)
+        return [[replicas[replica]] for replica in order]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Called by Ray Serve when a replica has accepted a request."""
+        note = note_in(pending_request.args)
+        if note is None:
+            return
+        note.replica = replica_id.unique_id
+        session = pending_request.metadata.session_id
+        if note.session:
+            self._sessions_counter.inc(tags={"result": note.session})
+        if note.images:
+            self._count_images(note)
+        if self._enabled:
+            self._affinity.remember(note.replica, session, note.images)
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        """Called by Ray Serve when replicas came or went."""
+        super().update_replicas(replicas)
+        self._affinity.keep_only(replica_id.unique_id for replica_id in self.curr_replicas)
+
+    def _loads(self, replicas: list[Any]) -> dict[str, int]:
+        """Returns the requests in work by replica; 0 where nothing recent is known."""
+        known = self.replica_queue_len_cache
+        return {replica.replica_id.unique_id: known.get(replica.replica_id) or 0 for replica in replicas}
+
+    def _count_images(self, note: RoutingNote) -> None:
+        hits = (note.hits or {}).get(note.replica, 0)
+        note.affinity = "hit" if hits == len(note.images) else "partial" if hits else "miss"
+        self._requests_counter.inc(tags={"result": note.affinity})
+        for result, amount in (("hit", hits), ("miss", len(note.images) - hits)):
+            if amount:
+                self._images_counter.inc(amount, tags={"result": result})
+
+
+def session_state(session: str, home: str | None, replicas: dict[str, Any]) -> str:
+    """Returns what the client is told about its session; "" without one."""
+    if not session:
+        return ""
+    if home is None:
+        return "new"
+    return "kept" if home in replicas else "moved"

@@ -1,0 +1,46 @@
+"""What travels with a request from the ingress to the router, and back.
+
+Ray Serve's router runs in the ingress process and sees the arguments of the call before they are
+sent. Ray Serve LLM's second argument carries the HTTP headers; this one carries the image names as
+well, so that the router reads no body, and takes down the router's decision for the ingress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
+
+REPLICA_HEADER = "x-casa-replica"
+SESSION_HEADER = "x-casa-session"
+IMAGES_HEADER = "x-casa-images"
+
+
+@dataclass
+class RoutingNote(RawRequestInfo):
+    """A request's headers, its images, and where it went.
+
+    Attributes:
+        images: Names of its images (`image_keys`).
+        hits: Images that each replica had seen when the request was first looked at; None before.
+        replica: The replica that took the request.
+        session: "new", "kept" or "moved" (its replica is gone); "" for a request without a session.
+        affinity: "hit" (the replica had all images), "partial", "miss"; "" without images.
+    """
+
+    images: tuple[str, ...] = ()
+    hits: Mapping[str, int] | None = None
+    replica: str = ""
+    session: str = ""
+    affinity: str = field(default="")
+
+    def response_headers(self) -> dict[str, str]:
+        """Returns what the client is told; empty values are left out."""
+        headers = {REPLICA_HEADER: self.replica, SESSION_HEADER: self.session, IMAGES_HEADER: self.affinity}
+        return {name: value for name, value in headers.items() if value}
+
+
+def note_in(arguments: list) -> RoutingNote | None:
+    """Returns the note among a call's arguments; calls that are no requests have none."""
+    return next((argument for argument in arguments if isinstance(argument, RoutingNote)), None)
