@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("serving", "live", "export", "trt", "dev")
+EXTRAS = ("serving", "live", "ray", "export", "trt", "dev")
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 OLDEST_PYTHON = (3, 11)
 

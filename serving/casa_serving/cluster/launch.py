@@ -7,12 +7,14 @@ is started on this machine and ends with this process.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from casa_engine.errors import CasaError, InputError
 from casa_serving.cluster.config import parse_config, read_file
 
 APPLICATION = "casa"
+FIRST_REQUEST_S = 120.0
 ENVIRONMENT = {
     # Nothing is reported to anybody.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -84,11 +87,34 @@ def start(args: dict[str, Any], http: dict[str, Any], options: argparse.Namespac
         application = build_app(args)
         serve.start(http_options={**http, **address})
         serve.run(application, name=APPLICATION, route_prefix="/")
+        first_request(f"http://{local(address['host'])}:{address['port']}")
         print(f"casa-serve: ready at http://{address['host']}:{address['port']}", flush=True)
         stop.wait()
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def local(host: str) -> str:
+    """Returns the address by which this machine reaches a server that listens on `host`."""
+    return "127.0.0.1" if host in ("", "0.0.0.0") else host
+
+
+def first_request(url: str) -> None:
+    """Sends one request through proxy, ingress and a replica, which set themselves up for the first one.
+
+    Raises:
+        OSError: It is not answered with a completion.
+    """
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=FIRST_REQUEST_S) as answer:
+        model = json.load(answer)["data"][0]["id"]
+    message = {"role": "user", "content": "ok"}
+    body = json.dumps({"model": model, "messages": [message], "max_tokens": 1}).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=FIRST_REQUEST_S):
+        pass
 
 
 def check_port(host: str, port: int) -> None:

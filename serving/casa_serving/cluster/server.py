@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import time
 from collections.abc import AsyncIterator
 from io import BytesIO
@@ -15,6 +16,7 @@ from vllm.exceptions import GracefulHTTPError
 
 from casa_serving.cluster.answers import error_body
 
+LOGGER = logging.getLogger("ray.serve")
 # A replica that has answered anything within this time needs no probe.
 FRESH_S = 5.0
 WARM_UP_SIDE = 56
@@ -31,8 +33,10 @@ class CasaServer(LLMServer):
         """Starts the engine and answers one request of each kind, so that no client pays for first times."""
         self._last_answer = 0.0
         await super().start()
-        for request in warm_up_requests(self._llm_config.model_id):
+        for name, request in warm_up_requests(self._llm_config.model_id).items():
+            started = time.monotonic()
             await self._consume(request)
+            LOGGER.info("Warm-up: %s took %.2f s", name, time.monotonic() - started)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         """See `LLMServer.chat`."""
@@ -89,9 +93,13 @@ def chat_request(model: str, text: str, *images: str, **options: Any) -> ChatCom
     return ChatCompletionRequest(model=model, messages=[message], max_tokens=1, temperature=0, **options)
 
 
-def warm_up_requests(model: str) -> list[ChatCompletionRequest]:
-    """Returns a text, an image and a stream: what goes through different code the first time."""
+def warm_up_requests(model: str) -> dict[str, ChatCompletionRequest]:
+    """Returns a text, an image and a stream by name: what goes through different code the first time."""
     picture = BytesIO()
     Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE), "gray").save(picture, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
-    return [chat_request(model, "ok"), chat_request(model, "ok", url), chat_request(model, "ok", url, stream=True)]
+    return {
+        "text": chat_request(model, "ok"),
+        "image": chat_request(model, "ok", url),
+        "stream": chat_request(model, "ok", url, stream=True),
+    }
