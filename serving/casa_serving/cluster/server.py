@@ -10,11 +10,13 @@ from io import BytesIO
 from typing import Any
 
 from PIL import Image
+from ray import serve
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
 
 from casa_serving.cluster.answers import error_body
+from casa_serving.cluster.replica_metrics import ReplicaMetrics
 
 LOGGER = logging.getLogger("ray.serve")
 # A replica that has answered anything within this time needs no probe.
@@ -32,6 +34,7 @@ class CasaServer(LLMServer):
     async def start(self) -> None:
         """Starts the engine and answers one request of each kind, so that no client pays for first times."""
         self._last_answer = 0.0
+        self._metrics = ReplicaMetrics(serve.get_replica_context().replica_id.unique_id)
         await super().start()
         for name, request in warm_up_requests(self._llm_config.model_id).items():
             started = time.monotonic()
@@ -57,7 +60,8 @@ class CasaServer(LLMServer):
             await self._consume(chat_request(self._llm_config.model_id, "ok"))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Ray Serve for the autoscaling policy (`autoscaling.py`)."""
+        """Called by Ray Serve every few seconds for the autoscaling policy; exports metrics at the same pace."""
+        self._metrics.export()
         return {"casa_live_sessions": float(self.num_live_sessions())}
 
     def num_live_sessions(self) -> int:
