@@ -25,6 +25,7 @@ from casa_engine.digits.conversations import Writer
 from casa_engine.digits.data import load_samples
 from casa_engine.digits.evaluate import evaluate_eager
 from casa_engine.digits.language import teach_language
+from casa_engine.digits.live import write_live_settings
 from casa_engine.digits.model import MAX_POSITIONS, build_model, build_processor
 from casa_engine.digits.tokenizer import build_tokenizer
 from casa_engine.digits.vision_warmup import read_exactly, warm_up
@@ -80,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         save=lambda: save_checkpoint(model, processor, options.output),
     )
     save_checkpoint(model, processor, options.output)
+    write_live_settings(options.output)
     record = {
         "command": shlex.join(["casa-train-digits", *(sys.argv[1:] if arguments is None else arguments)]),
         "continued_from": earlier,
