@@ -216,3 +216,10 @@ def upright(frame: av.VideoFrame) -> Image.Image:
     """A frame as RGB, turned as its file says that it is to be shown."""
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of the first frame as it is shown."""
+    container, video = open_video(path)
+    with container, readable(path):
+        return upright(next(container.decode(video))).size
