@@ -121,6 +121,24 @@ def test_the_last_caption_always_stays(spelling):
     assert "here" in [item.caption for item in transcript.history]
 
 
+def test_a_question_that_starts_anew_sees_the_latest_frame_again(spelling):
+    transcript = Transcript(spelling, SETTINGS)
+    for text in ("one", "", ""):
+        say(transcript, text)
+    assert transcript.question_chunk("How?").insertion_point is None
+    latest = transcript.entries[-1]
+    transcript.start_anew()
+    chunk = transcript.question_chunk("How?")
+    text = transcript.num_tokens - len(latest.token_ids)
+    assert chunk.insertion_point == text + len(spelling.before_image)
+    while not transcript.make_room(transcript.frame_tokens, keep_seen=True):
+        say(transcript, "")
+    assert [entry.text for entry in transcript.entries] == ["one", ""]
+    assert transcript.question_chunk("How?").insertion_point == transcript.num_tokens - 3 + len(spelling.before_image)
+    # From history nothing was seen.
+    assert Transcript(spelling, SETTINGS, transcript.history).question_chunk("How?").insertion_point is None
+
+
 def test_after_a_restart_nothing_is_counted_twice(spelling):
     kept, lost = Transcript(spelling, SETTINGS), Transcript(spelling, SETTINGS)
     for number in range(5):
