@@ -120,4 +120,5 @@ def output_path(options: argparse.Namespace, suffix: str) -> Path:
     if is_url(options.video):
         name = Path(options.video.partition("?")[0].rstrip("/")).stem
         return Path(f"{name or 'video'}.{suffix}")
-    return Path(options.video).with_suffix(f".{suffix}")
+    video = Path(options.video)
+    return video.parent / f"{video.stem}.{suffix}"

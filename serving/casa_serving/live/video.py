@@ -110,9 +110,11 @@ def open_video(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]
     try:
         container = av.open(str(path), options=OPEN_OPTIONS)
     except (av.error.FFmpegError, OSError) as error:
+        # "Invalid argument" is how FFmpeg calls a format that is not among `FORMATS`.
+        reason = "unknown format" if isinstance(error, av.error.ArgumentError) else error.strerror
         raise InputError(
-            f"{str(path)!r} is not a video that can be read, or is cut off or damaged ({error.strerror}). Expected "
-            "MP4, MOV, WebM, Matroska, AVI, MPEG, FLV, Ogg or GIF."
+            f"{str(path)!r} is not a video that can be read, or is cut off or damaged ({reason}). Expected MP4, MOV, "
+            "WebM, Matroska, AVI, MPEG, FLV, Ogg or GIF."
         ) from error
     try:
         return container, video_stream(container, path)
