@@ -32,11 +32,12 @@ export class Screen {
     for (const [name, shown] of Object.entries(visible)) ui[name].hidden = !shown;
     ui.stage.toggleAttribute("data-empty", source === null);
     ui["source-name"].textContent = source?.name ?? "";
-    this.allowQuestion(phase === "live");
+    ui.question.disabled = ui.ask.disabled = phase !== "live";
   }
 
+  /** While an answer is awaited the next question may be typed, not sent. */
   allowQuestion(allowed) {
-    this.ui.question.disabled = this.ui.ask.disabled = !allowed;
+    this.ui.ask.disabled = !allowed;
   }
 
   /** Shows what is wrong, or hides it with "". */

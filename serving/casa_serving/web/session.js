@@ -126,7 +126,8 @@ export class Session {
   /** A browser does not say why a WebSocket was refused; a plain request to the same server does. */
   async explainRefusal() {
     const { key } = this.state;
-    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    // A header cannot hold every character; a key that has others is none of this server's.
+    const headers = /^[\x20-\x7e]+$/.test(key) ? { Authorization: `Bearer ${key}` } : {};
     const answer = await fetch(address("v1/models"), { headers }).catch(() => null);
     this.fail(refusedProblem(answer?.status ?? null, Boolean(key)));
     this.screen.ui["key-form"].hidden = answer?.status !== 401;

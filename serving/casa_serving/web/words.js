@@ -17,21 +17,30 @@ export function cameraProblem(name, message) {
   return `The camera could not be started (${message || name}). Is another program using it?`;
 }
 
+const RECONNECT = "Reconnect goes on with the captions so far.";
+// What a session died of, where the server's own words are meant for programs.
+const FATAL = {
+  idle_timeout: "No frame came for a while, so the server closed the session. It goes on when the video plays.",
+  slow_client: `This browser or its network was too slow for the server. ${RECONNECT}`,
+  engine_error: `The model’s engine failed. ${RECONNECT}`,
+};
+const CLOSED = {
+  1001: `The server is shutting down. When it is back, ${RECONNECT}`,
+  1009: "A frame was larger than the server takes in one message.",
+  1012: `The server is shutting down. When it is back, ${RECONNECT}`,
+};
+
 /** Says why a connection ended that nobody asked to end; `error` is the server's last word, or null. */
 export function endProblem(error, code) {
-  if (error?.code === "too_many_sessions") return `${error.message} Try again when another page has stopped.`;
-  if (error?.code === "idle_timeout") return "No frame came for a while, so the server closed the session. It goes on when the video plays.";
-  if (error) return `${error.message} Press Reconnect to go on with the captions so far.`;
-  if (code === 1012 || code === 1001) return "The server is shutting down. When it is back, Reconnect goes on with the captions so far.";
-  if (code === 1009) return "A frame was larger than the server takes in one message.";
-  return `The connection to the server broke (code ${code}). Reconnect goes on with the captions so far.`;
+  if (error) return FATAL[error.code] ?? error.message;
+  return CLOSED[code] ?? `The connection to the server broke (code ${code}). ${RECONNECT}`;
 }
 
 /** Says why no connection came about; `status` is what the server answered to a plain request, null if nothing. */
 export function refusedProblem(status, hadKey) {
   if (status === null) return `No server answers at ${location.host}. Is casa-serve still running? Then press Reconnect.`;
   if (status === 401) return hadKey ? "The server does not know this API key." : "This server asks for an API key.";
-  return "The server runs but does not take live sessions: they may be switched off (--live-max-sessions 0), or this address is not allowed (--allowed-origins).";
+  return "The server runs but refused the session: it may have been restarted without live sessions (--live-max-sessions), or does not know this page’s address (--allowed-origins).";
 }
 
 /** Says what a session was like, from its statistics. */
