@@ -1,7 +1,6 @@
 """One connection of `/v1/live`, with an engine that does what a test tells it: order, limits, ends."""
 
 import asyncio
-import functools
 import json
 import struct
 from urllib.parse import urlsplit
@@ -12,18 +11,9 @@ from websockets.exceptions import ConnectionClosed
 
 from casa_serving.live.client import ConnectionLostError, LiveClient
 from casa_serving.live.protocol import LiveError
+from event_loop import in_loop
 from image_files import encoded, plain
 from scripted_live import scripted_server
-
-
-def in_loop(test):
-    """Runs an async test."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 def frame(width=28, height=28, timestamp=0.0):
