@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import tempfile
@@ -25,9 +26,15 @@ from casa_engine.errors import CasaError
 from casa_engine.live import LiveSettings
 from casa_serving.live.burn import burn, find_ffmpeg
 from casa_serving.live.camera import Camera, is_camera
-from casa_serving.live.caption_options import build_parser, check_options, chosen_formats, given_settings, output_path
+from casa_serving.live.caption_options import (
+    build_parser,
+    check_options,
+    chosen_formats,
+    given_settings,
+    is_url,
+    output_path,
+)
 from casa_serving.live.captioners import Captioner, engine_captioner, server_captioner
-from casa_serving.live.download import download, is_url
 from casa_serving.live.subtitles import FrameRecord, JsonLines, import_pysubs2, subtitles, write_subtitles
 from casa_serving.live.video import Sample, check_complete, sample, scan
 
@@ -75,6 +82,8 @@ def open_source(options: argparse.Namespace) -> Iterator[Source]:
 
 async def fetch(options: argparse.Namespace, folder: Path) -> Path:
     """Downloads the video that the command line names."""
+    from casa_serving.live.download import download  # Imports vLLM, which takes its time.
+
     return await download(
         options.video,
         options.allowed_media_domains,
@@ -196,6 +205,8 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command; returns the exit status."""
     options = build_parser().parse_args(arguments)
+    # Read when vLLM is imported; the terminal is for captions.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         return run(options)
     except (CasaError, OSError) as error:

@@ -11,7 +11,6 @@ from casa_engine.errors import InputError
 from casa_engine.live import LiveSettings
 from casa_serving.live.burn import SUFFIXES
 from casa_serving.live.camera import is_camera
-from casa_serving.live.download import is_url
 from casa_serving.live.subtitles import FORMATS
 
 DESCRIPTION = """Captions a video as if it were live: a frame every half second, a few words where something happens.
@@ -109,6 +108,11 @@ def chosen_formats(options: argparse.Namespace) -> list[str]:
     if unknown or not formats:
         raise InputError(f"--formats is {options.formats!r}; expected some of {', '.join(FORMATS)}.")
     return formats
+
+
+def is_url(text: str) -> bool:
+    """Whether the user means an address rather than a file."""
+    return "://" in text
 
 
 def output_path(options: argparse.Namespace, suffix: str) -> Path:

@@ -18,11 +18,6 @@ from casa_serving.fetch import CHUNK_BYTES, DownloadError, UrlRefusedError, guar
 MAX_DOWNLOAD_S = 3600.0
 
 
-def is_url(text: str) -> bool:
-    """Whether the user means an address rather than a file."""
-    return "://" in text
-
-
 async def download(
     url: str, allowed_domains: list[str], folder: Path, *, max_bytes: int, allow_loopback: bool = False
 ) -> Path:
