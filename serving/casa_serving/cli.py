@@ -143,7 +143,8 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
     media["image"] = {**limits, ALLOW_LOOPBACK: args.allow_loopback_media}
     args.media_io_kwargs = media
     args.middleware = [*args.middleware, MIDDLEWARE]
-    if LiveOptions.from_arguments(vars(args)).live_max_sessions:
+    # Model Runner V2, which runs on GPUs, has no logits processors; there the plugin wraps the sampler.
+    if LiveOptions.from_arguments(vars(args)).live_max_sessions and on_cpu():
         args.logits_processors = [*(args.logits_processors or []), CAPTION_PROCESSOR]
     return args
 

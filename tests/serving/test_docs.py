@@ -64,8 +64,8 @@ def test_the_live_client_of_the_docs_against_a_server(server, tmp_path):
     text = script("docs/live.md", "server")
     assert "ws://localhost:8000" in text
     output = run(text.replace("ws://localhost:8000/v1/live", server.live_url), tmp_path).splitlines()
-    assert output[0].startswith("0.0 3 0 3 0 ")
-    assert output[-2] == "answer: 3 0 3 0"
+    assert re.match(r"0.0 \d( \d)* ", output[0])
+    assert re.fullmatch(r"answer: \d( \d)*", output[-2])
     assert "frames=8 " in output[-1]
 
 
