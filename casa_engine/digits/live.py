@@ -1,7 +1,11 @@
 """How casa-tiny-digits captions live: what its checkpoint's `live_settings.json` says.
 
 It has no use for the published penalties, which would forbid "7 7" and captions that come back. The stop bias is
-measured: 0.8 catches 94% of the changes instead of 90%, and repeats no more.
+measured on 263 changes and 1657 unchanged frames of held-out digits:
+
+    bias       1.0     0.9     0.8     0.7
+    changes    96.6%   97.3%   98.9%   98.9%
+    repeats     0.5%    1.1%    3.3%   61%
 """
 
 import json
@@ -18,7 +22,7 @@ LIVE_SETTINGS = {
     "max_answer_tokens": 32,
     "temperature": 0,
     "repetition_penalty": 1,
-    "stop_bias": 0.8,
+    "stop_bias": 0.9,
     "ngram_size": 0,
     "text_budget": 512,
 }
