@@ -35,8 +35,9 @@ def chromium():
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("Chromium is not installed: `make browser`, or `apt-get install chromium` on Debian, as root")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=30_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield browser

@@ -124,7 +124,7 @@ def test_a_paused_video_lets_its_session_go_and_takes_it_up_again(page, videos):
     begin(page, videos[0][0])
     page.wait_for_selector("#captions li")
     page.evaluate("video.pause()")
-    told = expect(page.locator("#problem"))
+    told = expect(page.locator("#status"))
     told.to_contain_text("goes on when the video plays", timeout=1000 * (IDLE_TIMEOUT_S + PATIENCE_S))
     before = transcript(page)
     page.evaluate("video.play()")
@@ -177,6 +177,18 @@ def test_a_file_that_is_no_video_is_told_so(page, tmp_path, name):
     expect(page.locator("#problem")).to_contain_text(f"“{name}”")
     expect(page.locator("#problem")).to_contain_text("cannot be played")
     expect(page.locator("html")).to_have_attribute("data-phase", "empty")
+
+
+@pytest.mark.vllm
+def test_a_wrong_file_does_not_disturb_what_runs(page, videos, tmp_path):
+    begin(page, videos[0][0])
+    page.wait_for_selector("#captions li")
+    (tmp_path / "notes.txt").write_text("What a beautiful day!")
+    page.set_input_files("#file", tmp_path / "notes.txt")
+    expect(page.locator("#problem")).to_contain_text("cannot be played")
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+    assert transcript(page)
+    assert not page.evaluate("video.paused")
 
 
 @pytest.mark.vllm

@@ -59,34 +59,30 @@ class App {
 
   useFile(file) {
     if (!file) return;
-    this.useSource({ name: file.name, isCamera: false }, () => openFile(this.video, file));
+    this.useSource({ name: file.name, isCamera: false }, () => openFile(file));
     this.screen.ui.file.value = ""; // So that the same file may be chosen again.
   }
 
   useCamera() {
-    this.useSource({ name: "Camera", isCamera: true }, () => openCamera(this.video));
+    this.useSource({ name: "Camera", isCamera: true }, openCamera);
   }
 
+  /** Shows another video, if it can be opened; what is shown now goes on until then. */
   async useSource(source, open) {
-    this.session.leave();
-    this.closeSource();
+    let show;
     try {
-      await open();
+      show = await open();
     } catch (error) {
       if (!(error instanceof SourceError)) throw error;
-      this.state.phase = "empty";
-      this.screen.problem(error.message);
-      this.screen.show(this.state, "Pick a video to begin");
+      this.screen.passingProblem(error.message);
       return;
     }
+    this.session.leave();
+    this.forget();
+    closeSource(this.video);
+    await show(this.video);
     this.state.source = source;
     this.session.connect(true);
-  }
-
-  closeSource() {
-    closeSource(this.video);
-    this.state.source = null;
-    this.forget();
   }
 
   /** Another video comes, or this one from its beginning. */

@@ -8,7 +8,7 @@ const COUNTS = {
   captioned: "captioned",
   silent: "silent",
   dropped: "dropped by the server",
-  skipped: "not sent: line too slow",
+  skipped: "not sent: browser or line too slow",
 };
 
 export class Figures {

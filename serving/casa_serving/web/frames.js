@@ -7,32 +7,33 @@ const MAX_SIDE = 640;
 const TYPE = "image/webp";
 const QUALITY = 0.95;
 
-/** Shows a file in the video; rejects with a sentence if it cannot be played. */
-export async function openFile(video, file) {
-  closeSource(video);
-  try {
-    await loaded(video, () => (video.src = URL.createObjectURL(file)));
-  } catch {
-    closeSource(video);
+/**
+ * Opens a file; rejects with a sentence if it cannot be played.
+ * @returns a function that puts it into a video
+ */
+export async function openFile(file) {
+  const url = URL.createObjectURL(file);
+  const trial = document.createElement("video");
+  await loaded(trial, () => (trial.src = url)).catch(() => undefined);
+  if (!trial.videoWidth) {
+    URL.revokeObjectURL(url);
     throw new SourceError(fileProblem(file));
   }
-  if (!video.videoWidth) {
-    closeSource(video);
-    throw new SourceError(`“${file.name}” has sound but no picture. Choose a video.`);
-  }
+  return (video) => loaded(video, () => (video.src = url));
 }
 
-/** Shows the camera in the video; rejects with a sentence if there is none or it may not be used. */
-export async function openCamera(video) {
+/**
+ * Opens the camera; rejects with a sentence if there is none or it may not be used.
+ * @returns a function that puts it into a video
+ */
+export async function openCamera() {
   if (!navigator.mediaDevices) throw new SourceError(cameraProblem("insecure"));
-  let stream;
   try {
-    stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1280 } }, audio: false });
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1280 } }, audio: false });
+    return (video) => loaded(video, () => (video.srcObject = stream));
   } catch (error) {
     throw new SourceError(cameraProblem(error.name, error.message));
   }
-  closeSource(video);
-  await loaded(video, () => (video.srcObject = stream));
 }
 
 /** Empties the video and lets go of the file or the camera. */

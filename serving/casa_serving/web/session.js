@@ -117,8 +117,10 @@ export class Session {
     } else if (state.farewell && code === 1000) {
       state.phase = state.source ? "stopped" : "empty";
       this.screen.show(state, state.farewell);
+    } else if (state.fatal?.code === "idle_timeout") {
+      Object.assign(state, { phase: "stopped", asleep: true });
+      this.screen.show(state, "No frame came for a while: goes on when the video plays");
     } else {
-      state.asleep = state.fatal?.code === "idle_timeout";
       this.fail(endProblem(state.fatal, code));
     }
   }

@@ -5,7 +5,7 @@ export class SourceError extends Error {}
 
 export function fileProblem(file) {
   const kind = file.type ? ` (${file.type})` : "";
-  return `“${file.name}”${kind} cannot be played by this browser: it is no video, or of a kind the browser does not know. Choose an MP4 (H.264) or WebM file.`;
+  return `“${file.name}”${kind} cannot be played by this browser: it has no picture, or is of a kind the browser does not know. Choose an MP4 (H.264) or WebM file.`;
 }
 
 export function cameraProblem(name, message) {
@@ -20,7 +20,6 @@ export function cameraProblem(name, message) {
 const RECONNECT = "Reconnect goes on with the captions so far.";
 // What a session died of, where the server's own words are meant for programs.
 const FATAL = {
-  idle_timeout: "No frame came for a while, so the server closed the session. It goes on when the video plays.",
   slow_client: `This browser or its network was too slow for the server. ${RECONNECT}`,
   engine_error: `The model’s engine failed. ${RECONNECT}`,
 };
