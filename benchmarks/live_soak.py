@@ -88,9 +88,9 @@ def scene(number, num_frames):
     return [Image.fromarray(frame) for frame in draw_video(np.random.default_rng([11, number]), num_frames).frames]
 
 
-async def soak(checkpoint, num_frames, every, max_frame_tokens=None):
-    """Rows of measurements, one every so many frames; ends early when the context is full."""
-    meter, rows = PageMeter(), []
+async def soak(checkpoint, num_frames, every, rows, max_frame_tokens=None):
+    """Appends rows of measurements, one every so many frames; ends early when the context is full."""
+    meter = PageMeter()
     engine = await start_engine(checkpoint, disable_log_stats=False, enforce_eager=True)
     live = LiveEngine(engine, checkpoint)
     settings = live.defaults
@@ -120,7 +120,6 @@ async def soak(checkpoint, num_frames, every, max_frame_tokens=None):
     finally:
         engine.shutdown()
     print(f"{number} frames in {time.monotonic() - started:.0f} s")
-    return rows
 
 
 def row(number, results, meter, engine, memory_mib, cpu_s):
@@ -156,7 +155,7 @@ def insertion_twin(folder):
 
 def compare(rows):
     """The end against frame 500: means over 500 frames around it and over the last 500."""
-    early = [r for r in rows if 250 < r["frame"] <= 750]
+    early = [r for r in rows if 250 < r["frame"] <= 750] or rows[:1]
     late = rows[-5:]
     names = ("pages", "image_pages", "memory_mib", "ms", "mean_ms", "cpu_ms", "text_tokens")
     means = {name: [statistics.mean(r[name] for r in some) for some in (early, late)] for name in names}
@@ -168,13 +167,23 @@ def main():
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--output", type=Path, default=Path("live-soak"), help="path without ending (%(default)s)")
     options = parser.parse_args()
-    report = {"casa": asyncio.run(soak(checkpoint_path(), options.frames, 100))}
+    report = {"casa": [], "insertion": []}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            twin = insertion_twin(Path(folder))
+            asyncio.run(soak(twin, options.frames, 10, report["insertion"], INSERTION_CAPTION_TOKENS))
+        asyncio.run(soak(checkpoint_path(), options.frames, 100, report["casa"]))
+    finally:
+        # Also of a run that is interrupted.
+        if report["casa"]:
+            write(report, options.output)
+
+
+def write(report, output):
+    """The two files, and the end against frame 500 on the screen."""
     report["ratios"] = compare(report["casa"])
-    with tempfile.TemporaryDirectory() as folder:
-        twin = insertion_twin(Path(folder))
-        report["insertion"] = asyncio.run(soak(twin, options.frames, 10, INSERTION_CAPTION_TOKENS))
-    options.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    options.output.with_suffix(".svg").write_text(plot(report))
+    output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    output.with_suffix(".svg").write_text(plot(report))
     for name, values in report["ratios"].items():
         print(f"{name:12} {values['early']:10.2f} {values['late']:10.2f} {values['ratio']:7.3f}")
 

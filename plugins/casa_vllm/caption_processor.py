@@ -47,6 +47,12 @@ class CaptionRow:
         return caption_logits(logits, self._state, self._rules)
 
 
+def new_row(params: SamplingParams | None, output_ids: Sequence[int]) -> CaptionRow | None:
+    """The row of a request; None where it belongs to no live session, or to one without rules."""
+    plain = None if params is None else (params.extra_args or {}).get(EXTRA_ARG)
+    return None if plain is None else CaptionRow(*from_plain(plain), output_ids)
+
+
 class CaptionLogitsProcessor(LogitsProcessor):
     """Applies to the rows of live sessions; others pass untouched."""
 
@@ -80,5 +86,4 @@ class CaptionLogitsProcessor(LogitsProcessor):
 
     @staticmethod
     def _new_row(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> CaptionRow | None:
-        plain = (params.extra_args or {}).get(EXTRA_ARG)
-        return None if plain is None else CaptionRow(*from_plain(plain), output_ids)
+        return new_row(params, output_ids)

@@ -146,7 +146,9 @@ class LiveEngine:
         return LiveSession(self, transcript)
 
     def _applies_rules(self) -> bool:
-        return CAPTION_PROCESSOR in (self.engine.model_config.logits_processors or ())
+        # Model Runner V2 takes no logits processors; there CASA's model state brings the rules.
+        is_v2 = self.config.is_cross_attention and self.engine.vllm_config.use_v2_model_runner
+        return is_v2 or CAPTION_PROCESSOR in (self.engine.model_config.logits_processors or ())
 
     async def render(self, chunk: Chunk, image: Image.Image | None) -> Any:
         """What vLLM's renderer makes of a chunk; images are resized and cut in a thread.
