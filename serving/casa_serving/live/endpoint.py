@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 from argparse import Namespace
+from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -53,7 +55,7 @@ class LiveEndpoint:
         options = LiveOptions.from_arguments(vars(args))
         metrics = LiveMetrics()
         state.live = LiveService(
-            engine=LiveEngine(engine_client, Path(args.model)),
+            engine=open_engine(engine_client, Path(args.model)),
             options=options,
             registry=Registry(options.live_max_sessions, metrics),
             metrics=metrics,
@@ -65,6 +67,14 @@ class LiveEndpoint:
 async def live(websocket: WebSocket) -> None:
     """The route `/v1/live`."""
     await Connection(websocket, websocket.app.state.live).run()
+
+
+def open_engine(engine_client: EngineClient, checkpoint: Path) -> LiveEngine:
+    """Returns what opens sessions, with defaults that fit the server's context."""
+    engine = LiveEngine(engine_client, checkpoint)
+    budget = min(engine.defaults.text_budget, engine_client.model_config.max_model_len)
+    engine.defaults = replace(engine.defaults, text_budget=budget)
+    return engine
 
 
 def tell_before_shutdown(engine_client: EngineClient, registry: Registry) -> None:
@@ -81,7 +91,9 @@ def tell_before_shutdown(engine_client: EngineClient, registry: Registry) -> Non
 
     def tell_and_shutdown(timeout: float | None = None) -> None:
         if loop.is_running() and not is_in(loop):
-            asyncio.run_coroutine_threadsafe(registry.close(SHUTDOWN_TIMEOUT_S), loop).result()
+            told = asyncio.run_coroutine_threadsafe(registry.close(SHUTDOWN_TIMEOUT_S), loop)
+            # A loop that has stopped in between never answers.
+            wait([told], timeout=SHUTDOWN_TIMEOUT_S + 1)
         shutdown(timeout=timeout)
 
     engine_client.shutdown = tell_and_shutdown
