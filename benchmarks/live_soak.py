@@ -28,6 +28,8 @@ from casa_engine.checkpoints import load_processor, random_model, read_config, s
 from casa_engine.digits import checkpoint_path
 from casa_engine.digits.cases import draw_video
 from casa_engine.digits.live import write_live_settings
+from casa_serving.cli import on_cpu
+from casa_serving.defaults import set_environment
 from casa_serving.live.engine_session import FrameResult, LiveEngine, start_engine
 
 INSERTION_CAPTION_TOKENS = 2
@@ -169,6 +171,8 @@ def main():
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--output", type=Path, default=Path("live-soak"), help="path without ending (%(default)s)")
     options = parser.parse_args()
+    # What `casa-serve` sets for the embedded model goes for its twin as well; before vLLM is imported.
+    set_environment(embedded=True, on_cpu=on_cpu(), live=False)
     rows = []
     try:
         if options.fusion == "casa":
