@@ -219,7 +219,7 @@ def folder(video, tmp_path, monkeypatch):
         (".", "is not a file"),
         ("words.txt", "is not a video that can be read"),
         ("empty.mp4", "is not a video that can be read"),
-        ("head.mp4", "cut off or damaged"),
+        ("head.mp4", "has no video stream; found: nothing"),
         ("sound.m4a", "has no video stream; found: audio"),
         ("cut.mp4", "is truncated: its header says that it ends at 20.0 s"),
         ("good.mp4 --fps 0", "fps is 0.0; expected"),

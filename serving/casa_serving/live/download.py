@@ -38,6 +38,9 @@ async def download(
     """
     try:
         parsed = URL(url)
+    except ValueError as error:
+        raise InputError(f"{url!r} is not a URL. Expected http(s)://host/path.") from error
+    try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="video-", delete=False) as file:
             async with guarded_get(
                 parsed, allowed_domains, allow_loopback=allow_loopback, max_seconds=MAX_DOWNLOAD_S
@@ -52,8 +55,6 @@ async def download(
         raise failed(url, "the server was silent for too long") from error
     except aiohttp.ClientError as error:
         raise failed(url, "the connection or the answer broke") from error
-    except ValueError as error:
-        raise InputError(f"{url!r} is not a URL. Expected http(s)://host/path.") from error
 
 
 async def save(response: aiohttp.ClientResponse, file: IO[bytes], max_bytes: int) -> None:

@@ -73,7 +73,7 @@ def subtitles(records: list[FrameRecord], end_s: float) -> pysubs2.SSAFile:
     spoken = [record for record in records if record.caption]
     starts = [record.timestamp for record in spoken]
     file = pysubs2.SSAFile()
-    for record, following in zip(spoken, [*starts[1:], end_s], strict=True):
+    for record, following in zip(spoken, [*starts, end_s][1:], strict=True):
         end = min(following, record.timestamp + MAX_CAPTION_S)
         event = pysubs2.SSAEvent(start=pysubs2.make_time(s=record.timestamp), end=pysubs2.make_time(s=end))
         event.plaintext = " ".join(record.caption.translate(HARMLESS).split())
