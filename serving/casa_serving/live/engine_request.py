@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -64,8 +63,7 @@ class EngineRequest:
         """Takes the request out of the engine with all its pages. Safe at any time, and twice."""
         self._is_closed = True
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait([self._task])
         self._outputs.put_nowait(None)
 
     async def _run(self) -> None:
