@@ -15,9 +15,7 @@ FLAGS = (
     "--disable-component-update --disable-sync --use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
 ).split()
 
-
-def pytest_addoption(parser):
-    parser.addoption("--live-picture", help="write a picture of the page to this file (docs/live.png)")
+SECONDS = 14
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +72,10 @@ def is_foreign(url, server):
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory, request):
+def videos(tmp_path_factory):
     """Two videos of digits with the truth about each: `(path, spans)`."""
     folder = tmp_path_factory.mktemp("videos")
-    seconds = 45 if request.config.getoption("--live-picture", default=None) else 14
     names = {"left.mp4": 17, "right.webm": 7}
     return [
-        (folder / name, make_video(folder / name, seconds, fps=10, seed=seed, scale=2)) for name, seed in names.items()
+        (folder / name, make_video(folder / name, SECONDS, fps=10, seed=seed, scale=2)) for name, seed in names.items()
     ]
