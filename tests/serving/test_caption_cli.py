@@ -17,6 +17,7 @@ import pytest
 from casa_engine.digits.video import make_video, read_truth
 from casa_serving.live import caption_cli
 from casa_serving.live.caption_cli import main
+from casa_serving.live.captioners import ctrl_c_stays_here
 from casa_serving.live.subtitles import FrameRecord
 from serving_process import ENVIRONMENT
 
@@ -147,6 +148,16 @@ def test_ctrl_c_writes_what_is_there(video, tmp_path, monkeypatch, capsys):
         assert [event.plaintext for event in events] == [line["caption"] for line in lines]
     assert f"{len(lines)} frames" in capsys.readouterr().out
     assert not (tmp_path / "b.mp4").exists()
+
+
+def test_ctrl_c_does_not_reach_processes_of_the_engine():
+    with ctrl_c_stays_here():
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
 
 
 def test_a_video_that_breaks_off_leaves_what_was_captioned(video, tmp_path, monkeypatch, capsys):

@@ -139,7 +139,7 @@ async def caption_all(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, interrupt)
     await asyncio.wait([job])
-    # A terminal sends Ctrl-C to the engine's processes too: that they ended is then no error.
+    # What goes wrong while everything is put away is then no error any more.
     if not interrupted.is_set():
         job.result()
     return not interrupted.is_set()

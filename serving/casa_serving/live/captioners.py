@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIte
     from casa_serving.cli import on_cpu
     from casa_serving.live.engine_session import LiveEngine, start_engine
 
-    # Compiling for the CPU takes longer than captioning most videos.
-    engine = await start_engine(checkpoint, enforce_eager=on_cpu())
+    with ctrl_c_stays_here():
+        # Compiling for the CPU takes longer than captioning most videos.
+        engine = await start_engine(checkpoint, enforce_eager=on_cpu())
     try:
         session = await LiveEngine(engine, checkpoint).open(settings)
         try:
@@ -42,6 +44,19 @@ async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIte
             await session.close()
     finally:
         engine.shutdown()
+
+
+@contextmanager
+def ctrl_c_stays_here() -> Iterator[None]:
+    """Processes that are started meanwhile never get Ctrl-C, which a terminal sends to all processes of a command.
+
+    It would end them before the session is closed. Here it is delivered afterwards, if it came meanwhile.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def caption_in_engine(session: LiveSession, sample: Sample) -> FrameRecord:
