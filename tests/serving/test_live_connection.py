@@ -278,6 +278,11 @@ async def test_one_session_too_many():
             async with connect(server.url) as third:
                 (refused,), close_code = await rest(third)
                 assert (refused["code"], refused["fatal"], close_code) == ("too_many_sessions", True, 1008)
+            async with LiveClient(server.url) as third:
+                await third._reader
+                with pytest.raises(LiveError, match="All places are taken") as told:
+                    await third.create()
+                assert told.value.code == "too_many_sessions"
             await first.stop()
         async with LiveClient(server.url) as client:
             await client.create()

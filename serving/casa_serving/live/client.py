@@ -17,6 +17,7 @@ never finds this client slow. What was said is remembered: after a broken connec
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import deque
 from collections.abc import AsyncIterator
@@ -97,7 +98,8 @@ class LiveClient:
             self.history = deque(history, maxlen=MAX_HISTORY_ITEMS)
         self._settings = settings
         message = {"type": "session.create", **settings, "history": list(self.history)}
-        await self._send(json.dumps(message))
+        with contextlib.suppress(ConnectionLostError):  # Where it was refused at once, the reason is in the events.
+            await self._send(json.dumps(message))
         async for event in self.events():
             if isinstance(event, Created):
                 self.created = event
@@ -150,7 +152,8 @@ class LiveClient:
         Raises:
             ConnectionLostError: the connection broke.
         """
-        await self._send(Stop().model_dump_json())
+        with contextlib.suppress(ConnectionLostError):
+            await self._send(Stop().model_dump_json())
         await self._reader
         if self.statistics is None:
             raise ConnectionLostError("The connection broke before the session was closed.")
