@@ -33,10 +33,12 @@ def page(open_page):
 @pytest.mark.vllm
 @pytest.mark.parametrize("side", [0, 1], ids=["left", "right"])
 def test_the_right_captions_appear_at_their_time_on_both_pages(watched, side):
-    truth = watched[side].truth
-    shown = watched[side].captions_at_the_end_of_each_scene()
+    truth = [span.text for span in watched[side].truth]
+    again = watched[side].captions_when_gone_back()
     # The model misreads one text in twenty.
-    assert sum(caption == span.text for caption, span in zip(shown, truth, strict=True)) >= len(truth) - 1, shown
+    assert sum(caption == text for caption, text in zip(again, truth, strict=True)) >= len(truth) - 1, again
+    shown = watched[side].captions_while_it_played()
+    assert sum(text in shown for text in truth) >= len(truth) - 1, shown
 
 
 @pytest.mark.vllm
@@ -61,7 +63,7 @@ def test_every_frame_is_accounted_for_and_image_pages_stay_flat(watched):
         page = watching.page
         done = count(page, "captioned") + count(page, "silent") + count(page, "dropped")
         # On a busy machine Chromium itself does not get to show every frame.
-        assert count(page, "sent") >= 0.6 * watching.truth[-1].end / FRAME_S
+        assert count(page, "sent") >= 0.4 * watching.truth[-1].end / FRAME_S
         assert count(page, "sent") - done <= 1
         pages = page.locator(".plot .value").nth(2).inner_text()
         held, kept = map(int, re.fullmatch(r"(\d+), not (\d+)", pages).groups())

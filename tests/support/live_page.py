@@ -30,10 +30,19 @@ class Watched:
     page: Page
     truth: list
 
-    def captions_at_the_end_of_each_scene(self):
-        """The caption over the video just before each change."""
-        shown = self.page.evaluate("shown")
-        return [[caption for time_s, caption in shown if time_s < span.end][-1] for span in self.truth]
+    def captions_while_it_played(self):
+        """Every caption that was over the video, once each, in order."""
+        return list(dict.fromkeys(caption for _, caption in self.page.evaluate("shown")))
+
+    def captions_when_gone_back(self):
+        """The caption over the video in each scene when a person goes there again."""
+        return [self._caption_at(max(span.start, span.end - 0.3)) for span in self.truth]
+
+    def _caption_at(self, time_s):
+        self.page.evaluate(f"video.currentTime = {time_s}")
+        wait_until(self.page, "!video.seeking")
+        self.page.wait_for_timeout(100)
+        return self.page.locator("#overlay").text_content()
 
     def texts_around(self, time_s):
         """What could be read then, or one frame before."""
