@@ -8,7 +8,7 @@ from casa_engine.digits.video import make_video
 from live_page import ask, begin, wait_until
 
 PICTURE = Path(__file__).parents[2] / "docs" / "live.png"
-TEXT_BUDGET = 192  # Small, so that the picture shows how the oldest captions leave.
+TEXT_BUDGET = 160  # Small, so that the picture shows how the oldest captions leave.
 
 
 @pytest.mark.vllm
