@@ -10,10 +10,14 @@ PYTEST_ARGS ?=
 VLLM ?= 0.32.0
 BIN := .venv/bin
 
-.PHONY: setup serve serve-ray test test-all test-vllm lint
+.PHONY: setup browser serve serve-ray test test-all test-vllm lint
 
 setup:
 	@$(PYTHON) scripts/setup.py --device $(DEVICE)
+
+# Chromium from Debian's packages, in which the tests open the web page.
+browser:
+	@$(PYTHON) scripts/setup.py --browser
 
 # ARGS takes a checkpoint and any option: make serve ARGS="./my-checkpoint --max-num-seqs 8"
 serve: setup
@@ -25,10 +29,10 @@ serve-ray: setup
 
 # The console script, not `python -m pytest`, which would make the folders plugins, export
 # and serving importable by their bare names.
-test: setup
+test: setup browser
 	@$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: setup
+test-all: setup browser
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
 test-vllm:

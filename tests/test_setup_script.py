@@ -131,3 +131,30 @@ def test_extras_that_name_the_project_itself_are_taken_apart(script):
     wanted = script.requirements("cpu")
     assert {"onnxruntime==1.32.0", "tensorrt-rtx==1.7.1.116"} <= set(wanted)
     assert not any(requirement.startswith("casa-engine") for requirement in wanted)
+
+
+@pytest.mark.parametrize(("user", "installs"), [(0, True), (1000, False)])
+def test_the_browser_is_installed_where_that_is_allowed(script, monkeypatch, capsys, user, installs):
+    ran = []
+    monkeypatch.setattr(script.shutil, "which", lambda name: None if name == "chromium" else f"/usr/bin/{name}")
+    monkeypatch.setattr(script.os, "geteuid", lambda: user)
+    succeeding = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(script, "run", lambda *command, **options: ran.append(command[1]) or succeeding)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--browser"])
+    assert script.main() == 0
+    assert ran == (["update", "install"] if installs else [])
+    assert ("skipped" in capsys.readouterr().out) is not installs
+
+
+def test_a_browser_that_is_there_is_left_alone(script, monkeypatch):
+    monkeypatch.setattr(script.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(script, "run", lambda *command, **options: pytest.fail(f"ran {command}"))
+    script.set_up_browser()
+
+
+def test_a_browser_that_cannot_be_installed_is_no_error(script, monkeypatch, capsys):
+    monkeypatch.setattr(script.shutil, "which", lambda name: None if name == "chromium" else f"/usr/bin/{name}")
+    monkeypatch.setattr(script.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(script, "run", lambda *command, **options: subprocess.CompletedProcess(command, 100))
+    script.set_up_browser()
+    assert "apt-get install chromium" in capsys.readouterr().out

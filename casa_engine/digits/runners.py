@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 
-from casa_engine.cache import CasaCache
 from casa_engine.checkpoints import load_model, load_processor
-from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
+from casa_engine.live import LiveSettings, eager_stream
+from casa_engine.live.stream_format import StreamFormat
 
 MAX_ANSWER_TOKENS = 16
-NUM_DELIMITERS = 3  # of a frame in a stream: image start, image end, end of the caption
 Message = dict[str, Any]
 
 
@@ -33,6 +31,7 @@ class EagerRunner:
     """
 
     def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
         self.model, self.processor = load_model(checkpoint), load_processor(checkpoint)
 
     @torch.inference_mode()
@@ -84,12 +83,8 @@ def _for_endpoint(item: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-class EagerStream:
-    """Live captioning with the eager model: one assistant turn that never ends, within a budget of text tokens.
-
-    When the text would outgrow the budget, the text of the oldest frames is dropped, down to half of the budget, and
-    the rest is read again: instructions first, then what was said, as text without images. Silent frames go first: the
-    last caption must stay, because the next frame is compared with it.
+class EagerStream(eager_stream.EagerStream):
+    """Live captioning with the eager model, as the checkpoint's live settings want it.
 
     Args:
         runner: Model and processor.
@@ -98,43 +93,5 @@ class EagerStream:
     """
 
     def __init__(self, runner: EagerRunner, instruction: str, text_budget: int) -> None:
-        self.runner, self.text_budget = runner, text_budget
-        self.ids = runner.processor.tokenizer.convert_tokens_to_ids
-        self.start, self.end, self.stop = self.ids(IMAGE_START), self.ids(IMAGE_END), self.ids(TURN_END)
-        text = f"{TURN_START}user\n{instruction}{TURN_END}\n{TURN_START}assistant\n"
-        self.prompt: list[int] = runner.processor.tokenizer(text)["input_ids"]
-        self.frames: list[list[int]] = []
-        self.cache = CasaCache(runner.model.config)
-        self.pending = list(self.prompt)
-
-    @property
-    def num_tokens(self) -> int:
-        """Text tokens of the session so far."""
-        return len(self.prompt) + sum(map(len, self.frames))
-
-    @torch.inference_mode()
-    def caption(self, frame: Image.Image) -> str:
-        """Shows one frame; returns what the model says to it, "" for silence."""
-        if self.num_tokens + 2 + MAX_ANSWER_TOKENS > self.text_budget:
-            self._forget()
-        vision = self.runner.processor.process_images([frame])
-        ids = [*self.pending, self.start, self.end]
-        logits = self._step(ids, insertion_points=torch.tensor([len(ids) - 1]), **vision)
-        said: list[int] = []
-        while (token := int(logits.argmax())) != self.stop and len(said) < MAX_ANSWER_TOKENS - 1:
-            said.append(token)
-            logits = self._step([token])
-        self.pending = [self.stop]
-        self.frames.append([self.start, self.end, *said, self.stop])
-        return self.runner.processor.tokenizer.decode(said).strip()
-
-    def _step(self, ids: list[int], **images: torch.Tensor) -> torch.Tensor:
-        output = self.runner.model(torch.tensor([ids]), past_key_values=self.cache, use_cache=True, **images)
-        return output.logits[0, -1]
-
-    def _forget(self) -> None:
-        self.frames = [frame for frame in self.frames if len(frame) > NUM_DELIMITERS]
-        while self.frames and self.num_tokens > self.text_budget // 2:
-            self.frames.pop(0)
-        self.cache = CasaCache(self.runner.model.config)
-        self.pending = self.prompt + [token for frame in self.frames for token in frame]
+        settings = LiveSettings.for_checkpoint(runner.checkpoint, instruction=instruction, text_budget=text_budget)
+        super().__init__(runner.model, StreamFormat.from_checkpoint(runner.checkpoint), settings)

@@ -4,7 +4,7 @@
     stage 2   everything else, on conversations and streams          language.py
     then      measured on held-out digits; accuracy.json beside the weights
 
-With the defaults it takes at most about 3 hours on 2 cores (less than one when nothing else runs). One thread is the
+With the defaults it takes less than an hour on one core, and at most about 3 on a busy machine. One thread is the
 default: the model is so small that a second one gains little, and loses a lot on a busy machine. The same seed gives
 the same weights on the same machine and versions.
 """
@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from casa_engine.checkpoints import load_model, save_checkpoint
+from casa_engine.checkpoints import save_checkpoint
 from casa_engine.digits import checkpoint_path
 from casa_engine.digits.conversations import Writer
 from casa_engine.digits.data import load_samples
 from casa_engine.digits.evaluate import evaluate_eager
 from casa_engine.digits.language import teach_language
+from casa_engine.digits.live import write_live_settings
 from casa_engine.digits.model import MAX_POSITIONS, build_model, build_processor
 from casa_engine.digits.tokenizer import build_tokenizer
 from casa_engine.digits.vision_warmup import read_exactly, warm_up
@@ -40,7 +41,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--families", type=int, default=1600, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
-    parser.add_argument("--continue-from", type=Path, help="leaves out stage 1: a checkpoint to teach further")
     parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
     parser.add_argument("--keep-vision", type=Path, help="writes the tower after stage 1 to this file")
     return parser.parse_args(arguments)
@@ -56,11 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     vision_rng, language_rng = np.random.default_rng(options.seed).spawn(2)
     samples = load_samples(held_out=False)
 
-    earlier = None
-    if options.continue_from:
-        model = load_model(options.continue_from).train()
-        earlier = json.loads((options.continue_from / "accuracy.json").read_text())
-    elif options.vision_weights:
+    if options.vision_weights:
         model.model.visual.load_state_dict(torch.load(options.vision_weights, weights_only=True))
     else:
         head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
@@ -80,9 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
         save=lambda: save_checkpoint(model, processor, options.output),
     )
     save_checkpoint(model, processor, options.output)
+    write_live_settings(options.output)
     record = {
         "command": shlex.join(["casa-train-digits", *(sys.argv[1:] if arguments is None else arguments)]),
-        "continued_from": earlier,
         "torch": torch.__version__,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "held_out": evaluate_eager(options.output).as_dict(),

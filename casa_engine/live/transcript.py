@@ -66,7 +66,8 @@ class Chunk:
     Attributes:
         token_ids: Text ids that the reader lacks: what is pending, then what opens the new entry.
         opening: The last of them, which belong to the new entry.
-        insertion_point: Index in `token_ids` of the first token after the image; None without an image.
+        insertion_point: Index in `token_ids` of the first token after the image: the new frame, or with a question
+            to a reader that starts anew the latest frame. None without an image.
         max_tokens: Most tokens to generate after it.
         state: For the choice of the first token (not yet charged).
         question: What is asked, if anything.
@@ -80,7 +81,7 @@ class Chunk:
     question: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """A frame with its caption, or a question with its answer.
 
@@ -144,6 +145,7 @@ class Transcript:
         self.last_stop = format.stop_ids[0]
         self.rules = CaptionRules.from_settings(settings, format.stop_ids)
         self._priming = tuple(format.words("prompt", settings.prompt)) if settings.prompt and not history else ()
+        self._seen: Entry | None = None
         self._check_budget()
         for item in history:
             self.entries.append(self._remembered(item))
@@ -177,8 +179,12 @@ class Transcript:
             for entry in self.entries
         ]
 
-    def make_room(self, num_new: int) -> bool:
+    def make_room(self, num_new: int, keep_seen: bool = False) -> bool:
         """Forgets where `num_new` more tokens would exceed the budget.
+
+        Args:
+            num_new: How many tokens will come.
+            keep_seen: Whether the latest frame stays even if it was silent.
 
         Returns:
             Whether something was forgotten, so that the reader has to start anew.
@@ -189,7 +195,7 @@ class Transcript:
         budget = self.settings.text_budget
         if self.num_tokens + num_new <= budget:
             return False
-        kept = self._worth_keeping(min(budget // 2, budget - num_new))
+        kept = self._worth_keeping(min(budget // 2, budget - num_new), keep_seen)
         num_kept = len(self.prompt) + sum(len(entry.token_ids) for entry in kept)
         if num_kept + num_new > budget:
             raise InputError(
@@ -221,10 +227,16 @@ class Transcript:
         opening = (*first, *self.format.question(question))
         wanted = len(opening) + self.settings.max_answer_tokens + 1
         least = len(opening) + min(self.settings.max_answer_tokens, self.settings.max_frame_tokens) + 1
-        self.make_room(max(least, min(wanted, self.settings.text_budget // 2)))
+        self.make_room(max(least, min(wanted, self.settings.text_budget // 2)), keep_seen=True)
         room = self.settings.text_budget - self.num_tokens - len(opening) - 1
         max_tokens = min(self.settings.max_answer_tokens, room)
-        return self._chunk(self.ids[self.num_known :], opening, None, max_tokens, question)
+        return self._chunk(self.ids[self.num_known :], opening, self._seen_again(), max_tokens, question)
+
+    def text_of(self, chunk: Chunk, generated: Sequence[int]) -> str:
+        """What was generated after a chunk in words, with the priming text; "" is silence."""
+        priming = () if chunk.question is not None else self._priming
+        said = generated[:-1] if generated and generated[-1] in self.format.stop_ids else generated
+        return self.format.text([*priming, *said]).strip()
 
     def record(self, chunk: Chunk, generated: Sequence[int], timestamp: float | None = None) -> Entry:
         """Adds what was generated after a chunk (one token or more; the last was only sampled).
@@ -235,8 +247,7 @@ class Transcript:
         said, stopped = list(generated), generated[-1] in self.format.stop_ids
         if stopped:
             self.last_stop = said.pop()
-        priming = () if chunk.question is not None else self._priming
-        text = self.format.text([*priming, *said]).strip()
+        text = self.text_of(chunk, generated)
         entry = Entry(chunk.opening, tuple(said), self.last_stop, text, chunk.question, timestamp)
         known = self.num_tokens + len(chunk.opening) + len(generated) - 1
         self.entries.append(entry)
@@ -244,7 +255,7 @@ class Transcript:
         self.state = chunk.state.after(generated, self.rules)
         self._unread = self.ids[known:]
         if chunk.question is None:
-            self._priming = ()
+            self._priming, self._seen = (), entry
         return entry
 
     def _chunk(
@@ -259,14 +270,23 @@ class Transcript:
         state = self.state.read([*self._unread, *opening], self.rules)
         return Chunk((*pending, *opening), opening, point, max_tokens, state, question)
 
-    def _worth_keeping(self, target: int) -> list[Entry]:
+    def _seen_again(self) -> int | None:
+        """Where the latest frame stands in the text, for a reader that starts anew with a question about it."""
+        if self.num_known or self._seen not in self.entries:
+            return None
+        before = self.entries[: self.entries.index(self._seen)]
+        start = len(self.prompt) + sum(len(entry.token_ids) for entry in before)
+        return start + len(self.format.before_image)
+
+    def _worth_keeping(self, target: int, keep_seen: bool) -> list[Entry]:
         """The entries without silent frames, and without the oldest until at most `target` tokens are left."""
-        entries = [entry for entry in self.entries if not entry.is_silent]
+        seen = self._seen if keep_seen else None
+        entries = [entry for entry in self.entries if not entry.is_silent or entry is seen]
         last = next((entry for entry in reversed(entries) if entry.is_caption), None)
         left = len(self.prompt) + sum(len(entry.token_ids) for entry in entries)
         kept: list[Entry] = []
         for entry in entries:
-            if left > target and entry is not last:
+            if left > target and entry is not last and entry is not seen:
                 left -= len(entry.token_ids)
             else:
                 kept.append(entry)

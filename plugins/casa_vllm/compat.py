@@ -22,6 +22,8 @@ HAS_DUPLICATE_INPUTS = VERSION >= Version("0.32.0")
 # 0.29.0 forgets all but the last image when it hashes a block that generated tokens or a
 # session's next chunk complete: two texts with different images would share the block.
 HASHES_LAST_IMAGE_ONLY = VERSION < Version("0.32.0")
+# 0.29.0 takes what a finished chunk's steps in flight deliver for more of its answer.
+KEEPS_STEPS_IN_FLIGHT = VERSION < Version("0.32.0")
 
 
 def check_version() -> None:
@@ -49,6 +51,20 @@ def sender_cache(processor: Any, inputs: Any) -> Any:
     0.29 keeps it with the processor, 0.32 passes it with the inputs.
     """
     return inputs.cache if VERSION >= Version("0.32.0") else processor.cache
+
+
+def drop_steps_in_flight(request: "Request") -> None:
+    """Takes a session's request back to what was computed when its chunk ended, as 0.32 does itself.
+
+    Mutates:
+        `request`: the number of computed tokens; outputs still to come are dropped.
+    """
+    if not KEEPS_STEPS_IN_FLIGHT:
+        return
+    request.num_computed_tokens -= request.num_output_placeholders
+    request.num_output_placeholders = 0
+    request.drop_stale_output = True
+    request.num_stale_output_tokens = request.num_in_flight_tokens
 
 
 def hash_all_images(request: "Request", block_size: int, cache_config: "CacheConfig") -> None:

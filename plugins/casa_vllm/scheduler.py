@@ -14,7 +14,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from casa_vllm import compat
 from casa_vllm.image_manager import ImageCacheManager
@@ -75,6 +75,22 @@ class ImageScheduling:
             num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
             attach_image_stats(stats, [m.counters for m in self.image_managers], num_free)
         return stats
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """Stock, after a session's steps in flight are taken back.
+
+        A chunk ends with a token that was only sampled, and the next chunk brings it again. With asynchronous
+        scheduling the step that computes it may be on its way already: counted, the session would hold it twice.
+        """
+        if request.resumable:
+            compat.drop_steps_in_flight(request)
+        return super()._handle_stopped_request(request)
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """Stock, and what 0.29.0 forgets: the chunk's own token limit, and hashes of text that is taken back."""
+        del session.block_hashes[session.num_computed_tokens // self.hash_block_size :]
+        super()._update_request_as_session(session, update)
+        session.max_tokens = update.max_tokens
 
     def _try_schedule_encoder_inputs(
         self,

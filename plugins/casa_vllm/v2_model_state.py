@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
 from casa_vllm.image_cache_spec import register_image_cache
 from casa_vllm.ops import WindowAttentionMetadata
+from casa_vllm.v2_caption_sampler import CaptionSampler
 from casa_vllm.window_table import SegmentPlan, WindowTable
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class CasaModelState(DefaultModelState):
         self._layers = [layer for layer in model.modules() if isinstance(layer, CrossAttention)]
         self._image_block_tables: dict[str, torch.Tensor] = {}
         self._decode_blocks: list[torch.Tensor] = []
+        # Made with the sampler, on the ranks that sample.
+        self._captions: CaptionSampler | None = None
 
     @cached_property
     def _block_size(self) -> int:
@@ -145,11 +148,20 @@ class CasaModelState(DefaultModelState):
         """A request is new, resumed, or a session's next chunk: its whole row was sent."""
         super().add_request(req_index, new_req_data)
         self._table.row_sent(new_req_data.req_id, new_req_data.mm_features, new_req_data.num_computed_tokens)
+        if self._captions is not None:
+            self._captions.chunk_sent(new_req_data)
 
     def remove_request(self, req_id: str) -> None:
         """The request is finished, preempted, or about to be added again."""
         super().remove_request(req_id)
         self._table.remove(req_id)
+        if self._captions is not None:
+            self._captions.forget(req_id)
+
+    def custom_sampler(self, sampler: Any) -> tuple[CaptionSampler, None]:
+        """VLLM's sampler with the rules of live sessions (speculative decoding is refused by the config hook)."""
+        self._captions = CaptionSampler(sampler)
+        return self._captions, None
 
     def prepare_attn(
         self,

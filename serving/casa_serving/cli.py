@@ -16,6 +16,7 @@ from casa_engine.checkpoints import check_tensors, read_config
 from casa_engine.errors import CasaError, CheckpointError, InputError
 from casa_serving.defaults import embedded_checkpoint, engine_options, set_environment
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
+from casa_serving.live.options import LiveOptions, add_live_options
 from casa_serving.register import register
 from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
 
@@ -25,6 +26,7 @@ Without CHECKPOINT the model inside the package is served. Every option of `vllm
 taken; --help=CASA shows those that are added, --help=all shows all.
 """
 MIDDLEWARE = "casa_serving.request_guard.RequestGuard"
+CAPTION_PROCESSOR = "casa_vllm.caption_processor:CaptionLogitsProcessor"
 
 
 def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
@@ -45,6 +47,7 @@ def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
     serve.epilog = "casa-serve --help=CASA | --help=all | --help=<option or group> | --ray --help (docs/cluster.md)"
     group = serve.add_argument_group("CASA", "What clients may send")
     add_limit_options(group)
+    add_live_options(group)
     group.add_argument(
         "--max-request-bytes",
         type=int,
@@ -120,10 +123,10 @@ def check_folder(checkpoint: Path) -> None:
 
 
 def guarded(args: argparse.Namespace) -> argparse.Namespace:
-    """Puts the limits where vLLM carries them to the code that loads images.
+    """Puts limits and guards where vLLM carries them to the code that they are for.
 
     Mutates:
-        args: `media_io_kwargs` and `middleware`.
+        args: `media_io_kwargs`, `middleware` and `logits_processors`.
     """
     media = dict(args.media_io_kwargs or {})
     if media.get("image"):
@@ -140,6 +143,9 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
     media["image"] = {**limits, ALLOW_LOOPBACK: args.allow_loopback_media}
     args.media_io_kwargs = media
     args.middleware = [*args.middleware, MIDDLEWARE]
+    # Model Runner V2, which runs on GPUs, has no logits processors; there the plugin wraps the sampler.
+    if LiveOptions.from_arguments(vars(args)).live_max_sessions and on_cpu():
+        args.logits_processors = [*(args.logits_processors or []), CAPTION_PROCESSOR]
     return args
 
 
@@ -165,7 +171,7 @@ def run(argv: list[str]) -> int:
         return 1
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    set_environment(embedded=embedded, on_cpu=on_cpu())
+    set_environment(embedded=embedded, on_cpu=on_cpu(), live=args.live_max_sessions > 0)
     register()
     command = ServeSubcommand()
     try:

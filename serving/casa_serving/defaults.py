@@ -7,6 +7,7 @@ it on the command line, or setting it in the environment, wins.
 from __future__ import annotations
 
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ EMBEDDED_NAME = "casa-tiny-digits"
 # A conversation's old images cost a CASA model nothing but their encoding, so the count is
 # bounded by what one request may reasonably carry, not by the context.
 MAX_IMAGES = 256
+LIVE_PLUGIN = "casa_live"
+# Those whose plugins vLLM loads where nothing is said; it asks to be told about endpoints.
+PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
 
 
 def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[str, Any]:
@@ -49,6 +58,8 @@ def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
         "served_model_name": [EMBEDDED_NAME],
         # vLLM would round float32 weights to 16 bits, which a 10 MB model has no use for.
         "dtype": "float32",
+        # Its images are small: thousands of frames fit, and no session looks at a frame twice.
+        "mm_processor_cache_gb": 0.125,
         # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
     }
@@ -74,11 +85,34 @@ def environment(*, embedded: bool, on_cpu: bool) -> dict[str, str]:
     return variables
 
 
-def set_environment(*, embedded: bool, on_cpu: bool) -> None:
-    """Sets these variables where they are not set; what makes the server safe is set in any case."""
+def set_environment(*, embedded: bool, on_cpu: bool, live: bool) -> None:
+    """Sets these variables where they are not set; what makes the server safe is set in any case.
+
+    Args:
+        embedded: Whether the embedded model is served.
+        on_cpu: Whether vLLM will run on the CPU.
+        live: Whether there are live sessions.
+    """
     for name, value in environment(embedded=embedded, on_cpu=on_cpu).items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
+    if live:
+        os.environ["VLLM_PLUGINS"] = plugins_with_live(os.environ.get("VLLM_PLUGINS"))
+
+
+def plugins_with_live(allowed: str | None) -> str:
+    """Returns a value of `VLLM_PLUGINS` that loads the live endpoint beside what is loaded anyway.
+
+    vLLM loads a plugin that adds routes only if this variable names it, and loads no plugin at
+    all that the variable does not name once it is set.
+
+    Args:
+        allowed: The variable's value, or None where it is not set.
+    """
+    if allowed is None:
+        installed = {plugin.name for group in PLUGIN_GROUPS for plugin in entry_points(group=group)}
+        allowed = ",".join(sorted(installed))
+    return ",".join([*filter(None, allowed.split(",")), LIVE_PLUGIN])
 
 
 def embedded_checkpoint() -> Path:

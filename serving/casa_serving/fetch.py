@@ -1,4 +1,4 @@
-"""Downloads an image from an allowed domain, and from nowhere inside the server's own network.
+"""Downloads from an allowed domain, and from nowhere inside the server's own network.
 
 A URL from a client is an order to the server to connect somewhere, so three things are
 checked at every hop, the first and each redirect alike: the host is one of the allowed
@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -22,9 +24,38 @@ from yarl import URL
 
 MAX_REDIRECTS = 3
 CHUNK_BYTES = 64 * 1024
+MAX_SILENCE_S = 30.0
 REDIRECTS = (301, 302, 303, 307, 308)
 # IPv6 addresses that carry an IPv4 address to connect to in their last four bytes (RFC 6052).
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class UrlRefusedError(VLLMValidationError):
+    """A URL that is not even tried; in words for who sent an image (HTTP 400).
+
+    Attributes:
+        reason: Why, without a word on what was to be downloaded.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"The image URL is refused: {reason}. {advice}", parameter="image_url")
+        self.reason = reason
+
+
+class DownloadError(VLLMUnprocessableEntityError):
+    """An allowed URL that could not be downloaded; in words for who sent an image (HTTP 422).
+
+    Attributes:
+        reason: Why, without a word on what was to be downloaded.
+    """
+
+    def __init__(self, url: URL, reason: str) -> None:
+        super().__init__(
+            f"The image could not be downloaded from {url.host!r}: {reason}. Check the URL, or send the image as a "
+            "base64 data URL.",
+            parameter="image_url",
+        )
+        self.reason = reason
 
 
 def is_public(text: str, *, allow_loopback: bool = False) -> bool:
@@ -72,39 +103,33 @@ class PublicResolver(AbstractResolver):
 def check_address(host: str, address: str, *, allow_loopback: bool) -> None:
     """Refuses an address that is not public; the message does not say which address it was."""
     if not is_public(address, allow_loopback=allow_loopback):
-        raise VLLMValidationError(
-            f"The image URL is refused: the host {host!r} has a private, link-local, loopback or "
-            "reserved address, and only public ones are connected to. Send the image as a base64 "
-            "data URL.",
-            parameter="image_url",
+        raise UrlRefusedError(
+            f"the host {host!r} has a private, link-local, loopback or reserved address, and only public ones are "
+            "connected to",
+            "Send the image as a base64 data URL.",
         )
 
 
 def check_host(url: URL, allowed_domains: list[str], *, allow_loopback: bool) -> None:
     """Refuses a URL whose scheme or host is not allowed; resolves nothing yet."""
     if url.scheme not in ("http", "https") or not url.host:
-        raise VLLMValidationError(
-            f"The image URL is refused: got scheme {url.scheme!r} and host {url.host!r}, expected "
-            "http or https and a host.",
-            parameter="image_url",
+        raise UrlRefusedError(
+            f"got scheme {url.scheme!r} and host {url.host!r}, expected http or https and a host",
+            "Or send the image as a base64 data URL.",
         )
     if url.host not in allowed_domains:
         allowed = ", ".join(allowed_domains) or "none"
-        raise VLLMValidationError(
-            f"The image URL is refused: the host {url.host!r} is not an allowed domain (allowed: "
-            f"{allowed}). Send the image as a base64 data URL, or start the server with "
-            "--allowed-media-domains.",
-            parameter="image_url",
+        raise UrlRefusedError(
+            f"the host {url.host!r} is not an allowed domain (--allowed-media-domains; allowed: {allowed})",
+            "Send the image as a base64 data URL, or start the server with --allowed-media-domains.",
         )
     if not is_literal_address(url.host):
         return  # A name: the resolver checks its addresses when the connection is made.
     try:
         address = str(ipaddress.ip_address(url.host))
     except ValueError as error:
-        raise VLLMValidationError(
-            f"The image URL is refused: the host {url.host!r} is a shortened or damaged address. "
-            "Write it in full, or use its name.",
-            parameter="image_url",
+        raise UrlRefusedError(
+            f"the host {url.host!r} is a shortened or damaged address", "Write it in full, or use its name."
         ) from error
     check_address(url.host, address, allow_loopback=allow_loopback)
 
@@ -150,12 +175,21 @@ class GuardedConnection(HTTPConnection):
             VLLMUnprocessableEntityError: it is allowed but cannot be downloaded (HTTP 422).
         """
         try:
-            async with asyncio.timeout(timeout), self._session() as session:
-                return await self._follow(session, URL(url), allow_redirects, max_bytes)
+            async with (
+                asyncio.timeout(timeout),
+                guarded_get(
+                    URL(url),
+                    self._allowed_domains,
+                    allow_loopback=self._allow_loopback,
+                    allow_redirects=allow_redirects,
+                    headers=self._headers(),
+                ) as response,
+            ):
+                return await read_body(response, URL(url), max_bytes)
         except TimeoutError as error:
-            raise failed(URL(url), f"no complete answer within {timeout:g} s") from error
+            raise DownloadError(URL(url), f"no complete answer within {timeout:g} s") from error
         except aiohttp.ClientError as error:
-            raise failed(URL(url), "the connection or the answer broke") from error
+            raise DownloadError(URL(url), "the connection or the answer broke") from error
 
     def get_bytes(
         self,
@@ -170,37 +204,51 @@ class GuardedConnection(HTTPConnection):
             self.async_get_bytes(url, timeout=timeout, allow_redirects=allow_redirects, max_bytes=max_bytes)
         )
 
-    def _session(self) -> aiohttp.ClientSession:
-        # One session a download: connections of one client are never reused for another's.
-        resolver = PublicResolver(allow_loopback=self._allow_loopback)
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False),
-            trust_env=False,
-            # A compressed answer could grow without bound while it is read.
-            auto_decompress=False,
-            headers=self._headers(**{"Accept-Encoding": "identity"}),
-        )
 
-    async def _follow(
-        self, session: aiohttp.ClientSession, url: URL, allow_redirects: bool, max_bytes: int | None
-    ) -> bytes:
-        first = url
+@asynccontextmanager
+async def guarded_get(
+    url: URL,
+    allowed_domains: list[str],
+    *,
+    allow_loopback: bool,
+    allow_redirects: bool = True,
+    headers: dict[str, str] | None = None,
+    max_seconds: float = 300.0,
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Asks for `url`, every hop checked, and gives the answer of status 200 with its body still to be read.
+
+    Raises:
+        UrlRefusedError: the URL or one it redirects to may not be asked.
+        DownloadError: too many redirects, or another status.
+        aiohttp.ClientError: the connection broke.
+    """
+    first = url
+    # One session a download: connections of one client are never reused for another's.
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(resolver=PublicResolver(allow_loopback=allow_loopback), use_dns_cache=False),
+        trust_env=False,
+        # A compressed answer could grow without bound while it is read.
+        auto_decompress=False,
+        headers={**(headers or {}), "Accept-Encoding": "identity"},
+        timeout=aiohttp.ClientTimeout(total=max_seconds, sock_connect=MAX_SILENCE_S, sock_read=MAX_SILENCE_S),
+    ) as session:
         for _ in range(MAX_REDIRECTS + 1):
-            check_host(url, self._allowed_domains, allow_loopback=self._allow_loopback)
+            check_host(url, allowed_domains, allow_loopback=allow_loopback)
             async with session.get(url, allow_redirects=False) as response:
                 if response.status not in REDIRECTS:
-                    return await read_body(response, first, max_bytes)
+                    if response.status != 200:
+                        raise DownloadError(first, f"HTTP status {response.status}")
+                    yield response
+                    return
                 location = response.headers.get("Location")
             if not allow_redirects or not location:
-                raise failed(first, "it redirects, and redirects are not followed")
+                raise DownloadError(first, "it redirects, and redirects are not followed")
             url = url.join(URL(location))
-        raise failed(first, f"more than {MAX_REDIRECTS} redirects")
+        raise DownloadError(first, f"more than {MAX_REDIRECTS} redirects")
 
 
 async def read_body(response: aiohttp.ClientResponse, url: URL, max_bytes: int | None) -> bytes:
     """Reads an answer's body, and no more than `max_bytes` of it."""
-    if response.status != 200:
-        raise failed(url, f"HTTP status {response.status}")
     chunks: list[bytes] = []
     received = 0
     async for chunk in response.content.iter_chunked(CHUNK_BYTES):
@@ -213,12 +261,3 @@ async def read_body(response: aiohttp.ClientResponse, url: URL, max_bytes: int |
             )
         chunks.append(chunk)
     return b"".join(chunks)
-
-
-def failed(url: URL, reason: str) -> VLLMUnprocessableEntityError:
-    """Returns the error for an allowed URL that could not be downloaded."""
-    return VLLMUnprocessableEntityError(
-        f"The image could not be downloaded from {url.host!r}: {reason}. Check the URL, or send "
-        "the image as a base64 data URL.",
-        parameter="image_url",
-    )

@@ -1,4 +1,4 @@
-"""ASGI middleware before everything else: no huge bodies, and no doors meant for other servers.
+"""ASGI middleware before everything else: no huge bodies, no doors meant for other servers, no foreign pages.
 
 Neither uvicorn nor FastAPI bounds a body, and an image inside JSON is only seen when all of
 it was read and parsed. vLLM creates middleware without arguments, so the limit is read from
@@ -11,25 +11,34 @@ commands to resize the engine. vLLM 0.29.0 opens them to everybody; 0.32.0 no lo
 
 from __future__ import annotations
 
+import base64
 import json
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DEFAULT_MAX_REQUEST_BYTES = 100_000_000
 
 
+# "casa-key." and the key in base64url; vLLM guards WebSockets under /v1 by their Authorization header.
+KEY_PREFIX = "casa-key."
 CLOSED_PATHS = ("/inference/", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 CLOSED_ENDINGS = ("/render", "/derender")
 
 
 class RequestGuard:
-    """Answers 413 to a body over `--max-request-bytes`, and 404 to the paths that are closed."""
+    """Answers 413 to a body over `--max-request-bytes`, 404 to closed paths, 403 to foreign pages' WebSockets."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on if its body is within the limit."""
+        """Passes a request on if its body is within the limit, and a WebSocket if its page may open it."""
+        if scope["type"] == "websocket":
+            await self._open_socket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -49,6 +58,49 @@ class RequestGuard:
             await refuse(send, str(length), limit)
             return
         await self._app(scope, receive, send)
+
+    async def _open_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        allowed = scope["app"].state.args.allowed_origins
+        if not is_own_origin(Headers(scope=scope), allowed):
+            message = (
+                "Pages of this origin may not open a WebSocket here: the operator can name it in --allowed-origins."
+            )
+            await JSONResponse({"error": message}, 403)(scope, receive, send)
+            return
+        take_key(scope)
+        await self._app(scope, receive, send)
+
+
+def is_own_origin(headers: Headers, allowed: list[str]) -> bool:
+    """Tells whether a WebSocket comes from a page of this server, from an allowed one, or from no page at all.
+
+    Browsers let every page open a WebSocket to every server, with CORS left out of it, and say
+    in `Origin` which page it is. Programs send no such header.
+    """
+    origin = headers.get("origin")
+    if origin is None or "*" in allowed or origin in allowed:
+        return True
+    return urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+
+
+def take_key(scope: Scope) -> None:
+    """Moves an API key from the offered subprotocols to where vLLM looks for it.
+
+    A page cannot set headers on a WebSocket; what it can set are names of subprotocols.
+
+    Mutates:
+        scope: its headers and subprotocols; the key is never answered as the chosen one.
+    """
+    offered = scope["subprotocols"]
+    keys = [name.removeprefix(KEY_PREFIX) for name in offered if name.startswith(KEY_PREFIX)]
+    scope["subprotocols"] = [name for name in offered if not name.startswith(KEY_PREFIX)]
+    if not keys or any(name == b"authorization" for name, _ in scope["headers"]):
+        return
+    try:
+        key = base64.urlsafe_b64decode(keys[0] + "=" * (-len(keys[0]) % 4))
+    except ValueError:
+        return  # No key at all: refused where keys are asked for.
+    scope["headers"] = [*scope["headers"], (b"authorization", b"Bearer " + key)]
 
 
 def declared_length(scope: Scope) -> int | None:

@@ -35,6 +35,7 @@ def server(tmp_path_factory):
         "--limit-mm-per-prompt": json.dumps({"image": IMAGE_LIMIT}),
         "--max-image-bytes": 2_000_000,
         "--max-request-bytes": 12_000_000,
+        "--middleware": "server_probe.Probe",
     }
     arguments = [part for option in options.items() for part in option]
     # Compiling would take longer than all the tests.

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_the_quickstart_against_a_server(server, tmp_path):
     assert all(re.fullmatch(r"\d( \d)*", answer) for _, answer in read)
 
 
+@pytest.mark.vllm
+def test_the_live_client_of_the_docs_against_a_server(server, tmp_path):
+    text = script("docs/live.md", "server")
+    assert "ws://localhost:8000" in text
+    output = run(text.replace("ws://localhost:8000/v1/live", server.live_url), tmp_path).splitlines()
+    assert re.match(r"0.0 \d( \d)* ", output[0])
+    assert re.fullmatch(r"answer: \d( \d)*", output[-2])
+    assert "frames=8 " in output[-1]
+
+
 def test_the_readmes_table_is_what_the_script_prints():
     path = ROOT / "benchmarks" / "kv_arithmetic.py"
     spec = importlib.util.spec_from_file_location("kv_arithmetic", path)
@@ -79,10 +90,12 @@ def test_every_link_in_the_docs_leads_somewhere():
 def test_every_option_in_the_limits_page_exists():
     """The options that casa-serve adds, and no others, are explained with their defaults."""
     from casa_serving.limits import ImageLimits
+    from casa_serving.live.options import LiveOptions
     from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
 
     text = (ROOT / "docs" / "limits.md").read_text()
-    options = ImageLimits().as_options() | {"max_request_bytes": DEFAULT_MAX_REQUEST_BYTES}
+    options = ImageLimits().as_options() | asdict(LiveOptions()) | {"max_request_bytes": DEFAULT_MAX_REQUEST_BYTES}
     for name, default in options.items():
         row = next(line for line in text.splitlines() if f"`--{name.replace('_', '-')}`" in line)
-        assert f"{default:,}" in row or f" {default} " in row, row
+        shown = ("the checkpoint's own",) if default is None else (f" {default} ", f"{default:,}")
+        assert any(value in row for value in shown), row

@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "NO_PROXY": "*",
+    # For middleware that tests put into the server.
+    "PYTHONPATH": str(Path(__file__).parent),
 }
 
 
@@ -33,14 +35,21 @@ class Server:
     Attributes:
         url: Its address without a path.
         log: File with everything it printed.
+        process: The server itself.
     """
 
     url: str
     log: Path
+    process: subprocess.Popen
 
     def client(self) -> OpenAI:
         """Returns OpenAI's own client for it, without retries that would hide an error."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    @property
+    def live_url(self) -> str:
+        """Address of the WebSocket of live sessions."""
+        return f"{self.url.replace('http', 'ws', 1)}/v1/live"
 
     def get(self, path: str) -> str:
         """Returns the body of a GET request that must succeed."""
@@ -74,7 +83,7 @@ def casa_serve(log: Path, *arguments: str | Path) -> Iterator[Server]:
             env={**os.environ, **ENVIRONMENT},
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", log)
+    server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         wait_until_healthy(server, process)
         yield server

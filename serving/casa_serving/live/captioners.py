@@ -1,0 +1,157 @@
+"""Two ways to have a video captioned, frame by frame: an engine of one's own, or a server's `/v1/live`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from io import BytesIO
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yarl import URL
+
+from casa_engine.errors import InputError
+from casa_engine.live import LiveSettings
+from casa_serving.live.subtitles import FrameRecord
+from casa_serving.live.video import Sample
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from casa_serving.live.client import LiveClient
+    from casa_serving.live.engine_session import LiveSession
+
+Captioner = Callable[[Sample], Awaitable[FrameRecord]]
+LIVE_PATH = "/v1/live"
+JPEG_QUALITY = 95
+
+
+@asynccontextmanager
+async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIterator[Captioner]:
+    """A session in an engine of its own, which lives as long as the session."""
+    from casa_serving.cli import on_cpu
+    from casa_serving.live.engine_session import LiveEngine, start_engine
+
+    with ctrl_c_stays_here():
+        # Compiling for the CPU takes longer than captioning most videos.
+        engine = await start_engine(checkpoint, enforce_eager=on_cpu())
+    try:
+        session = await LiveEngine(engine, checkpoint).open(settings)
+        try:
+            yield lambda sample: caption_in_engine(session, sample)
+        finally:
+            await session.close()
+    finally:
+        engine.shutdown()
+
+
+@contextmanager
+def ctrl_c_stays_here() -> Iterator[None]:
+    """Processes that are started meanwhile never get Ctrl-C, which a terminal sends to all processes of a command.
+
+    It would end them before the session is closed. Here it is delivered afterwards, if it came meanwhile.
+    """
+    # Where it is started later, it lifts the block itself.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+async def caption_in_engine(session: LiveSession, sample: Sample) -> FrameRecord:
+    """Shows one frame to a session and waits for the end of its caption."""
+    from casa_serving.live.engine_session import FrameResult
+
+    async for item in session.caption(sample.image, sample.timestamp):
+        if isinstance(item, FrameResult):
+            return FrameRecord(
+                timestamp=round(sample.timestamp, 6),
+                caption=item.caption,
+                tokens=item.num_tokens,
+                ttft_ms=round(item.ttft_ms, 3),
+                delay_ms=round(item.total_ms, 3),
+                text_tokens=item.text_tokens,
+                image_pages=item.image_pages,
+            )
+    raise RuntimeError("The session gave no result for a frame.")
+
+
+@asynccontextmanager
+async def server_captioner(server: str, api_key: str | None, settings: dict[str, Any]) -> AsyncIterator[Captioner]:
+    """A session of a running server.
+
+    Args:
+        server: Its address, as `live_url` takes it.
+        api_key: Its key, if it has one.
+        settings: What differs from the server's own settings.
+
+    Raises:
+        InputError: no such server, or it has no live sessions.
+        LiveError: it refuses the session, or a frame.
+    """
+    try:
+        from websockets.exceptions import WebSocketException
+
+        from casa_serving.live.client import LiveClient
+    except ImportError as error:
+        raise InputError("--server needs the websockets library: pip install 'casa-engine[live]'.") from error
+    try:
+        async with LiveClient(live_url(server), api_key=api_key) as client:
+            await client.create(**settings)
+            yield lambda sample: caption_by_server(client, sample)
+            await client.stop()
+    except (OSError, WebSocketException) as error:
+        raise InputError(f"The server {server!r} cannot be used: {error}") from error
+
+
+async def caption_by_server(client: LiveClient, sample: Sample) -> FrameRecord:
+    """Sends one frame and waits for the end of its caption."""
+    from casa_serving.live.protocol import Fault, FrameDone, LiveError
+
+    limit = client.created.limits.max_frame_bytes if client.created else None
+    number = await client.send_frame(encode(sample.image, limit), sample.timestamp)
+    async for event in client.events():
+        if isinstance(event, Fault):
+            raise LiveError(event.code, event.message)
+        if isinstance(event, FrameDone) and event.frame == number:
+            return FrameRecord(
+                timestamp=round(sample.timestamp, 6),
+                caption=event.caption,
+                tokens=event.num_tokens,
+                ttft_ms=event.ttft_ms,
+                delay_ms=event.delay_ms,
+                text_tokens=event.text_tokens,
+                image_pages=event.image_pages,
+            )
+    raise InputError("The server closed the session before the video's end.")
+
+
+def encode(image: Image.Image, max_bytes: int | None) -> bytes:
+    """A frame as the file that is sent: without loss where that is small enough."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    if max_bytes is not None and buffer.tell() > max_bytes:
+        buffer = BytesIO()
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def live_url(server: str) -> str:
+    """The WebSocket of a server that is named by any of its addresses.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        url = URL(server)
+    except ValueError as error:
+        raise InputError(f"--server {server!r} is not an address. Expected http://host:port.") from error
+    schemes = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
+    if url.scheme not in schemes or not url.host:
+        raise InputError(f"--server is {server!r}. Expected http(s)://host:port or ws(s)://host:port.")
+    path = url.path if url.path not in ("", "/") else LIVE_PATH
+    return str(url.with_path(path).with_scheme(schemes[url.scheme]))

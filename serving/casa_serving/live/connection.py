@@ -1,0 +1,382 @@
+"""One WebSocket connection, which is one live session.
+
+Two tasks share it: `_read` takes in what the client sends, `_work` captions and answers, one
+thing at a time. Whatever ends the session, ends both: a stop, a client that vanishes in the
+middle of a frame, a time-out, the server's own end. There is no queue of outgoing messages: a
+message is awaited until the socket takes it, so a client that does not read holds up its own
+session, costs what the socket's buffers hold, and is cut off after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Coroutine
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from PIL import Image
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from vllm.exceptions import GracefulHTTPError
+
+from casa_engine.errors import InputError
+from casa_engine.live import HistoryItem, LiveSettings
+from casa_serving.live.engine_session import FrameResult, LiveEngine, LiveSession, TextDelta
+from casa_serving.live.inbox import Asked, Inbox
+from casa_serving.live.options import LiveOptions
+from casa_serving.live.protocol import (
+    ENGINE_ERROR,
+    IDLE,
+    POLICY,
+    SHUTTING_DOWN,
+    SLOW_CLIENT,
+    STOPPED,
+    SUBPROTOCOL,
+    AnswerDelta,
+    AnswerDone,
+    CaptionDelta,
+    Closed,
+    Create,
+    Created,
+    Event,
+    Fault,
+    Frame,
+    FrameDone,
+    FrameDropped,
+    Limits,
+    LiveError,
+    Question,
+    Stop,
+    read_frame,
+    read_text,
+)
+from casa_serving.live.registry import Registry
+from casa_serving.live.statistics import LiveMetrics, SessionStatistics
+from casa_serving.media import GuardedImageIO
+
+logger = logging.getLogger("vllm.casa_live")
+GOODBYE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class LiveService:
+    """What all sessions of a server process share.
+
+    Attributes:
+        engine: Opens sessions in the engine.
+        options: The operator's limits.
+        registry: The places for sessions.
+        metrics: The process's counters.
+        image_io: Decodes frames behind the guard for images.
+    """
+
+    engine: LiveEngine
+    options: LiveOptions
+    registry: Registry
+    metrics: LiveMetrics
+    image_io: GuardedImageIO
+
+
+class SessionEnd(Exception):  # noqa: N818 - an end is no error
+    """Ends the session.
+
+    Args:
+        reason: In words, for `session.closed` and the close frame.
+        close_code: The WebSocket's.
+        fault: The `error` message that goes before, if any.
+    """
+
+    def __init__(self, reason: str, close_code: int, fault: LiveError | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.close_code, self.fault = reason, close_code, fault
+
+
+class Connection:
+    """A client from the opened socket to the closed one.
+
+    Args:
+        socket: Not accepted yet.
+        service: What it shares with the others.
+    """
+
+    def __init__(self, socket: WebSocket, service: LiveService) -> None:
+        self.socket, self.service = socket, service
+        self.statistics = SessionStatistics(service.metrics)
+        self.inbox = Inbox()
+        self.created = self.busy = False
+
+    async def run(self) -> None:
+        """Runs the connection to its end; raises nothing."""
+        offered = self.socket.scope["subprotocols"]
+        await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        try:
+            with self.service.registry.place():
+                await self._run_in_place()
+        except LiveError as error:
+            await self._say_goodbye(SessionEnd("too many sessions", POLICY, error))
+
+    async def _run_in_place(self) -> None:
+        try:
+            await first_of(self._converse(), self._wait_for_shutdown())
+        except SessionEnd as end:
+            await self._say_goodbye(end)
+        except WebSocketDisconnect:
+            logger.info("Live session: the client has left.")
+        except Exception:  # the border: no fault of the engine's may take the server along
+            logger.exception("Live session: the engine failed.")
+            error = LiveError("engine_error", "The engine failed; connect again and resume with `history`.")
+            await self._say_goodbye(SessionEnd("engine error", ENGINE_ERROR, error))
+
+    async def _wait_for_shutdown(self) -> None:
+        await self.service.registry.closing.wait()
+        raise SessionEnd("server is shutting down", SHUTTING_DOWN)
+
+    async def _converse(self) -> None:
+        create = await self._wait_for_create()
+        session = await self._open(create)
+        try:
+            await first_of(self._read(session), self._work(session))
+        finally:
+            await session.close()
+
+    # Before the session: exactly one good message is expected.
+
+    async def _wait_for_create(self) -> Create:
+        try:
+            async with asyncio.timeout(self.service.options.live_create_timeout):
+                while True:
+                    create = await self._read_create()
+                    if create is not None:
+                        return create
+        except TimeoutError as timeout:
+            error = LiveError("idle_timeout", "No session was created in time. Send `session.create` first.")
+            raise SessionEnd("no session was created", IDLE, error) from timeout
+
+    async def _read_create(self) -> Create | None:
+        """Reads one message; returns it if it creates a session that is taken."""
+        try:
+            message = await self._receive()
+            if isinstance(message, bytes):
+                raise LiveError("no_session", "There is no session yet: send `session.create` before the first frame.")
+            parsed = read_text(message)
+            if not isinstance(parsed, Create):
+                raise LiveError("no_session", "There is no session yet: send `session.create` first.")
+            self._settings(parsed)
+            return parsed
+        except LiveError as error:
+            await self._send(Fault(code=error.code, message=str(error)))
+            return None
+
+    def _settings(self, create: Create) -> LiveSettings:
+        settings = create.settings(self.service.engine.defaults)
+        cap = self.service.options.live_text_budget or self.service.engine.defaults.text_budget
+        if settings.text_budget > cap:
+            raise LiveError(
+                "bad_settings",
+                f"text_budget is too large: got {settings.text_budget} tokens, at most {cap} are taken "
+                "(--live-text-budget). Ask for less or leave it out.",
+            )
+        return settings
+
+    async def _open(self, create: Create) -> LiveSession:
+        engine, options = self.service.engine, self.service.options
+        settings = self._settings(create)
+        try:
+            capacity = engine.capacity(settings)
+            self.service.registry.check_capacity(capacity)
+            session = await engine.open(settings, [HistoryItem(**item.model_dump()) for item in create.history])
+        except LiveError as error:
+            raise SessionEnd("too many sessions", POLICY, error) from error
+        except InputError as error:
+            raise SessionEnd("bad settings", POLICY, LiveError("bad_settings", str(error))) from error
+        self.created = True
+        self.statistics.frame_interval_ms = 1000 / settings.fps
+        limits = Limits(
+            max_frame_bytes=options.live_max_frame_bytes,
+            idle_timeout_s=options.live_idle_timeout,
+            max_sessions=min(options.live_max_sessions, capacity),
+        )
+        await self._send(Created(session=uuid.uuid4().hex, settings=asdict(settings), limits=limits))
+        return session
+
+    # What comes in.
+
+    async def _read(self, session: LiveSession) -> None:
+        """Takes in messages until the client leaves or falls silent."""
+        while True:
+            try:
+                async with asyncio.timeout(self.service.options.live_idle_timeout):
+                    message = await self._receive()
+            except TimeoutError as timeout:
+                if self.busy:
+                    continue
+                error = LiveError("idle_timeout", "Nothing was sent for too long. Connect again, with `history`.")
+                raise SessionEnd("idle", IDLE, error) from timeout
+            if not self.inbox.ended:
+                await self._take(message)
+
+    async def _take(self, message: str | bytes) -> None:
+        number = self.statistics.frames if isinstance(message, bytes) else None
+        try:
+            if isinstance(message, bytes):
+                await self._take_frame(message)
+            else:
+                self._take_text(read_text(message))
+        except LiveError as error:
+            await self._refuse(error, frame=number)
+
+    async def _take_frame(self, message: bytes) -> None:
+        number = self.statistics.frames
+        self.statistics.frames += 1
+        frame = read_frame(message, number, time.monotonic(), self.service.options.live_max_frame_bytes)
+        replaced = self.inbox.put_frame(frame)
+        if replaced is not None:
+            self.statistics.count("dropped")
+            await self._send(
+                FrameDropped(frame=replaced.number, timestamp=replaced.timestamp, replaced_by=frame.number)
+            )
+
+    def _take_text(self, message: Create | Question | Stop) -> None:
+        if isinstance(message, Stop):
+            self.inbox.end()
+        elif isinstance(message, Question):
+            self.inbox.put_question(Asked(self.statistics.questions, message.text, message.id))
+            self.statistics.questions += 1
+        else:
+            raise LiveError("already_created", "This connection has a session: one connection is one session.")
+
+    async def _receive(self) -> str | bytes:
+        message = await self.socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1006))
+        text = message.get("text")
+        return message["bytes"] if text is None else text
+
+    # What is done about it.
+
+    async def _work(self, session: LiveSession) -> None:
+        """Captions and answers until a stop; what it raises ends the session."""
+        while (item := await self.inbox.get()) is not None:
+            self.busy = True
+            try:
+                if isinstance(item, Frame):
+                    await self._caption(session, item)
+                else:
+                    await self._answer(session, item)
+            except LiveError as error:
+                is_frame = isinstance(item, Frame)
+                await self._refuse(
+                    error, frame=item.number if is_frame else None, question=None if is_frame else item.number
+                )
+            finally:
+                self.busy = False
+        raise SessionEnd("stopped", STOPPED)
+
+    async def _caption(self, session: LiveSession, frame: Frame) -> None:
+        image = await asyncio.to_thread(self._decode, frame.data)
+        started_s = time.monotonic()
+        async with contextlib.aclosing(session.caption(image, frame.timestamp)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, TextDelta):
+                    await self._send(CaptionDelta(frame=frame.number, timestamp=frame.timestamp, text=piece.text))
+        done = self._frame_done(frame, piece, started_s)
+        self.statistics.done(done)
+        await self._send(done)
+
+    def _frame_done(self, frame: Frame, result: FrameResult, started_s: float) -> FrameDone:
+        delay_s = time.monotonic() - frame.arrived_s
+        times = {"queue_ms": (started_s - frame.arrived_s) * 1000, "delay_ms": delay_s * 1000}
+        fields = asdict(result) | times
+        rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in fields.items()}
+        return FrameDone(frame=frame.number, timestamp=frame.timestamp, **rounded)
+
+    def _decode(self, data: bytes) -> Image.Image:
+        try:
+            return self.service.image_io.load_bytes(data).media
+        except InputError as error:
+            raise LiveError("bad_frame", str(error)) from error
+        except GracefulHTTPError as error:  # Too many pixels are being decoded in the whole process.
+            raise LiveError("bad_frame", str(error)) from error
+
+    async def _answer(self, session: LiveSession, question: Asked) -> None:
+        started_s = time.monotonic()
+        try:
+            async with contextlib.aclosing(session.ask(question.text)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, TextDelta):
+                        await self._send(AnswerDelta(question=question.number, id=question.id, text=piece.text))
+        except InputError as error:
+            raise LiveError("bad_message", str(error)) from error
+        total_ms = round((time.monotonic() - started_s) * 1000, 2)
+        await self._send(
+            AnswerDone(
+                question=question.number,
+                id=question.id,
+                text=piece.answer,
+                num_tokens=piece.num_tokens,
+                total_ms=total_ms,
+            )
+        )
+
+    # What goes out.
+
+    async def _refuse(self, error: LiveError, *, frame: int | None = None, question: int | None = None) -> None:
+        if frame is not None:
+            self.statistics.count("refused")
+        await self._send(Fault(code=error.code, message=str(error), frame=frame, question=question))
+
+    async def _send(self, event: Event) -> None:
+        """Sends one message; the socket's own buffer is all that may be waiting."""
+        try:
+            async with asyncio.timeout(self.service.options.live_send_timeout):
+                await self.socket.send_text(event.model_dump_json())
+        except TimeoutError as timeout:
+            error = LiveError("slow_client", "The client did not read what it was sent. Connect again, with `history`.")
+            raise SessionEnd("slow client", SLOW_CLIENT, error) from timeout
+
+    async def _say_goodbye(self, end: SessionEnd) -> None:
+        """Sends the last messages and closes; a client that does not take them is cut off."""
+        try:
+            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+                if end.fault is not None:
+                    fault = Fault(code=end.fault.code, message=str(end.fault), fatal=True)
+                    await self.socket.send_text(fault.model_dump_json())
+                if self.created:
+                    closed = Closed(reason=end.reason, statistics=self.statistics.summary())
+                    await self.socket.send_text(closed.model_dump_json())
+                await self.socket.close(end.close_code, end.reason)
+        except TimeoutError:
+            cut(self.socket)
+        except WebSocketDisconnect:
+            logger.info("Live session: the client left before the good-bye.")
+
+
+async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Runs coroutines until one of them ends or raises, then cancels the others and waits for them.
+
+    Raises:
+        BaseException: what the first one raised.
+    """
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+def cut(socket: WebSocket) -> None:
+    """Drops the connection of a client that reads nothing.
+
+    Closing would wait until the client has taken what is in the buffer, which it never does.
+    ASGI has no word for this, so the connection is looked up in the server.
+    """
+    for connection in list(socket.app.state.server.server_state.connections):
+        if getattr(connection, "scope", None) is socket.scope:
+            connection.transport.abort()

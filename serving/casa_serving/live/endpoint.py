@@ -1,0 +1,107 @@
+"""Entry point `vllm.endpoint_plugins`: puts `/v1/live` and the web page into vLLM's server.
+
+vLLM loads it in each API server process if `VLLM_PLUGINS` names it, which `casa-serve` takes
+care of (defaults.py). Each process has its own sessions and its own limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from argparse import Namespace
+from concurrent.futures import wait
+from dataclasses import replace
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from starlette.websockets import WebSocket
+from vllm.engine.protocol import EngineClient
+
+from casa_engine.errors import ConfigError
+from casa_serving.limits import ImageLimits
+from casa_serving.live import page
+from casa_serving.live.connection import Connection, LiveService
+from casa_serving.live.engine_session import LiveEngine
+from casa_serving.live.options import LiveOptions
+from casa_serving.live.protocol import PATH
+from casa_serving.live.registry import Registry
+from casa_serving.live.statistics import LiveMetrics
+from casa_serving.media import GuardedImageIO
+from casa_serving.register import CONNECTOR
+
+SHUTDOWN_TIMEOUT_S = 3.0
+
+
+class LiveEndpoint:
+    """See vLLM's `EndpointPlugin`."""
+
+    name = "casa_live"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        if os.environ.get("VLLM_MEDIA_CONNECTOR") != CONNECTOR:
+            raise ConfigError("casa_live needs the guards of casa-serve: start the server with casa-serve.")
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds the routes. Mutates `app`."""
+        app.add_api_websocket_route(PATH, live)
+        page.attach(app)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Sets `state.live`, which the route reads. Mutates `state` and the client's `shutdown`."""
+        if engine_client is None:
+            raise ConfigError("casa_live needs an engine, which vLLM's render server does not have.")
+        options = LiveOptions.from_arguments(vars(args))
+        metrics = LiveMetrics()
+        state.live = LiveService(
+            engine=open_engine(engine_client, Path(args.model)),
+            options=options,
+            registry=Registry(options.live_max_sessions, metrics),
+            metrics=metrics,
+            image_io=GuardedImageIO(ImageLimits.from_options(vars(args))),
+        )
+        tell_before_shutdown(engine_client, state.live.registry)
+
+
+async def live(websocket: WebSocket) -> None:
+    """The route `/v1/live`."""
+    await Connection(websocket, websocket.app.state.live).run()
+
+
+def open_engine(engine_client: EngineClient, checkpoint: Path) -> LiveEngine:
+    """Returns what opens sessions, with defaults that fit the server's context."""
+    engine = LiveEngine(engine_client, checkpoint)
+    budget = min(engine.defaults.text_budget, engine_client.model_config.max_model_len)
+    engine.defaults = replace(engine.defaults, text_budget=budget)
+    return engine
+
+
+def tell_before_shutdown(engine_client: EngineClient, registry: Registry) -> None:
+    """Has the sessions told that the server ends before their engine is taken from under them.
+
+    At SIGTERM vLLM shuts its engine down first, in a thread, and the connections afterwards; it
+    has no hook before. So the client's own `shutdown` is what waits for the sessions.
+
+    Mutates:
+        engine_client: its `shutdown`.
+    """
+    loop = asyncio.get_running_loop()
+    shutdown = engine_client.shutdown
+
+    def tell_and_shutdown(timeout: float | None = None) -> None:
+        if loop.is_running() and not is_in(loop):
+            told = asyncio.run_coroutine_threadsafe(registry.close(SHUTDOWN_TIMEOUT_S), loop)
+            # A loop that has stopped in between never answers.
+            wait([told], timeout=SHUTDOWN_TIMEOUT_S + 1)
+        shutdown(timeout=timeout)
+
+    engine_client.shutdown = tell_and_shutdown
+
+
+def is_in(loop: asyncio.AbstractEventLoop) -> bool:
+    """Tells whether the calling thread is the one that runs the loop, which therefore must not wait for it."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

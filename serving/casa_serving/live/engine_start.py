@@ -1,0 +1,47 @@
+"""An engine for live sessions in a process that is no server (`casa-caption`, benchmarks, tests)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from casa_engine.checkpoints import check_tensors, read_config
+from casa_serving.cli import check_folder, on_cpu
+from casa_serving.defaults import embedded_checkpoint, engine_options, set_environment
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+CAPTION_PROCESSOR = "casa_vllm.caption_processor:CaptionLogitsProcessor"
+
+
+async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
+    """Starts an engine in processes of its own, with the defaults of `casa-serve`.
+
+    Args:
+        checkpoint: Folder of the model.
+        **options: vLLM's engine arguments that are to differ.
+
+    Returns:
+        The engine; `shutdown()` ends it.
+
+    Raises:
+        CheckpointError: The folder holds no CASA model.
+    """
+    checkpoint = Path(checkpoint)
+    check_folder(checkpoint)
+    config = read_config(checkpoint)
+    check_tensors(checkpoint, config)
+    embedded = checkpoint.resolve() == embedded_checkpoint().resolve()
+    set_environment(embedded=embedded, on_cpu=on_cpu(), live=False)
+    # Only now: vLLM reads the environment when it is imported.
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    defaults = engine_options(config, embedded=embedded, on_cpu=on_cpu())
+    arguments = {name: value for name, value in defaults.items() if name in known} | {"model": str(checkpoint)}
+    if on_cpu():
+        arguments["logits_processors"] = [CAPTION_PROCESSOR]
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | options)))

@@ -1,0 +1,74 @@
+"""What `casa-serve` lets an operator decide about live sessions."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from casa_engine.errors import InputError
+
+# uvicorn closes a WebSocket with 1009 at a message above 16 MiB; 8 bytes of it are the timestamp.
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+MAX_FRAME_BYTES = MAX_MESSAGE_BYTES - 8
+
+
+@dataclass(frozen=True)
+class LiveOptions:
+    """Limits on live sessions, for each server process.
+
+    Attributes:
+        live_max_sessions: Open connections; 0 turns live sessions off altogether.
+        live_idle_timeout: Seconds that a client may send nothing.
+        live_create_timeout: Seconds from the connection to `session.create`.
+        live_send_timeout: Seconds that a client may not read what is sent to it.
+        live_max_frame_bytes: Largest encoded frame.
+        live_text_budget: Largest text budget that a client may ask for; None is the checkpoint's own.
+    """
+
+    live_max_sessions: int = 8
+    live_idle_timeout: float = 60.0
+    live_create_timeout: float = 10.0
+    live_send_timeout: float = 10.0
+    live_max_frame_bytes: int = MAX_FRAME_BYTES
+    live_text_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values themselves.
+
+        Raises:
+            InputError: an option that no session could meet.
+        """
+        lowest = {"live_max_sessions": 0, "live_max_frame_bytes": 1, "live_text_budget": 1}
+        for name, value in asdict(self).items():
+            if value is not None and (value < lowest.get(name, 0) or (value <= 0 and name not in lowest)):
+                raise InputError(f"--{name.replace('_', '-')} must be positive, got {value!r}.")
+
+    @classmethod
+    def from_arguments(cls, arguments: dict[str, Any]) -> LiveOptions:
+        """Returns the options among a command line's; a frame is never larger than any other image."""
+        known = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
+        image_bytes = arguments.get("max_image_bytes", MAX_FRAME_BYTES)
+        known["live_max_frame_bytes"] = min(known["live_max_frame_bytes"], image_bytes, MAX_FRAME_BYTES)
+        return cls(**known)
+
+
+HELP = {
+    "live_max_sessions": "most live sessions at once, for each API server process; 0 turns /v1/live and the page off",
+    "live_idle_timeout": "seconds that a live client may send nothing",
+    "live_create_timeout": "seconds that a live client has to create its session",
+    "live_send_timeout": "seconds that a live client may not read what it is sent",
+    "live_max_frame_bytes": "largest frame in bytes, at most --max-image-bytes and 16 MiB",
+    "live_text_budget": "largest text budget in tokens that a live client may ask for (None: the checkpoint's own)",
+}
+
+
+def add_live_options(group: argparse._ArgumentGroup) -> None:
+    """Adds an option for each, with its default in the help."""
+    for name, default in asdict(LiveOptions()).items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=float if isinstance(default, float) else int,
+            default=default,
+            help=f"{HELP[name]} (default: {default})",
+        )

@@ -1,0 +1,102 @@
+"""The web page of live captioning: static files at `/` and `/web/`, and the headers that fence it in.
+
+The files are read once, when the server starts, and looked up by name: no path from outside
+ever reaches the file system. The page needs nothing but its own server, and its headers forbid
+it anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+INDEX = "index.html"
+# By name, not by the machine's mime.types: a module of any other type is not run by browsers.
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        # The WebSocket /v1/live of this very server; `blob:` is the video that the user picked.
+        "connect-src 'self'",
+        "media-src blob:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+HEADERS = {
+    # Kept by browsers, but asked for again each time: a new release is seen at once.
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True)
+class WebFile:
+    """A file of the page.
+
+    Attributes:
+        body: Its bytes.
+        content_type: What browsers are told it is.
+        etag: Changes with the bytes, as HTTP writes it.
+    """
+
+    body: bytes
+    content_type: str
+    etag: str
+
+
+def read_files() -> dict[str, WebFile]:
+    """Returns every file of the page by its name."""
+    found = {}
+    for path in (files("casa_serving") / "web").iterdir():
+        ending = path.name[path.name.rfind(".") :]
+        if ending in CONTENT_TYPES:
+            body = path.read_bytes()
+            found[path.name] = WebFile(body, CONTENT_TYPES[ending], f'"{hashlib.sha256(body).hexdigest()[:16]}"')
+    return found
+
+
+def attach(app: Starlette) -> None:
+    """Adds the page's routes behind all others, so that none of them is shadowed.
+
+    Mutates:
+        app: its routes.
+    """
+    web = read_files()
+
+    async def show(request: Request) -> Response:
+        """Answers a file, 304 to a browser that has it, or 404."""
+        name = request.path_params.get("name", INDEX)
+        if name not in web:
+            return Response(f"There is no {name!r} here.\n", 404, HEADERS, "text/plain")
+        return answer(web[name], request.headers.get("if-none-match"))
+
+    for path in ("/", "/web/{name}"):
+        app.router.routes.append(Route(path, show, methods=["GET", "HEAD"], include_in_schema=False))
+
+
+def answer(file: WebFile, known: str | None) -> Response:
+    """Returns the answer to a browser that has the version `known` of a file, or None."""
+    headers = {**HEADERS, "ETag": file.etag}
+    if known == file.etag:
+        return Response(status_code=304, headers=headers)
+    return Response(file.body, headers={**headers, "Content-Type": file.content_type})

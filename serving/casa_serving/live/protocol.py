@@ -1,0 +1,338 @@
+"""The messages of `/v1/live`, each a pydantic model; docs/live.md is the same in words.
+
+A client sends JSON text messages (`Create`, `Question`, `Stop`) and frames, which are binary: 8
+bytes with the timestamp in seconds (little-endian float64), then a JPEG, PNG or WebP file. The
+server sends JSON text messages only. Unknown fields of a client are refused, because a misspelt
+option that is dropped in silence is a bug that nobody finds; unknown fields of a server are
+ignored, so that a client outlives the server's next version.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+
+from casa_engine.errors import CasaError, InputError
+from casa_engine.live import LiveSettings
+from casa_engine.live.settings import MAX_TEXT_CHARACTERS
+
+PATH = "/v1/live"
+SUBPROTOCOL = "casa-live"
+TIMESTAMP = struct.Struct("<d")
+MAX_TEXT_BYTES = 1024 * 1024
+MAX_QUESTION_CHARACTERS = 2000
+MAX_HISTORY_ITEMS = 4096
+
+ErrorCode = Literal[
+    "no_session",
+    "already_created",
+    "bad_message",
+    "bad_settings",
+    "bad_frame",
+    "frame_too_large",
+    "too_many_sessions",
+    "idle_timeout",
+    "slow_client",
+    "engine_error",
+]
+# Close codes; 1009 (a message above 16 MiB) is sent by the WebSocket layer itself.
+STOPPED, POLICY, ENGINE_ERROR, SHUTTING_DOWN, IDLE, SLOW_CLIENT = 1000, 1008, 1011, 1012, 4000, 4001
+
+
+class LiveError(CasaError):
+    """Something a client did that the protocol answers with an `error` message.
+
+    Args:
+        code: One of the protocol's error codes.
+        message: What, got, expected, how to fix.
+    """
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code: ErrorCode = code
+
+
+class ClientMessage(BaseModel):
+    """What a client sends as JSON: exactly the fields that are named, of exactly their types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class CaptionItem(ClientMessage):
+    """One caption of an earlier session."""
+
+    caption: str = Field(max_length=MAX_TEXT_CHARACTERS)
+    timestamp: float | None = None
+
+
+class AnswerItem(ClientMessage):
+    """One question of an earlier session and what was answered."""
+
+    question: str = Field(max_length=MAX_QUESTION_CHARACTERS)
+    answer: str = Field(max_length=MAX_TEXT_CHARACTERS)
+
+
+class CreateBase(ClientMessage):
+    """`session.create` without the settings' own fields."""
+
+    type: Literal["session.create"] = "session.create"
+    history: list[CaptionItem | AnswerItem] = Field(default=[], max_length=MAX_HISTORY_ITEMS)
+
+    def settings(self, defaults: LiveSettings) -> LiveSettings:
+        """Returns the server's defaults with what the client has set.
+
+        Raises:
+            LiveError: a value that makes no sense (`bad_settings`).
+        """
+        named = {name: getattr(self, name) for name in self.model_fields_set if name in SETTINGS}
+        try:
+            return replace(defaults, **named)
+        except InputError as error:
+            raise LiveError("bad_settings", str(error)) from error
+
+
+SETTINGS = tuple(field.name for field in fields(LiveSettings))
+_HINTS = get_type_hints(LiveSettings)
+# The settings' fields are written down once, in LiveSettings; an unset one takes the server's default.
+Create = create_model("Create", __base__=CreateBase, **{name: (_HINTS[name], None) for name in SETTINGS})
+
+
+class Question(ClientMessage):
+    """A question about what is seen or was said, answered between two frames."""
+
+    type: Literal["question"] = "question"
+    text: str = Field(min_length=1, max_length=MAX_QUESTION_CHARACTERS)
+    id: str | None = Field(default=None, max_length=200)
+
+
+class Stop(ClientMessage):
+    """Ends the session after what is already in work or waiting."""
+
+    type: Literal["session.stop"] = "session.stop"
+
+
+CLIENT_MESSAGES: dict[str, type[ClientMessage]] = {"session.create": Create, "question": Question, "session.stop": Stop}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A binary message.
+
+    Attributes:
+        number: 0 for the session's first binary message, refused ones counted too.
+        timestamp: Its time in the video, in seconds.
+        data: The encoded image.
+        arrived_s: When it came, on the server's monotonic clock.
+    """
+
+    number: int
+    timestamp: float
+    data: bytes
+    arrived_s: float
+
+
+def read_text(text: str) -> ClientMessage:
+    """Parses a text message.
+
+    Raises:
+        LiveError: it is none of the protocol's (`bad_message`, or `bad_settings` in a create).
+    """
+    if len(text) > MAX_TEXT_BYTES:
+        raise LiveError(
+            "bad_message", f"The message is too long: got {len(text)} characters, at most {MAX_TEXT_BYTES}."
+        )
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LiveError("bad_message", "A text message must be JSON; send frames as binary messages.") from error
+    kind = message.get("type") if isinstance(message, dict) else None
+    model = CLIENT_MESSAGES.get(kind) if isinstance(kind, str) else None
+    if model is None:
+        known = ", ".join(CLIENT_MESSAGES)
+        raise LiveError("bad_message", f"The message has the type {str(kind)[:40]!r}, expected one of: {known}.")
+    try:
+        return model.model_validate(message)
+    except ValidationError as error:
+        code: ErrorCode = "bad_settings" if model is Create else "bad_message"
+        raise LiveError(code, f"{kind}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """Returns what is wrong in one sentence for each field, without pydantic's links."""
+    found = []
+    for fault in error.errors(include_url=False)[:4]:
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            found.append(f"the field {name[:60]!r} is unknown")
+        elif fault["type"] == "missing":
+            found.append(f"the field {name[:60]!r} is missing")
+        else:
+            found.append(f"{name}: {fault['msg']}, got {str(fault['input'])[:60]!r}")
+    return "; ".join(found) + "."
+
+
+def read_frame(message: bytes, number: int, arrived_s: float, max_bytes: int) -> Frame:
+    """Parses a binary message; the image itself is looked at when its turn comes.
+
+    Raises:
+        LiveError: too short, too large, or no timestamp (`bad_frame`, `frame_too_large`).
+    """
+    if len(message) <= TIMESTAMP.size:
+        raise LiveError(
+            "bad_frame",
+            f"The frame is too short: got {len(message)} bytes, expected 8 bytes with the timestamp in seconds "
+            "(little-endian float64) and then a JPEG, PNG or WebP file.",
+        )
+    if len(message) - TIMESTAMP.size > max_bytes:
+        raise LiveError(
+            "frame_too_large",
+            f"The frame is too large: got {len(message) - TIMESTAMP.size} bytes, at most {max_bytes} are taken "
+            "(--live-max-frame-bytes). Scale it down or compress it.",
+        )
+    (timestamp,) = TIMESTAMP.unpack_from(message)
+    if not math.isfinite(timestamp):
+        raise LiveError("bad_frame", f"The frame's timestamp is {timestamp}, expected seconds (little-endian float64).")
+    return Frame(number, timestamp, message[TIMESTAMP.size :], arrived_s)
+
+
+class Event(BaseModel):
+    """What the server sends."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Limits(Event):
+    """What the server takes; see docs/limits.md."""
+
+    max_frame_bytes: int
+    idle_timeout_s: float
+    max_sessions: int
+
+
+class Created(Event):
+    """The session is ready for frames."""
+
+    type: Literal["session.created"] = "session.created"
+    session: str
+    settings: dict[str, Any]
+    limits: Limits
+
+
+class CaptionDelta(Event):
+    """A piece of a caption."""
+
+    type: Literal["caption.delta"] = "caption.delta"
+    frame: int
+    timestamp: float
+    text: str
+
+
+class FrameDone(Event):
+    """A frame's caption is complete; `caption` is "" when there was nothing to say.
+
+    `queue_ms` arrival to its turn, `ttft_ms` its turn to the first token, `total_ms` its turn to
+    the last token, `delay_ms` arrival to the last token.
+    """
+
+    type: Literal["frame.done"] = "frame.done"
+    frame: int
+    timestamp: float
+    caption: str
+    num_tokens: int
+    truncated: bool
+    trimmed: bool
+    restarted: bool
+    queue_ms: float
+    ttft_ms: float
+    total_ms: float
+    delay_ms: float
+    text_tokens: int
+    image_tokens: int
+    image_pages: int
+
+
+class FrameDropped(Event):
+    """A newer frame came before this one's turn."""
+
+    type: Literal["frame.dropped"] = "frame.dropped"
+    frame: int
+    timestamp: float
+    replaced_by: int
+
+
+class AnswerDelta(Event):
+    """A piece of an answer; `question` counts the session's questions from 0."""
+
+    type: Literal["answer.delta"] = "answer.delta"
+    question: int
+    id: str | None
+    text: str
+
+
+class AnswerDone(Event):
+    """An answer is complete."""
+
+    type: Literal["answer.done"] = "answer.done"
+    question: int
+    id: str | None
+    text: str
+    num_tokens: int
+    total_ms: float
+
+
+class Fault(Event):
+    """Something was refused; the session goes on unless it is `fatal`."""
+
+    type: Literal["error"] = "error"
+    code: ErrorCode
+    message: str
+    frame: int | None = None
+    question: int | None = None
+    fatal: bool = False
+
+
+class Delays(Event):
+    """Of the delays of a session's last frames, in milliseconds; None before the first."""
+
+    p50: float | None
+    p95: float | None
+    max: float | None
+
+
+class Statistics(Event):
+    """A session in numbers; `late` frames took longer than 1/fps."""
+
+    frames: int
+    captioned: int
+    silent: int
+    dropped: int
+    refused: int
+    tokens: int
+    questions: int
+    duration_s: float
+    late: int
+    delay_ms: Delays
+    trims: int
+    restarts: int
+
+
+class Closed(Event):
+    """The last message of a session."""
+
+    type: Literal["session.closed"] = "session.closed"
+    reason: str
+    statistics: Statistics
+
+
+ServerEvent = Created | CaptionDelta | FrameDone | FrameDropped | AnswerDelta | AnswerDone | Fault | Closed
+_EVENTS: TypeAdapter[ServerEvent] = TypeAdapter(Annotated[ServerEvent, Field(discriminator="type")])
+
+
+def read_event(text: str | bytes) -> ServerEvent:
+    """Parses what a server has sent (for clients)."""
+    return _EVENTS.validate_json(text)

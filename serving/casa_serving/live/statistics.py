@@ -1,0 +1,102 @@
+"""What a session tells about itself at its end, and what the server tells Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from casa_serving.live.protocol import Delays, FrameDone, Statistics
+
+Result = Literal["captioned", "silent", "dropped", "refused"]
+# A session may run for days: percentiles are of its last frames, so that nothing grows.
+MAX_DELAYS = 4096
+DELAY_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+
+
+class LiveMetrics:
+    """The server's Prometheus metrics; one object a process.
+
+    Args:
+        registry: Where they are registered.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.sessions = Gauge(
+            "casa:live_sessions",
+            "Open connections to /v1/live that hold one of its places.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.frames = Counter("casa:live_frames", "Frames of live sessions by result.", ["result"], registry=registry)
+        self.delay = Histogram(
+            "casa:live_frame_delay_seconds",
+            "From a frame's arrival to the last token of its caption.",
+            buckets=DELAY_BUCKETS_S,
+            registry=registry,
+        )
+        self.trims = Counter("casa:live_trims", "Times a session's text budget was reached.", registry=registry)
+        self.restarts = Counter("casa:live_restarts", "Engine requests begun again from text.", registry=registry)
+        for result in ("captioned", "silent", "dropped", "refused"):
+            self.frames.labels(result)  # A series that is zero is there from the start.
+
+
+@dataclass
+class SessionStatistics:
+    """Counts of one session, which go to the server's metrics as well.
+
+    Attributes:
+        metrics: The server's.
+        frame_interval_ms: 1000/fps: a frame that takes longer is late.
+    """
+
+    metrics: LiveMetrics
+    frame_interval_ms: float = float("inf")
+    counts: dict[Result, int] = field(default_factory=lambda: {"captioned": 0, "silent": 0, "dropped": 0, "refused": 0})
+    frames: int = 0
+    tokens: int = 0
+    questions: int = 0
+    late: int = 0
+    trims: int = 0
+    restarts: int = 0
+    started_s: float = field(default_factory=time.monotonic)
+    delays_ms: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DELAYS))
+    longest_delay_ms: float | None = None
+
+    def count(self, result: Result) -> None:
+        """Counts a frame by what became of it."""
+        self.counts[result] += 1
+        self.metrics.frames.labels(result).inc()
+
+    def done(self, frame: FrameDone) -> None:
+        """Counts a frame that the model has seen."""
+        self.count("captioned" if frame.caption else "silent")
+        self.tokens += frame.num_tokens
+        self.late += frame.delay_ms > self.frame_interval_ms
+        self.delays_ms.append(frame.delay_ms)
+        self.longest_delay_ms = max(frame.delay_ms, self.longest_delay_ms or 0.0)
+        self.metrics.delay.observe(frame.delay_ms / 1000)
+        self.trims += frame.trimmed
+        self.metrics.trims.inc(frame.trimmed)
+        self.restarts += frame.restarted
+        self.metrics.restarts.inc(frame.restarted)
+
+    def summary(self) -> Statistics:
+        """Returns the message's part of the protocol."""
+        p50, p95 = (round(float(value), 1) for value in np.percentile(self.delays_ms or [0.0], [50, 95]))
+        delays = Delays(p50=p50, p95=p95, max=self.longest_delay_ms)
+        return Statistics(
+            frames=self.frames,
+            **self.counts,
+            tokens=self.tokens,
+            questions=self.questions,
+            duration_s=round(time.monotonic() - self.started_s, 3),
+            late=self.late,
+            delay_ms=delays if self.delays_ms else Delays(p50=None, p95=None, max=None),
+            trims=self.trims,
+            restarts=self.restarts,
+        )

@@ -1,0 +1,73 @@
+// The protocol of /v1/live: one WebSocket is one session. Knows nothing of the page.
+
+const PROTOCOL = "casa-live";
+const TIMESTAMP_BYTES = 8;
+
+/** Returns text as base64url without padding, which is all that a subprotocol's name may hold. */
+export function base64url(text) {
+  const bytes = String.fromCharCode(...new TextEncoder().encode(text));
+  return btoa(bytes).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+}
+
+/** Returns the address of a path beside the page, for instance under a proxy's prefix. */
+export function address(path, scheme = location.protocol) {
+  const url = new URL(path, document.baseURI);
+  url.protocol = scheme;
+  return url.href;
+}
+
+function liveAddress() {
+  return address("v1/live", location.protocol === "https:" ? "wss:" : "ws:");
+}
+
+export class LiveClient {
+  /**
+   * Connects and asks for a session.
+   * @param {object} create fields of session.create: settings and history
+   * @param {string} key API key, or ""
+   * @param {(event: object) => void} onEvent gets every message of the server
+   * @param {(end: {opened: boolean, code: number, reason: string}) => void} onEnd is called once
+   */
+  constructor(create, key, onEvent, onEnd) {
+    let opened = false;
+    // Browsers cannot set a header here; the server turns this subprotocol into one.
+    this.socket = new WebSocket(liveAddress(), key ? [PROTOCOL, `casa-key.${base64url(key)}`] : [PROTOCOL]);
+    this.socket.onopen = () => {
+      opened = true;
+      this.#send({ type: "session.create", ...create });
+    };
+    this.socket.onmessage = (message) => onEvent(JSON.parse(message.data));
+    this.socket.onclose = ({ code, reason }) => onEnd({ opened, code, reason });
+  }
+
+  /** Tells whether the last frame is still on its way out: the next one would only queue up behind it. */
+  get congested() {
+    return this.socket.bufferedAmount > 0;
+  }
+
+  /** Sends a picture: the timestamp in seconds as a little-endian double, then the file. */
+  sendFrame(picture, timestamp) {
+    const header = new DataView(new ArrayBuffer(TIMESTAMP_BYTES));
+    header.setFloat64(0, timestamp, true);
+    this.socket.send(new Blob([header, picture]));
+  }
+
+  ask(text, id) {
+    this.#send({ type: "question", text, id });
+  }
+
+  /** Asks for the end; the server answers with statistics and closes. */
+  stop() {
+    this.#send({ type: "session.stop" });
+  }
+
+  /** Lets go at once; nothing is reported any more. */
+  abandon() {
+    this.socket.onmessage = this.socket.onclose = null;
+    this.socket.close();
+  }
+
+  #send(message) {
+    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+  }
+}

@@ -1,0 +1,103 @@
+// What was said when: the captions and answers of a video. It outlives sessions, which resume from it.
+
+// The server keeps what fits its text budget, and takes no more characters in one item.
+const MAX_HISTORY = 400;
+const MAX_CHARACTERS = 2000;
+
+export class Transcript {
+  constructor() {
+    this.entries = []; // By time in the video.
+    this.arrived = []; // As they came, which is the order the model knows them in.
+    this.open = new Map(); // Key of a caption or answer that is being written -> entry.
+  }
+
+  /** Adds text to the caption of a frame; returns its entry, or null while there is nothing to show. */
+  captionDelta({ frame, timestamp, text }) {
+    const key = `frame ${frame}`;
+    if (!this.open.has(key) && !text.trim()) return null;
+    const entry = this.open.get(key) ?? this.#add(key, { kind: "caption", timestamp, text: "", done: false });
+    entry.text += text;
+    return entry;
+  }
+
+  /** Ends the caption of a frame; returns its entry, or null if the frame was silent. */
+  captionDone({ frame, timestamp, caption }) {
+    if (!caption.trim()) return this.#drop(`frame ${frame}`);
+    this.captionDelta({ frame, timestamp, text: caption });
+    return this.#finish(`frame ${frame}`, caption);
+  }
+
+  /** Notes a question; its answer is written into the entry that is returned. */
+  question(id, timestamp, question) {
+    return this.#add(`question ${id}`, { kind: "question", timestamp, question, text: "", done: false });
+  }
+
+  answerDelta({ id, text }) {
+    const entry = this.open.get(`question ${id}`);
+    if (entry) entry.text += text;
+    return entry ?? null;
+  }
+
+  answerDone({ id, text }) {
+    return this.#finish(`question ${id}`, text);
+  }
+
+  /** Forgets what is not finished, of one kind or all; returns the entries that are gone. */
+  dropUnfinished(kind = null) {
+    const gone = [...this.open].filter(([, entry]) => kind === null || entry.kind === kind);
+    for (const [key] of gone) this.#drop(key);
+    return gone.map(([, entry]) => entry);
+  }
+
+  /** Returns the caption that belongs to a time in the video, or null. */
+  captionAt(time) {
+    for (let index = this.#after(time) - 1; index >= 0; index -= 1) {
+      if (this.entries[index].kind === "caption") return this.entries[index];
+    }
+    return null;
+  }
+
+  /** Returns what a new session is told of the old one, as session.create takes it. */
+  history() {
+    const finished = this.arrived.filter((entry) => entry.done).slice(-MAX_HISTORY);
+    return finished.map(({ kind, timestamp, question, text }) => {
+      const said = text.slice(0, MAX_CHARACTERS);
+      return kind === "caption" ? { caption: said, timestamp } : { question, answer: said };
+    });
+  }
+
+  /** Number of entries up to and including a time, found by halving. */
+  #after(time) {
+    let low = 0;
+    let high = this.entries.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (this.entries[middle].timestamp <= time) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  }
+
+  #add(key, entry) {
+    this.entries.splice(this.#after(entry.timestamp), 0, entry);
+    this.arrived.push(entry);
+    this.open.set(key, entry);
+    return entry;
+  }
+
+  #finish(key, text) {
+    const entry = this.open.get(key);
+    if (!entry) return null;
+    Object.assign(entry, { text, done: true });
+    this.open.delete(key);
+    return entry;
+  }
+
+  #drop(key) {
+    const entry = this.open.get(key);
+    this.open.delete(key);
+    this.entries = this.entries.filter((other) => other !== entry);
+    this.arrived = this.arrived.filter((other) => other !== entry);
+    return null;
+  }
+}

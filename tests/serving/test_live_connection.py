@@ -1,0 +1,344 @@
+"""One connection of `/v1/live`, with an engine that does what a test tells it: order, limits, ends."""
+
+import asyncio
+import json
+import struct
+from urllib.parse import urlsplit
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from casa_serving.live.client import ConnectionLostError, LiveClient
+from casa_serving.live.protocol import LiveError
+from event_loop import in_loop
+from image_files import encoded, plain
+from scripted_live import scripted_server
+
+
+def frame(width=28, height=28, timestamp=0.0):
+    """Returns a binary message."""
+    return struct.pack("<d", timestamp) + encoded(plain(width, height))
+
+
+def picture(width=28, height=28):
+    """Returns an image file."""
+    return encoded(plain(width, height))
+
+
+async def until(condition, seconds=10.0):
+    """Waits until a condition holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def rest(socket):
+    """Returns the messages that still come, and the close code."""
+    messages = []
+    try:
+        while True:
+            messages.append(json.loads(await socket.recv()))
+    except ConnectionClosed:
+        return messages, socket.close_code
+
+
+async def take(client, kind):
+    """Returns the next event of a kind."""
+    async for event in client.events():
+        if event.type == kind:
+            return event
+    raise AssertionError(f"no {kind}")
+
+
+@in_loop
+async def test_a_session_from_create_to_stop():
+    async with scripted_server() as server, LiveClient(server.url) as client:
+        created = await client.create(fps=4, instruction="Look.")
+        assert created.settings["fps"] == 4
+        assert created.settings["text_budget"] == 512
+        assert created.limits.max_sessions == 8
+        assert await client.send_frame(picture(28, 56), 0.5) == 0
+        done = await take(client, "frame.done")
+        assert (done.frame, done.timestamp, done.caption, done.image_pages) == (0, 0.5, "28 56", 2)
+        assert 0 <= done.queue_ms <= done.delay_ms
+        assert await client.ask("Is it?", id="q") == 0
+        answer = await take(client, "answer.done")
+        assert (answer.question, answer.id, answer.text) == (0, "q", "yes")
+        await client.send_frame(picture(56, 28), 1.0)
+        statistics = await client.stop()
+        assert [e.type for e in [event async for event in client.events()]] == [
+            "caption.delta",
+            "caption.delta",
+            "frame.done",
+            "session.closed",
+        ]
+        assert (statistics.frames, statistics.captioned, statistics.questions, statistics.tokens) == (2, 2, 1, 6)
+        assert statistics.delay_ms.p50 is not None
+        assert list(client.history) == [
+            {"caption": "28 56", "timestamp": 0.5},
+            {"question": "Is it?", "answer": "yes"},
+            {"caption": "56 28", "timestamp": 1.0},
+        ]
+        await until(lambda: server.metric("casa:live_sessions") == 0)
+        assert server.engine.sessions[0].is_closed
+        assert server.metric("casa:live_frames_total", result="captioned") == 2
+
+
+@in_loop
+async def test_frames_are_dropped_and_never_queued():
+    async with scripted_server() as server, LiveClient(server.url) as client:
+        await client.create()
+        server.engine.gate.clear()
+        await client.send_frame(picture(), 0.0)
+        await take(client, "caption.delta")
+        for number in range(1, 20):
+            await client.send_frame(picture(), number / 2)
+        dropped = [await take(client, "frame.dropped") for _ in range(18)]
+        server.engine.gate.set()
+        statistics = await client.stop()
+        assert [(event.frame, event.replaced_by) for event in dropped] == [(n, n + 1) for n in range(1, 19)]
+        done = [event.frame async for event in client.events() if event.type == "frame.done"]
+        assert done == [0, 19]
+        assert (statistics.frames, statistics.captioned, statistics.dropped) == (20, 2, 18)
+
+
+@in_loop
+async def test_questions_go_before_the_waiting_frame_and_only_four_wait():
+    async with scripted_server() as server, LiveClient(server.url) as client:
+        await client.create()
+        server.engine.gate.clear()
+        await client.send_frame(picture(), 0.0)
+        await take(client, "caption.delta")
+        await client.send_frame(picture(), 0.5)
+        for _ in range(5):
+            await client.ask("What?")
+        refused = await take(client, "error")
+        assert (refused.code, refused.fatal) == ("bad_message", False)
+        server.engine.gate.set()
+        await client.stop()
+        ends = [event.type async for event in client.events() if event.type.endswith(".done")]
+        assert ends == ["frame.done", *["answer.done"] * 4, "frame.done"]
+
+
+BAD_MESSAGES = {
+    "no json": ("hello", "bad_message", "must be JSON"),
+    "deep json": ("[" * 100_000, "bad_message", "must be JSON"),
+    "a list": ("[1]", "bad_message", "expected one of: session.create"),
+    "unknown type": ('{"type": "session.pause"}', "bad_message", "session.pause"),
+    "type of another type": ('{"type": ["session.stop"]}', "bad_message", "expected one of"),
+    "unknown field": ('{"type": "question", "text": "Hi", "colour": 1}', "bad_message", "'colour' is unknown"),
+    "no text": ('{"type": "question"}', "bad_message", "'text' is missing"),
+    "empty text": ('{"type": "question", "text": ""}', "bad_message", "at least 1 character"),
+    "long text": (json.dumps({"type": "question", "text": "x" * 3000}), "bad_message", "at most 2000"),
+    "two megabytes": (json.dumps({"type": "question", "text": "x" * 2_000_000}), "bad_message", "too long"),
+    "create again": ('{"type": "session.create"}', "already_created", "one connection is one session"),
+    "special tokens": ('{"type": "question", "text": "<bad>"}', "bad_message", "special token"),
+    "garbage frame": (struct.pack("<d", 1.0) + b"garbage", "bad_frame", "neither JPEG, PNG nor WebP"),
+    "cut frame": (frame()[:60], "bad_frame", "damaged or cut off"),
+    "no image": (struct.pack("<d", 1.0), "bad_frame", "too short"),
+    "empty frame": (b"", "bad_frame", "got 0 bytes"),
+    "no time": (frame(timestamp=float("nan")), "bad_frame", "timestamp is nan"),
+    "large frame": (frame() + bytes(100_000), "frame_too_large", "--live-max-frame-bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MESSAGES)
+@in_loop
+async def test_a_bad_message_in_a_session_is_refused_and_the_session_goes_on(name):
+    message, code, words = BAD_MESSAGES[name]
+    async with scripted_server(max_frame_bytes=100_000) as server, connect(server.url) as socket:
+        await socket.send('{"type": "session.create"}')
+        assert json.loads(await socket.recv())["type"] == "session.created"
+        await socket.send(message)
+        refused = json.loads(await socket.recv())
+        assert (refused["type"], refused["code"], refused["fatal"]) == ("error", code, False)
+        assert words in refused["message"]
+        is_frame = isinstance(message, bytes)
+        assert refused["frame"] == (0 if is_frame else None)
+        await socket.send(frame())
+        await socket.send('{"type": "session.stop"}')
+        messages, close_code = await rest(socket)
+        assert [m["caption"] for m in messages if m["type"] == "frame.done"] == ["28 28"]
+        assert messages[-1]["statistics"]["refused"] == int(is_frame)
+        assert close_code == 1000
+
+
+BAD_CREATES = {
+    "unknown field": ({"fsp": 2}, "bad_settings", "'fsp' is unknown"),
+    "wrong type": ({"fps": "two"}, "bad_settings", "fps"),
+    "null": ({"fps": None}, "bad_settings", "fps"),
+    "wrong value": ({"fps": -1}, "bad_settings", "fps is -1"),
+    "too large a budget": ({"text_budget": 100_000}, "bad_settings", "--live-text-budget"),
+    "bad history": ({"history": [{"caption": 3}]}, "bad_settings", "history"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CREATES)
+@in_loop
+async def test_a_bad_create_is_refused_and_a_good_one_taken_after_it(name):
+    fields, code, words = BAD_CREATES[name]
+    async with scripted_server() as server, LiveClient(server.url) as client:
+        with pytest.raises(LiveError, match=words) as refused:
+            await client.create(**fields)
+        assert refused.value.code == code
+        client.history.clear()
+        assert (await client.create()).type == "session.created"
+
+
+@in_loop
+async def test_what_only_the_engine_can_see_ends_the_session():
+    async with scripted_server() as server, connect(server.url) as socket:
+        await socket.send(json.dumps({"type": "session.create", "instruction": "<bad>"}))
+        (refused,), close_code = await rest(socket)
+        assert (refused["code"], refused["fatal"], close_code) == ("bad_settings", True, 1008)
+
+
+@pytest.mark.parametrize("message", [frame(), '{"type": "question", "text": "Hi"}', '{"type": "session.stop"}'])
+@in_loop
+async def test_nothing_goes_before_create(message):
+    async with scripted_server() as server, connect(server.url) as socket:
+        await socket.send(message)
+        refused = json.loads(await socket.recv())
+        assert (refused["code"], refused["frame"]) == ("no_session", None)
+        await socket.send('{"type": "session.create"}')
+        assert json.loads(await socket.recv())["type"] == "session.created"
+
+
+@in_loop
+async def test_a_hundred_clients_vanish_in_the_middle_of_a_frame():
+    async with scripted_server(max_sessions=1) as server:
+        await asyncio.sleep(0.1)
+        tasks_before = len(asyncio.all_tasks())
+        for _ in range(100):
+            server.engine.gate.clear()
+            socket = await connect(server.url)
+            await socket.send('{"type": "session.create"}')
+            await socket.send(frame())
+            await until(lambda: server.engine.num_in_work == 1)
+            await socket.send(frame())
+            socket.transport.abort()
+            await until(lambda: server.metric("casa:live_sessions") == 0)
+        assert server.engine.num_in_work == 0
+        assert all(session.is_closed for session in server.engine.sessions)
+        assert len(server.engine.sessions) == 100
+        await until(lambda: len(asyncio.all_tasks()) <= tasks_before)
+
+
+@in_loop
+async def test_a_client_that_never_reads_is_cut_off():
+    async with scripted_server(send_timeout=0.5) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(server.url).port)
+        writer.write(
+            b"GET /v1/live HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        reader._transport.pause_reading()
+        no_message = b"\x81\x82\x00\x00\x00\x00{}"  # A masked text frame; each one is answered by an error.
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(40):
+                while True:
+                    writer.write(no_message * 1000)
+                    await writer.drain()
+        assert server.metric("casa:live_sessions") == 0
+        writer.close()
+
+
+@in_loop
+async def test_a_client_that_sends_nothing():
+    async with scripted_server(idle_timeout=0.3, create_timeout=0.3) as server:
+        async with connect(server.url) as socket:
+            (late,), close_code = await rest(socket)
+            assert (late["code"], late["fatal"], close_code) == ("idle_timeout", True, 4000)
+        async with connect(server.url) as socket:
+            await socket.send('{"type": "session.create"}')
+            messages, close_code = await rest(socket)
+            assert [m["type"] for m in messages] == ["session.created", "error", "session.closed"]
+            assert (messages[1]["code"], messages[2]["reason"], close_code) == ("idle_timeout", "idle", 4000)
+
+
+@in_loop
+async def test_a_slow_engine_is_not_the_clients_silence():
+    async with scripted_server(idle_timeout=0.2) as server, LiveClient(server.url) as client:
+        await client.create()
+        server.engine.gate.clear()
+        await client.send_frame(picture(), 0.0)
+        await asyncio.sleep(0.5)
+        server.engine.gate.set()
+        assert (await take(client, "frame.done")).caption == "28 28"
+
+
+@in_loop
+async def test_one_session_too_many():
+    async with scripted_server(max_sessions=2) as server:
+        async with LiveClient(server.url) as first, LiveClient(server.url) as second:
+            await first.create()
+            await second.create()
+            async with connect(server.url) as third:
+                (refused,), close_code = await rest(third)
+                assert (refused["code"], refused["fatal"], close_code) == ("too_many_sessions", True, 1008)
+            async with LiveClient(server.url) as third:
+                await third._reader
+                with pytest.raises(LiveError, match="All places are taken") as told:
+                    await third.create()
+                assert told.value.code == "too_many_sessions"
+            await first.stop()
+        async with LiveClient(server.url) as client:
+            await client.create()
+
+
+@in_loop
+async def test_more_sessions_than_fit_into_the_engine():
+    async with scripted_server() as server, LiveClient(server.url) as client, connect(server.url) as second:
+        await client.create()
+        server.engine.places = 1
+        await second.send('{"type": "session.create"}')
+        (refused,), close_code = await rest(second)
+        assert (refused["code"], close_code) == ("too_many_sessions", 1008)
+
+
+@in_loop
+async def test_a_fault_of_the_engine_ends_one_session():
+    async with scripted_server() as server, LiveClient(server.url) as neighbour, connect(server.url) as socket:
+        await neighbour.create()
+        await socket.send('{"type": "session.create"}')
+        await socket.send(frame(width=13))
+        messages, close_code = await rest(socket)
+        assert (messages[-2]["code"], messages[-1]["type"], close_code) == ("engine_error", "session.closed", 1011)
+        assert "dead" not in messages[-2]["message"]
+        await neighbour.send_frame(picture(), 0.0)
+        assert (await take(neighbour, "frame.done")).caption == "28 28"
+
+
+@in_loop
+async def test_every_session_is_told_when_the_server_ends():
+    async with scripted_server() as server, connect(server.url) as busy, connect(server.url) as waiting:
+        await busy.send('{"type": "session.create"}')
+        server.engine.gate.clear()
+        await busy.send(frame())
+        await until(lambda: server.engine.num_in_work == 1)
+        await server.registry.close(5)
+        for socket in (busy, waiting):
+            messages, close_code = await rest(socket)
+            assert close_code == 1012
+            assert not messages or messages[-1]["reason"] == "server is shutting down"
+        assert server.engine.sessions[0].is_closed
+        assert server.engine.num_in_work == 0
+
+
+@in_loop
+async def test_a_broken_connection_is_resumed_from_text():
+    async with scripted_server() as server, LiveClient(server.url) as client:
+        await client.create(fps=3)
+        await client.send_frame(picture(28, 56), 0.5)
+        await take(client, "frame.done")
+        client._socket.transport.abort()
+        with pytest.raises(ConnectionLostError):
+            await take(client, "frame.done")
+        created = await client.reconnect()
+        assert created.settings["fps"] == 3
+        (item,) = server.engine.histories[1]
+        assert (item.caption, item.timestamp) == ("28 56", 0.5)
+        await client.send_frame(picture(), 1.0)
+        assert (await take(client, "frame.done")).frame == 0

@@ -1,0 +1,161 @@
+"""Keys, origins and limits of `/v1/live`, on a server whose limits are small; its end is the last test."""
+
+import asyncio
+import base64
+import json
+import struct
+from urllib.parse import urlsplit
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from casa_serving.live.client import LiveClient
+from event_loop import in_loop
+from image_files import encoded, plain
+from serving_process import casa_serve
+
+pytestmark = pytest.mark.vllm
+KEY = "a key: with ~ signs"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+CREATE = '{"type": "session.create"}'
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory):
+    """A server with a key and small limits."""
+    options = {
+        "--api-key": KEY,
+        "--allowed-origins": '["http://friend.example"]',
+        "--max-model-len": 1024,
+        "--live-max-sessions": 2,
+        "--live-idle-timeout": 3,
+        "--live-create-timeout": 2,
+        "--live-send-timeout": 1,
+        "--live-max-frame-bytes": 10_000,
+    }
+    arguments = [part for option in options.items() for part in option]
+    with casa_serve(tmp_path_factory.mktemp("strict") / "log.txt", *arguments, "--enforce-eager") as running:
+        yield running
+
+
+async def rest(socket):
+    """Returns the messages that still come, and the close code."""
+    messages = []
+    try:
+        while True:
+            messages.append(json.loads(await socket.recv()))
+    except ConnectionClosed:
+        return messages, socket.close_code
+
+
+@in_loop
+async def test_a_key_is_taken_from_the_header(strict):
+    async with LiveClient(strict.live_url, api_key=KEY) as client:
+        assert (await client.create()).limits.max_frame_bytes == 10_000
+    for key in (None, "wrong"):
+        with pytest.raises(InvalidStatus) as refused:
+            async with LiveClient(strict.live_url, api_key=key):
+                pass
+        assert refused.value.response.status_code == 401
+
+
+@in_loop
+async def test_a_key_is_taken_from_a_subprotocol(strict):
+    def offer(key):
+        return ["casa-live", "casa-key." + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")]
+
+    async with connect(strict.live_url, subprotocols=offer(KEY)) as socket:
+        # The key is never sent back.
+        assert socket.subprotocol == "casa-live"
+    for wrong in (offer("wrong"), ["casa-live", "casa-key.%%%"], ["casa-live"]):
+        with pytest.raises((InvalidStatus, ValueError)) as refused:
+            async with connect(strict.live_url, subprotocols=wrong):
+                pass
+        assert refused.value.response.status_code == 401
+
+
+@in_loop
+async def test_pages_of_other_origins_are_refused(strict):
+    own = strict.url
+    for origin in (own, "http://friend.example"):
+        async with connect(strict.live_url, additional_headers=HEADERS, origin=origin):
+            pass
+    for origin in ("http://evil.example", "null", own.rsplit(":", 1)[0], own + ".evil.example"):
+        with pytest.raises(InvalidStatus) as refused:
+            async with connect(strict.live_url, additional_headers=HEADERS, origin=origin):
+                pass
+        assert refused.value.response.status_code == 403
+        assert b"--allowed-origins" in refused.value.response.body
+
+
+@in_loop
+async def test_one_session_too_many_is_told_at_once(strict):
+    async with LiveClient(strict.live_url, api_key=KEY) as first, LiveClient(strict.live_url, api_key=KEY) as second:
+        await first.create()
+        await second.create()
+        async with connect(strict.live_url, additional_headers=HEADERS) as third:
+            (refused,), close_code = await rest(third)
+            assert (refused["code"], refused["fatal"], close_code) == ("too_many_sessions", True, 1008)
+        await first.send_frame(encoded(plain()), 0.0)
+        assert (await first.stop()).frames == 1
+    async with LiveClient(strict.live_url, api_key=KEY) as client:
+        await client.create()
+
+
+@in_loop
+async def test_silence_ends_a_session(strict):
+    async with connect(strict.live_url, additional_headers=HEADERS) as socket:
+        (late,), close_code = await rest(socket)
+        assert (late["code"], close_code) == ("idle_timeout", 4000)
+    async with connect(strict.live_url, additional_headers=HEADERS) as socket:
+        await socket.send(CREATE)
+        messages, close_code = await rest(socket)
+        assert [message["type"] for message in messages] == ["session.created", "error", "session.closed"]
+        assert (messages[1]["code"], close_code) == ("idle_timeout", 4000)
+
+
+@in_loop
+async def test_a_client_that_never_reads_costs_little_and_is_cut_off(strict):
+    address = urlsplit(strict.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    key = f"Authorization: {HEADERS['Authorization']}\r\n".encode()
+    writer.write(
+        b"GET /v1/live HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        + key
+        + b"Sec-WebSocket-Key: "
+        b"AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    create = CREATE.encode()
+    writer.write(b"\x81" + bytes([0x80 | len(create)]) + bytes(4) + create)
+    reader._transport.pause_reading()
+    resident = resident_bytes(strict)
+    garbage = b"\x82\x8a" + bytes(4) + struct.pack("<d", 0.0) + b"??"  # A frame; each one is answered by an error.
+    with pytest.raises(ConnectionError):
+        while True:
+            writer.write(garbage * 1000)
+            await writer.drain()
+            assert resident_bytes(strict) < resident + 30_000_000
+    writer.close()
+    async with LiveClient(strict.live_url, api_key=KEY) as client:
+        await client.create()
+
+
+def resident_bytes(server):
+    """Returns the memory of the server's own process."""
+    line = next(x for x in server.get("/metrics").splitlines() if x.startswith("process_resident_memory_bytes "))
+    return float(line.split()[1])
+
+
+@in_loop
+async def test_sessions_are_told_that_the_server_ends(strict):
+    async with connect(strict.live_url, additional_headers=HEADERS) as socket:
+        await socket.send(CREATE)
+        await socket.recv()
+        await socket.send(struct.pack("<d", 0.0) + encoded(plain()))
+        strict.process.terminate()
+        messages, close_code = await rest(socket)
+    assert (messages[-1]["type"], messages[-1]["reason"]) == ("session.closed", "server is shutting down")
+    assert messages[-1]["statistics"]["frames"] == 1
+    assert close_code == 1012

@@ -1,0 +1,97 @@
+"""The live page as a person meets it: picking a video, giving the key, reading what is on the screen."""
+
+import time
+from dataclasses import dataclass
+
+from playwright.sync_api import Page, expect
+
+KEY = "a key/with+signs? that=base64 needs>>"
+MAX_SESSIONS = 2
+IDLE_TIMEOUT_S = 4
+FRAME_S = 0.5
+
+
+# Runs in the page itself, so that a busy machine does not make the test look away.
+NOTE_WHAT_IS_SHOWN = """() => {
+    window.shown = [];
+    setInterval(() => shown.push([video.currentTime, overlay.hidden ? "" : overlay.textContent]), 50);
+}"""
+
+
+@dataclass
+class Watched:
+    """A page whose video runs, noting all the while what it shows.
+
+    Attributes:
+        page: The page.
+        truth: What can be read when.
+    """
+
+    page: Page
+    truth: list
+
+    def captions_while_it_played(self):
+        """Every caption that was over the video, once each, in order."""
+        return list(dict.fromkeys(caption for _, caption in self.page.evaluate("shown")))
+
+    def captions_when_gone_back(self):
+        """The caption over the video in each scene when a person goes there again."""
+        return [self._caption_at(max(span.start, span.end - 0.3)) for span in self.truth]
+
+    def _caption_at(self, time_s):
+        self.page.evaluate(f"video.currentTime = {time_s}")
+        wait_until(self.page, "!video.seeking")
+        self.page.wait_for_timeout(100)
+        return self.page.locator("#overlay").text_content()
+
+    def texts_around(self, time_s):
+        """What could be read then, or one frame before."""
+        return {span.text for span in self.truth if span.start <= time_s and time_s - FRAME_S <= span.end}
+
+
+def pick(page, video, key=KEY):
+    """Picks a video and gives the key that the server asks for."""
+    page.set_input_files("#file", video)
+    expect(page.locator("#problem")).to_have_text("This server asks for an API key.")
+    page.fill("#key", key)
+    page.press("#key", "Enter")
+
+
+def begin(page, video):
+    """Picks a video; returns when the session is open."""
+    page.evaluate(NOTE_WHAT_IS_SHOWN)
+    pick(page, video)
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+
+
+def ask(page, question):
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+
+
+def wait_until(page, condition, timeout_s=20):
+    """Waits for an expression of JavaScript; the page's own policy forbids Playwright's way of polling one."""
+    deadline = time.monotonic() + timeout_s
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, f"{condition} did not come true in {timeout_s} s"
+        page.wait_for_timeout(50)
+
+
+def count(page, name):
+    return int(page.locator(f"[data-count={name}] dd").inner_text())
+
+
+def transcript(page, kind="caption"):
+    """The list beside the video: `(time, text)` of its captions, or of its questions."""
+    items = page.locator(f"#captions li.{kind}")
+    return [
+        (seconds(clock), text)
+        for clock, text in zip(
+            items.locator("time").all_inner_texts(), items.locator(".text").all_inner_texts(), strict=True
+        )
+    ]
+
+
+def seconds(clock):
+    minutes, rest = clock.split(":")
+    return 60 * int(minutes) + float(rest)

@@ -1,0 +1,109 @@
+"""`/v1/live` over a real socket with an engine that follows a script, so that a test decides when a frame is done."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from casa_engine.errors import InputError
+from casa_engine.live import LiveSettings
+from casa_serving.limits import ImageLimits
+from casa_serving.live.connection import LiveService
+from casa_serving.live.endpoint import live
+from casa_serving.live.engine_session import AnswerResult, FrameResult, TextDelta
+from casa_serving.live.options import LiveOptions
+from casa_serving.live.protocol import PATH
+from casa_serving.live.registry import Registry
+from casa_serving.live.statistics import LiveMetrics
+from casa_serving.media import GuardedImageIO
+
+
+class ScriptedEngine:
+    """Says each frame's size in two words; `gate` holds every frame until it is open."""
+
+    def __init__(self):
+        self.defaults = LiveSettings(text_budget=512)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.sessions, self.histories = [], []
+        self.num_in_work = 0
+        self.places = 1000
+
+    def capacity(self, settings):
+        return self.places
+
+    async def open(self, settings, history=()):
+        if "<bad>" in settings.instruction:
+            raise InputError("the instruction holds a special token")
+        self.sessions.append(ScriptedSession(self))
+        self.histories.append(list(history))
+        return self.sessions[-1]
+
+
+@dataclass
+class ScriptedSession:
+    engine: ScriptedEngine
+    is_closed: bool = False
+    sizes: list = field(default_factory=list)
+
+    async def caption(self, image, timestamp):
+        self.engine.num_in_work += 1
+        try:
+            self.sizes.append(image.size)
+            yield TextDelta(f"{image.width} ")
+            await self.engine.gate.wait()
+            if image.width == 13:
+                raise RuntimeError("the engine is dead")
+            yield TextDelta(f"{image.height}")
+            yield FrameResult(f"{image.width} {image.height}", 3, False, 1.0, 2.0, 40, 4, 2, False, False)
+        finally:
+            self.engine.num_in_work -= 1
+
+    async def ask(self, question):
+        if "<bad>" in question:
+            raise InputError("the question holds a special token")
+        await self.engine.gate.wait()
+        yield TextDelta("yes")
+        yield AnswerResult("yes", 2, False, 1.0, 2.0, 50, False, False)
+
+    async def close(self):
+        self.is_closed = True
+
+
+@dataclass(frozen=True)
+class ScriptedServer:
+    url: str
+    engine: ScriptedEngine
+    registry: Registry
+    metrics: CollectorRegistry
+
+    def metric(self, name, **labels):
+        return self.metrics.get_sample_value(name, labels)
+
+
+@asynccontextmanager
+async def scripted_server(**options) -> AsyncIterator[ScriptedServer]:
+    """Serves the protocol in this very event loop; options are `LiveOptions`' without `live_`."""
+    prometheus = CollectorRegistry()
+    metrics = LiveMetrics(prometheus)
+    chosen = LiveOptions(**{f"live_{name}": value for name, value in options.items()})
+    registry = Registry(chosen.live_max_sessions, metrics)
+    engine = ScriptedEngine()
+    app = FastAPI()
+    app.add_api_websocket_route(PATH, live)
+    app.state.live = LiveService(engine, chosen, registry, metrics, GuardedImageIO(ImageLimits()))
+    server = app.state.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield ScriptedServer(f"ws://127.0.0.1:{port}{PATH}", engine, registry, prometheus)
+    finally:
+        engine.gate.set()
+        server.should_exit = True
+        await task
