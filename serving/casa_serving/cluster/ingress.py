@@ -95,8 +95,8 @@ def with_routing(response: Response, request: Request) -> Response:
 def ingress_class(max_request_bytes: int) -> type:
     """Returns the deployment class of the ingress, with its routes and its limit on bodies."""
     app = FastAPI(title="casa-engine", docs_url=None, redoc_url=None)
-    # Where RequestGuard finds its limit, as in casa-serve.
-    app.state.args = Namespace(max_request_bytes=max_request_bytes)
+    # Where RequestGuard finds its settings, as in casa-serve; pages of other origins have no business here.
+    app.state.args = Namespace(max_request_bytes=max_request_bytes, allowed_origins=[])
     app.add_middleware(RequestGuard)
     add_error_handlers(app)
     return make_fastapi_ingress(CasaIngress, endpoint_map=ENDPOINTS, app=app)
