@@ -150,7 +150,7 @@ class LiveEngine:
         is_v2 = self.config.is_cross_attention and self.engine.vllm_config.use_v2_model_runner
         return is_v2 or CAPTION_PROCESSOR in (self.engine.model_config.logits_processors or ())
 
-    async def render(self, chunk: Chunk, image: Image.Image | None) -> Any:
+    async def render(self, chunk: Chunk, images: list[Image.Image]) -> Any:
         """What vLLM's renderer makes of a chunk; images are resized and cut in a thread.
 
         Raises:
@@ -159,9 +159,10 @@ class LiveEngine:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         prompt: dict[str, Any] = {"prompt_token_ids": list(chunk.token_ids)}
-        if chunk.insertion_point is not None:
-            prompt["prompt_token_ids"].insert(chunk.insertion_point, self.format.image_token_id)
-            prompt["multi_modal_data"] = {"image": [image]}
+        for point in reversed(chunk.insertion_points):
+            prompt["prompt_token_ids"].insert(point, self.format.image_token_id)
+        if images:
+            prompt["multi_modal_data"] = {"image": images}
         renderer = self.engine.renderer
         try:
             parsed = parse_model_prompt(self.engine.model_config, prompt)
@@ -226,7 +227,7 @@ class LiveSession:
         self.settings = transcript.settings
         self._request: EngineRequest | None = None
         self._num_requests = 0
-        self._image: Image.Image | None = None
+        self._latest: Image.Image | None = None
         self._is_unfinished = False
         self._is_closed = False
 
@@ -245,7 +246,6 @@ class LiveSession:
         progress = Progress()
         async for text in self._answer(next_chunk, image, timestamp, progress):
             yield TextDelta(text)
-        self._image = image
         yield FrameResult(
             caption=progress.entry.text,
             text_tokens=self.transcript.num_tokens,
@@ -262,7 +262,7 @@ class LiveSession:
             RequestLostError: The engine lost the session again and again.
         """
         progress = Progress()
-        async for text in self._answer(lambda: self.transcript.question_chunk(question), self._image, None, progress):
+        async for text in self._answer(lambda: self.transcript.question_chunk(question), None, None, progress):
             yield TextDelta(text)
         yield AnswerResult(
             answer=progress.entry.text,
@@ -305,9 +305,10 @@ class LiveSession:
                 num_known = 0
                 progress.token_ids.clear()
         progress.entry = self.transcript.record(chunk, progress.token_ids, timestamp)
+        self._latest = image or self._latest
 
     async def _generate(self, chunk: Chunk, image: Image.Image | None, progress: Progress) -> AsyncIterator[str]:
-        rendered = await self.engine.render(chunk, image)
+        rendered = await self.engine.render(chunk, chunk.images(self._latest, image))
         for placed in rendered.get("mm_placeholders", {}).get("image", ()):
             progress.image_tokens = placed.get_num_embeds()
         if self.transcript.num_known == 0:
