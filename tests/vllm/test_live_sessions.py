@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from casa_engine.checkpoints import load_model
@@ -117,8 +118,12 @@ async def watch(session, frames):
 @pytest.fixture(scope="module")
 def wanted(rig):
     """Captions of the eager model, frame by frame, for each video."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # Waiting for each other on a busy machine would take far longer.
     streams = [rig.eager(rig.settings) for _ in range(NUM_SESSIONS)]
-    return [[stream.caption(frame) for frame in frames_of(seed)] for seed, stream in enumerate(streams)]
+    captions = [[stream.caption(frame) for frame in frames_of(seed)] for seed, stream in enumerate(streams)]
+    torch.set_num_threads(threads)
+    return captions
 
 
 def test_one_session_says_what_the_eager_model_says(rig, wanted):
