@@ -14,6 +14,7 @@ goes on exactly as it would have.
 The token that ends a frame is never fed in it: it is read with the next chunk, whose first token it is.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ from casa_engine.live.settings import LiveSettings
 
 # A count this small changes a logit by less than a float32 can tell (for any penalty that makes sense).
 FORGOTTEN = 1e-8
+# Largest logarithm of a penalty; a logit times e^60 is still a float32.
+LARGEST = 60.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,9 @@ def _penalise(logits: Tensor, state: CaptionState, rules: CaptionRules) -> None:
     if not tokens:
         return
     clamp = rules.penalty_clamp
-    factors = [rules.repetition_penalty ** min(state.counts[token], clamp) for token in tokens]
+    strength = math.log(rules.repetition_penalty)
+    # Bounded: a client's settings must not overflow, they would take the engine along.
+    factors = [math.exp(max(-LARGEST, min(LARGEST, min(state.counts[token], clamp) * strength))) for token in tokens]
     ids, factor = torch.tensor(tokens, device=logits.device), torch.tensor(factors, device=logits.device)
     chosen = logits[ids]
     logits[ids] = torch.where(chosen < 0, chosen * factor, chosen / factor)

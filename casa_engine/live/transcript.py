@@ -310,9 +310,11 @@ class Transcript:
         return Entry(opening, said, self.last_stop, text, None, item.timestamp)
 
     def _check_budget(self) -> None:
-        needed = len(self.prompt) + 2 * self.frame_tokens
+        silence = len(self.format.before_image) + len(self.format.after_image) + 1
+        needed = len(self.prompt) + 2 * self.frame_tokens + silence
         if needed > self.settings.text_budget:
             raise InputError(
                 f"text_budget is {self.settings.text_budget}; expected at least {needed}: the prompt takes "
-                f"{len(self.prompt)} tokens, and two frames must fit beside it with {self.frame_tokens} each."
+                f"{len(self.prompt)} tokens, and two frames with {self.frame_tokens} each and a silent one with "
+                f"{silence} must fit beside it."
             )

@@ -111,12 +111,14 @@ class Connection:
     async def run(self) -> None:
         """Runs the connection to its end; raises nothing."""
         offered = self.socket.scope["subprotocols"]
-        await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
         try:
+            await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
             with self.service.registry.place():
                 await self._run_in_place()
         except LiveError as error:
             await self._say_goodbye(SessionEnd("too many sessions", POLICY, error))
+        except (WebSocketDisconnect, RuntimeError):  # Starlette's two words for a socket that is gone.
+            logger.info("Live session: the client left before it was taken.")
 
     async def _run_in_place(self) -> None:
         try:
@@ -136,11 +138,12 @@ class Connection:
 
     async def _converse(self) -> None:
         create = await self._wait_for_create()
-        session = await self._open(create)
-        try:
-            await first_of(self._read(session), self._work(session))
-        finally:
-            await session.close()
+        with contextlib.ExitStack() as held:
+            session = await self._open(create, held)
+            try:
+                await first_of(self._read(session), self._work(session))
+            finally:
+                await session.close()
 
     # Before the session: exactly one good message is expected.
 
@@ -181,12 +184,12 @@ class Connection:
             )
         return settings
 
-    async def _open(self, create: Create) -> LiveSession:
+    async def _open(self, create: Create, held: contextlib.ExitStack) -> LiveSession:
         engine, options = self.service.engine, self.service.options
         settings = self._settings(create)
         try:
             capacity = engine.capacity(settings)
-            self.service.registry.check_capacity(capacity)
+            held.enter_context(self.service.registry.share(capacity))
             session = await engine.open(settings, [HistoryItem(**item.model_dump()) for item in create.history])
         except LiveError as error:
             raise SessionEnd("too many sessions", POLICY, error) from error
@@ -278,10 +281,13 @@ class Connection:
     async def _caption(self, session: LiveSession, frame: Frame) -> None:
         image = await asyncio.to_thread(self._decode, frame.data)
         started_s = time.monotonic()
-        async with contextlib.aclosing(session.caption(image, frame.timestamp)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, TextDelta):
-                    await self._send(CaptionDelta(frame=frame.number, timestamp=frame.timestamp, text=piece.text))
+        try:
+            async with contextlib.aclosing(session.caption(image, frame.timestamp)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, TextDelta):
+                        await self._send(CaptionDelta(frame=frame.number, timestamp=frame.timestamp, text=piece.text))
+        except InputError as error:
+            raise LiveError("bad_frame", str(error)) from error
         done = self._frame_done(frame, piece, started_s)
         self.statistics.done(done)
         await self._send(done)
@@ -350,7 +356,7 @@ class Connection:
                 await self.socket.close(end.close_code, end.reason)
         except TimeoutError:
             cut(self.socket)
-        except WebSocketDisconnect:
+        except (WebSocketDisconnect, RuntimeError):  # The latter where a send has failed before.
             logger.info("Live session: the client left before the good-bye.")
 
 

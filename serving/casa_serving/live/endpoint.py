@@ -51,7 +51,7 @@ class LiveEndpoint:
         options = LiveOptions.from_arguments(vars(args))
         metrics = LiveMetrics()
         state.live = LiveService(
-            engine=open_engine(engine_client, Path(args.model)),
+            engine=open_engine(engine_client, Path(args.model), options),
             options=options,
             registry=Registry(options.live_max_sessions, metrics),
             metrics=metrics,
@@ -65,9 +65,10 @@ async def live(websocket: WebSocket) -> None:
     await Connection(websocket, websocket.app.state.live).run()
 
 
-def open_engine(engine_client: EngineClient, checkpoint: Path) -> LiveEngine:
-    """Returns what opens sessions, with defaults that fit the server's context."""
+def open_engine(engine_client: EngineClient, checkpoint: Path, options: LiveOptions) -> LiveEngine:
+    """Returns what opens sessions, with defaults that fit the server's context and its own limit."""
     engine = LiveEngine(engine_client, checkpoint)
-    budget = min(engine.defaults.text_budget, engine_client.model_config.max_model_len)
+    longest = options.live_text_budget or engine.defaults.text_budget
+    budget = min(engine.defaults.text_budget, longest, engine_client.model_config.max_model_len)
     engine.defaults = replace(engine.defaults, text_budget=budget)
     return engine

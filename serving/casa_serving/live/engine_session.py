@@ -104,13 +104,15 @@ class LiveEngine:
     Args:
         engine: vLLM's client (`AsyncLLM`).
         checkpoint: Folder of the model that it serves.
+        allow_insertion: For benchmarks, which stop before the image tokens have filled the context.
 
     Attributes:
         defaults: Settings that fit the checkpoint.
     """
 
-    def __init__(self, engine: EngineClient, checkpoint: Path) -> None:
+    def __init__(self, engine: EngineClient, checkpoint: Path, *, allow_insertion: bool = False) -> None:
         self.engine, self.checkpoint = engine, Path(checkpoint)
+        self._allow_insertion = allow_insertion
         self.config = read_config(self.checkpoint)
         self.format = StreamFormat.from_checkpoint(self.checkpoint)
         self.defaults = LiveSettings.for_checkpoint(self.checkpoint)
@@ -131,6 +133,11 @@ class LiveEngine:
         Raises:
             InputError: The settings or the history cannot be.
         """
+        if not self.config.is_cross_attention and not self._allow_insertion:
+            raise InputError(
+                "this checkpoint inserts image tokens into the text, which no text budget bounds; expected one with "
+                "cross-attention: live sessions are for CASA models."
+            )
         longest = self.engine.model_config.max_model_len
         if settings.text_budget > longest:
             raise InputError(
@@ -335,7 +342,7 @@ class LiveSession:
             temperature=settings.temperature,
             top_k=settings.top_k,
             # A request begins its random numbers anew: begun again, it must not repeat them.
-            seed=None if settings.seed is None else settings.seed + self._num_requests,
+            seed=None if settings.seed is None else (settings.seed + self._num_requests) % 2**63,
             max_tokens=chunk.max_tokens,
             stop_token_ids=list(self.engine.format.stop_ids),
             detokenize=False,
