@@ -29,6 +29,17 @@ from casa_engine.live.settings import LiveSettings
 FORGOTTEN = 1e-8
 # Largest logarithm of a penalty; a logit times e^60 is still a float32.
 LARGEST = 60.0
+# Where state and rules travel in the extra arguments of a request.
+EXTRA_ARG = "casa_live"
+# Fields of `CaptionRules` that are settings of the same name.
+RULE_NUMBERS = (
+    "repetition_penalty",
+    "penalty_decay",
+    "penalty_clamp",
+    "stop_bias",
+    "ngram_size",
+    "ngram_window",
+)
 
 
 @dataclass(frozen=True)
@@ -46,15 +57,7 @@ class CaptionRules:
     @classmethod
     def from_settings(cls, settings: LiveSettings, stop_ids: Sequence[int]) -> "CaptionRules":
         """The rules of a session."""
-        return cls(
-            tuple(stop_ids),
-            settings.repetition_penalty,
-            settings.penalty_decay,
-            settings.penalty_clamp,
-            settings.stop_bias,
-            settings.ngram_size,
-            settings.ngram_window,
-        )
+        return cls(tuple(stop_ids), **{name: getattr(settings, name) for name in RULE_NUMBERS})
 
     @property
     def is_neutral(self) -> bool:
@@ -194,13 +197,3 @@ def _ids(name: str, values: Any) -> list[int]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-RULE_NUMBERS = (
-    "repetition_penalty",
-    "penalty_decay",
-    "penalty_clamp",
-    "stop_bias",
-    "ngram_size",
-    "ngram_window",
-)

@@ -8,12 +8,12 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import ValidationError
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
 
 from casa_serving.live.client import ConnectionLostError, LiveClient
 from casa_serving.live.protocol import LiveError, read_event
 from event_loop import in_loop
 from image_files import encoded, plain
+from live_messages import rest, take
 from scripted_live import scripted_server
 
 
@@ -32,24 +32,6 @@ async def until(condition, seconds=10.0):
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
-
-
-async def rest(socket):
-    """Returns the messages that still come, and the close code."""
-    messages = []
-    try:
-        while True:
-            messages.append(json.loads(await socket.recv()))
-    except ConnectionClosed:
-        return messages, socket.close_code
-
-
-async def take(client, kind):
-    """Returns the next event of a kind."""
-    async for event in client.events():
-        if event.type == kind:
-            return event
-    raise AssertionError(f"no {kind}")
 
 
 @in_loop

@@ -2,17 +2,17 @@
 
 import asyncio
 import base64
-import json
 import struct
 from urllib.parse import urlsplit
 
 import pytest
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import InvalidStatus
 
 from casa_serving.live.client import LiveClient
 from event_loop import in_loop
 from image_files import encoded, plain
+from live_messages import rest
 from serving_process import casa_serve
 
 pytestmark = pytest.mark.vllm
@@ -37,16 +37,6 @@ def strict(tmp_path_factory):
     arguments = [part for option in options.items() for part in option]
     with casa_serve(tmp_path_factory.mktemp("strict") / "log.txt", *arguments, "--enforce-eager") as running:
         yield running
-
-
-async def rest(socket):
-    """Returns the messages that still come, and the close code."""
-    messages = []
-    try:
-        while True:
-            messages.append(json.loads(await socket.recv()))
-    except ConnectionClosed:
-        return messages, socket.close_code
 
 
 @in_loop

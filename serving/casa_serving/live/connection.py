@@ -137,9 +137,9 @@ class Connection:
         raise SessionEnd("server is shutting down", SHUTTING_DOWN)
 
     async def _converse(self) -> None:
-        create = await self._wait_for_create()
+        create, settings = await self._wait_for_create()
         with contextlib.ExitStack() as held:
-            session = await self._open(create, held)
+            session = await self._open(create, settings, held)
             try:
                 await first_of(self._read(session), self._work(session))
             finally:
@@ -147,19 +147,19 @@ class Connection:
 
     # Before the session: exactly one good message is expected.
 
-    async def _wait_for_create(self) -> Create:
+    async def _wait_for_create(self) -> tuple[Create, LiveSettings]:
         try:
             async with asyncio.timeout(self.service.options.live_create_timeout):
                 while True:
-                    create = await self._read_create()
-                    if create is not None:
-                        return create
+                    asked = await self._read_create()
+                    if asked is not None:
+                        return asked
         except TimeoutError as timeout:
             error = LiveError("idle_timeout", "No session was created in time. Send `session.create` first.")
             raise SessionEnd("no session was created", IDLE, error) from timeout
 
-    async def _read_create(self) -> Create | None:
-        """Reads one message; returns it if it creates a session that is taken."""
+    async def _read_create(self) -> tuple[Create, LiveSettings] | None:
+        """Reads one message; returns it and its settings if it creates a session that is taken."""
         try:
             message = await self._receive()
             if isinstance(message, bytes):
@@ -167,8 +167,7 @@ class Connection:
             parsed = read_text(message)
             if not isinstance(parsed, Create):
                 raise LiveError("no_session", "There is no session yet: send `session.create` first.")
-            self._settings(parsed)
-            return parsed
+            return parsed, self._settings(parsed)
         except LiveError as error:
             await self._send(Fault(code=error.code, message=str(error)))
             return None
@@ -184,9 +183,8 @@ class Connection:
             )
         return settings
 
-    async def _open(self, create: Create, held: contextlib.ExitStack) -> LiveSession:
+    async def _open(self, create: Create, settings: LiveSettings, held: contextlib.ExitStack) -> LiveSession:
         engine, options = self.service.engine, self.service.options
-        settings = self._settings(create)
         try:
             capacity = engine.capacity(settings)
             held.enter_context(self.service.registry.share(capacity))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from casa_engine.checkpoints import read_config
 from casa_engine.errors import InputError
 from casa_engine.live import HistoryItem, LiveSettings, Transcript
-from casa_engine.live.caption_logits import to_plain
+from casa_engine.live.caption_logits import EXTRA_ARG, to_plain
 from casa_engine.live.stream_format import StreamFormat
 from casa_engine.live.transcript import Chunk, Entry
 from casa_serving.cli import CAPTION_PROCESSOR
@@ -43,7 +43,6 @@ __all__ = [
     "TextDelta",
     "start_engine",
 ]
-EXTRA_ARG = "casa_live"
 # How often a chunk is tried anew after the engine has lost the session.
 MAX_RESTARTS = 3
 
