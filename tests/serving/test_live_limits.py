@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 import struct
 from urllib.parse import urlsplit
 
@@ -37,6 +38,13 @@ def strict(tmp_path_factory):
     arguments = [part for option in options.items() for part in option]
     with casa_serve(tmp_path_factory.mktemp("strict") / "log.txt", *arguments, "--enforce-eager") as running:
         yield running
+
+
+async def all_have_left(server):
+    """Waits until the sessions of the tests before have given their places back."""
+    async with asyncio.timeout(30):
+        while not re.search(r"^casa:live_sessions(?:\{[^}]*\})? 0\.0$", server.get("/metrics"), re.MULTILINE):
+            await asyncio.sleep(0.05)
 
 
 @in_loop
@@ -95,6 +103,7 @@ async def test_one_session_too_many_is_told_at_once(strict):
 
 @in_loop
 async def test_silence_ends_a_session(strict):
+    await all_have_left(strict)
     async with connect(strict.live_url, additional_headers=HEADERS) as socket:
         (late,), close_code = await rest(socket)
         assert (late["code"], close_code) == ("idle_timeout", 4000)
