@@ -95,7 +95,7 @@ async def soak(checkpoint, num_frames, every, rows, max_frame_tokens=None):
     """Appends rows of measurements, one every so many frames; ends early when the context is full."""
     meter = PageMeter()
     engine = await start_engine(checkpoint, disable_log_stats=False, enforce_eager=True)
-    live = LiveEngine(engine, checkpoint)
+    live = LiveEngine(engine, checkpoint, allow_insertion=True)
     settings = live.defaults
     if max_frame_tokens is not None:
         settings = replace(settings, max_frame_tokens=max_frame_tokens, text_budget=engine.model_config.max_model_len)

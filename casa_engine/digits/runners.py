@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from casa_engine.checkpoints import load_model, load_processor
+from casa_engine.checkpoints import load_model
 from casa_engine.live import LiveSettings, eager_stream
 from casa_engine.live.stream_format import StreamFormat
 
@@ -32,7 +32,8 @@ class EagerRunner:
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self.model, self.processor = load_model(checkpoint), load_processor(checkpoint)
+        self.model, self.format = load_model(checkpoint), StreamFormat.from_checkpoint(checkpoint)
+        self.processor = self.format.processor
 
     @torch.inference_mode()
     def answer(self, messages: list[Message]) -> str:
@@ -94,4 +95,4 @@ class EagerStream(eager_stream.EagerStream):
 
     def __init__(self, runner: EagerRunner, instruction: str, text_budget: int) -> None:
         settings = LiveSettings.for_checkpoint(runner.checkpoint, instruction=instruction, text_budget=text_budget)
-        super().__init__(runner.model, StreamFormat.from_checkpoint(runner.checkpoint), settings)
+        super().__init__(runner.model, runner.format, settings)

@@ -14,6 +14,7 @@ goes on exactly as it would have.
 The token that ends a frame is never fed in it: it is read with the next chunk, whose first token it is.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,19 @@ from casa_engine.live.settings import LiveSettings
 
 # A count this small changes a logit by less than a float32 can tell (for any penalty that makes sense).
 FORGOTTEN = 1e-8
+# Largest logarithm of a penalty; a logit times e^60 is still a float32.
+LARGEST = 60.0
+# Where state and rules travel in the extra arguments of a request.
+EXTRA_ARG = "casa_live"
+# Fields of `CaptionRules` that are settings of the same name.
+RULE_NUMBERS = (
+    "repetition_penalty",
+    "penalty_decay",
+    "penalty_clamp",
+    "stop_bias",
+    "ngram_size",
+    "ngram_window",
+)
 
 
 @dataclass(frozen=True)
@@ -43,15 +57,7 @@ class CaptionRules:
     @classmethod
     def from_settings(cls, settings: LiveSettings, stop_ids: Sequence[int]) -> "CaptionRules":
         """The rules of a session."""
-        return cls(
-            tuple(stop_ids),
-            settings.repetition_penalty,
-            settings.penalty_decay,
-            settings.penalty_clamp,
-            settings.stop_bias,
-            settings.ngram_size,
-            settings.ngram_window,
-        )
+        return cls(tuple(stop_ids), **{name: getattr(settings, name) for name in RULE_NUMBERS})
 
     @property
     def is_neutral(self) -> bool:
@@ -137,7 +143,9 @@ def _penalise(logits: Tensor, state: CaptionState, rules: CaptionRules) -> None:
     if not tokens:
         return
     clamp = rules.penalty_clamp
-    factors = [rules.repetition_penalty ** min(state.counts[token], clamp) for token in tokens]
+    strength = math.log(rules.repetition_penalty)
+    # Bounded: a client's settings must not overflow, they would take the engine along.
+    factors = [math.exp(max(-LARGEST, min(LARGEST, min(state.counts[token], clamp) * strength))) for token in tokens]
     ids, factor = torch.tensor(tokens, device=logits.device), torch.tensor(factors, device=logits.device)
     chosen = logits[ids]
     logits[ids] = torch.where(chosen < 0, chosen * factor, chosen / factor)
@@ -189,13 +197,3 @@ def _ids(name: str, values: Any) -> list[int]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-RULE_NUMBERS = (
-    "repetition_penalty",
-    "penalty_decay",
-    "penalty_clamp",
-    "stop_bias",
-    "ngram_size",
-    "ngram_window",
-)

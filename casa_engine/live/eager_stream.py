@@ -35,7 +35,7 @@ class EagerStream:
         self.model, self.format, self.settings = model, format, settings
         self.transcript = Transcript(format, settings, history)
         self._cache = CasaCache(model.config)
-        self._vision: dict[str, Tensor] = {}
+        self._latest: Image.Image | None = None
         self._generator = torch.Generator(device=model.device)
         if settings.seed is not None:
             self._generator.manual_seed(settings.seed)
@@ -43,20 +43,22 @@ class EagerStream:
     def caption(self, frame: Image.Image, timestamp: float | None = None) -> str:
         """Shows one frame; returns what the model says to it, "" for silence."""
         self.transcript.make_room(self.transcript.frame_tokens)
-        self._vision = self.format.processor.process_images([frame])
-        return self._answer(self.transcript.frame_chunk(), timestamp).text
+        said = self._answer(self.transcript.frame_chunk(), frame, timestamp)
+        self._latest = frame
+        return said.text
 
     def ask(self, question: str) -> str:
         """Asks about what was seen and said; returns the answer."""
-        return self._answer(self.transcript.question_chunk(question), None).text
+        return self._answer(self.transcript.question_chunk(question), None, None).text
 
     @torch.inference_mode()
-    def _answer(self, chunk: Chunk, timestamp: float | None) -> Entry:
+    def _answer(self, chunk: Chunk, frame: Image.Image | None, timestamp: float | None) -> Entry:
         if self.transcript.num_known == 0:
             self._cache = CasaCache(self.model.config)
-        images: dict[str, Any] = {} if chunk.insertion_point is None else dict(self._vision)
+        shown = chunk.images(self._latest, frame)
+        images: dict[str, Any] = dict(self.format.processor.process_images(shown)) if shown else {}
         if images and self.model.config.is_cross_attention:
-            images["insertion_points"] = torch.tensor([chunk.insertion_point])
+            images["insertion_points"] = torch.tensor(chunk.insertion_points)
         logits = self._step(chunk.token_ids, **images)
         generated: list[int] = []
         state, rules = chunk.state, self.transcript.rules

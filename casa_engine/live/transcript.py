@@ -11,17 +11,20 @@ emitted last is recorded after it.
 
 Within the text budget nothing is forgotten. When the next frame would not fit, silent frames leave, then the oldest
 captions, down to half of the budget; the prompt and the last caption always stay, because the next frame is compared
-with it. The reader then starts anew with what is left, as text without images.
+with it. The reader then starts anew with what is left, as text without images, all but one: the latest frame is shown
+again in its place. A model that has not seen it captions the next one although nothing has changed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from casa_engine.errors import InputError
 from casa_engine.live.caption_logits import CaptionRules, CaptionState
 from casa_engine.live.settings import LiveSettings
 from casa_engine.live.stream_format import StreamFormat
+
+Image = TypeVar("Image")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Chunk:
     Attributes:
         token_ids: Text ids that the reader lacks: what is pending, then what opens the new entry.
         opening: The last of them, which belong to the new entry.
-        insertion_point: Index in `token_ids` of the first token after the image: the new frame, or with a question
-            to a reader that starts anew the latest frame. None without an image.
+        insertion_points: For each image the index in `token_ids` of the first token after it: the latest frame, if
+            the reader starts anew, and the new frame, unless this is a question.
         max_tokens: Most tokens to generate after it.
         state: For the choice of the first token (not yet charged).
         question: What is asked, if anything.
@@ -75,10 +78,15 @@ class Chunk:
 
     token_ids: tuple[int, ...]
     opening: tuple[int, ...]
-    insertion_point: int | None
+    insertion_points: tuple[int, ...]
     max_tokens: int
     state: CaptionState
     question: str | None = None
+
+    def images(self, latest: Image | None, new: Image | None) -> list[Image]:
+        """Which of the two to feed, in the order of `insertion_points`."""
+        shown = [] if self.question is not None else [new]
+        return [latest] * (len(self.insertion_points) - len(shown)) + shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,12 +187,8 @@ class Transcript:
             for entry in self.entries
         ]
 
-    def make_room(self, num_new: int, keep_seen: bool = False) -> bool:
+    def make_room(self, num_new: int) -> bool:
         """Forgets where `num_new` more tokens would exceed the budget.
-
-        Args:
-            num_new: How many tokens will come.
-            keep_seen: Whether the latest frame stays even if it was silent.
 
         Returns:
             Whether something was forgotten, so that the reader has to start anew.
@@ -195,7 +199,7 @@ class Transcript:
         budget = self.settings.text_budget
         if self.num_tokens + num_new <= budget:
             return False
-        kept = self._worth_keeping(min(budget // 2, budget - num_new), keep_seen)
+        kept = self._worth_keeping(min(budget // 2, budget - num_new))
         num_kept = len(self.prompt) + sum(len(entry.token_ids) for entry in kept)
         if num_kept + num_new > budget:
             raise InputError(
@@ -214,8 +218,8 @@ class Transcript:
         """What to feed with the next frame; there must be room (`make_room(frame_tokens)`)."""
         opening = (*self.format.before_image, *self.format.after_image, *self._priming)
         pending = self.ids[self.num_known :]
-        point = len(pending) + len(self.format.before_image)
-        return self._chunk(pending, opening, point, self.settings.max_frame_tokens)
+        points = (*self._shown_again(), len(pending) + len(self.format.before_image))
+        return self._chunk(pending, opening, points, self.settings.max_frame_tokens)
 
     def question_chunk(self, question: str) -> Chunk:
         """What to feed for a question, after making room for it and its answer.
@@ -227,10 +231,10 @@ class Transcript:
         opening = (*first, *self.format.question(question))
         wanted = len(opening) + self.settings.max_answer_tokens + 1
         least = len(opening) + min(self.settings.max_answer_tokens, self.settings.max_frame_tokens) + 1
-        self.make_room(max(least, min(wanted, self.settings.text_budget // 2)), keep_seen=True)
+        self.make_room(max(least, min(wanted, self.settings.text_budget // 2)))
         room = self.settings.text_budget - self.num_tokens - len(opening) - 1
         max_tokens = min(self.settings.max_answer_tokens, room)
-        return self._chunk(self.ids[self.num_known :], opening, self._seen_again(), max_tokens, question)
+        return self._chunk(self.ids[self.num_known :], opening, self._shown_again(), max_tokens, question)
 
     def text_of(self, chunk: Chunk, generated: Sequence[int]) -> str:
         """What was generated after a chunk in words, with the priming text; "" is silence."""
@@ -262,31 +266,30 @@ class Transcript:
         self,
         pending: list[int],
         opening: tuple[int, ...],
-        point: int | None,
+        points: tuple[int, ...],
         max_tokens: int,
         question: str | None = None,
     ) -> Chunk:
         # What is fed a second time after a restart was read before.
         state = self.state.read([*self._unread, *opening], self.rules)
-        return Chunk((*pending, *opening), opening, point, max_tokens, state, question)
+        return Chunk((*pending, *opening), opening, points, max_tokens, state, question)
 
-    def _seen_again(self) -> int | None:
-        """Where the latest frame stands in the text, for a reader that starts anew with a question about it."""
+    def _shown_again(self) -> tuple[int, ...]:
+        """Where the latest frame stands in the text, for a reader that starts anew; nowhere for others."""
         if self.num_known or self._seen not in self.entries:
-            return None
+            return ()
         before = self.entries[: self.entries.index(self._seen)]
         start = len(self.prompt) + sum(len(entry.token_ids) for entry in before)
-        return start + len(self.format.before_image)
+        return (start + len(self.format.before_image),)
 
-    def _worth_keeping(self, target: int, keep_seen: bool) -> list[Entry]:
+    def _worth_keeping(self, target: int) -> list[Entry]:
         """The entries without silent frames, and without the oldest until at most `target` tokens are left."""
-        seen = self._seen if keep_seen else None
-        entries = [entry for entry in self.entries if not entry.is_silent or entry is seen]
+        entries = [entry for entry in self.entries if not entry.is_silent or entry is self._seen]
         last = next((entry for entry in reversed(entries) if entry.is_caption), None)
         left = len(self.prompt) + sum(len(entry.token_ids) for entry in entries)
         kept: list[Entry] = []
         for entry in entries:
-            if left > target and entry is not last and entry is not seen:
+            if left > target and entry is not last and entry is not self._seen:
                 left -= len(entry.token_ids)
             else:
                 kept.append(entry)
@@ -307,9 +310,11 @@ class Transcript:
         return Entry(opening, said, self.last_stop, text, None, item.timestamp)
 
     def _check_budget(self) -> None:
-        needed = len(self.prompt) + 2 * self.frame_tokens
+        silence = len(self.format.before_image) + len(self.format.after_image) + 1
+        needed = len(self.prompt) + 2 * self.frame_tokens + silence
         if needed > self.settings.text_budget:
             raise InputError(
                 f"text_budget is {self.settings.text_budget}; expected at least {needed}: the prompt takes "
-                f"{len(self.prompt)} tokens, and two frames must fit beside it with {self.frame_tokens} each."
+                f"{len(self.prompt)} tokens, and two frames with {self.frame_tokens} each and a silent one with "
+                f"{silence} must fit beside it."
             )

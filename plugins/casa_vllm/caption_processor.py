@@ -16,12 +16,10 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from casa_engine.live.caption_logits import CaptionRules, CaptionState, caption_logits, from_plain
+from casa_engine.live.caption_logits import EXTRA_ARG, CaptionRules, CaptionState, caption_logits, from_plain
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-EXTRA_ARG = "casa_live"
 
 
 class CaptionRow:

@@ -8,12 +8,16 @@ was sampled last. That is one copy from the device in each step that has such ro
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
+from casa_engine.errors import InputError
 from casa_vllm.caption_processor import CaptionRow, new_row
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.worker.gpu.input_batch import InputBatch
+
+logger = init_logger(__name__)
 
 
 class CaptionSampler:
@@ -38,7 +42,12 @@ class CaptionSampler:
         """A request is new, resumed, or a session's next chunk."""
         # Of a resumed request the prompt is followed by what it had generated.
         output_ids = list((data.prefill_token_ids or ())[data.prompt_len :])
-        row = new_row(data.sampling_params, output_ids)
+        try:
+            row = new_row(data.sampling_params, output_ids)
+        except InputError as error:
+            # V2 asks nobody whether a client's extra arguments are in order, and must not fall over them.
+            logger.warning("Request %s brings no state of a live session: %s", data.req_id, error)
+            row = None
         if row is None:
             self._rows.pop(data.req_id, None)
         else:

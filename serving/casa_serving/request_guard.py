@@ -80,7 +80,10 @@ def is_own_origin(headers: Headers, allowed: list[str]) -> bool:
     origin = headers.get("origin")
     if origin is None or "*" in allowed or origin in allowed:
         return True
-    return urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+    try:
+        return urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+    except ValueError:
+        return False  # No browser writes such an origin.
 
 
 def take_key(scope: Scope) -> None:

@@ -131,3 +131,11 @@ def test_tokens_beyond_the_logits_are_passed_over():
     rules = CaptionRules((2, 900), 1.2, stop_bias=0.5, ngram_size=1)
     state = CaptionState({800: 1.0}, (800, 5))
     assert caption_logits(torch.ones(NUM_TOKENS), state, rules)[5] == float("-inf")
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_no_settings_overflow(penalty):
+    rules = CaptionRules(STOPS, penalty, 1.0, 1000.0)
+    state = CaptionState({5: 900.0, 6: 1.0}, (5, 6))
+    changed = caption_logits(torch.tensor([-20.0, 0.0, 20.0] * 10), state, rules)
+    assert changed.isfinite().all()

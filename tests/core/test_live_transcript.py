@@ -52,7 +52,7 @@ def test_the_stop_token_belongs_to_the_window_before(spelling):
     say(transcript, "one")
     chunk = transcript.frame_chunk()
     assert chunk.token_ids == (STOP, *spelling.before_image, *spelling.after_image)
-    assert chunk.insertion_point == 1 + len(spelling.before_image)
+    assert chunk.insertion_points == (1 + len(spelling.before_image),)
 
 
 def test_the_stop_token_really_emitted_is_recorded(spelling):
@@ -77,7 +77,7 @@ def test_a_question_between_frames(spelling):
     transcript = Transcript(spelling, SETTINGS)
     say(transcript, "one")
     chunk = transcript.question_chunk("How?")
-    assert chunk.insertion_point is None
+    assert chunk.insertion_points == ()
     assert spelling.tokenizer.decode(chunk.token_ids) == (
         "<|im_end|>\n<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -103,7 +103,8 @@ def test_silence_leaves_first_then_the_oldest(spelling):
             assert before + transcript.frame_tokens > SETTINGS.text_budget
             assert transcript.num_tokens <= SETTINGS.text_budget // 2
             assert transcript.num_known == 0
-            assert all(entry.is_caption for entry in transcript.entries)
+            # All but the latest frame, which is shown again.
+            assert all(entry.is_caption for entry in transcript.entries[:-1])
             assert transcript.frame_chunk().token_ids[: len(transcript.prompt)] == tuple(transcript.prompt)
         say(transcript, str(number % 10) if number % 3 else "")
         assert transcript.num_tokens <= SETTINGS.text_budget
@@ -121,22 +122,27 @@ def test_the_last_caption_always_stays(spelling):
     assert "here" in [item.caption for item in transcript.history]
 
 
-def test_a_question_that_starts_anew_sees_the_latest_frame_again(spelling):
+def test_a_reader_that_starts_anew_sees_the_latest_frame_again(spelling):
     transcript = Transcript(spelling, SETTINGS)
     for text in ("one", "", ""):
         say(transcript, text)
-    assert transcript.question_chunk("How?").insertion_point is None
+    assert transcript.question_chunk("How?").insertion_points == ()
+    assert len(transcript.frame_chunk().insertion_points) == 1
     latest = transcript.entries[-1]
     transcript.start_anew()
-    chunk = transcript.question_chunk("How?")
-    text = transcript.num_tokens - len(latest.token_ids)
-    assert chunk.insertion_point == text + len(spelling.before_image)
-    while not transcript.make_room(transcript.frame_tokens, keep_seen=True):
+    again = transcript.num_tokens - len(latest.token_ids) + len(spelling.before_image)
+    assert transcript.question_chunk("How?").insertion_points == (again,)
+    assert transcript.question_chunk("How?").images("latest", None) == ["latest"]
+    chunk = transcript.frame_chunk()
+    assert chunk.insertion_points == (again, transcript.num_tokens + len(spelling.before_image))
+    assert chunk.images("latest", "new") == ["latest", "new"]
+    while not transcript.make_room(transcript.frame_tokens):
         say(transcript, "")
     assert [entry.text for entry in transcript.entries] == ["one", ""]
-    assert transcript.question_chunk("How?").insertion_point == transcript.num_tokens - 3 + len(spelling.before_image)
+    again = transcript.num_tokens - 3 + len(spelling.before_image)
+    assert transcript.question_chunk("How?").insertion_points == (again,)
     # From history nothing was seen.
-    assert Transcript(spelling, SETTINGS, transcript.history).question_chunk("How?").insertion_point is None
+    assert Transcript(spelling, SETTINGS, transcript.history).question_chunk("How?").insertion_points == ()
 
 
 def test_after_a_restart_nothing_is_counted_twice(spelling):

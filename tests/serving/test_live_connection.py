@@ -6,13 +6,14 @@ import struct
 from urllib.parse import urlsplit
 
 import pytest
+from pydantic import ValidationError
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
 
 from casa_serving.live.client import ConnectionLostError, LiveClient
-from casa_serving.live.protocol import LiveError
+from casa_serving.live.protocol import LiveError, read_event
 from event_loop import in_loop
 from image_files import encoded, plain
+from live_messages import rest, take
 from scripted_live import scripted_server
 
 
@@ -33,24 +34,6 @@ async def until(condition, seconds=10.0):
             await asyncio.sleep(0.01)
 
 
-async def rest(socket):
-    """Returns the messages that still come, and the close code."""
-    messages = []
-    try:
-        while True:
-            messages.append(json.loads(await socket.recv()))
-    except ConnectionClosed:
-        return messages, socket.close_code
-
-
-async def take(client, kind):
-    """Returns the next event of a kind."""
-    async for event in client.events():
-        if event.type == kind:
-            return event
-    raise AssertionError(f"no {kind}")
-
-
 @in_loop
 async def test_a_session_from_create_to_stop():
     async with scripted_server() as server, LiveClient(server.url) as client:
@@ -62,7 +45,7 @@ async def test_a_session_from_create_to_stop():
         done = await take(client, "frame.done")
         assert (done.frame, done.timestamp, done.caption, done.image_pages) == (0, 0.5, "28 56", 2)
         assert 0 <= done.queue_ms <= done.delay_ms
-        assert await client.ask("Is it?", id="q") == 0
+        assert await client.ask("Is it?", id="q") == "q"
         answer = await take(client, "answer.done")
         assert (answer.question, answer.id, answer.text) == (0, "q", "yes")
         await client.send_frame(picture(56, 28), 1.0)
@@ -289,13 +272,47 @@ async def test_one_session_too_many():
 
 
 @in_loop
-async def test_more_sessions_than_fit_into_the_engine():
+async def test_sessions_share_the_memory_of_the_engine():
     async with scripted_server() as server, LiveClient(server.url) as client, connect(server.url) as second:
-        await client.create()
-        server.engine.places = 1
-        await second.send('{"type": "session.create"}')
+        server.engine.places = 1000
+        await client.create(text_budget=500)
+        await second.send('{"type": "session.create", "text_budget": 512}')
         (refused,), close_code = await rest(second)
         assert (refused["code"], close_code) == ("too_many_sessions", 1008)
+        assert "100%" in refused["message"] and "50%" in refused["message"]
+        async with LiveClient(server.url) as small:
+            await small.create(text_budget=400)
+            await client.stop()
+            async with LiveClient(server.url) as third:
+                await third.create(text_budget=500)
+
+
+@in_loop
+async def test_a_frame_that_only_the_engine_can_refuse():
+    async with scripted_server() as server, LiveClient(server.url) as client:
+        await client.create()
+        await client.send_frame(picture(17, 28), 0.0)
+        refused = await take(client, "error")
+        assert (refused.code, refused.frame, refused.fatal) == ("bad_frame", 0, False)
+        await client.send_frame(picture(28, 28), 0.5)
+        assert (await take(client, "frame.done")).caption == "28 28"
+
+
+@in_loop
+async def test_a_refused_question_leaves_the_history_right():
+    async with scripted_server() as server, LiveClient(server.url) as client:
+        await client.create()
+        await client.ask("<bad>")
+        assert (await take(client, "error")).code == "bad_message"
+        await client.ask("Is it?")
+        await take(client, "answer.done")
+        assert list(client.history) == [{"question": "Is it?", "answer": "yes"}]
+
+
+def test_a_client_passes_over_what_a_later_server_may_send():
+    assert read_event('{"type": "weather", "rain": true}') is None
+    with pytest.raises(ValidationError):
+        read_event('{"type": "frame.done"}')
 
 
 @in_loop

@@ -2,17 +2,18 @@
 
 import asyncio
 import base64
-import json
+import re
 import struct
 from urllib.parse import urlsplit
 
 import pytest
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import InvalidStatus
 
 from casa_serving.live.client import LiveClient
 from event_loop import in_loop
 from image_files import encoded, plain
+from live_messages import rest
 from serving_process import casa_serve
 
 pytestmark = pytest.mark.vllm
@@ -39,14 +40,11 @@ def strict(tmp_path_factory):
         yield running
 
 
-async def rest(socket):
-    """Returns the messages that still come, and the close code."""
-    messages = []
-    try:
-        while True:
-            messages.append(json.loads(await socket.recv()))
-    except ConnectionClosed:
-        return messages, socket.close_code
+async def all_have_left(server):
+    """Waits until the sessions of the tests before have given their places back."""
+    async with asyncio.timeout(30):
+        while not re.search(r"^casa:live_sessions(?:\{[^}]*\})? 0\.0$", server.get("/metrics"), re.MULTILINE):
+            await asyncio.sleep(0.05)
 
 
 @in_loop
@@ -105,6 +103,7 @@ async def test_one_session_too_many_is_told_at_once(strict):
 
 @in_loop
 async def test_silence_ends_a_session(strict):
+    await all_have_left(strict)
     async with connect(strict.live_url, additional_headers=HEADERS) as socket:
         (late,), close_code = await rest(socket)
         assert (late["code"], close_code) == ("idle_timeout", 4000)

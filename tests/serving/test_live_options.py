@@ -1,11 +1,17 @@
 """What the command line says about live sessions, and what is made of it."""
 
+from types import SimpleNamespace
+
 import pytest
+from starlette.datastructures import Headers
 
 from casa_engine.errors import InputError
+from casa_engine.live import LiveSettings
 from casa_serving import cli
 from casa_serving.defaults import plugins_with_live
+from casa_serving.live import endpoint
 from casa_serving.live.options import MAX_FRAME_BYTES, LiveOptions
+from casa_serving.request_guard import is_own_origin
 
 
 def test_every_plugin_that_would_be_loaded_still_is():
@@ -31,3 +37,23 @@ def test_the_logits_processor_is_for_live_sessions_on_a_cpu(random_checkpoint, m
     monkeypatch.setattr(cli, "on_cpu", lambda: on_cpu)
     args, _ = cli.parse([str(random_checkpoint), "--live-max-sessions", str(sessions)])
     assert (cli.CAPTION_PROCESSOR in (args.logits_processors or [])) is added
+
+
+@pytest.mark.parametrize(("asked", "in_force"), [(None, 512), (256, 256), (4096, 512)])
+def test_a_servers_budget_bounds_the_default(monkeypatch, asked, in_force):
+    def scripted(client, checkpoint):
+        return SimpleNamespace(defaults=LiveSettings(text_budget=512))
+
+    monkeypatch.setattr(endpoint, "LiveEngine", scripted)
+    client = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1024))
+    options = LiveOptions(live_text_budget=asked)
+    assert endpoint.open_engine(client, "checkpoint", options).defaults.text_budget == in_force
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_own"),
+    [(None, True), ("http://here:8000", True), ("http://there", False), ("http://[::1", False), ("null", False)],
+)
+def test_pages_of_other_origins_are_strangers(origin, is_own):
+    headers = {"host": "here:8000"} | ({} if origin is None else {"origin": origin})
+    assert is_own_origin(Headers(headers), []) is is_own

@@ -16,6 +16,7 @@ from casa_engine.digits.cases import draw_video
 from casa_serving.live.client import LiveClient
 from event_loop import in_loop
 from image_files import encoded, plain
+from live_messages import take
 
 pytestmark = pytest.mark.vllm
 CREATE = '{"type": "session.create"}'
@@ -85,9 +86,7 @@ async def test_a_question_while_the_video_runs(server):
     async with LiveClient(server.live_url) as client:
         await client.create()
         await client.send_frame(files[0], 0.0)
-        async for event in client.events():
-            if event.type == "frame.done":
-                break
+        await take(client, "frame.done")
         await client.send_frame(files[1], 0.5)
         await client.ask("What did you read first?", id="mine")
         await client.stop()
@@ -109,10 +108,7 @@ async def test_the_history_is_known_after_a_broken_connection(server):
     async with LiveClient(server.live_url) as client:
         await client.create()
         await client.send_frame(files[0], 0.0)
-        async for event in client.events():
-            if event.type == "frame.done":
-                seen = event
-                break
+        seen = await take(client, "frame.done")
         client._socket.transport.abort()
         await client._reader
         await client.reconnect()

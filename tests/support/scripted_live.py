@@ -31,10 +31,10 @@ class ScriptedEngine:
         self.gate.set()
         self.sessions, self.histories = [], []
         self.num_in_work = 0
-        self.places = 1000
+        self.places = 512_000
 
     def capacity(self, settings):
-        return self.places
+        return self.places // settings.text_budget
 
     async def open(self, settings, history=()):
         if "<bad>" in settings.instruction:
@@ -58,6 +58,8 @@ class ScriptedSession:
             await self.engine.gate.wait()
             if image.width == 13:
                 raise RuntimeError("the engine is dead")
+            if image.width == 17:
+                raise InputError("the image does not fit")
             yield TextDelta(f"{image.height}")
             yield FrameResult(f"{image.width} {image.height}", 3, False, 1.0, 2.0, 40, 4, 2, False, False)
         finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 from openai import OpenAI
 
 CASA_SERVE = Path(sys.executable).parent / "casa-serve"
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 480
 # Small and quiet: tests share the machine with each other, and look nothing up outside it.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from casa_engine.checkpoints import load_model
@@ -117,8 +118,12 @@ async def watch(session, frames):
 @pytest.fixture(scope="module")
 def wanted(rig):
     """Captions of the eager model, frame by frame, for each video."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # Waiting for each other on a busy machine would take far longer.
     streams = [rig.eager(rig.settings) for _ in range(NUM_SESSIONS)]
-    return [[stream.caption(frame) for frame in frames_of(seed)] for seed, stream in enumerate(streams)]
+    captions = [[stream.caption(frame) for frame in frames_of(seed)] for seed, stream in enumerate(streams)]
+    torch.set_num_threads(threads)
+    return captions
 
 
 def test_one_session_says_what_the_eager_model_says(rig, wanted):
@@ -231,19 +236,24 @@ def test_preempted_sessions_go_on(rig):
         frames = [frames_of(50 + number, 30) for number in range(3)]
         for session, first in zip(sessions, frames, strict=True):
             await caption(session, first[0])
-        chats = [asyncio.create_task(rig.chat(560)) for _ in range(4)]
-        results = await asyncio.gather(
-            *(watch(session, rest[1:]) for session, rest in zip(sessions, frames, strict=True))
-        )
-        chats = await asyncio.gather(*chats)
-        assert all(chat == chats[0] for chat in chats)
+        chats = [asyncio.create_task(rig.chat(560)) for _ in range(6)]
+
+        async def watch_while_they_talk(session, mine):
+            results = []
+            while not all(chat.done() for chat in chats):
+                results.append(await caption(session, mine[len(results) % len(mine)]))
+            return results
+
+        results = await asyncio.gather(*map(watch_while_they_talk, sessions, frames))
+        said = [await chat for chat in chats]
+        assert all(each == said[0] for each in said)
         await asyncio.gather(*(session.close() for session in sessions))
         assert await rig.free_pages() == free
         return [result for each in results for result in each]
 
     results = rig.run(work())
-    assert len(results) == 3 * 29
-    print("restarts by preemption:", sum(result.restarted for result in results))
+    assert all(result.text_tokens <= BUDGET for result in results)
+    assert any(result.restarted for result in results)
 
 
 def test_closed_in_the_middle_of_a_frame(rig):
@@ -297,10 +307,11 @@ def test_what_cannot_be_is_refused(rig):
 
 def test_strangers_cannot_send_a_state(rig):
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     async def work():
         params = SamplingParams(max_tokens=2, extra_args={"casa_live": {"recent": "x"}})
-        with pytest.raises(ValueError, match="live session"):
+        with pytest.raises(VLLMValidationError, match="live session"):
             async for _ in rig.engine.generate({"prompt": "a"}, params, "stranger"):
                 pass
         await rig.chat()

@@ -33,6 +33,7 @@ class Driver:
 
     def __init__(self, engine, spelling, settings, name):
         self.engine, self.transcript, self.name = engine, Transcript(spelling, settings), name
+        self.latest = None
 
     def send(self, chunk, image):
         from vllm import SamplingParams
@@ -41,9 +42,10 @@ class Driver:
 
         inner, ids = self.engine.engine, list(chunk.token_ids)
         prompt = {"prompt_token_ids": ids}
-        if chunk.insertion_point is not None:
-            ids.insert(chunk.insertion_point, self.transcript.format.image_token_id)
-            prompt["multi_modal_data"] = {"image": [image]}
+        for point in reversed(chunk.insertion_points):
+            ids.insert(point, self.transcript.format.image_token_id)
+        if images := chunk.images(self.latest, image):
+            prompt["multi_modal_data"] = {"image": images}
         parsed = parse_model_prompt(inner.model_config, prompt)
         (rendered,) = inner.renderer.render_cmpl([parsed], inner.renderer.default_cmpl_tok_params)
         params = SamplingParams(
@@ -83,8 +85,9 @@ def play(engine, drivers, chunks, images):
             assert not ids or index in waiting, "a chunk that had ended said more"
             generated[index] += ids
             waiting -= {index} if ended else set()
-    for driver, chunk, ids in zip(drivers, chunks, generated, strict=True):
+    for driver, chunk, image, ids in zip(drivers, chunks, images, generated, strict=True):
         driver.transcript.record(chunk, ids)
+        driver.latest = image or driver.latest
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])

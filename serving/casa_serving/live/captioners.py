@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from casa_serving.live.engine_session import LiveSession
 
 Captioner = Callable[[Sample], Awaitable[FrameRecord]]
-LIVE_PATH = "/v1/live"
 JPEG_QUALITY = 95
 
 
@@ -146,6 +145,8 @@ def live_url(server: str) -> str:
     Raises:
         InputError: it is none.
     """
+    from casa_serving.live.protocol import PATH
+
     try:
         url = URL(server)
     except ValueError as error:
@@ -153,5 +154,5 @@ def live_url(server: str) -> str:
     schemes = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
     if url.scheme not in schemes or not url.host:
         raise InputError(f"--server is {server!r}. Expected http(s)://host:port or ws(s)://host:port.")
-    path = url.path if url.path not in ("", "/") else LIVE_PATH
+    path = url.path if url.path not in ("", "/") else PATH
     return str(url.with_path(path).with_scheme(schemes[url.scheme]))

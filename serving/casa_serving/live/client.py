@@ -70,7 +70,7 @@ class LiveClient:
         self.created: Created | None = None
         self.statistics: Statistics | None = None
         self.history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY_ITEMS)
-        self._questions: list[str] = []
+        self._questions: dict[str, str] = {}
         self._num_frames = 0
 
     async def __aenter__(self) -> Self:
@@ -123,11 +123,12 @@ class LiveClient:
         await self._send(TIMESTAMP.pack(timestamp) + image)
         return number
 
-    async def ask(self, text: str, id: str | None = None) -> int:
-        """Asks a question; returns its number, which the events about it carry."""
-        self._questions.append(text)
+    async def ask(self, text: str, id: str | None = None) -> str:
+        """Asks a question; returns its `id`, which the events about it carry."""
+        id = id or f"question-{len(self._questions)}"
+        self._questions[id] = text
         await self._send(Question(text=text, id=id).model_dump_json())
-        return len(self._questions) - 1
+        return id
 
     async def events(self) -> AsyncIterator[ServerEvent]:
         """Gives what the server sends, in order; ends after `session.closed`.
@@ -172,25 +173,30 @@ class LiveClient:
             self._url, subprotocols=[SUBPROTOCOL], additional_headers=headers, compression=None
         )
         self._events: asyncio.Queue[ServerEvent | ConnectionClosed] = asyncio.Queue()
-        self._questions, self._num_frames = [], 0
+        self._questions, self._num_frames = {}, 0
         self.created = self.statistics = None
         self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        """Takes in events until the connection ends."""
+        """Takes in events until the connection ends; kinds that a later server may send are passed over."""
+        end = ConnectionClosed(None, None)
         try:
             while True:
                 event = read_event(await self._socket.recv())
+                if event is None:
+                    continue
                 self._remember(event)
                 self._events.put_nowait(event)
         except ConnectionClosed as closed:
-            self._events.put_nowait(closed)
+            end = closed
+        finally:
+            self._events.put_nowait(end)  # Whatever happened, nobody waits for ever.
 
     def _remember(self, event: ServerEvent) -> None:
         if isinstance(event, FrameDone) and event.caption:
             self.history.append({"caption": event.caption, "timestamp": event.timestamp})
         elif isinstance(event, AnswerDone):
-            self.history.append({"question": self._questions[event.question], "answer": event.text})
+            self.history.append({"question": self._questions[event.id], "answer": event.text})
         elif isinstance(event, Closed):
             self.statistics = event.statistics
 

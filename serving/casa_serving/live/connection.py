@@ -111,12 +111,14 @@ class Connection:
     async def run(self) -> None:
         """Runs the connection to its end; raises nothing."""
         offered = self.socket.scope["subprotocols"]
-        await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
         try:
+            await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
             with self.service.registry.place():
                 await self._run_in_place()
         except LiveError as error:
             await self._say_goodbye(SessionEnd("too many sessions", POLICY, error))
+        except (WebSocketDisconnect, RuntimeError):  # Starlette's two words for a socket that is gone.
+            logger.info("Live session: the client left before it was taken.")
 
     async def _run_in_place(self) -> None:
         try:
@@ -135,28 +137,29 @@ class Connection:
         raise SessionEnd("server is shutting down", SHUTTING_DOWN)
 
     async def _converse(self) -> None:
-        create = await self._wait_for_create()
-        session = await self._open(create)
-        try:
-            await first_of(self._read(session), self._work(session))
-        finally:
-            await session.close()
+        create, settings = await self._wait_for_create()
+        with contextlib.ExitStack() as held:
+            session = await self._open(create, settings, held)
+            try:
+                await first_of(self._read(session), self._work(session))
+            finally:
+                await session.close()
 
     # Before the session: exactly one good message is expected.
 
-    async def _wait_for_create(self) -> Create:
+    async def _wait_for_create(self) -> tuple[Create, LiveSettings]:
         try:
             async with asyncio.timeout(self.service.options.live_create_timeout):
                 while True:
-                    create = await self._read_create()
-                    if create is not None:
-                        return create
+                    asked = await self._read_create()
+                    if asked is not None:
+                        return asked
         except TimeoutError as timeout:
             error = LiveError("idle_timeout", "No session was created in time. Send `session.create` first.")
             raise SessionEnd("no session was created", IDLE, error) from timeout
 
-    async def _read_create(self) -> Create | None:
-        """Reads one message; returns it if it creates a session that is taken."""
+    async def _read_create(self) -> tuple[Create, LiveSettings] | None:
+        """Reads one message; returns it and its settings if it creates a session that is taken."""
         try:
             message = await self._receive()
             if isinstance(message, bytes):
@@ -164,8 +167,7 @@ class Connection:
             parsed = read_text(message)
             if not isinstance(parsed, Create):
                 raise LiveError("no_session", "There is no session yet: send `session.create` first.")
-            self._settings(parsed)
-            return parsed
+            return parsed, self._settings(parsed)
         except LiveError as error:
             await self._send(Fault(code=error.code, message=str(error)))
             return None
@@ -181,12 +183,11 @@ class Connection:
             )
         return settings
 
-    async def _open(self, create: Create) -> LiveSession:
+    async def _open(self, create: Create, settings: LiveSettings, held: contextlib.ExitStack) -> LiveSession:
         engine, options = self.service.engine, self.service.options
-        settings = self._settings(create)
         try:
             capacity = engine.capacity(settings)
-            self.service.registry.check_capacity(capacity)
+            held.enter_context(self.service.registry.share(capacity))
             session = await engine.open(settings, [HistoryItem(**item.model_dump()) for item in create.history])
         except LiveError as error:
             raise SessionEnd("too many sessions", POLICY, error) from error
@@ -278,10 +279,13 @@ class Connection:
     async def _caption(self, session: LiveSession, frame: Frame) -> None:
         image = await asyncio.to_thread(self._decode, frame.data)
         started_s = time.monotonic()
-        async with contextlib.aclosing(session.caption(image, frame.timestamp)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, TextDelta):
-                    await self._send(CaptionDelta(frame=frame.number, timestamp=frame.timestamp, text=piece.text))
+        try:
+            async with contextlib.aclosing(session.caption(image, frame.timestamp)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, TextDelta):
+                        await self._send(CaptionDelta(frame=frame.number, timestamp=frame.timestamp, text=piece.text))
+        except InputError as error:
+            raise LiveError("bad_frame", str(error)) from error
         done = self._frame_done(frame, piece, started_s)
         self.statistics.done(done)
         await self._send(done)
@@ -350,7 +354,7 @@ class Connection:
                 await self.socket.close(end.close_code, end.reason)
         except TimeoutError:
             cut(self.socket)
-        except WebSocketDisconnect:
+        except (WebSocketDisconnect, RuntimeError):  # The latter where a send has failed before.
             logger.info("Live session: the client left before the good-bye.")
 
 

@@ -6,10 +6,8 @@ care of (defaults.py). Each process has its own sessions and its own limit.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from argparse import Namespace
-from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from vllm.engine.protocol import EngineClient
 
 from casa_engine.errors import ConfigError
 from casa_serving.limits import ImageLimits
-from casa_serving.live import page
+from casa_serving.live import page, shutdown_patch
 from casa_serving.live.connection import Connection, LiveService
 from casa_serving.live.engine_session import LiveEngine
 from casa_serving.live.options import LiveOptions
@@ -29,8 +27,6 @@ from casa_serving.live.registry import Registry
 from casa_serving.live.statistics import LiveMetrics
 from casa_serving.media import GuardedImageIO
 from casa_serving.register import CONNECTOR
-
-SHUTDOWN_TIMEOUT_S = 3.0
 
 
 class LiveEndpoint:
@@ -55,13 +51,13 @@ class LiveEndpoint:
         options = LiveOptions.from_arguments(vars(args))
         metrics = LiveMetrics()
         state.live = LiveService(
-            engine=open_engine(engine_client, Path(args.model)),
+            engine=open_engine(engine_client, Path(args.model), options),
             options=options,
             registry=Registry(options.live_max_sessions, metrics),
             metrics=metrics,
             image_io=GuardedImageIO(ImageLimits.from_options(vars(args))),
         )
-        tell_before_shutdown(engine_client, state.live.registry)
+        shutdown_patch.tell_before_shutdown(engine_client, state.live.registry)
 
 
 async def live(websocket: WebSocket) -> None:
@@ -69,39 +65,10 @@ async def live(websocket: WebSocket) -> None:
     await Connection(websocket, websocket.app.state.live).run()
 
 
-def open_engine(engine_client: EngineClient, checkpoint: Path) -> LiveEngine:
-    """Returns what opens sessions, with defaults that fit the server's context."""
+def open_engine(engine_client: EngineClient, checkpoint: Path, options: LiveOptions) -> LiveEngine:
+    """Returns what opens sessions, with defaults that fit the server's context and its own limit."""
     engine = LiveEngine(engine_client, checkpoint)
-    budget = min(engine.defaults.text_budget, engine_client.model_config.max_model_len)
+    longest = options.live_text_budget or engine.defaults.text_budget
+    budget = min(engine.defaults.text_budget, longest, engine_client.model_config.max_model_len)
     engine.defaults = replace(engine.defaults, text_budget=budget)
     return engine
-
-
-def tell_before_shutdown(engine_client: EngineClient, registry: Registry) -> None:
-    """Has the sessions told that the server ends before their engine is taken from under them.
-
-    At SIGTERM vLLM shuts its engine down first, in a thread, and the connections afterwards; it
-    has no hook before. So the client's own `shutdown` is what waits for the sessions.
-
-    Mutates:
-        engine_client: its `shutdown`.
-    """
-    loop = asyncio.get_running_loop()
-    shutdown = engine_client.shutdown
-
-    def tell_and_shutdown(timeout: float | None = None) -> None:
-        if loop.is_running() and not is_in(loop):
-            told = asyncio.run_coroutine_threadsafe(registry.close(SHUTDOWN_TIMEOUT_S), loop)
-            # A loop that has stopped in between never answers.
-            wait([told], timeout=SHUTDOWN_TIMEOUT_S + 1)
-        shutdown(timeout=timeout)
-
-    engine_client.shutdown = tell_and_shutdown
-
-
-def is_in(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tells whether the calling thread is the one that runs the loop, which therefore must not wait for it."""
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
-        return False

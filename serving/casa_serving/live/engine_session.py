@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from casa_engine.checkpoints import read_config
 from casa_engine.errors import InputError
 from casa_engine.live import HistoryItem, LiveSettings, Transcript
-from casa_engine.live.caption_logits import to_plain
+from casa_engine.live.caption_logits import EXTRA_ARG, to_plain
 from casa_engine.live.stream_format import StreamFormat
 from casa_engine.live.transcript import Chunk, Entry
+from casa_serving.cli import CAPTION_PROCESSOR
 from casa_serving.live.capacity import PageCosts
 from casa_serving.live.engine_request import EngineRequest, RequestLostError
-from casa_serving.live.engine_start import CAPTION_PROCESSOR, start_engine
+from casa_serving.live.engine_start import start_engine
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +43,6 @@ __all__ = [
     "TextDelta",
     "start_engine",
 ]
-EXTRA_ARG = "casa_live"
 # How often a chunk is tried anew after the engine has lost the session.
 MAX_RESTARTS = 3
 
@@ -103,13 +103,15 @@ class LiveEngine:
     Args:
         engine: vLLM's client (`AsyncLLM`).
         checkpoint: Folder of the model that it serves.
+        allow_insertion: For benchmarks, which stop before the image tokens have filled the context.
 
     Attributes:
         defaults: Settings that fit the checkpoint.
     """
 
-    def __init__(self, engine: EngineClient, checkpoint: Path) -> None:
+    def __init__(self, engine: EngineClient, checkpoint: Path, *, allow_insertion: bool = False) -> None:
         self.engine, self.checkpoint = engine, Path(checkpoint)
+        self._allow_insertion = allow_insertion
         self.config = read_config(self.checkpoint)
         self.format = StreamFormat.from_checkpoint(self.checkpoint)
         self.defaults = LiveSettings.for_checkpoint(self.checkpoint)
@@ -130,6 +132,11 @@ class LiveEngine:
         Raises:
             InputError: The settings or the history cannot be.
         """
+        if not self.config.is_cross_attention and not self._allow_insertion:
+            raise InputError(
+                "this checkpoint inserts image tokens into the text, which no text budget bounds; expected one with "
+                "cross-attention: live sessions are for CASA models."
+            )
         longest = self.engine.model_config.max_model_len
         if settings.text_budget > longest:
             raise InputError(
@@ -150,7 +157,7 @@ class LiveEngine:
         is_v2 = self.config.is_cross_attention and self.engine.vllm_config.use_v2_model_runner
         return is_v2 or CAPTION_PROCESSOR in (self.engine.model_config.logits_processors or ())
 
-    async def render(self, chunk: Chunk, image: Image.Image | None) -> Any:
+    async def render(self, chunk: Chunk, images: list[Image.Image]) -> Any:
         """What vLLM's renderer makes of a chunk; images are resized and cut in a thread.
 
         Raises:
@@ -159,9 +166,10 @@ class LiveEngine:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         prompt: dict[str, Any] = {"prompt_token_ids": list(chunk.token_ids)}
-        if chunk.insertion_point is not None:
-            prompt["prompt_token_ids"].insert(chunk.insertion_point, self.format.image_token_id)
-            prompt["multi_modal_data"] = {"image": [image]}
+        for point in reversed(chunk.insertion_points):
+            prompt["prompt_token_ids"].insert(point, self.format.image_token_id)
+        if images:
+            prompt["multi_modal_data"] = {"image": images}
         renderer = self.engine.renderer
         try:
             parsed = parse_model_prompt(self.engine.model_config, prompt)
@@ -226,7 +234,7 @@ class LiveSession:
         self.settings = transcript.settings
         self._request: EngineRequest | None = None
         self._num_requests = 0
-        self._image: Image.Image | None = None
+        self._latest: Image.Image | None = None
         self._is_unfinished = False
         self._is_closed = False
 
@@ -245,7 +253,6 @@ class LiveSession:
         progress = Progress()
         async for text in self._answer(next_chunk, image, timestamp, progress):
             yield TextDelta(text)
-        self._image = image
         yield FrameResult(
             caption=progress.entry.text,
             text_tokens=self.transcript.num_tokens,
@@ -262,7 +269,7 @@ class LiveSession:
             RequestLostError: The engine lost the session again and again.
         """
         progress = Progress()
-        async for text in self._answer(lambda: self.transcript.question_chunk(question), self._image, None, progress):
+        async for text in self._answer(lambda: self.transcript.question_chunk(question), None, None, progress):
             yield TextDelta(text)
         yield AnswerResult(
             answer=progress.entry.text,
@@ -305,9 +312,10 @@ class LiveSession:
                 num_known = 0
                 progress.token_ids.clear()
         progress.entry = self.transcript.record(chunk, progress.token_ids, timestamp)
+        self._latest = image or self._latest
 
     async def _generate(self, chunk: Chunk, image: Image.Image | None, progress: Progress) -> AsyncIterator[str]:
-        rendered = await self.engine.render(chunk, image)
+        rendered = await self.engine.render(chunk, chunk.images(self._latest, image))
         for placed in rendered.get("mm_placeholders", {}).get("image", ()):
             progress.image_tokens = placed.get_num_embeds()
         if self.transcript.num_known == 0:
@@ -333,7 +341,7 @@ class LiveSession:
             temperature=settings.temperature,
             top_k=settings.top_k,
             # A request begins its random numbers anew: begun again, it must not repeat them.
-            seed=None if settings.seed is None else settings.seed + self._num_requests,
+            seed=None if settings.seed is None else (settings.seed + self._num_requests) % 2**63,
             max_tokens=chunk.max_tokens,
             stop_token_ids=list(self.engine.format.stop_ids),
             detokenize=False,

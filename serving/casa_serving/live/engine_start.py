@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casa_engine.checkpoints import check_tensors, read_config
-from casa_serving.cli import check_folder, on_cpu
+from casa_serving.cli import CAPTION_PROCESSOR, check_folder, on_cpu
 from casa_serving.defaults import embedded_checkpoint, engine_options, set_environment
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
-
-CAPTION_PROCESSOR = "casa_vllm.caption_processor:CaptionLogitsProcessor"
 
 
 async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:

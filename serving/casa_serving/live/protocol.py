@@ -333,6 +333,11 @@ ServerEvent = Created | CaptionDelta | FrameDone | FrameDropped | AnswerDelta | 
 _EVENTS: TypeAdapter[ServerEvent] = TypeAdapter(Annotated[ServerEvent, Field(discriminator="type")])
 
 
-def read_event(text: str | bytes) -> ServerEvent:
-    """Parses what a server has sent (for clients)."""
-    return _EVENTS.validate_json(text)
+def read_event(text: str | bytes) -> ServerEvent | None:
+    """Parses what a server has sent (for clients); None for a kind that this version does not know."""
+    try:
+        return _EVENTS.validate_json(text)
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "union_tag_invalid":
+            return None
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 
 from casa_serving.live.protocol import LiveError
 from casa_serving.live.statistics import LiveMetrics
@@ -26,6 +27,7 @@ class Registry:
         self.closing = asyncio.Event()
         self._metrics = metrics
         self._taken = 0
+        self._shares = Fraction(0)
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -36,29 +38,40 @@ class Registry:
         Raises:
             LiveError: all of them are taken.
         """
-        self.check(self.max_sessions)
+        if self._taken >= self.max_sessions:
+            raise LiveError(
+                "too_many_sessions",
+                f"All places are taken: {self._taken} sessions run, at most {self.max_sessions} are taken "
+                "(--live-max-sessions). Try again later.",
+            )
         self._change(1)
         try:
             yield
         finally:
             self._change(-1)
 
-    def check_capacity(self, capacity: int) -> None:
-        """Refuses the newest session if the engine's pages do not suffice for all that are open.
+    @contextmanager
+    def share(self, capacity: int) -> Iterator[None]:
+        """Holds a session's share of the engine's pages as long as the body runs.
 
         Args:
-            capacity: How many sessions like the newest fit.
-        """
-        self.check(min(self.max_sessions, capacity), own=1)
+            capacity: How many such sessions fit into the engine.
 
-    def check(self, limit: int, own: int = 0) -> None:
-        """Raises LiveError if `limit` places are taken, `own` of them by the asking session itself."""
-        if self._taken - own >= limit:
+        Raises:
+            LiveError: what is left does not suffice.
+        """
+        share = Fraction(1, capacity) if capacity else Fraction(2)
+        if self._shares + share > 1:
             raise LiveError(
                 "too_many_sessions",
-                f"All places are taken: {self._taken - own} sessions run, at most {limit} are taken "
-                "(--live-max-sessions, and what fits into the engine's memory). Try again later.",
+                f"The engine's memory is taken: the sessions that run may need {float(self._shares):.0%} of it, this "
+                f"one {float(share):.0%}. Ask for a smaller text_budget, or try again later.",
             )
+        self._shares += share
+        try:
+            yield
+        finally:
+            self._shares -= share
 
     async def close(self, timeout_s: float) -> None:
         """Tells every session that the server ends, and waits until they have said good-bye."""

@@ -95,7 +95,7 @@ class App {
   stop() {
     this.video.pause();
     this.state.client.stop();
-    if (!this.state.source.isCamera) return;
+    if (!this.state.source?.isCamera) return;
     closeSource(this.video); // Its light goes off; what was said stays to be read.
     this.state.source = null;
   }
