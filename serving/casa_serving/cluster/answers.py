@@ -6,12 +6,13 @@ import json
 import math
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError, RayError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.exceptions import HTTPException
 
 REPLICA_LOST = "The replica that was answering has died. Send the request again; another one will answer."
 

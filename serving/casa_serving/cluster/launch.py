@@ -16,10 +16,13 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from casa_engine.errors import CasaError, InputError
 from casa_serving.cluster.config import parse_config, read_file
+
+if TYPE_CHECKING:
+    from ray import serve
 
 APPLICATION = "casa"
 FIRST_REQUEST_S = 120.0
@@ -69,7 +72,6 @@ def run(argv: list[str]) -> int:
 
 def start(args: dict[str, Any], http: dict[str, Any], options: argparse.Namespace) -> None:
     """Starts Ray and the application, and waits for a signal."""
-    import ray
     from ray import serve
 
     from casa_serving.cluster import build_app
@@ -81,18 +83,49 @@ def start(args: dict[str, Any], http: dict[str, Any], options: argparse.Namespac
         "host": options.host or http.get("host", "127.0.0.1"),
         "port": options.port if options.port is not None else http.get("port", 8000),
     }
-    check_port(**address)
+    if not is_attached():
+        check_port(**address)
     connect(options)
     try:
         application = build_app(args)
         serve.start(http_options={**http, **address})
-        serve.run(application, name=APPLICATION, route_prefix="/")
+        deploy(application)
         first_request(f"http://{local(address['host'])}:{address['port']}")
         print(f"casa-serve: ready at http://{address['host']}:{address['port']}", flush=True)
         stop.wait()
     finally:
+        leave()
+
+
+def is_attached() -> bool:
+    """Tells whether the application goes onto a cluster that runs already."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def deploy(application: serve.Application) -> None:
+    """Runs the application and waits until it is ready.
+
+    Raises:
+        InputError: Its replicas do not start; Ray Serve has given up.
+    """
+    from ray import serve
+
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise InputError(f"The application does not start. The reason is in the log above: {error}") from error
+
+
+def leave() -> None:
+    """Takes away what this process has started: the application alone where the cluster is somebody else's."""
+    import ray
+    from ray import serve
+
+    if is_attached():
+        serve.delete(APPLICATION)
+    else:
         serve.shutdown()
-        ray.shutdown()
+    ray.shutdown()
 
 
 def local(host: str) -> str:
@@ -134,10 +167,12 @@ def connect(options: argparse.Namespace) -> None:
     """Connects to the cluster in RAY_ADDRESS, or starts one on this machine."""
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
+    if is_attached():
         ray.init(log_to_driver=True)
         return
     ray.init(
+        # Without, Ray would join any cluster that it finds on this machine.
+        address="local",
         num_cpus=options.num_cpus,
         include_dashboard=False,
         logging_level=logging.WARNING,
