@@ -1,50 +1,53 @@
-"""How often requests about the same images meet their pages: requests in random order against a running cluster.
+"""How often requests about the same images meet their pages: requests in random order over the nodes of a cluster.
 
-Start a cluster of two replicas (docs/cluster.md), then
+    python benchmarks/cluster_affinity.py
+
+starts a local cluster of two nodes with one replica each, once with routing by affinity and once without, and prints
+both. Against a cluster that runs already, and only with what it is configured for:
 
     python benchmarks/cluster_affinity.py --base-url http://127.0.0.1:8000 --metrics-url http://127.0.0.1:8080/metrics
 
-and again with `routing: {affinity: false}` for the figure beside it. The images are noise of 320 x 320 pixels, whose
-base64 is above 256 KiB; their order is random with a fixed seed.
+The images are noise of 320 x 320 pixels, whose base64 is above 256 KiB; their order is random with a fixed seed.
 """
 
 import argparse
-import base64
-import io
 import json
 import random
 import re
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
-from PIL import Image
+from cluster_local import LocalCluster, chat_body, model_name, noise_url
 
 ENCODER_RUNS = "casa_vision_encoder_runs"
-
-
-def noise(seed, side=320):
-    """A data URL of about 410 kB with an image of nothing but noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+# Replicas push their metrics every few seconds; a sum that stayed for so long is the last one.
+STABLE_S, TOO_LONG_S = 12.0, 60.0
 
 
 def ask(client, model, url):
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Read the digits."}]
-    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
-    answer = client.post("/v1/chat/completions", json=body)
+    answer = client.post("/v1/chat/completions", json=chat_body(model, "Read the digits.", url, max_tokens=4))
     answer.raise_for_status()
     return answer.headers["x-casa-replica"]
 
 
-def encoder_runs(url):
-    """Vision-encoder runs over all replicas so far, from the Prometheus endpoint; None where it has none."""
-    text = httpx.get(url, timeout=30).text
+def encoder_runs(text):
+    """Vision-encoder runs over all replicas so far, from Prometheus's text; None where it has none."""
     values = re.findall(rf"^(?:ray_)?{ENCODER_RUNS}(?:_total)?{{[^}}]*}} ([0-9.e+]+)$", text, re.MULTILINE)
     return sum(map(float, values)) if values else None
+
+
+def stable_encoder_runs(read_metrics):
+    """`encoder_runs` once it no longer changes."""
+    started = changed = time.monotonic()
+    runs = encoder_runs(read_metrics())
+    while time.monotonic() - changed < STABLE_S and time.monotonic() - started < TOO_LONG_S:
+        time.sleep(1)
+        latest = encoder_runs(read_metrics())
+        if latest != runs:
+            runs, changed = latest, time.monotonic()
+    return runs
 
 
 def repeats_at_home(served):
@@ -62,24 +65,16 @@ def repeats_at_home(served):
     return hits, repeated
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000")
-    parser.add_argument("--metrics-url")
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def measure(base_url, read_metrics, options):
+    """Sends the requests; `read_metrics` returns Prometheus's text, or is None."""
     # Other images in every run: what an earlier run left in the caches must not count.
-    urls = [noise(options.seed * 1000 + number) for number in range(options.images)]
+    urls = [noise_url(options.seed * 1000 + number) for number in range(options.images)]
     order = [number % options.images for number in range(options.requests)]
     random.Random(options.seed).shuffle(order)
-    with httpx.Client(base_url=options.base_url, timeout=300) as client:
-        model = client.get("/v1/models").json()["data"][0]["id"]
-        before = encoder_runs(options.metrics_url) if options.metrics_url else None
-        with ThreadPoolExecutor(options.concurrency) as pool:
-            replicas = list(pool.map(lambda number: ask(client, model, urls[number]), order))
+    before = stable_encoder_runs(read_metrics) if read_metrics else None
+    model = model_name(base_url)
+    with httpx.Client(base_url=base_url, timeout=300) as client, ThreadPoolExecutor(options.concurrency) as pool:
+        replicas = list(pool.map(lambda number: ask(client, model, urls[number]), order))
     hits, repeated = repeats_at_home(zip(order, replicas, strict=True))
     result = {
         "requests": len(order),
@@ -92,7 +87,41 @@ def main():
         "requests_by_replica": dict(Counter(replicas)),
     }
     if before is not None:
-        result["before"] = before
+        after = stable_encoder_runs(read_metrics)
+        result |= {"encoder_runs_before": before, "encoder_runs_after": after}
+        result["encoder_runs_per_image"] = round((after - before) / options.images, 3)
+    return result
+
+
+def measure_local(affinity, options):
+    """The figures of a cluster of its own, whose nodes have room for one replica each."""
+    config = {
+        "cpus": 1,
+        "replicas": {"min": options.nodes, "max": options.nodes},
+        "routing": {"affinity": affinity},
+        "engine": {"enforce_eager": True},
+    }
+    with LocalCluster(config, num_nodes=options.nodes, cpus_per_node=1, port=options.port) as cluster:
+        nodes = {replica.node for replica in cluster.running()}
+        return {"nodes": len(nodes), **measure(cluster.url, cluster.metrics, options)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-url", help="a cluster that runs already; default: clusters of its own")
+    parser.add_argument("--metrics-url", help="its Prometheus endpoint")
+    parser.add_argument("--nodes", type=int, default=2, help="of the clusters of its own (%(default)s)")
+    parser.add_argument("--port", type=int, default=8123, help="of the clusters of its own (%(default)s)")
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.base_url:
+        url = options.metrics_url
+        result = measure(options.base_url, (lambda: httpx.get(url, timeout=30).text) if url else None, options)
+    else:
+        result = {f"affinity {name}": measure_local(name == "on", options) for name in ("on", "off")}
     print(json.dumps(result, indent=2))
 
 

@@ -1,0 +1,215 @@
+"""A Ray cluster on this machine with the application on it: what the benchmarks of the cluster share.
+
+The nodes are processes of this machine (`ray.cluster_utils.Cluster`), which Ray takes for machines: each has its own
+scheduler, resources and metrics endpoint. The application is deployed as `casa-serve --ray` does it, from this
+process, which can therefore ask Ray Serve about its replicas and change the configuration.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from casa_serving.cluster import launch
+
+HOST = "127.0.0.1"
+# Ray reserves a third of the memory for each node otherwise; nothing here passes objects.
+OBJECT_STORE_BYTES = 200_000_000
+START_S = 600.0
+SAMPLE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One replica as Ray Serve sees it.
+
+    Attributes:
+        name: What answers carry in `x-casa-replica`.
+        state: Ray Serve's word, such as STARTING, RUNNING or STOPPING.
+        pid: Of its actor's process; None before there is one.
+        node: Ray's id of its node.
+    """
+
+    name: str
+    state: str
+    pid: int | None
+    node: str
+
+
+class LocalCluster:
+    """A context in which the application runs.
+
+    Args:
+        config: The cluster configuration (docs/cluster.md) as a mapping.
+        num_nodes: Nodes, each with `cpus_per_node` logical CPUs.
+        cpus_per_node: What Ray hands out; replicas take `cpus` of it.
+        port: Of the HTTP proxy, which runs on the head node alone.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], *, num_nodes: int = 1, cpus_per_node: float = 2, port: int = 8123
+    ) -> None:
+        self._config = config
+        self._num_nodes = num_nodes
+        self._cpus_per_node = cpus_per_node
+        self._port = port
+        self.url = f"http://{HOST}:{port}"
+        self.ready_s = 0.0
+
+    def __enter__(self) -> LocalCluster:
+        # Before Ray is imported, whose modules read their environment once.
+        launch.set_environment()
+        import ray
+        from ray import serve
+        from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+        from ray.cluster_utils import Cluster
+
+        launch.check_port(HOST, self._port)
+        started = time.monotonic()
+        # ray.init() does this where it starts a cluster itself.
+        ensure_token_if_auth_enabled(None, create_token_if_missing=True)
+        node = {"num_cpus": self._cpus_per_node, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        self._cluster = Cluster(initialize_head=True, head_node_args=node)
+        try:
+            for _ in range(self._num_nodes - 1):
+                self._cluster.add_node(num_cpus=self._cpus_per_node, object_store_memory=OBJECT_STORE_BYTES)
+            ray.init(self._cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+            serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": self._port})
+            self.deploy(self._config)
+            launch.first_request(self.url)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.ready_s = time.monotonic() - started
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+        from ray import serve
+
+        try:
+            if ray.is_initialized():
+                serve.shutdown()
+                ray.shutdown()
+        finally:
+            self._cluster.shutdown()
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Deploys a configuration and waits until it is healthy; what did not change goes on running."""
+        from ray import serve
+
+        from casa_serving.cluster import build_app
+
+        serve.run(build_app(config), name=launch.APPLICATION, route_prefix="/")
+
+    def replicas(self) -> list[Replica]:
+        """Returns the replicas of the model, those that come and go included."""
+        from ray.serve.context import _get_global_client
+
+        deployments = _get_global_client().get_serve_details()["applications"][launch.APPLICATION]["deployments"]
+        (model,) = (details for name, details in deployments.items() if name.startswith("CasaServer"))
+        return [
+            Replica(replica["replica_id"], str(getattr(state := replica["state"], "value", state)), *where)
+            for replica in model["replicas"]
+            for where in [(replica["pid"], replica["node_id"])]
+        ]
+
+    def running(self) -> list[Replica]:
+        """Returns the replicas that take requests."""
+        return [replica for replica in self.replicas() if replica.state == "RUNNING"]
+
+    def wait_until(self, reached: Callable[[list[Replica]], bool], timeout_s: float = START_S) -> float:
+        """Waits until the replicas are as wanted; returns how long that took.
+
+        Raises:
+            TimeoutError: With the replicas there are.
+        """
+        started = time.monotonic()
+        while not reached(replicas := self.replicas()):
+            if time.monotonic() - started > timeout_s:
+                raise TimeoutError(f"After {timeout_s:g} s the replicas are {replicas}.")
+            time.sleep(SAMPLE_S)
+        return time.monotonic() - started
+
+    def metrics(self) -> str:
+        """Returns the text of all nodes' Prometheus endpoints."""
+        import ray
+
+        ports = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]]
+        return "\n".join(httpx.get(f"http://{HOST}:{port}/metrics", timeout=30).text for port in ports)
+
+
+class Sampler:
+    """Notes every half second what a function returns, from a thread, until the context ends.
+
+    Attributes:
+        samples: Seconds since `started` and the value.
+    """
+
+    def __init__(self, read: Callable[[], Any], started: float) -> None:
+        self.samples: list[tuple[float, Any]] = []
+        self._read = read
+        self._started = started
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(SAMPLE_S):
+            value = self._read()
+            self.samples.append((time.monotonic() - self._started, value))
+
+
+def noise_url(seed: int, side: int = 320) -> str:
+    """Returns a data URL of an image of nothing but noise; about 410 kB at 320 x 320."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+
+
+def chat_body(model: str, text: str, *images: str, **options: Any) -> dict[str, Any]:
+    """Returns the body of a chat request; `options` are its other fields."""
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    return {"model": model, "messages": [message], "temperature": 0, **options}
+
+
+def model_name(url: str) -> str:
+    """Returns the name of the served model."""
+    return httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Returns a percentile; the median for 50. NaN of nothing."""
+    return float(np.percentile(values, percent)) if values else float("nan")
+
+
+def summary_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """Returns number, p50, p95 and the largest of some times, in ms."""
+    if not seconds:
+        return {"number": 0}
+    return {
+        "number": len(seconds),
+        "p50_ms": round(1000 * statistics.median(seconds), 1),
+        "p95_ms": round(1000 * percentile(seconds, 95), 1),
+        "max_ms": round(1000 * max(seconds), 1),
+    }
