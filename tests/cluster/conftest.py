@@ -1,0 +1,91 @@
+"""One real cluster of two nodes on this machine, with the embedded model on both."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from openai import OpenAI
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from casa_serving.cluster import build_app
+from casa_serving.cluster.launch import APPLICATION, first_request, set_environment
+from serving_process import free_port
+
+# One replica fits on each node.
+CONFIG: dict[str, Any] = {
+    "device": "cpu",
+    "cpus": 1,
+    "replicas": {"min": 2, "max": 2, "drain_timeout_s": 20},
+    # Compiling would take longer than all the tests.
+    "engine": {"enforce_eager": True},
+}
+
+
+@dataclass
+class RunningCluster:
+    """The application on its cluster.
+
+    Attributes:
+        url: Its HTTP address without a path.
+        metrics_urls: The Prometheus endpoint of each node.
+        config: The configuration that is deployed.
+    """
+
+    url: str
+    metrics_urls: list[str]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def live_url(self) -> str:
+        """Address of the WebSocket of live sessions."""
+        return f"{self.url.replace('http', 'ws', 1)}/v1/live"
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Deploys a configuration and waits until it is ready; replicas that stay are not started again."""
+        serve.run(build_app(config), name=APPLICATION, route_prefix="/")
+        self.config = config
+
+    def client(self) -> OpenAI:
+        """Returns OpenAI's own client, without retries that would hide an error."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def metrics(self) -> str:
+        """Returns what both nodes tell Prometheus."""
+        return "\n".join(httpx.get(url, timeout=10).text for url in self.metrics_urls)
+
+    def replicas(self) -> dict[str, Any]:
+        """Returns Serve's details of the replicas that run, by their name."""
+        from ray.serve.context import _get_global_client
+
+        details = _get_global_client().get_serve_details()["applications"][APPLICATION]["deployments"]
+        found = next(deployment for name, deployment in details.items() if name.startswith("CasaServer"))
+        return {
+            replica["replica_id"]: replica for replica in found["replicas"] if str(replica["state"]).endswith("RUNNING")
+        }
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RunningCluster]:
+    """The embedded model on two nodes, each of them with a replica and an HTTP proxy on the same port."""
+    set_environment()
+    os.environ.pop("RAY_ADDRESS", None)
+    ports = [free_port(), free_port()]
+    nodes = Cluster()
+    try:
+        for port in ports:
+            nodes.add_node(num_cpus=1, include_dashboard=False, metrics_export_port=port)
+        ray.init(address=nodes.address, log_to_driver=False)
+        running = RunningCluster(f"http://127.0.0.1:{free_port()}", [f"http://127.0.0.1:{port}/metrics" for port in ports])
+        serve.start(http_options={"host": "127.0.0.1", "port": int(running.url.rpartition(":")[2])})
+        running.deploy(CONFIG)
+        first_request(running.url)
+        yield running
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        nodes.shutdown()
