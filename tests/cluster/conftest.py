@@ -80,8 +80,10 @@ def cluster() -> Iterator[RunningCluster]:
         for port in ports:
             nodes.add_node(num_cpus=1, include_dashboard=False, metrics_export_port=port)
         ray.init(address=nodes.address, log_to_driver=False)
-        running = RunningCluster(f"http://127.0.0.1:{free_port()}", [f"http://127.0.0.1:{port}/metrics" for port in ports])
-        serve.start(http_options={"host": "127.0.0.1", "port": int(running.url.rpartition(":")[2])})
+        http_port = free_port()
+        metrics_urls = [f"http://127.0.0.1:{port}/metrics" for port in ports]
+        running = RunningCluster(f"http://127.0.0.1:{http_port}", metrics_urls)
+        serve.start(http_options={"host": "127.0.0.1", "port": http_port})
         running.deploy(CONFIG)
         first_request(running.url)
         yield running

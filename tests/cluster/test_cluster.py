@@ -1,11 +1,210 @@
-"""The application on a real cluster of two nodes."""
+"""The application on a real cluster of two nodes: what clients see of it, and what it survives."""
 
+import json
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
 import pytest
+from PIL import Image
+
+from casa_engine.digits.cases import draw_suites
+from casa_engine.digits.evaluate import play
+from casa_engine.digits.runners import EndpointRunner
+from casa_engine.errors import InputError
+from dashboard import dashboard_metrics
+from image_files import data_url, encoded
 
 pytestmark = pytest.mark.vllm
+MODEL = "casa-tiny-digits"
+# Ray's agents pass metrics on every few seconds.
+METRICS_S = 30
+
+
+@pytest.fixture(scope="module")
+def http(cluster):
+    """A plain HTTP client, which shows status and headers as they are."""
+    with httpx.Client(base_url=cluster.url, timeout=120) as client:
+        yield client
+
+
+def noise(seed, side=320):
+    """A data URL of more than 256 KiB: an image of nothing but noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return data_url(encoded(Image.fromarray(pixels)))
+
+
+def body(*urls, text="Read the digits.", **options):
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    return {"model": MODEL, "messages": [message], "max_tokens": 4, "temperature": 0} | options
+
+
+def ask(http, *urls, headers=None, **options):
+    answer = http.post("/v1/chat/completions", json=body(*urls, **options), headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def total(cluster, name, **labels):
+    """Sum of a metric over nodes and replicas, of the series that have these labels."""
+    lines = re.findall(rf"^{name}\{{(.*)\}} (\S+)$", cluster.metrics(), re.MULTILINE)
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(float(value) for series, value in lines if all(label in series for label in wanted))
+
+
+def until(condition, timeout_s=METRICS_S):
+    """Waits until something is true; returns whether it became so."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.5)
+    return condition()
 
 
 def test_each_node_has_a_replica(cluster):
     replicas = cluster.replicas()
     assert len(replicas) == 2
     assert len({replica["node_id"] for replica in replicas.values()}) == 2
+
+
+def test_digits_are_read(cluster):
+    suite = draw_suites(seed=0, scale=0.1)[0]
+    runner = EndpointRunner(f"{cluster.url}/v1")
+    right = sum(play(runner, turns) for turns in suite.conversations)
+    assert right >= suite.threshold * len(suite.conversations)
+
+
+def test_images_find_the_replica_that_has_their_pages(cluster, http):
+    urls = [noise(seed) for seed in range(6)]
+    assert len(urls[0]) > 256 * 1024
+    before = total(cluster, "ray_casa_vision_encoder_runs_total")
+    homes = {url: ask(http, url).headers["x-casa-replica"] for url in urls}
+    for url in [*reversed(urls), *urls]:
+        again = ask(http, url)
+        assert (again.headers["x-casa-replica"], again.headers["x-casa-images"]) == (homes[url], "hit")
+    assert set(homes.values()) == set(cluster.replicas())
+    runs = len(urls)
+    assert until(lambda: total(cluster, "ray_casa_vision_encoder_runs_total") - before == runs)
+
+
+def test_routing_is_counted(cluster, http):
+    hits = total(cluster, "ray_casa_routing_images_total", result="hit")
+    url = noise(100)
+    ask(http, url)
+    ask(http, url)
+    assert until(lambda: total(cluster, "ray_casa_routing_images_total", result="hit") > hits)
+
+
+def test_an_image_goes_by_its_uuid(cluster, http):
+    part = {"type": "image_url", "image_url": {"url": noise(7, 56)}, "uuid": "seven"}
+    request = body()
+    request["messages"][0]["content"].insert(0, part)
+    answers = [http.post("/v1/chat/completions", json=request) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert [answer.headers["x-casa-images"] for answer in answers] == ["miss", "hit", "hit"]
+
+
+def test_sessions_stay(cluster, http):
+    homes = {}
+    for turn in range(3):
+        for session in range(8):
+            answer = ask(http, text=f"turn {turn}", headers={"x-session-id": f"sticky {session}"})
+            assert answer.headers["x-casa-session"] == ("new" if turn == 0 else "kept")
+            homes.setdefault(session, set()).add(answer.headers["x-casa-replica"])
+    assert all(len(replicas) == 1 for replicas in homes.values())
+    assert len(set.union(*homes.values())) == 2
+
+
+def test_streams_as_openai_does(cluster):
+    chunks = list(cluster.client().chat.completions.create(**body(noise(3, 56), stream=True)))
+    whole = cluster.client().chat.completions.create(**body(noise(3, 56)))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+@pytest.mark.parametrize(
+    ("path", "request_body", "status", "said"),
+    [
+        ("/v1/chat/completions", json.dumps(body(model="other")), 404, "other"),
+        ("/v1/chat/completions", json.dumps(body("data:image/png;base64,AAAA")), 400, "JPEG, PNG"),
+        ("/v1/chat/completions", json.dumps(body("http://127.0.0.1/x.png")), 400, "domain"),
+        ("/v1/chat/completions", json.dumps(body(max_tokens=-1)), 400, "max_tokens"),
+        ("/v1/chat/completions", "{bad", 400, "JSON"),
+        ("/v1/chat/completions", '{"model": 3}', 400, "messages"),
+        ("/v1/chat/completions", " " * 100_000_001, 413, "--max-request-bytes"),
+        ("/v1/nowhere", "{}", 404, "Not Found"),
+    ],
+)
+def test_bad_requests_get_a_sentence(cluster, http, path, request_body, status, said):
+    answer = http.post(path, content=request_body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    assert said in answer.json()["error"]["message"]
+    ask(http)
+
+
+def test_metrics_of_the_dashboard_exist(cluster, http):
+    ask(http, noise(1, 56), headers={"x-session-id": "for the metrics"})
+    ask(http, noise(1, 56), headers={"x-session-id": "for the metrics"})
+    wanted = dashboard_metrics()
+    assert wanted
+
+    def missing():
+        return wanted - set(re.findall(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)[{ ]", cluster.metrics(), re.MULTILINE))
+
+    until(lambda: not missing())
+    assert not missing()
+
+
+def test_what_no_node_can_hold_is_refused_at_once(cluster):
+    from casa_serving.cluster import build_app
+
+    with pytest.raises(InputError, match=r"cannot hold 3 replicas of 1 CPU each: its nodes have 1 CPU, 1 CPU"):
+        build_app(cluster.config | {"replicas": {"min": 3, "max": 3}})
+
+
+def test_overload_is_refused_with_a_time_to_come_back(cluster, http):
+    before = cluster.config
+    running = set(cluster.replicas())
+    cluster.deploy(before | {"concurrency": {"queued": 1}})
+    try:
+        with ThreadPoolExecutor(64) as pool:
+            send = {"json": body(max_tokens=256, ignore_eos=True)}
+            answers = list(pool.map(lambda _: http.post("/v1/chat/completions", **send), range(64)))
+        statuses = [answer.status_code for answer in answers]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert set(statuses) == {200, 429}
+        assert all(answer.headers["Retry-After"] == "1" for answer in refused)
+        assert "busy" in refused[0].json()["error"]["message"]
+    finally:
+        cluster.deploy(before)
+    # Only the queue was changed: nothing was started again.
+    assert set(cluster.replicas()) == running
+
+
+def test_a_killed_replica_costs_no_answer(cluster, http):
+    """The last test: it replaces a replica."""
+    replicas = cluster.replicas()
+    victim = replicas[ask(http, headers={"x-session-id": "on the victim"}).headers["x-casa-replica"]]
+    # All on the replica that is going to die.
+    stays = {"headers": {"x-session-id": "on the victim"}}
+    request = body(max_tokens=600, ignore_eos=True)
+    with ThreadPoolExecutor(8) as pool:
+        plain = [pool.submit(http.post, "/v1/chat/completions", json=request, **stays) for _ in range(4)]
+        with http.stream("POST", "/v1/chat/completions", json=request | {"stream": True}, **stays) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            os.kill(victim["pid"], signal.SIGKILL)
+            events = [line.removeprefix("data: ") for line in lines if line]
+        answers = [answer.result() for answer in plain]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert {answer.headers["x-casa-replica"] for answer in answers} == set(replicas) - {victim["replica_id"]}
+    assert all(answer.headers["x-casa-session"] == "moved" for answer in answers)
+    assert json.loads(events[-2])["error"]["type"] == "ReplicaLostError"
+    assert events[-1] == "[DONE]"
+    assert until(lambda: len(set(cluster.replicas()) - {victim["replica_id"]}) == 2, 180)

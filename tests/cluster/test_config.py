@@ -1,11 +1,9 @@
 """What a cluster configuration may say, and the sentence for what it may not."""
 
-from pathlib import Path
-
 import pytest
 
 from casa_engine.errors import InputError
-from casa_serving.cluster.config import parse_config, read_file
+from casa_serving.cluster.config import parse_config
 from casa_serving.limits import ImageLimits
 
 
@@ -34,28 +32,3 @@ def test_what_is_wrong_is_named_in_one_sentence(args, said):
         parse_config(args)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_serve_config_file_gives_its_arguments_and_address(tmp_path):
-    path = tmp_path / "serve.yaml"
-    path.write_text("http_options: {port: 9000}\napplications: [{name: a, args: {cpus: 2}}]\n")
-    assert read_file(path) == ({"cpus": 2}, {"port": 9000})
-
-
-def test_a_plain_file_is_the_configuration_itself(tmp_path):
-    path = tmp_path / "cluster.yaml"
-    path.write_text("cpus: 2\n")
-    assert read_file(path) == ({"cpus": 2}, {})
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "applications: []"])
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
-    path = tmp_path / "bad.yaml"
-    path.write_text(text)
-    with pytest.raises(InputError):
-        read_file(path)
-
-
-def test_a_file_that_is_missing_is_refused():
-    with pytest.raises(InputError, match="cannot be read"):
-        read_file(Path("nowhere.yaml"))

@@ -16,10 +16,11 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from casa_engine.errors import CasaError, InputError
-from casa_serving.cluster.config import parse_config, read_file
+from casa_serving.cluster.config import parse_config
+from casa_serving.cluster.config_file import ConfigFile, read_file
 
 if TYPE_CHECKING:
     from ray import serve
@@ -61,17 +62,22 @@ def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     set_environment()
     try:
-        args, http = read_file(options.config) if options.config else ({}, {})
-        parse_config(args)
-        start(args, http, options)
+        file = read_file(options.config) if options.config else ConfigFile()
+        parse_config(file.args)
+        start(file, options)
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def start(args: dict[str, Any], http: dict[str, Any], options: argparse.Namespace) -> None:
-    """Starts Ray and the application, and waits for a signal."""
+def start(file: ConfigFile, options: argparse.Namespace) -> None:
+    """Starts Ray and the application, and waits for a signal.
+
+    Raises:
+        InputError: Nothing can listen where it should, the configuration does not fit the cluster, or the
+            application does not start.
+    """
     from ray import serve
 
     from casa_serving.cluster import build_app
@@ -79,19 +85,23 @@ def start(args: dict[str, Any], http: dict[str, Any], options: argparse.Namespac
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    address = {
-        "host": options.host or http.get("host", "127.0.0.1"),
-        "port": options.port if options.port is not None else http.get("port", 8000),
-    }
+    host = options.host or file.http_options.get("host", "127.0.0.1")
+    port = options.port if options.port is not None else file.http_options.get("port", 8000)
     if not is_attached():
-        check_port(**address)
+        check_port(host, port)
     connect(options)
     try:
-        application = build_app(args)
-        serve.start(http_options={**http, **address})
+        application = build_app(file.args)
+        serve.start(proxy_location=file.proxy_location, http_options={**file.http_options, "host": host, "port": port})
         deploy(application)
-        first_request(f"http://{local(address['host'])}:{address['port']}")
-        print(f"casa-serve: ready at http://{address['host']}:{address['port']}", flush=True)
+        try:
+            first_request(f"http://{local(host)}:{port}")
+        except OSError as error:
+            raise InputError(
+                f"The application runs, but {host}:{port} does not answer ({error}). Where Ray Serve runs on the "
+                "cluster already, its first start decided the address of its proxies: pass that one."
+            ) from error
+        print(f"casa-serve: ready at http://{host}:{port}", flush=True)
         stop.wait()
     finally:
         leave()

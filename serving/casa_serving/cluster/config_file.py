@@ -1,0 +1,77 @@
+"""What `casa-serve --ray FILE` reads: a cluster configuration, or a Serve config file that holds one.
+
+A Serve config file is what `serve deploy` takes and `deploy/` ships. Of its keys those are taken
+that mean something here; the others are refused rather than passed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from casa_engine.errors import InputError
+
+IMPORT_PATH = "casa_serving.cluster:build_app"
+FILE_KEYS = ("applications", "http_options", "proxy_location")
+APPLICATION_KEYS = ("name", "route_prefix", "import_path", "args")
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What a file says.
+
+    Attributes:
+        args: The cluster configuration (`parse_config`).
+        http_options: Ray Serve's options of its HTTP proxies.
+        proxy_location: The nodes that have one: EveryNode, HeadOnly or Disabled.
+    """
+
+    args: dict[str, Any] = field(default_factory=dict)
+    http_options: dict[str, Any] = field(default_factory=dict)
+    proxy_location: str = "EveryNode"
+
+
+def read_file(path: Path) -> ConfigFile:
+    """Reads a YAML file.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"The configuration {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"The configuration {str(path)!r} is not a mapping of keys to values.")
+    return of_serve(loaded, path) if "applications" in loaded else ConfigFile(args=loaded)
+
+
+def of_serve(loaded: dict[str, Any], path: Path) -> ConfigFile:
+    """Returns what a Serve config file says.
+
+    Args:
+        loaded: Its content.
+        path: Its name, for errors.
+    """
+    applications = loaded["applications"]
+    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
+        raise InputError(f"{str(path)!r} must have exactly one application; deploy others with `serve deploy`.")
+    (application,) = applications
+    strange = sorted({*loaded} - {*FILE_KEYS}) + sorted({*application} - {*APPLICATION_KEYS})
+    if strange:
+        raise InputError(
+            f"casa-serve --ray does not take the keys {strange} in {str(path)!r}: expected "
+            f"{', '.join(FILE_KEYS)}, and {', '.join(APPLICATION_KEYS)} of its application. Deploy the file with "
+            "`serve deploy`, which takes all of Ray Serve's keys."
+        )
+    if application.get("import_path") != IMPORT_PATH or application.get("route_prefix", "/") != "/":
+        raise InputError(
+            f"casa-serve --ray serves {IMPORT_PATH} at /; {str(path)!r} has "
+            f"{application.get('import_path')} at {application.get('route_prefix', '/')}. Use `serve deploy`."
+        )
+    return ConfigFile(
+        application.get("args") or {}, loaded.get("http_options") or {}, loaded.get("proxy_location", "EveryNode")
+    )

@@ -1,0 +1,81 @@
+"""`casa-serve --ray` says in one sentence why it cannot start, and takes everything with it when it ends."""
+
+import re
+import socket
+import subprocess
+import time
+
+import httpx
+import psutil
+import pytest
+
+from casa_serving import cli
+from serving_process import CASA_SERVE, casa_serve
+
+REFUSAL_S = 120
+
+
+def refused(capsys, tmp_path, text):
+    """Runs `casa-serve --ray` with a configuration in this process, which must refuse it before Ray is started."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    status = cli.run(["--ray", str(path)])
+    said = capsys.readouterr().err
+    assert status == 1
+    assert said.startswith("casa-serve: ")
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("replica: {min: 2}", "there is no key 'replica'"),
+        ("replicas: {min: 2, max: 1}", "max (1) is below min (2)"),
+        ("checkpoint: /nowhere/model", "The checkpoint '/nowhere/model' does not exist"),
+        ("engine: {max_model_length: 100}", "'max_model_length' (did you mean 'max_model_len'?)"),
+        ("engine: {max_num_seqs: 3}", "engine sets ['max_num_seqs'], which other keys decide"),
+    ],
+)
+def test_a_wrong_configuration(capsys, tmp_path, text, said):
+    assert said in refused(capsys, tmp_path, text)
+
+
+def test_a_port_that_is_taken(capsys, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = refused(
+            capsys,
+            tmp_path,
+            f"applications: [{{import_path: 'casa_serving.cluster:build_app'}}]\n"
+            f"http_options: {{port: {taken.getsockname()[1]}}}\n",
+        )
+    assert "Nothing can listen on 127.0.0.1:" in said
+
+
+@pytest.mark.vllm
+def test_resources_that_no_machine_has(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("cpus: 1000\ndevice: cpu\n")
+    command = [CASA_SERVE, "--ray", path, "--port", "0", "--metrics-port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=REFUSAL_S, check=False)
+    assert done.returncode == 1
+    assert re.search(r"^casa-serve: The cluster cannot hold 1 replicas of 1000 CPU each", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.vllm
+def test_it_serves_and_takes_everything_with_it(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("device: cpu\nengine: {enforce_eager: true}\n")
+    with casa_serve(tmp_path / "log.txt", "--ray", path, "--metrics-port", "0") as server:
+        deadline = time.monotonic() + REFUSAL_S
+        while "casa-serve: ready at" not in server.log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        models = httpx.get(f"{server.url}/v1/models", timeout=30).json()
+        assert [model["id"] for model in models["data"]] == ["casa-tiny-digits"]
+        started = psutil.Process(server.process.pid).children(recursive=True)
+        assert started
+        server.process.terminate()
+        assert server.process.wait(60) == 0
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive
