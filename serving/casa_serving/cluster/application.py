@@ -16,9 +16,10 @@ from ray import serve
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from casa_engine.checkpoints import check_tensors, read_config
-from casa_serving.cli import check_folder
+from casa_serving.cli import CAPTION_PROCESSOR, check_folder
 from casa_serving.cluster.capacity import check_capacity, cluster_has_gpu
 from casa_serving.cluster.config import ClusterConfig, parse_config
+from casa_serving.cluster.engine_arguments import check_engine_arguments
 from casa_serving.cluster.ingress import ingress_class
 from casa_serving.cluster.server import CasaServer
 from casa_serving.defaults import EMBEDDED_NAME, embedded_checkpoint, engine_options, environment
@@ -34,12 +35,18 @@ METRICS_INTERVAL_S = 2.0
 def build(args: dict[str, Any]) -> serve.Application:
     """Builds the application; see `casa_serving.cluster.build_app`."""
     config = parse_config(args)
+    check_engine_arguments(config.engine)
     on_gpu = config.device == "gpu" or (config.device == "auto" and cluster_has_gpu())
     llm_config = llm_config_of(config, on_gpu=on_gpu)
     if not config.wait_for_nodes:
         check_capacity(bundle(config, on_gpu=on_gpu), config.tensor_parallel_size, config.replicas.min)
-    model = build_llm_deployment(llm_config, deployment_cls=CasaServer)
-    ingress = serve.deployment(ingress_class(config.ingress.max_request_bytes), **ingress_options(config))
+    model = build_llm_deployment(
+        llm_config,
+        deployment_cls=CasaServer,
+        bind_kwargs={"live_options": config.live.options(config.images.max_image_bytes)},
+    )
+    routes = ingress_class(config.ingress.max_request_bytes, live=config.live.max_sessions > 0)
+    ingress = serve.deployment(routes, **ingress_options(config))
     return ingress.bind(llm_deployments={llm_config.model_id: model}, model_cards=model_cards(llm_config))
 
 
@@ -66,12 +73,16 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool) -> LLMConfig:
     for option in ("served_model_name", "allowed_origins"):
         options.pop(option, None)
     options |= {
-        "max_num_seqs": config.concurrency.running,
+        # A session has a seat of its own, whether it is captioning or waits for its next frame.
+        "max_num_seqs": config.concurrency.running + config.live.max_sessions,
         "tensor_parallel_size": config.tensor_parallel_size,
         "media_io_kwargs": {"image": media_limits(config)},
         "allowed_media_domains": list(config.images.allowed_media_domains),
         **copy.deepcopy(config.engine),
     }
+    # As in casa-serve: on GPUs the plugin wraps the sampler instead.
+    if config.live.max_sessions and not on_gpu:
+        options["logits_processors"] = [*options.get("logits_processors", ()), CAPTION_PROCESSOR]
     variables = {**environment(embedded=embedded, on_cpu=not on_gpu), **config.environment}
     return LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(checkpoint.resolve())},
@@ -102,10 +113,13 @@ def deployment_options(config: ClusterConfig) -> dict[str, Any]:
     """Returns Ray Serve's options of the deployment of replicas."""
     replicas, concurrency = config.replicas, config.concurrency
     return {
-        "max_ongoing_requests": concurrency.per_replica,
+        # A live session is one request to Ray, from its first message to its last.
+        "max_ongoing_requests": concurrency.per_replica + config.live.max_sessions,
         "max_queued_requests": concurrency.queued,
         "backpressure_config": {"status_code": 429, "retry_after_s": concurrency.retry_after_s},
         "graceful_shutdown_timeout_s": replicas.drain_timeout_s,
+        # An engine that does not start will not do so at the twentieth time, Ray Serve's default.
+        "max_constructor_retry_count": 3,
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         # The bundle reserves the CPUs; the actor itself asks for none beyond it.
@@ -124,7 +138,10 @@ def deployment_options(config: ClusterConfig) -> dict[str, Any]:
             "look_back_period_s": max(METRICS_INTERVAL_S * 2, replicas.upscale_delay_s),
             "policy": {
                 "policy_function": POLICY,
-                "policy_kwargs": {"target_live_sessions": replicas.target_live_sessions},
+                "policy_kwargs": {
+                    "target_live_sessions": replicas.target_live_sessions,
+                    "target_late_frames": replicas.target_late_frames,
+                },
             },
         },
     }

@@ -2,7 +2,8 @@
 
 What loads a CASA replica is the requests it works on, those that wait for it, and the live
 sessions it holds, whose frames come on whether it keeps up or not. Each is held against its own
-target, and the larger demand wins, because a replica can be full in either way.
+target, and the larger demand wins, because a replica can be full in either way. Where frames are
+late although the numbers look well, one replica more than there are is wanted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 
 LIVE_SESSIONS = "casa_live_sessions"
+# Of the last seconds, see `live_server.FrameWindow`.
+LIVE_FRAMES = "casa_live_recent_frames"
+LIVE_LATE_FRAMES = "casa_live_recent_late_frames"
 
 
 class LoadPolicy:
@@ -21,16 +25,25 @@ class LoadPolicy:
     Args:
         target_live_sessions: Live sessions per replica to aim at. The target of requests is Ray
             Serve's own `target_ongoing_requests`.
+        target_late_frames: Share of late frames above which there are too few replicas.
     """
 
-    def __init__(self, target_live_sessions: float) -> None:
+    def __init__(self, target_live_sessions: float, target_late_frames: float) -> None:
         self._target_live_sessions = target_live_sessions
+        self._target_late_frames = target_late_frames
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
         """Returns the wanted number of replicas, unrounded decisions left to Ray Serve, and no state."""
-        sessions = sum((ctx.aggregated_metrics or {}).get(LIVE_SESSIONS, {}).values())
-        wanted = max(
-            ctx.total_num_requests / ctx.config.get_target_ongoing_requests(),
-            sessions / self._target_live_sessions,
-        )
+        sessions, frames, late = (total(ctx, name) for name in (LIVE_SESSIONS, LIVE_FRAMES, LIVE_LATE_FRAMES))
+        # A live session is one of Ray's requests as long as it lives.
+        requests = max(0.0, ctx.total_num_requests - sessions)
+        wanted = max(requests / ctx.config.get_target_ongoing_requests(), sessions / self._target_live_sessions)
+        if frames and late / frames > self._target_late_frames:
+            # More replicas than there is work to divide among them help nobody, however late a single session is.
+            wanted = max(wanted, min(ctx.current_num_replicas + 1, requests + sessions))
         return max(ctx.capacity_adjusted_min_replicas, math.ceil(wanted)), {}
+
+
+def total(ctx: AutoscalingContext, name: str) -> float:
+    """Returns a metric of the replicas, added up; 0 before any has reported it."""
+    return sum((ctx.aggregated_metrics or {}).get(name, {}).values())

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from casa_engine.errors import InputError
 from casa_serving.limits import ImageLimits
+from casa_serving.live.options import MAX_FRAME_BYTES, LiveOptions
 from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
 
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,6 +35,7 @@ class Replicas(Section):
         max: Never more.
         target_ongoing_requests: Requests in work or waiting, per replica, that scaling aims at.
         target_live_sessions: Live sessions per replica that scaling aims at.
+        target_late_frames: Share of late frames of live sessions, above which a replica is added.
         upscale_delay_s: How long the load must be higher before a replica is added.
         downscale_delay_s: How long it must be lower before one is drained.
         drain_timeout_s: How long a replica that is going may finish what it is doing.
@@ -44,6 +45,7 @@ class Replicas(Section):
     max: PositiveInt = 1
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 8
     target_live_sessions: Annotated[float, Field(gt=0)] = 4
+    target_late_frames: Annotated[float, Field(gt=0, le=1)] = 0.1
     upscale_delay_s: PositiveSeconds = 5
     downscale_delay_s: PositiveSeconds = 60
     drain_timeout_s: PositiveSeconds = 60
@@ -59,20 +61,22 @@ class Concurrency(Section):
     """How much work a replica takes, and what becomes of the rest.
 
     Attributes:
-        running: Requests that a replica's engine works on at once (vLLM's `max_num_seqs`).
+        running: Requests that a replica's engine works on at once; with the live sessions this is vLLM's
+            `max_num_seqs`.
         waiting: Requests that a replica holds beyond these, so that its batch never runs dry.
         queued: Requests that wait in each ingress while all replicas are full; more are refused with 429.
+            A request counts here as well in the moment in which it is given to a replica.
         retry_after_s: What the refusal says in `Retry-After`.
     """
 
     running: PositiveInt = 16
     waiting: Annotated[int, Field(ge=0)] = 4
-    queued: Annotated[int, Field(ge=0)] = 64
+    queued: PositiveInt = 64
     retry_after_s: PositiveSeconds = 1
 
     @property
     def per_replica(self) -> int:
-        """Requests that one replica accepts."""
+        """Requests that one replica accepts, without live sessions."""
         return self.running + self.waiting
 
 
@@ -118,6 +122,37 @@ class Images(Section):
     allowed_media_domains: tuple[str, ...] = ()
 
 
+class Live(Section):
+    """Live sessions, as casa-serve's options `--live-...` (docs/limits.md).
+
+    Attributes:
+        max_sessions: Sessions of one replica; 0 turns `/v1/live` and the web page off.
+        idle_timeout_s: Seconds that a client may send nothing.
+        create_timeout_s: Seconds that it has to create its session.
+        send_timeout_s: Seconds that it may not read what it is sent.
+        max_frame_bytes: Largest frame; never more than any other image.
+        text_budget: Largest text budget that it may ask for; None is the checkpoint's own.
+    """
+
+    max_sessions: Annotated[int, Field(ge=0)] = LiveOptions.live_max_sessions
+    idle_timeout_s: PositiveSeconds = LiveOptions.live_idle_timeout
+    create_timeout_s: PositiveSeconds = LiveOptions.live_create_timeout
+    send_timeout_s: PositiveSeconds = LiveOptions.live_send_timeout
+    max_frame_bytes: PositiveInt = LiveOptions.live_max_frame_bytes
+    text_budget: PositiveInt | None = LiveOptions.live_text_budget
+
+    def options(self, max_image_bytes: int) -> LiveOptions:
+        """Returns them as casa-serve's."""
+        return LiveOptions(
+            live_max_sessions=self.max_sessions,
+            live_idle_timeout=self.idle_timeout_s,
+            live_create_timeout=self.create_timeout_s,
+            live_send_timeout=self.send_timeout_s,
+            live_max_frame_bytes=min(self.max_frame_bytes, max_image_bytes, MAX_FRAME_BYTES),
+            live_text_budget=self.text_budget,
+        )
+
+
 class ClusterConfig(Section):
     """A deployment of one checkpoint on Ray Serve.
 
@@ -146,6 +181,7 @@ class ClusterConfig(Section):
     routing: Routing = Routing()
     ingress: Ingress = Ingress()
     images: Images = Images()
+    live: Live = Live()
     engine: dict[str, Any] = {}
     environment: dict[str, str] = {}
 
@@ -178,26 +214,3 @@ def sentence(problem: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
-
-
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a YAML file: a cluster configuration, or a Serve config file with one application.
-
-    Returns:
-        The cluster configuration as a mapping, and Serve's `http_options`.
-
-    Raises:
-        InputError: The file cannot be read, or holds something else.
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"The configuration {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise InputError(f"The configuration {str(path)!r} is not a mapping of keys to values.")
-    if "applications" not in loaded:
-        return loaded, {}
-    applications = loaded["applications"]
-    if not isinstance(applications, list) or len(applications) != 1:
-        raise InputError(f"{str(path)!r} must have exactly one application; deploy others with `serve deploy`.")
-    return applications[0].get("args", {}), loaded.get("http_options", {})

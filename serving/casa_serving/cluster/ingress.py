@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import Response
 from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.ingress.ingress import _sanitize_chat_completion_request
@@ -16,7 +16,10 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 
 from casa_serving.cluster.answers import REPLICA_LOST, add_error_handlers, error_event
 from casa_serving.cluster.image_keys import image_keys
+from casa_serving.cluster.live_proxy import LiveProxy
 from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.live import page
+from casa_serving.live.protocol import PATH as LIVE_PATH
 from casa_serving.request_guard import RequestGuard
 
 # A request that met a dying replica is given to another, so many times in all.
@@ -30,10 +33,15 @@ ENDPOINTS = {
     "tokenize": lambda app: app.post("/tokenize"),
     "detokenize": lambda app: app.post("/detokenize"),
 }
+LIVE_ENDPOINTS = {"live": lambda app: app.websocket(LIVE_PATH)}
 
 
 class CasaIngress(OpenAiIngress):
     """Parses requests, names their images, and hands them to a replica."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._live = LiveProxy()
 
     async def health(self) -> Response:
         """Answers 200 while this ingress runs; Ray Serve checks the replicas itself."""
@@ -46,6 +54,23 @@ class CasaIngress(OpenAiIngress):
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """A completion of a text."""
         return with_routing(await super().completions(body, request), request)
+
+    async def live(self, websocket: WebSocket) -> None:
+        """A live session (docs/live.md)."""
+        handle = self._get_configured_serve_handle(await self._get_model_id(None))
+        session = session_id_from_headers(websocket.headers)
+        if session:
+            handle = handle.options(session_id=session)
+
+        async def ask(note: RoutingNote) -> AsyncGenerator[Any, None]:
+            answers = handle.live.remote(note)
+            try:
+                async for answer in answers:
+                    yield answer
+            finally:
+                answers.cancel()
+
+        await self._live.serve(websocket, ask)
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -92,11 +117,19 @@ def with_routing(response: Response, request: Request) -> Response:
     return response
 
 
-def ingress_class(max_request_bytes: int) -> type:
-    """Returns the deployment class of the ingress, with its routes and its limit on bodies."""
+def ingress_class(max_request_bytes: int, *, live: bool) -> type:
+    """Returns the deployment class of the ingress, with its routes and its limit on bodies.
+
+    Args:
+        max_request_bytes: Largest body of a request.
+        live: Whether there are live sessions, and the web page for them.
+    """
     app = FastAPI(title="casa-engine", docs_url=None, redoc_url=None)
     # Where RequestGuard finds its settings, as in casa-serve; pages of other origins have no business here.
     app.state.args = Namespace(max_request_bytes=max_request_bytes, allowed_origins=[])
     app.add_middleware(RequestGuard)
     add_error_handlers(app)
-    return make_fastapi_ingress(CasaIngress, endpoint_map=ENDPOINTS, app=app)
+    if live:
+        page.attach(app)
+    endpoints = {**ENDPOINTS, **LIVE_ENDPOINTS} if live else ENDPOINTS
+    return make_fastapi_ingress(CasaIngress, endpoint_map=endpoints, app=app)

@@ -6,17 +6,23 @@
     `max_imbalance` requests more than the least loaded one.
 3.  Otherwise the least loaded replica.
 
+Replicas that a note says to avoid are passed over while there is any other. A note with a `departure` is told when its
+replica leaves, whether that is being stopped or has died.
+
 Queue lengths are Ray Serve's own: each replica's answer to the last request or probe.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 from ray.util.metrics import Counter
 
 from casa_serving.cluster.affinity import Affinity, preference
+from casa_serving.cluster.live_place import Departure
 from casa_serving.cluster.routing_note import RoutingNote, note_in
 
 
@@ -28,6 +34,8 @@ class CasaRequestRouter(RequestRouter):
         self._enabled = affinity
         self._max_imbalance = max_imbalance
         self._affinity = Affinity(max_images, max_sessions)
+        # A note that nobody holds any more has ended, and nobody waits for its news.
+        self._departures: dict[str, WeakSet[Departure]] = {}
         tags = {"application": self._deployment_id.app_name, "deployment": self._deployment_id.name}
         names = (*tags, "result")
         self._sessions_counter = Counter("casa_routing_sessions", "Requests of sessions: new, kept or moved.", names)
@@ -44,7 +52,8 @@ class CasaRequestRouter(RequestRouter):
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
         note = note_in(pending_request.args) or RoutingNote()
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        everywhere = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        replicas = {name: replica for name, replica in everywhere.items() if name not in note.avoid} or everywhere
         session = pending_request.metadata.session_id if self._enabled else ""
         images = note.images if self._enabled else ()
         hits = {replica: self._affinity.num_images_on(replica, images) for replica in replicas}
@@ -54,7 +63,7 @@ class CasaRequestRouter(RequestRouter):
         if home in replicas:
             return [[replicas[home]]]
         tie_key = session or next(iter(images), pending_request.metadata.internal_request_id)
-        order = preference(hits, self._loads(candidate_replicas), self._max_imbalance, tie_key)
+        order = preference(hits, self._loads(replicas.values()), self._max_imbalance, tie_key)
         if self._enabled and order:
             # Before the answer of the replica, so that requests that come meanwhile follow.
             self._affinity.remember(order[0], session, images)
@@ -66,6 +75,10 @@ class CasaRequestRouter(RequestRouter):
         if note is None:
             return
         note.replica = replica_id.unique_id
+        if note.departure is not None:
+            self._departures.setdefault(note.replica, WeakSet()).add(note.departure)
+            if replica_id not in self.curr_replicas:
+                self._tell_departures()
         session = pending_request.metadata.session_id
         if note.session:
             self._sessions_counter.inc(tags={"result": note.session})
@@ -78,8 +91,15 @@ class CasaRequestRouter(RequestRouter):
         """Called by Ray Serve when replicas came or went."""
         super().update_replicas(replicas)
         self._affinity.keep_only(replica_id.unique_id for replica_id in self.curr_replicas)
+        self._tell_departures()
 
-    def _loads(self, replicas: list[Any]) -> dict[str, int]:
+    def _tell_departures(self) -> None:
+        alive = {replica_id.unique_id for replica_id in self.curr_replicas}
+        for replica in self._departures.keys() - alive:
+            for departure in self._departures.pop(replica):
+                departure.tell()
+
+    def _loads(self, replicas: Iterable[Any]) -> dict[str, int]:
         """Returns the requests in work by replica; 0 where nothing recent is known."""
         known = self.replica_queue_len_cache
         return {replica.replica_id.unique_id: known.get(replica.replica_id) or 0 for replica in replicas}

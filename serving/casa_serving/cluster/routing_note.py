@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
+
+from casa_serving.cluster.live_place import Departure
 
 REPLICA_HEADER = "x-casa-replica"
 SESSION_HEADER = "x-casa-session"
@@ -27,6 +30,8 @@ class RoutingNote(RawRequestInfo):
         replica: The replica that took the request.
         session: "new", "kept" or "moved" (its replica is gone); "" for a request without a session.
         affinity: "hit" (the replica had all images), "partial", "miss"; "" without images.
+        avoid: Replicas that were asked already and refused; taken only where there is no other.
+        departure: Told by the router when the replica leaves; stays in the ingress.
     """
 
     images: tuple[str, ...] = ()
@@ -34,6 +39,12 @@ class RoutingNote(RawRequestInfo):
     replica: str = ""
     session: str = ""
     affinity: str = field(default="")
+    avoid: frozenset[str] = frozenset()
+    departure: Departure | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what travels to the replica: a loop's event cannot."""
+        return {**self.__dict__, "departure": None}
 
     def response_headers(self) -> dict[str, str]:
         """Returns what the client is told; empty values are left out."""

@@ -5,18 +5,30 @@ from __future__ import annotations
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+import ray
 from PIL import Image
 from ray import serve
+from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
 
 from casa_serving.cluster.answers import error_body
+from casa_serving.cluster.autoscaling import LIVE_FRAMES, LIVE_LATE_FRAMES, LIVE_SESSIONS
+from casa_serving.cluster.live_place import LivePlace, LiveRefusal
+from casa_serving.cluster.live_server import LiveServer
 from casa_serving.cluster.replica_metrics import ReplicaMetrics
+from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.limits import ImageLimits
+from casa_serving.live.connection import LiveService
+from casa_serving.live.endpoint import open_service
+from casa_serving.live.options import LiveOptions
 
 LOGGER = logging.getLogger("ray.serve")
 # A replica that has answered anything within this time needs no probe.
@@ -29,7 +41,18 @@ class UnhealthyError(RuntimeError):
 
 
 class CasaServer(LLMServer):
-    """Serves one engine; ready when a request with an image has been answered."""
+    """Serves one engine; ready when a request with an image has been answered.
+
+    Args:
+        llm_config: Ray Serve LLM's own.
+        live_options: Limits on live sessions.
+        **kwargs: Others of `LLMServer`'s.
+    """
+
+    async def __init__(self, llm_config: LLMConfig, *, live_options: LiveOptions, **kwargs: Any) -> None:
+        self._live_options = live_options
+        self._live: LiveServer | None = None
+        await super().__init__(llm_config, **kwargs)
 
     async def start(self) -> None:
         """Starts the engine and answers one request of each kind, so that no client pays for first times."""
@@ -40,6 +63,24 @@ class CasaServer(LLMServer):
             started = time.monotonic()
             await self._consume(request)
             LOGGER.info("Warm-up: %s took %.2f s", name, time.monotonic() - started)
+        if self._live_options.live_max_sessions:
+            await self._start_live()
+
+    async def live(self, note: RoutingNote) -> AsyncGenerator[LivePlace | LiveRefusal, None]:
+        """Holds a place for a live session; called by the ingress (`live_proxy`).
+
+        Args:
+            note: For the router, which has read it already.
+
+        Yields:
+            The place, or why there is none; ends with the session.
+        """
+        if self._live is None:
+            yield LiveRefusal("live sessions are turned off")
+            return
+        async with aclosing(self._live.hold()) as places:
+            async for place in places:
+                yield place
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         """See `LLMServer.chat`."""
@@ -62,11 +103,21 @@ class CasaServer(LLMServer):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve every few seconds for the autoscaling policy; exports metrics at the same pace."""
         self._metrics.export()
-        return {"casa_live_sessions": float(self.num_live_sessions())}
+        if self._live is None:
+            return {LIVE_SESSIONS: 0.0}
+        frames, late = self._live.frames.sample()
+        return {LIVE_SESSIONS: float(self._live.num_sessions), LIVE_FRAMES: frames, LIVE_LATE_FRAMES: late}
 
-    def num_live_sessions(self) -> int:
-        """Live sessions on this replica: none until /v1/live is served here."""
-        return 0
+    async def _start_live(self) -> None:
+        """Captions a frame, so that the first session's is not the first, and opens the door for sessions."""
+        limits = ImageLimits.from_options(self._llm_config.engine_kwargs["media_io_kwargs"]["image"])
+        checkpoint = Path(self._llm_config.model_loading_config.model_source)
+        service = open_service(self.engine._engine_client, checkpoint, self._live_options, limits)
+        started = time.monotonic()
+        await caption_one(service)
+        LOGGER.info("Warm-up: a live frame took %.2f s", time.monotonic() - started)
+        self._live = LiveServer(service)
+        await self._live.start(ray.util.get_node_ip_address())
 
     async def _watched(self, answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """Passes answers on and notes when; turns vLLM's own refusals with a status into answers."""
@@ -81,6 +132,18 @@ class CasaServer(LLMServer):
         async for answer in await self.chat(request):
             if isinstance(answer, ErrorResponse):
                 raise UnhealthyError(f"The engine refused a probe: {answer.error.message}")
+
+
+async def caption_one(service: LiveService) -> None:
+    """Captions a gray frame; nothing where the checkpoint is none for live sessions."""
+    if not service.engine.config.is_cross_attention:
+        return
+    session = await service.engine.open(service.engine.defaults)
+    try:
+        async for _ in session.caption(Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE), "gray"), 0.0):
+            pass
+    finally:
+        await session.close()
 
 
 def chat_request(model: str, text: str, *images: str, **options: Any) -> ChatCompletionRequest:

@@ -49,20 +49,35 @@ class LiveEndpoint:
         if engine_client is None:
             raise ConfigError("casa_live needs an engine, which vLLM's render server does not have.")
         options = LiveOptions.from_arguments(vars(args))
-        metrics = LiveMetrics()
-        state.live = LiveService(
-            engine=open_engine(engine_client, Path(args.model), options),
-            options=options,
-            registry=Registry(options.live_max_sessions, metrics),
-            metrics=metrics,
-            image_io=GuardedImageIO(ImageLimits.from_options(vars(args))),
-        )
+        limits = ImageLimits.from_options(vars(args))
+        state.live = open_service(engine_client, Path(args.model), options, limits)
         shutdown_patch.tell_before_shutdown(engine_client, state.live.registry)
 
 
 async def live(websocket: WebSocket) -> None:
     """The route `/v1/live`."""
     await Connection(websocket, websocket.app.state.live).run()
+
+
+def open_service(
+    engine_client: EngineClient, checkpoint: Path, options: LiveOptions, limits: ImageLimits
+) -> LiveService:
+    """Returns what all sessions of this process share; one a process, since its metrics have names.
+
+    Args:
+        engine_client: vLLM's, of the model that it serves.
+        checkpoint: The folder of that model.
+        options: The operator's limits on sessions.
+        limits: His limits on images, which frames are.
+    """
+    metrics = LiveMetrics()
+    return LiveService(
+        engine=open_engine(engine_client, checkpoint, options),
+        options=options,
+        registry=Registry(options.live_max_sessions, metrics),
+        metrics=metrics,
+        image_io=GuardedImageIO(limits),
+    )
 
 
 def open_engine(engine_client: EngineClient, checkpoint: Path, options: LiveOptions) -> LiveEngine:

@@ -39,6 +39,11 @@ class LiveMetrics:
             buckets=DELAY_BUCKETS_S,
             registry=registry,
         )
+        self.late = Counter(
+            "casa:live_late_frames",
+            "Frames whose caption took longer than 1/fps, from their arrival to its last token.",
+            registry=registry,
+        )
         self.trims = Counter("casa:live_trims", "Times a session's text budget was reached.", registry=registry)
         self.restarts = Counter("casa:live_restarts", "Engine requests begun again from text.", registry=registry)
         for result in ("captioned", "silent", "dropped", "refused"):
@@ -76,7 +81,9 @@ class SessionStatistics:
         """Counts a frame that the model has seen."""
         self.count("captioned" if frame.caption else "silent")
         self.tokens += frame.num_tokens
-        self.late += frame.delay_ms > self.frame_interval_ms
+        is_late = frame.delay_ms > self.frame_interval_ms
+        self.late += is_late
+        self.metrics.late.inc(is_late)
         self.delays_ms.append(frame.delay_ms)
         self.longest_delay_ms = max(frame.delay_ms, self.longest_delay_ms or 0.0)
         self.metrics.delay.observe(frame.delay_ms / 1000)

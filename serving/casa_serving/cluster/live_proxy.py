@@ -1,0 +1,316 @@
+"""Live sessions at the ingress: finds a replica with a place and hands messages on between it and the client.
+
+    client == WebSocket ==> Serve's proxy => ingress (this) == WebSocket ==> replica (live_server)
+
+Messages pass unchanged and one at a time: each is awaited on the other side before the next one is taken, so that
+nothing is queued here. What ends on one side ends on the other, with its code and reason. The client is told in the
+protocol's own words when there is no place, when its replica leaves, and when its replica breaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+
+import aiohttp
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.typing import Subprotocol
+
+from casa_serving.cluster.live_place import TOKEN_HEADER, Departure, LivePlace, LiveRefusal
+from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.live.connection import first_of
+from casa_serving.live.options import MAX_MESSAGE_BYTES
+from casa_serving.live.protocol import ENGINE_ERROR, POLICY, SUBPROTOCOL, Fault, LiveError
+
+LOGGER = logging.getLogger("ray.serve")
+PLACE_TIMEOUT_S = 10.0
+OPEN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S = 10.0
+# For the last messages, once one side has ended.
+GOODBYE_TIMEOUT_S = 5.0
+NO_CODE, BROKEN, NORMAL, GOING_AWAY = 1005, 1006, 1000, 1001
+REPLICA_BROKE = "The replica of this session has died; connect again and resume with `history`."
+
+Answers = AsyncGenerator[LivePlace | LiveRefusal, None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A session's place.
+
+    Attributes:
+        place: At the replica.
+        answers: The call that holds it.
+        note: Which replica that is, and whether it leaves.
+        upstream: The WebSocket to it.
+    """
+
+    place: LivePlace
+    answers: Answers
+    note: RoutingNote
+    upstream: ClientConnection
+
+
+class LiveProxy:
+    """All live sessions of one ingress process."""
+
+    def __init__(self) -> None:
+        self._drains: dict[str, asyncio.Task[None]] = {}
+
+    async def serve(self, websocket: WebSocket, ask: Callable[[RoutingNote], Answers]) -> None:
+        """Serves a client from the handshake to the end.
+
+        Args:
+            websocket: Not accepted yet.
+            ask: Asks a replica for a place: `LiveServer.hold`, wherever the router sends it. Closing it early ends the
+                session on the replica.
+        """
+        try:
+            found = await find_place(websocket, ask)
+        except LiveError as error:
+            await refuse(websocket, error)
+            return
+        try:
+            await self._hand_on(websocket, found)
+        finally:
+            await found.upstream.close(GOING_AWAY)
+            await let_go(found.answers)
+
+    async def _hand_on(self, websocket: WebSocket, found: Found) -> None:
+        upstream = found.upstream
+        leaving = asyncio.create_task(self._leave_with(found))
+        try:
+            await websocket.accept(upstream.subprotocol, as_pairs(found.note.response_headers()))
+            await first_of(to_replica(websocket, upstream), to_client(upstream, websocket), after_its_end(upstream))
+            await upstream.close()
+            await close_like(websocket, upstream)
+        except WebSocketDisconnect as left:
+            await upstream.close(left.code if may_be_sent(left.code) else GOING_AWAY, (left.reason or "")[:100])
+        finally:
+            leaving.cancel()
+
+    async def _leave_with(self, found: Found) -> None:
+        """Has the replica say good-bye when it is about to leave; breaks with it where it says nothing."""
+        await found.note.departure.wait()
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                await self._drain(found.place)
+                await found.upstream.wait_closed()
+        except (TimeoutError, OSError, aiohttp.ClientError):
+            LOGGER.warning("Live session: its replica left without a word.")
+            found.upstream.transport.abort()
+
+    async def _drain(self, place: LivePlace) -> None:
+        """Asks a replica to send its sessions away, once for all of them that are here."""
+        task = self._drains.get(place.drain_url)
+        if task is None:
+            task = self._drains[place.drain_url] = asyncio.create_task(post_drain(place))
+            task.add_done_callback(lambda _: self._drains.pop(place.drain_url))
+        await asyncio.shield(task)
+
+
+async def find_place(websocket: WebSocket, ask: Callable[[RoutingNote], Answers]) -> Found:
+    """Asks one replica after the other, and connects to the first that has a place.
+
+    Args:
+        websocket: The client's.
+        ask: See `LiveProxy.serve`.
+
+    Raises:
+        LiveError: None has a place, or none answers.
+    """
+    avoid: frozenset[str] = frozenset()
+    reason = "no replica answered in time"
+    try:
+        async with asyncio.timeout(PLACE_TIMEOUT_S):
+            while True:
+                note = RoutingNote(headers=dict(websocket.headers), avoid=avoid, departure=Departure())
+                found = await try_place(ask(note), note, websocket.scope["subprotocols"])
+                if isinstance(found, Found):
+                    return found
+                reason = found.reason
+                if note.replica in avoid or not note.replica:
+                    # The router sends it to a replica that was asked before only where there is no other.
+                    raise no_place(reason)
+                avoid |= {note.replica}
+    except (TimeoutError, BackPressureError) as error:
+        raise no_place(reason) from error
+    except (RayError, RayServeException) as error:
+        LOGGER.exception("Live session: no replica answered.")
+        raise LiveError("engine_error", "No replica is available. Try again in a moment.") from error
+
+
+async def try_place(answers: Answers, note: RoutingNote, offered: list[str]) -> Found | LiveRefusal:
+    """Asks one replica; the call stays open if there is a place, and is closed otherwise.
+
+    Args:
+        answers: The call.
+        note: Went with it.
+        offered: The client's subprotocols.
+
+    Raises:
+        RayError: The router found no replica.
+    """
+    async with contextlib.AsyncExitStack() as held:
+        await held.enter_async_context(contextlib.aclosing(answers))
+        try:
+            answer = await anext(answers)
+        except RayActorError:
+            if not note.replica:
+                raise
+            return LiveRefusal("a replica has died")
+        if isinstance(answer, LiveRefusal):
+            return answer
+        try:
+            upstream = await open_place(answer, offered)
+        except (OSError, WebSocketException):
+            LOGGER.warning("Live session: %s was not reached.", answer.url, exc_info=True)
+            return LiveRefusal("a replica was not reached")
+        held.pop_all()
+        return Found(answer, answers, note, upstream)
+
+
+async def open_place(place: LivePlace, offered: list[str]) -> ClientConnection:
+    """Connects to a replica.
+
+    Raises:
+        OSError: It is not there, or does not answer in time.
+        WebSocketException: It refuses.
+    """
+    return await connect(
+        place.url,
+        subprotocols=[Subprotocol(SUBPROTOCOL)] if SUBPROTOCOL in offered else None,
+        additional_headers={TOKEN_HEADER: place.token},
+        compression=None,
+        max_size=MAX_MESSAGE_BYTES,
+        max_queue=1,
+        open_timeout=OPEN_TIMEOUT_S,
+        close_timeout=GOODBYE_TIMEOUT_S,
+        # The environment's proxies are for the world outside.
+        proxy=None,
+    )
+
+
+async def post_drain(place: LivePlace) -> None:
+    """Asks a replica to send its sessions away; returns when it has.
+
+    Raises:
+        aiohttp.ClientError: It is not there any more, or refuses.
+        TimeoutError: It does not answer.
+    """
+    timeout = aiohttp.ClientTimeout(DRAIN_TIMEOUT_S)
+    headers = {TOKEN_HEADER: place.drain_token}
+    async with aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session:
+        async with session.post(place.drain_url, headers=headers):
+            pass
+
+
+async def let_go(answers: Answers) -> None:
+    """Waits until a replica has seen the end of a session; ends the call all the same if it does not."""
+    try:
+        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+            async for _ in answers:
+                pass
+    except (TimeoutError, RayError, RayServeException):
+        LOGGER.debug("Live session: the call that held its place did not end by itself.", exc_info=True)
+    finally:
+        await answers.aclose()
+
+
+async def to_replica(websocket: WebSocket, upstream: ClientConnection) -> None:
+    """Hands on what the client sends.
+
+    Raises:
+        WebSocketDisconnect: The client has left.
+    """
+    while True:
+        message = await websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", NO_CODE), message.get("reason"))
+        text = message.get("text")
+        try:
+            await upstream.send(message["bytes"] if text is None else text)
+        except ConnectionClosed:
+            # Nobody takes it any more. The replica's last words are still on their way to the client.
+            continue
+
+
+async def to_client(upstream: ClientConnection, websocket: WebSocket) -> None:
+    """Hands on what the replica sends, until it has closed the connection."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            message = await upstream.recv()
+            if isinstance(message, str):
+                await websocket.send_text(message)
+            else:
+                await websocket.send_bytes(message)
+
+
+async def after_its_end(upstream: ClientConnection) -> None:
+    """Ends a while after the replica has gone, for the sake of clients that do not take its last words."""
+    await upstream.wait_closed()
+    await asyncio.sleep(GOODBYE_TIMEOUT_S)
+
+
+async def close_like(websocket: WebSocket, upstream: ClientConnection) -> None:
+    """Ends the client's side as the replica has ended its own; says what happened where that broke.
+
+    Raises:
+        WebSocketDisconnect: The client left first.
+    """
+    code = upstream.close_code
+    if code is None or code == BROKEN:
+        await say_goodbye(websocket, LiveError("engine_error", REPLICA_BROKE), ENGINE_ERROR, "replica lost")
+        return
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+            await websocket.close(code if may_be_sent(code) else NORMAL, upstream.close_reason)
+
+
+async def refuse(websocket: WebSocket, error: LiveError) -> None:
+    """Accepts a client only to tell it why there is no session."""
+    subprotocol = SUBPROTOCOL if SUBPROTOCOL in websocket.scope["subprotocols"] else None
+    full = error.code == "too_many_sessions"
+    with contextlib.suppress(WebSocketDisconnect):
+        await websocket.accept(subprotocol)
+        await say_goodbye(
+            websocket, error, POLICY if full else ENGINE_ERROR, "too many sessions" if full else "no replica"
+        )
+
+
+async def say_goodbye(websocket: WebSocket, error: LiveError, code: int, reason: str) -> None:
+    """Sends a last error and closes; a client that does not take it is left to the server in front.
+
+    Raises:
+        WebSocketDisconnect: The client left first.
+    """
+    fault = Fault(code=error.code, message=str(error), fatal=True)
+    with contextlib.suppress(RuntimeError, TimeoutError):  # The former where the client has left: Starlette's word.
+        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+            await websocket.send_text(fault.model_dump_json())
+            await websocket.close(code, reason)
+
+
+def no_place(reason: str) -> LiveError:
+    """Returns the protocol's answer to a client that finds no place anywhere."""
+    return LiveError(
+        "too_many_sessions",
+        f"No replica has a place for one more live session ({reason}; live.max_sessions). Try again later.",
+    )
+
+
+def may_be_sent(code: int) -> bool:
+    """Tells whether a close code may stand in a close frame: some only say what became of a connection."""
+    return 1000 <= code < 1004 or 1007 <= code < 1015 or 3000 <= code < 5000
+
+
+def as_pairs(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Returns headers as ASGI takes them."""
+    return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
