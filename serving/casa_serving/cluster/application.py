@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -34,8 +35,7 @@ METRICS_INTERVAL_S = 2.0
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Builds the application; see `casa_serving.cluster.build_app`."""
-    config = parse_config(args)
-    check_engine_arguments(config.engine)
+    config = check_config(args)
     on_gpu = config.device == "gpu" or (config.device == "auto" and cluster_has_gpu())
     llm_config = llm_config_of(config, on_gpu=on_gpu)
     if not config.wait_for_nodes:
@@ -50,6 +50,26 @@ def build(args: dict[str, Any]) -> serve.Application:
     return ingress.bind(llm_deployments={llm_config.model_id: model}, model_cards=model_cards(llm_config))
 
 
+def check_config(args: dict[str, Any]) -> ClusterConfig:
+    """Checks all of a configuration that can be checked without a cluster.
+
+    Raises:
+        InputError: A key is unknown, or a value makes no sense.
+        CheckpointError: The checkpoint is not one.
+    """
+    config = parse_config(args)
+    check_engine_arguments(config.engine)
+    folder = checkpoint_folder(config)
+    check_folder(folder)
+    check_tensors(folder, read_config(folder))
+    return config
+
+
+def checkpoint_folder(config: ClusterConfig) -> Path:
+    """Returns the folder of the model that is served."""
+    return embedded_checkpoint() if config.checkpoint is None else config.checkpoint
+
+
 def model_cards(llm_config: LLMConfig) -> dict[str, Any]:
     """Returns what `/v1/models` says, by model name."""
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
@@ -58,17 +78,10 @@ def model_cards(llm_config: LLMConfig) -> dict[str, Any]:
 
 
 def llm_config_of(config: ClusterConfig, *, on_gpu: bool) -> LLMConfig:
-    """Returns Ray Serve LLM's configuration of the replicas.
-
-    Raises:
-        CheckpointError: The checkpoint is not one.
-    """
+    """Returns Ray Serve LLM's configuration of the replicas."""
     embedded = config.checkpoint is None
-    checkpoint = embedded_checkpoint() if config.checkpoint is None else config.checkpoint
-    check_folder(checkpoint)
-    checkpoint_config = read_config(checkpoint)
-    check_tensors(checkpoint, checkpoint_config)
-    options = engine_options(checkpoint_config, embedded=embedded, on_cpu=not on_gpu)
+    checkpoint = checkpoint_folder(config)
+    options = engine_options(read_config(checkpoint), embedded=embedded, on_cpu=not on_gpu)
     name = config.model or (EMBEDDED_NAME if embedded else checkpoint.resolve().name)
     for option in ("served_model_name", "allowed_origins"):
         options.pop(option, None)

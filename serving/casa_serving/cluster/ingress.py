@@ -15,6 +15,7 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from casa_serving.cluster.answers import REPLICA_LOST, add_error_handlers, error_event
+from casa_serving.cluster.api_key import ApiKey
 from casa_serving.cluster.image_keys import image_keys
 from casa_serving.cluster.live_proxy import LiveProxy
 from casa_serving.cluster.routing_note import RoutingNote
@@ -127,6 +128,8 @@ def ingress_class(max_request_bytes: int, *, live: bool) -> type:
     app = FastAPI(title="casa-engine", docs_url=None, redoc_url=None)
     # Where RequestGuard finds its settings, as in casa-serve; pages of other origins have no business here.
     app.state.args = Namespace(max_request_bytes=max_request_bytes, allowed_origins=[])
+    # The last one comes first: it takes the key of a page's WebSocket to where ApiKey looks for it.
+    app.add_middleware(ApiKey)
     app.add_middleware(RequestGuard)
     add_error_handlers(app)
     if live:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casa_engine.errors import CasaError, InputError
-from casa_serving.cluster.config import parse_config
+from casa_serving.cluster.api_key import key_header
 from casa_serving.cluster.config_file import ConfigFile, read_file
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def run(argv: list[str]) -> int:
     set_environment()
     try:
         file = read_file(options.config) if options.config else ConfigFile()
-        parse_config(file.args)
+        # Only now: Ray reads the environment when it is imported.
+        from casa_serving.cluster.application import check_config
+
+        check_config(file.args)
         start(file, options)
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
@@ -80,7 +83,7 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
     """
     from ray import serve
 
-    from casa_serving.cluster import build_app
+    from casa_serving.cluster.application import build
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -91,7 +94,7 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
         check_port(host, port)
     connect(options)
     try:
-        application = build_app(file.args)
+        application = build(file.args)
         serve.start(proxy_location=file.proxy_location, http_options={**file.http_options, "host": host, "port": port})
         deploy(application)
         try:
@@ -149,13 +152,13 @@ def first_request(url: str) -> None:
     Raises:
         OSError: It is not answered with a completion.
     """
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=FIRST_REQUEST_S) as answer:
+    models = urllib.request.Request(f"{url}/v1/models", headers=key_header())
+    with urllib.request.urlopen(models, timeout=FIRST_REQUEST_S) as answer:
         model = json.load(answer)["data"][0]["id"]
     message = {"role": "user", "content": "ok"}
     body = json.dumps({"model": model, "messages": [message], "max_tokens": 1}).encode()
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", **key_header()}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", data=body, headers=headers)
     with urllib.request.urlopen(request, timeout=FIRST_REQUEST_S):
         pass
 
