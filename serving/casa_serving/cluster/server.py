@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -96,6 +97,7 @@ class CasaServer(LLMServer):
         Raises:
             UnhealthyError: The request path does not answer with a completion.
         """
+        self._end_with_engine()
         await super().check_health()
         if time.monotonic() - self._last_answer > FRESH_S:
             await self._consume(chat_request(self._llm_config.model_id, "ok"))
@@ -123,10 +125,23 @@ class CasaServer(LLMServer):
         """Passes answers on and notes when; turns vLLM's own refusals with a status into answers."""
         try:
             async for answer in answers:
+                self._end_with_engine()
                 self._last_answer = time.monotonic()
                 yield answer
         except GracefulHTTPError as error:
             yield ErrorResponse(**error_body(error.message, "OverloadedError", int(error.http_status)))
+        finally:
+            self._end_with_engine()
+
+    def _end_with_engine(self) -> None:
+        """Ends this process when the engine's has died, so that Ray Serve and the ingress know it at once.
+
+        Failed health checks would take most of a minute, in which a replica that answers every request at once, with
+        an error, is always the least loaded one.
+        """
+        if self.engine._engine_client.errored:
+            LOGGER.error("The engine has died; its replica ends with it")
+            os._exit(1)
 
     async def _consume(self, request: ChatCompletionRequest) -> None:
         async for answer in await self.chat(request):
