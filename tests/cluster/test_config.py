@@ -5,6 +5,7 @@ import pytest
 from casa_engine.errors import InputError
 from casa_serving.cluster.config import parse_config
 from casa_serving.limits import ImageLimits
+from casa_serving.live.options import LiveOptions
 
 
 def test_an_empty_configuration_serves_the_embedded_model():
@@ -12,6 +13,13 @@ def test_an_empty_configuration_serves_the_embedded_model():
     assert config.checkpoint is None
     assert (config.replicas.min, config.replicas.max) == (1, 1)
     assert ImageLimits(**config.images.model_dump(exclude={"allowed_media_domains"})) == ImageLimits()
+
+
+def test_live_sessions_have_the_limits_of_casa_serve():
+    config = parse_config({})
+    assert config.live.options(config.images.max_image_bytes) == LiveOptions()
+    small = parse_config({"images": {"max_image_bytes": 1000}, "live": {"max_sessions": 0, "text_budget": 64}})
+    assert small.live.options(1000) == LiveOptions(live_max_sessions=0, live_max_frame_bytes=1000, live_text_budget=64)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +33,9 @@ def test_an_empty_configuration_serves_the_embedded_model():
         ({"device": "tpu"}, "device: input should be 'auto', 'cpu' or 'gpu', got 'tpu'"),
         ({"engine": {"model": "other"}}, "engine sets ['model']"),
         ({"concurrency": {"running": "many"}}, "concurrency.running"),
+        ({"live": {"max_sessions": -1}}, "live.max_sessions: input should be greater than or equal to 0, got -1"),
+        ({"live": {"idle_timeout": 3}}, "there is no key 'live.idle_timeout'"),
+        ({"replicas": {"target_late_frames": 2}}, "replicas.target_late_frames: input should be less than"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_sentence(args, said):
