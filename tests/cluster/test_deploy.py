@@ -1,0 +1,308 @@
+"""What lies in deploy/ fits together: with this package, with Ray's schemas, and each file with the others."""
+
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, Gauge
+from ray.scripts.scripts import cli as ray_cli
+from ray.serve.schema import ServeDeploySchema
+
+from casa_serving.cluster import launch
+from casa_serving.cluster.config import parse_config
+from casa_serving.cluster.config_file import read_file
+from casa_serving.cluster.replica_metrics import casa_values
+from casa_serving.live.statistics import LiveMetrics
+from casa_vllm import metrics as image_metrics
+from dashboard import board, dashboard_metrics, metric_names, panels, queries
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SERVE_CONFIGS = ("cluster.yaml", "cluster-gpu.yaml", "embedded.yaml")
+# Each RayService and the Serve config that it holds.
+MANIFESTS = {"kuberay-cpu.yaml": "cluster.yaml", "kuberay-gpu.yaml": "cluster-gpu.yaml"}
+# With a small Ray of its own instead of the one that the command would start with everything on.
+SERVE_BUILD = """
+import sys
+import ray
+from ray.serve.scripts import cli
+ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False)
+cli(["build", "casa_serving.cluster.embedded:app", "-o", sys.argv[1]])
+"""
+
+
+def load(name):
+    return yaml.safe_load((DEPLOY / name).read_text())
+
+
+def groups(manifest):
+    """The head and the only group of workers."""
+    cluster = manifest["spec"]["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    return cluster["headGroupSpec"], workers
+
+
+def pod(group):
+    return group["template"]["spec"]
+
+
+def container(group):
+    (only,) = pod(group)["containers"]
+    return only
+
+
+# Serve configs
+
+
+@pytest.mark.parametrize("name", SERVE_CONFIGS)
+def test_ray_serve_takes_the_config(name):
+    ServeDeploySchema.model_validate(load(name))
+
+
+@pytest.mark.parametrize("name", MANIFESTS.values())
+def test_this_package_takes_the_config(name):
+    loaded = read_file(DEPLOY / name)
+    parse_config(loaded.args)
+    assert loaded.http_options == {"host": "0.0.0.0", "port": 8000}
+
+
+def test_serve_build_writes_the_shipped_config(tmp_path):
+    written = tmp_path / "embedded.yaml"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", SERVE_BUILD, str(written)]
+    subprocess.run(command, env=environment | launch.ENVIRONMENT, cwd=tmp_path, check=True, timeout=300)
+    assert written.read_text() == (DEPLOY / "embedded.yaml").read_text(), (
+        "write it anew: serve build casa_serving.cluster.embedded:app -o deploy/embedded.yaml"
+    )
+
+
+# KubeRay
+
+
+@pytest.mark.parametrize(("name", "config"), MANIFESTS.items())
+def test_a_manifest_holds_the_serve_config(name, config):
+    assert yaml.safe_load(load(name)["spec"]["serveConfigV2"]) == load(config)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_has_what_kuberay_requires(name):
+    # `required` in KubeRay 1.7.0's ray.io_rayservices.yaml, and Ray's version as installed.
+    manifest = load(name)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    head, workers = groups(manifest)
+    assert "template" in head
+    assert {"groupName", "maxReplicas", "minReplicas", "template"} <= workers.keys()
+    version = manifest["spec"]["rayClusterConfig"]["rayVersion"]
+    assert f"ray[serve]=={version}" in PROJECT["optional-dependencies"]["ray"]
+    for group in (head, workers):
+        # KubeRay hands these to `ray start` as they are: they must be strings.
+        assert all(isinstance(value, str) for value in group.get("rayStartParams", {}).values())
+        assert {mount["name"] for mount in container(group).get("volumeMounts", ())} == {
+            volume["name"] for volume in pod(group).get("volumes", ())
+        }
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_the_workers_hold_exactly_the_replicas(name):
+    manifest = load(name)
+    config = parse_config(yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"][0]["args"])
+    head, workers = groups(manifest)
+    limits = container(workers)["resources"]["limits"]
+    cpus = float(workers["rayStartParams"].get("num-cpus", limits["cpu"]))
+    gpus = float(limits.get("nvidia.com/gpu", 0))
+    size = config.tensor_parallel_size
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert gpus == (size if config.device == "gpu" else 0)
+    assert cpus >= size * config.cpus + config.ingress.replicas * config.ingress.cpus
+    # A second replica must not fit beside the first one.
+    assert min(cpus / (size * config.cpus), gpus / size if gpus else float("inf")) < 2
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (config.replicas.min, config.replicas.max)
+    # The nodes come after the application is built.
+    assert config.wait_for_nodes
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_worker_that_goes_may_finish_its_answers(name):
+    manifest = load(name)
+    config = parse_config(yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"][0]["args"])
+    _, workers = groups(manifest)
+    shell, flag, script = container(workers)["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, flag) == ("bash", "-c")
+    drain, sleep = script.split(" && ")
+    ray, command, *options = shlex.split(drain)
+    assert ray == "ray"
+    # Raises where an option or its value is not Ray's.
+    deadline_s = ray_cli.commands[command].make_context(command, options).params["deadline_remaining_seconds"]
+    assert sleep.split() == ["sleep", str(deadline_s)]
+    # Another replica must start within the rest of the deadline.
+    assert deadline_s >= config.replicas.drain_timeout_s + 60
+    assert pod(workers)["terminationGracePeriodSeconds"] > deadline_s
+    assert manifest["spec"]["rayClusterDeletionDelaySeconds"] >= config.replicas.drain_timeout_s
+
+
+def test_every_node_finds_the_checkpoint():
+    manifest = load("kuberay-gpu.yaml")
+    checkpoint = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"][0]["args"]["checkpoint"]
+    for group in groups(manifest):
+        mounted = {mount["name"]: mount for mount in container(group)["volumeMounts"]}["checkpoint"]
+        assert (mounted["mountPath"], mounted["readOnly"]) == (checkpoint, True)
+        (volume,) = pod(group)["volumes"]
+        assert volume["persistentVolumeClaim"]["readOnly"]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_prometheus_finds_the_ports(name):
+    monitored = {endpoint["port"] for endpoint in load("podmonitor.yaml")["spec"]["podMetricsEndpoints"]}
+    head, workers = ({port["name"] for port in container(group)["ports"]} for group in groups(load(name)))
+    assert monitored <= head
+    assert monitored & workers == {"metrics"}
+
+
+def test_prometheus_reads_rays_own_file_and_the_default_port():
+    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+    cluster, one_machine = load("prometheus.yaml")["scrape_configs"]
+    (path,) = cluster["file_sd_configs"][0]["files"]
+    assert path == f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"
+    port = launch.build_parser().parse_args([]).metrics_port
+    assert one_machine["static_configs"][0]["targets"] == [f"127.0.0.1:{port}"]
+
+
+# The container
+
+
+def instructions(name="Containerfile"):
+    """The file's instructions and arguments, lines put together and comments left out."""
+    lines = [line for line in (DEPLOY / name).read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n", " ", "\n".join(lines))
+    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
+
+
+def test_the_container_copies_what_is_there_and_what_its_ignore_file_lets_through():
+    copied = [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
+    ignore = (DEPLOY / "Containerfile.dockerignore").read_text().splitlines()
+    let_through = [line.removeprefix("!") for line in ignore if line.startswith("!")]
+    assert "*" in ignore
+    assert sorted(copied) == sorted(let_through)
+    assert all((ROOT / source).exists() for source in copied)
+
+
+def test_the_container_installs_what_the_project_names():
+    text = (DEPLOY / "Containerfile").read_text()
+    extras = PROJECT["optional-dependencies"]
+    for device in ("cpu", "cuda"):
+        assert f"#   DEVICE={device} " in text
+        assert device in extras
+    (installed,) = re.findall(r"\.\[\$\{DEVICE\},([\w,]+)\]", text)
+    assert set(installed.split(",")) <= extras.keys() - {"dev", "export", "trt"}
+    (torch,) = re.findall(r"torch==[\d.]+(?=\+cpu)", text)
+    assert torch in extras["cpu"]
+    # The rooms that setuptools looks into must be folders even before the code is copied.
+    (made,) = re.findall(r"mkdir ([\w ]+?) *\\", text)
+    assert {".", *made.split()} == set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["where"]
+    )
+
+
+def test_the_container_runs_a_command_of_the_project_as_somebody_else_than_root():
+    last = dict(instructions())
+    assert yaml.safe_load(last["CMD"])[0] in PROJECT["scripts"]
+    assert int(last["USER"]) > 0
+    for name in MANIFESTS:
+        for group in groups(load(name)):
+            assert pod(group)["securityContext"]["runAsUser"] == int(last["USER"])
+
+
+def test_nodes_in_the_container_have_the_environment_of_casa_serve():
+    variables = [shlex.split(rest) for word, rest in instructions() if word == "ENV"]
+    assert launch.ENVIRONMENT.items() <= dict(pair.split("=", 1) for pair in itertools.chain(*variables)).items()
+
+
+# The board
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("up", {"up"}),
+        ('sum by (code) (rate(a_total{b=~"$c", d!="e{f}"}[$__rate_interval]))', {"a_total"}),
+        ("histogram_quantile(0.95, sum by (le) (rate(x_bucket[5m])))", {"x_bucket"}),
+        ("(sum(rate(hit[1m])) or vector(0)) / on (replica) group_left (name) all:hits:sum", {"hit", "all:hits:sum"}),
+        ("max_over_time(load[1h:1m] offset 5m) > bool 1e3 unless idle", {"load", "idle"}),
+        ("sum(a) without (b) + -Inf", {"a"}),
+    ],
+)
+def test_names_are_found_in_queries(query, names):
+    assert metric_names(query) == names
+
+
+def test_the_board_has_what_grafana_needs():
+    shown = board()
+    assert shown["schemaVersion"] >= 39
+    assert {"title", "uid", "panels", "templating", "time", "refresh"} <= shown.keys()
+    names = [variable["name"] for variable in shown["templating"]["list"]]
+    assert names == ["datasource", "application", "deployment", "replica"]
+    numbers = [panel["id"] for panel in shown["panels"]]
+    assert len(numbers) == len(set(numbers))
+    titles = [panel["title"] for panel in shown["panels"]]
+    assert len(titles) == len(set(titles))
+
+
+def test_panels_do_not_overlap():
+    taken = set()
+    for panel in board()["panels"]:
+        place = panel["gridPos"]
+        assert 0 <= place["x"] and place["x"] + place["w"] <= 24
+        cells = set(
+            itertools.product(range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"]))
+        )
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_every_panel_asks_the_chosen_source_and_says_what_it_shows():
+    for panel in panels():
+        assert panel["description"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert panel["targets"]
+        for target in panel["targets"]:
+            assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            assert metric_names(target["expr"])
+        letters = [target["refId"] for target in panel["targets"]]
+        assert len(letters) == len(set(letters))
+
+
+def test_queries_use_only_variables_that_exist():
+    known = {variable["name"] for variable in board()["templating"]["list"]} | {"__rate_interval"}
+    assert set(re.findall(r"\$(\w+)", "\n".join(queries()))) <= known
+
+
+def test_quantiles_are_of_buckets_and_rates_of_counters():
+    for query in queries():
+        assert ("histogram_quantile" in query) == any("_bucket" in name for name in metric_names(query))
+        for name in re.findall(r"(?:rate|increase)\((\w+)", query):
+            assert name.endswith(("_total", "_bucket", "_sum", "_count")), name
+
+
+def test_names_of_our_own_metrics_are_those_that_are_exported():
+    registry = CollectorRegistry()
+    live = LiveMetrics(registry)
+    live.delay.observe(0.1)
+    for name in image_metrics.GAUGES:
+        Gauge(image_metrics.PREFIX + name, "", registry=registry)
+    # Ray puts its name in front, and `_total` behind counters.
+    exported = {f"ray_{value.name}{'_total' * value.is_counter}" for value in casa_values(registry)}
+    exported |= {f"ray_casa_{name}_total" for name in image_metrics.COUNTERS}
+    router = (ROOT / "serving/casa_serving/cluster/router.py").read_text()
+    exported |= {f"ray_{name}_total" for name in re.findall(r'"(casa_routing_\w+)"', router)}
+    ours = {name for name in dashboard_metrics() if name.startswith("ray_casa_")}
+    assert ours
+    assert ours <= exported
