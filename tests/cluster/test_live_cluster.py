@@ -6,12 +6,15 @@ import re
 import signal
 import struct
 import time
+from contextlib import AsyncExitStack
 
 import httpx
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
+from ray import serve
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -21,7 +24,9 @@ from casa_engine.digits.cases import draw_video
 from casa_engine.live import LiveSettings
 from casa_engine.live.eager_stream import EagerStream
 from casa_engine.live.stream_format import StreamFormat
+from casa_serving.cluster.launch import APPLICATION
 from casa_serving.live.client import LiveClient
+from casa_serving.live.protocol import LiveError
 from event_loop import in_loop
 from image_files import encoded
 from live_messages import rest, take
@@ -176,16 +181,20 @@ async def test_clients_that_vanish_leave_nothing_behind(two, videos):
     await asyncio.gather(*(socket.close() for socket in sockets))
 
 
-async def resumes_elsewhere(client, gone, file, before):
-    """Reconnects; a new session is on another replica and knows what was said."""
-    async with asyncio.timeout(60):
-        await client.reconnect()
-        assert home(client) != gone
-        assert [item["caption"] for item in client.history] == before
+async def resumes(client, file):
+    """Reconnects, as soon as it can be, and shows a frame; returns what is said of it."""
+    before = list(client.history)
+    async with asyncio.timeout(120):
+        while True:
+            try:
+                await client.reconnect()
+                break
+            # While a new ingress starts there is nobody to ask.
+            except (OSError, LiveError, InvalidStatus):
+                await asyncio.sleep(0.5)
+        assert list(client.history) == before
         await client.send_frame(file, 9.0)
-        done = await take(client, "frame.done")
-        await client.stop()
-    return done
+        return await take(client, "frame.done")
 
 
 @in_loop
@@ -200,44 +209,78 @@ async def test_a_killed_replica_is_told_and_the_session_goes_on(two, videos):
         assert (fault.code, fault.fatal) == ("engine_error", True)
         await client._reader
         assert client._socket.close_code == 1011
-        done = await resumes_elsewhere(client, gone, files[1], [wanted[0]])
+        done = await resumes(client, files[1])
+        assert home(client) != gone
+        await client.stop()
     # What was said before has been read again.
     async with LiveClient(two.live_url) as client:
         await client.create()
         await client.send_frame(files[1], 0.0)
         alone = await take(client, "frame.done")
     assert done.text_tokens - done.num_tokens > alone.text_tokens - alone.num_tokens
+    await asyncio.to_thread(until, lambda: len(set(two.replicas()) - {gone}) == 2, 120)
 
 
-def test_the_replica_comes_back(two):
-    until(lambda: len(two.replicas()) == 2, 180)
+async def is_told(client):
+    """Waits for the good-bye of a replica that leaves."""
+    assert (await take(client, "session.closed")).reason == "server is shutting down"
+    await client._reader
+    assert (client._socket.close_code, client._socket.close_reason) == (1012, "server is shutting down")
 
 
 @in_loop
-async def test_scaling_down_tells_the_sessions(two, videos):
-    """The last test: it leaves one replica."""
+async def test_a_new_version_tells_the_sessions(two, videos):
+    """From here on the number of replicas follows that of live sessions."""
     files, wanted = videos[0]
+    replicas = two.config["replicas"] | {"min": 1, "target_live_sessions": 1, "upscale_delay_s": 1}
+    config = two.config | {"replicas": replicas | {"downscale_delay_s": 4}}
     async with LiveClient(two.live_url) as first, LiveClient(two.live_url) as second:
-        clients = {home(client): client for client in (first, second)}
-        assert len(clients) == 2
-        for client in clients.values():
+        assert home(first) != home(second)
+        for client in (first, second):
             await client.create()
             assert await caption(client, files[0], 0.0) == wanted[0]
-        config = two.config | {"replicas": two.config["replicas"] | {"min": 1, "max": 1}}
-        started = time.monotonic()
         deploying = asyncio.create_task(asyncio.to_thread(two.deploy, config))
-        told = {name: asyncio.create_task(take(client, "session.closed")) for name, client in clients.items()}
-        done, _ = await asyncio.wait(told.values(), return_when=asyncio.FIRST_COMPLETED)
-        waited = time.monotonic() - started
-        (gone,) = (name for name, task in told.items() if task in done)
-        assert done.pop().result().reason == "server is shutting down"
-        await clients[gone]._reader
-        assert clients[gone]._socket.close_code == 1012
-        assert waited < two.config["replicas"]["drain_timeout_s"]
-        await resumes_elsewhere(clients[gone], gone, files[1], [wanted[0]])
+        await asyncio.gather(is_told(first), is_told(second))
+        await resumes(first, files[1])
         await deploying
-        (stays,) = set(clients) - {gone}
+
+
+def node_of_the_driver():
+    """The head node, whose replica Ray stops last."""
+    return next(node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+
+
+@in_loop
+async def test_sessions_scale_up_and_scaling_down_tells_them(two, videos):
+    files, wanted = videos[0]
+    async with AsyncExitStack() as opened:
+        clients = []
+        for _ in range(3):
+            if len(clients) == 2:
+                await asyncio.to_thread(until, lambda: len(two.replicas()) == 2, 90)
+            clients.append(await opened.enter_async_context(LiveClient(two.live_url)))
+            await clients[-1].create()
+        replicas = two.replicas()
+        assert {home(client) for client in clients} == set(replicas)
+        head = node_of_the_driver()
+        (stays,) = (name for name, replica in replicas.items() if replica["node_id"] == head)
+        leaving = next(client for client in clients if home(client) != stays)
+        assert await caption(leaving, files[0], 0.0) == wanted[0]
+        for client in clients:
+            if client is not leaving:
+                await client.stop()
+        async with asyncio.timeout(60):
+            await is_told(leaving)
+        await resumes(leaving, files[1])
+        assert home(leaving) == stays
         await asyncio.to_thread(until, lambda: set(two.replicas()) == {stays}, 30)
-        # The other session has seen nothing of it.
-        told[stays].cancel()
-        assert await caption(clients[stays], files[1], 0.5) == wanted[1]
+
+
+@in_loop
+async def test_sessions_are_told_when_the_application_is_deleted(two):
+    """The last test: there is no application afterwards."""
+    async with LiveClient(two.live_url) as client:
+        await client.create()
+        deleting = asyncio.create_task(asyncio.to_thread(serve.delete, APPLICATION))
+        await is_told(client)
+        await deleting

@@ -31,6 +31,9 @@ POLICY = "casa_serving.cluster.autoscaling:LoadPolicy"
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 # Pushed to the controller this often; Ray Serve's default of 10 s would double every reaction.
 METRICS_INTERVAL_S = 2.0
+# An ingress that was replaced by a new version goes on with its live sessions until their replicas are replaced too,
+# which tells them. Its clients would be cut off without a word after the 20 s that are Ray Serve's default.
+INGRESS_DRAIN_S = 600.0
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -167,6 +170,7 @@ def ingress_options(config: ClusterConfig) -> dict[str, Any]:
         "num_replicas": config.ingress.replicas,
         # It hands requests on; what is too much is refused by the queue behind it.
         "max_ongoing_requests": 10_000,
+        "graceful_shutdown_timeout_s": INGRESS_DRAIN_S,
         "ray_actor_options": {"num_cpus": config.ingress.cpus},
         "request_router_config": {"request_router_class": SESSION_ROUTER},
     }
