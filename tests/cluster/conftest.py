@@ -21,6 +21,7 @@ CONFIG: dict[str, Any] = {
     "device": "cpu",
     "cpus": 1,
     "replicas": {"min": 2, "max": 2, "drain_timeout_s": 20},
+    "concurrency": {"running": 4, "waiting": 1, "queued": 8},
     # Compiling would take longer than all the tests.
     "engine": {"enforce_eager": True},
 }

@@ -64,6 +64,25 @@ async def test_a_session_goes_through_from_create_to_stop():
 
 
 @in_loop
+async def test_late_and_dropped_frames_count_for_the_last_seconds(monkeypatch):
+    async with ingress_over("a") as ingress:
+        replica = ingress.replicas[0]
+        async with LiveClient(ingress.url) as client:
+            # No frame can be in time for that.
+            await client.create(fps=100_000)
+            replica.engine.gate.clear()
+            for number in range(3):
+                await client.send_frame(encoded(plain()), number / 2)
+            assert (await take(client, "frame.dropped")).frame == 1
+            replica.engine.gate.set()
+            await client.stop()
+        assert replica.server.frames.sample() == (3, 3)
+        # They are forgotten when the window has passed.
+        monkeypatch.setattr(live_server, "WINDOW_S", 0.0)
+        assert replica.server.frames.sample() == (0, 0)
+
+
+@in_loop
 async def test_the_subprotocol_and_the_replicas_name_come_with_the_handshake():
     async with ingress_over("a") as ingress:
         async with connect(ingress.url, subprotocols=["other", "casa-live"]) as socket:

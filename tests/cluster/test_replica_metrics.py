@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from casa_serving.cluster import replica_metrics
-from casa_serving.cluster.replica_metrics import ReplicaMetrics, casa_values
+from casa_serving.cluster.replica_metrics import ReplicaMetrics, casa_samples
 
 
 @pytest.fixture
@@ -21,44 +21,42 @@ def registry():
 
 
 def test_every_series_of_ours_is_there_with_its_labels(registry):
-    found = {(value.name, value.labels): value.value for value in casa_values(registry)}
+    found = {
+        (name, *sample.labels.values()): sample.value
+        for name, samples in casa_samples(registry).items()
+        for sample in samples
+    }
     assert found == {
-        ("casa_frames", (("result", "captioned"),)): 3,
-        ("casa_frames", (("result", "silent"),)): 4,
-        ("casa_image_pages_free", ()): 9,
-        ("casa_delay_bucket", (("le", "1.0"),)): 0,
-        ("casa_delay_bucket", (("le", "2.0"),)): 1,
-        ("casa_delay_bucket", (("le", "+Inf"),)): 1,
-        ("casa_delay_count", ()): 1,
-        ("casa_delay_sum", ()): 1.5,
+        ("casa_frames_total", "captioned"): 3,
+        ("casa_frames_total", "silent"): 4,
+        ("casa_image_pages_free",): 9,
+        ("casa_delay_bucket", "1.0"): 0,
+        ("casa_delay_bucket", "2.0"): 1,
+        ("casa_delay_bucket", "+Inf"): 1,
+        ("casa_delay_count",): 1,
+        ("casa_delay_sum",): 1.5,
     }
 
 
-class Recorded:
-    """Stands where Ray's metric would be, which cannot be read back in the process that writes it."""
+class RecordedGauge:
+    """Stands where Ray's gauge would be, which cannot be read back in the process that writes it."""
 
     def __init__(self, name, description, tag_keys):
-        assert "replica" in tag_keys
-        self.calls = []
+        self.tag_keys, self.calls = tag_keys, []
 
     def set_default_tags(self, tags):
         assert tags == {"replica": "r"}
+        return self
 
-    def inc(self, amount, tags):
-        self.calls.append((amount, tags))
-
-
-class RecordedGauge(Recorded):
-    def set(self, amount, tags):
-        self.calls.append((amount, tags))
+    def set(self, value, tags):
+        assert {"replica", *tags} == {*self.tag_keys}
+        self.calls.append(value)
 
 
-def test_counters_are_told_what_was_added(registry, monkeypatch):
-    monkeypatch.setattr(replica_metrics, "Counter", Recorded)
+def test_the_present_values_are_told_each_time(registry, monkeypatch):
     monkeypatch.setattr(replica_metrics, "Gauge", RecordedGauge)
     metrics = ReplicaMetrics("r")
     metrics.export(registry)
     metrics.export(registry)
-    counter = metrics._metrics["casa_frames"]
-    assert sorted(amount for amount, _ in counter.calls) == [3, 4]
-    assert metrics._metrics["casa_image_pages_free"].calls == [(9, {}), (9, {})]
+    assert metrics._gauges["casa_frames_total"].calls == [3, 4, 3, 4]
+    assert metrics._gauges["casa_image_pages_free"].calls == [9, 9]

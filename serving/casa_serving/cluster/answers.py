@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError, RayError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
 REPLICA_LOST = "The replica that was answering has died. Send the request again; another one will answer."
@@ -37,19 +37,41 @@ def retry_after(seconds: float | None) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(seconds or 1)))}
 
 
-async def overloaded(request: Request, error: BackPressureError) -> JSONResponse:
+class UnavailableError(Exception):
+    """A request that no replica takes now.
+
+    Ray Serve's own exceptions for this do not reach a handler of ours: it registers its own for
+    them in every application, after ours, which answers plain text.
+
+    Attributes:
+        kind: The error's type in the answer.
+        status: HTTP's.
+        retry_after_s: When to come back.
+    """
+
+    def __init__(self, message: str, kind: str, status: int, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.kind, self.status, self.retry_after_s = kind, status, retry_after_s
+
+
+def overloaded(error: BackPressureError) -> UnavailableError:
     """All replicas are full and so is the queue."""
     message = (
         f"All replicas are busy and {error.max_queued_requests} requests wait already. Try again after the "
         "time in the Retry-After header."
     )
-    return respond(message, "OverloadedError", error.status_code, retry_after(error.retry_after_s))
+    return UnavailableError(message, "OverloadedError", error.status_code, error.retry_after_s)
 
 
-async def unavailable(request: Request, error: Exception) -> JSONResponse:
+def unavailable(error: Exception) -> UnavailableError:
     """No replica could answer: they died one after the other, or the deployment is going."""
     message = REPLICA_LOST if isinstance(error, RayActorError) else "No replica is available. Try again in a moment."
-    return respond(message, "ServiceUnavailableError", 503, retry_after(1))
+    return UnavailableError(message, "ServiceUnavailableError", 503, 1)
+
+
+async def not_taken(request: Request, error: UnavailableError) -> JSONResponse:
+    """Nobody takes the request now."""
+    return respond(str(error), error.kind, error.status, retry_after(error.retry_after_s))
 
 
 async def refused(request: Request, error: OpenAIHTTPException) -> JSONResponse:
@@ -77,9 +99,7 @@ async def broken(request: Request, error: Exception) -> JSONResponse:
 
 def add_error_handlers(app: FastAPI) -> None:
     """Registers every answer of this module. Mutates `app`."""
-    app.add_exception_handler(BackPressureError, overloaded)
-    app.add_exception_handler(RayActorError, unavailable)
-    app.add_exception_handler(RayServeException, unavailable)
+    app.add_exception_handler(UnavailableError, not_taken)
     app.add_exception_handler(RayError, broken)
     app.add_exception_handler(OpenAIHTTPException, refused)
     app.add_exception_handler(HTTPException, http_error)

@@ -11,10 +11,11 @@ from fastapi.responses import Response
 from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.ingress.ingress import _sanitize_chat_completion_request
 from ray.serve._private.http_util import session_id_from_headers
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
-from casa_serving.cluster.answers import REPLICA_LOST, add_error_handlers, error_event
+from casa_serving.cluster.answers import REPLICA_LOST, add_error_handlers, error_event, overloaded, unavailable
 from casa_serving.cluster.api_key import ApiKey
 from casa_serving.cluster.image_keys import image_keys
 from casa_serving.cluster.live_proxy import LiveProxy
@@ -82,7 +83,7 @@ class CasaIngress(OpenAiIngress):
             What the replica yields; after its death in the middle of a stream, an error event.
 
         Raises:
-            RayActorError: Every replica that was asked died.
+            UnavailableError: No replica takes the request, or every one that was asked died.
         """
         if isinstance(body, ChatCompletionRequest):
             body = _sanitize_chat_completion_request(body)
@@ -91,23 +92,25 @@ class CasaIngress(OpenAiIngress):
         session = session_id_from_headers(headers)
         if session:
             handle = handle.options(session_id=session)
-        images = image_keys(getattr(body, "messages", None))
+        note = RoutingNote(headers=dict(headers), images=image_keys(getattr(body, "messages", None)))
+        if raw_request is not None:
+            raw_request.state.routing = note
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            note = RoutingNote(headers=dict(headers), images=images)
-            if raw_request is not None:
-                raw_request.state.routing = note
             begun = False
             try:
                 async for item in getattr(handle, call_method).remote(body, note):
                     begun = True
                     yield item
                 return
-            except RayActorError:
+            except BackPressureError as error:
+                raise overloaded(error) from error
+            except (RayActorError, RayServeException) as error:
                 if begun:
                     yield error_event(REPLICA_LOST, "ReplicaLostError", 503)
                     return
-                if attempt == MAX_ATTEMPTS:
-                    raise
+                if attempt == MAX_ATTEMPTS or not isinstance(error, RayActorError):
+                    raise unavailable(error) from error
+                note.start_again()
 
 
 def with_routing(response: Response, request: Request) -> Response:

@@ -67,7 +67,8 @@ class CasaRequestRouter(RequestRouter):
         if self._enabled and order:
             # Before the answer of the replica, so that requests that come meanwhile follow.
             self._affinity.remember(order[0], session, images)
-        return [[replicas[replica]] for replica in order]
+        # A new session is bound at once: two requests of it that come together must not be divided.
+        return [[replicas[replica]] for replica in (order[:1] if session else order)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Ray Serve when a replica has accepted a request."""

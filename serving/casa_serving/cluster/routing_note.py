@@ -42,6 +42,16 @@ class RoutingNote(RawRequestInfo):
     avoid: frozenset[str] = frozenset()
     departure: Departure | None = None
 
+    def start_again(self) -> None:
+        """Makes ready for another replica, after the one that had taken the request has died. Mutates this note.
+
+        The session has lost its home then, whatever the router still believes.
+        """
+        self.avoid |= {self.replica}
+        self.session = "moved" if self.session else ""
+        self.hits = None
+        self.replica = self.affinity = ""
+
     def __getstate__(self) -> dict[str, Any]:
         """Returns what travels to the replica: a loop's event cannot."""
         return {**self.__dict__, "departure": None}
