@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ HOST = "127.0.0.1"
 OBJECT_STORE_BYTES = 200_000_000
 START_S = 600.0
 SAMPLE_S = 0.5
+# Characters of an error that are kept.
+DETAIL = 300
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class Replica:
         name: What answers carry in `x-casa-replica`.
         state: Ray Serve's word, such as STARTING, RUNNING or STOPPING.
         pid: Of its actor's process; None before there is one.
-        node: Ray's id of its node.
+        node: Ray's id of its node; None before it has one.
     """
 
     name: str
     state: str
     pid: int | None
-    node: str
+    node: str | None
 
 
 class LocalCluster:
@@ -119,10 +122,15 @@ class LocalCluster:
 
         deployments = _get_global_client().get_serve_details()["applications"][launch.APPLICATION]["deployments"]
         (model,) = (details for name, details in deployments.items() if name.startswith("CasaServer"))
+        # Ray Serve leaves out what a replica does not have yet.
         return [
-            Replica(replica["replica_id"], str(getattr(state := replica["state"], "value", state)), *where)
-            for replica in model["replicas"]
-            for where in [(replica["pid"], replica["node_id"])]
+            Replica(
+                each["replica_id"],
+                str(getattr(each["state"], "value", each["state"])),
+                each.get("pid"),
+                each.get("node_id"),
+            )
+            for each in model["replicas"]
         ]
 
     def running(self) -> list[Replica]:
@@ -176,6 +184,73 @@ class Sampler:
         while not self._stop.wait(SAMPLE_S):
             value = self._read()
             self.samples.append((time.monotonic() - self._started, value))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one request ended; times by the monotonic clock.
+
+    Attributes:
+        kind: "answered" is the only good one of a request that is not streamed; a stream is "whole", or it ends with
+            an "error event" and [DONE].
+        headers: Of the answer; empty if there was none.
+        detail: What an error said.
+    """
+
+    streamed: bool
+    started: float
+    ended: float
+    kind: str
+    headers: Mapping[str, str]
+    detail: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether the client got all that it asked for."""
+        return self.kind in ("answered", "whole")
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, to the last byte."""
+        return self.ended - self.started
+
+    @property
+    def replica(self) -> str:
+        """Who answered; "" if nobody did."""
+        return self.headers.get("x-casa-replica", "")
+
+
+async def ask(client: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> Outcome:
+    """Sends a chat request and tells how it ended."""
+    started = time.monotonic()
+    streamed = body.get("stream", False)
+    got: Mapping[str, str] = {}
+    try:
+        async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+            got = answer.headers
+            text = (await answer.aread()).decode()
+        kind, detail = outcome_kind(answer.status_code, text, streamed)
+    except httpx.HTTPError as error:
+        kind, detail = "connection lost", repr(error)[:DETAIL]
+    return Outcome(streamed, started, time.monotonic(), kind, got, detail)
+
+
+def outcome_kind(status: int, text: str, streamed: bool) -> tuple[str, str]:
+    """Returns kind and detail of an answer that ended by itself."""
+    if status != 200:
+        return f"status {status}", text[:DETAIL]
+    if not streamed:
+        whole = json.loads(text)["choices"][0]["finish_reason"]
+        return ("answered", "") if whole else ("unfinished", text[:DETAIL])
+    lines = [line for line in text.splitlines() if line]
+    if not lines or lines[-1] != "data: [DONE]":
+        return "cut off", " ".join(lines[-2:])[:DETAIL]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    errors = [event["error"] for event in events if "error" in event]
+    if errors:
+        return "error event", json.dumps(errors[0])[:DETAIL]
+    finished = any(choice.get("finish_reason") for event in events for choice in event.get("choices", ()))
+    return ("whole", "") if finished else ("unfinished", lines[-2][:DETAIL])
 
 
 def noise_url(seed: int, side: int = 320) -> str:
