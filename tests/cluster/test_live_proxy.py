@@ -68,12 +68,14 @@ async def test_late_and_dropped_frames_count_for_the_last_seconds(monkeypatch):
     async with ingress_over("a") as ingress:
         replica = ingress.replicas[0]
         async with LiveClient(ingress.url) as client:
-            # No frame can be in time for that.
-            await client.create(fps=100_000)
+            await client.create(fps=240)
             replica.engine.gate.clear()
-            for number in range(3):
+            await client.send_frame(encoded(plain()), 0.0)
+            await take(client, "caption.delta")
+            for number in (1, 2):
                 await client.send_frame(encoded(plain()), number / 2)
             assert (await take(client, "frame.dropped")).frame == 1
+            await asyncio.sleep(0.1)
             replica.engine.gate.set()
             await client.stop()
         assert replica.server.frames.sample() == (3, 3)
