@@ -56,8 +56,10 @@ class UnavailableError(Exception):
 
 def overloaded(error: BackPressureError) -> UnavailableError:
     """All replicas are full and so is the queue."""
+    # It has no attribute for it.
+    _, max_queued_requests, *_ = error.args
     message = (
-        f"All replicas are busy and {error.max_queued_requests} requests wait already. Try again after the "
+        f"All replicas are busy and {max_queued_requests} requests wait already. Try again after the "
         "time in the Retry-After header."
     )
     return UnavailableError(message, "OverloadedError", error.status_code, error.retry_after_s)
