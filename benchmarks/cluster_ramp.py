@@ -32,7 +32,13 @@ CONFIG = {
     "concurrency": {"running": 4, "waiting": 2, "queued": 64},
     "engine": {"enforce_eager": True},
 }
-OVERLOADED = {**CONFIG, "replicas": {"min": 1, "max": 1}, "concurrency": {"running": 2, "waiting": 0, "queued": 2}}
+OVERLOADED = {
+    **CONFIG,
+    "replicas": {"min": 1, "max": 1},
+    "concurrency": {"running": 2, "waiting": 0, "queued": 2},
+    # The places of live sessions are places for any request to Ray Serve.
+    "live": {"max_sessions": 0},
+}
 QUIET_S = 15.0
 
 
@@ -121,7 +127,7 @@ async def overload(url, model, options):
         "retry_after": dict(Counter(outcome.headers.get("retry-after", "none") for outcome in refused)),
         "refused_after": summary_ms([outcome.seconds for outcome in refused]),
         "answered_after": summary_ms([outcome.seconds for outcome in outcomes if outcome.good]),
-        "message": next((outcome.detail for outcome in refused), None),
+        "messages": dict(Counter(outcome.detail for outcome in outcomes if not outcome.good)),
     }
 
 
