@@ -5,4 +5,5 @@
 
 from casa_serving.cluster import build_app
 
-app = build_app({"wait_for_nodes": True})
+# On CPUs, whatever the machine has on which the file is written: the file must fit every cluster.
+app = build_app({"device": "cpu", "wait_for_nodes": True})
