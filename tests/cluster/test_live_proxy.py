@@ -161,6 +161,27 @@ async def test_a_client_that_never_reads_holds_nothing_for_long(monkeypatch):
         writer.transport.abort()
 
 
+@pytest.mark.parametrize("message", [b"?" * 100_000, "?"])
+@in_loop
+async def test_a_client_that_is_far_ahead_of_its_replica_is_sent_away(monkeypatch, message):
+    monkeypatch.setattr(live_proxy, "MAX_WAITING_BYTES", 1_000_000)
+    monkeypatch.setattr(live_proxy, "MAX_WAITING_MESSAGES", 100)
+    taken = asyncio.Event()
+
+    async def slow(inflow, upstream):
+        await taken.wait()
+
+    monkeypatch.setattr(live_proxy, "to_replica", slow)
+    async with ingress_over("a") as ingress:
+        async with connect(ingress.url) as socket:
+            for _ in range(101):
+                await socket.send(message)
+            (fault,), close_code = await rest(socket)
+            assert (fault["code"], fault["fatal"], close_code) == ("bad_message", True, 1008)
+            assert "Too much was sent at once" in fault["message"]
+        await nothing_is_held(ingress)
+
+
 @in_loop
 async def test_a_replica_that_dies_is_no_silent_break():
     async with ingress_over("a", "b") as ingress:

@@ -2,9 +2,10 @@
 
     client == WebSocket ==> Serve's proxy => ingress (this) == WebSocket ==> replica (live_server)
 
-Messages pass unchanged and one at a time: each is awaited on the other side before the next one is taken, so that
-nothing is queued here. What ends on one side ends on the other, with its code and reason. The client is told in the
-protocol's own words when there is no place, when its replica leaves, and when its replica breaks.
+Messages pass unchanged. What a replica sends is awaited on the client's side before the next message is taken; what a
+client sends may be a little ahead of its replica (`Inflow`). What ends on one side ends on the other, with its code
+and reason. The client is told in the protocol's own words when there is no place, when its replica leaves, and when
+its replica breaks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
@@ -35,6 +37,9 @@ OPEN_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 10.0
 # For the last messages, once one side has ended.
 GOODBYE_TIMEOUT_S = 5.0
+# What a client may be ahead of its replica by.
+MAX_WAITING_BYTES = 4 * MAX_MESSAGE_BYTES
+MAX_WAITING_MESSAGES = 4096
 NO_CODE, BROKEN, NORMAL, GOING_AWAY = 1005, 1006, 1000, 1001
 REPLICA_BROKE = "The replica of this session has died; connect again and resume with `history`."
 
@@ -88,9 +93,18 @@ class LiveProxy:
         leaving = asyncio.create_task(self._leave_with(found))
         try:
             await websocket.accept(upstream.subprotocol, as_pairs(found.note.response_headers()))
-            await first_of(to_replica(websocket, upstream), to_client(upstream, websocket), after_its_end(upstream))
+            inflow = Inflow()
+            await first_of(
+                take_in(websocket, inflow),
+                to_replica(inflow, upstream),
+                to_client(upstream, websocket),
+                after_its_end(upstream),
+            )
             await upstream.close()
             await close_like(websocket, upstream)
+        except LiveError as error:
+            await upstream.close(POLICY)
+            await say_goodbye(websocket, error, POLICY, "too fast")
         except WebSocketDisconnect as left:
             await upstream.close(left.code if may_be_sent(left.code) else GOING_AWAY, (left.reason or "")[:100])
         finally:
@@ -224,22 +238,67 @@ async def let_go(answers: Answers) -> None:
         await answers.aclose()
 
 
-async def to_replica(websocket: WebSocket, upstream: ClientConnection) -> None:
-    """Hands on what the client sends.
+class Inflow:
+    """What a client has sent and its replica has not taken yet.
+
+    Serve's proxy takes in whatever a client sends, as fast as it comes, and hands all of it on: there is no way to
+    hold a client up. So what it is ahead by is bounded here, and a client that goes beyond is sent away.
+    """
+
+    def __init__(self) -> None:
+        self._messages: deque[str | bytes] = deque()
+        self._num_bytes = 0
+        self._has_some = asyncio.Event()
+
+    def put(self, message: str | bytes) -> None:
+        """Takes in a message.
+
+        Raises:
+            LiveError: Too much waits already.
+        """
+        self._messages.append(message)
+        self._num_bytes += len(message)
+        self._has_some.set()
+        if self._num_bytes > MAX_WAITING_BYTES or len(self._messages) > MAX_WAITING_MESSAGES:
+            raise LiveError(
+                "bad_message",
+                f"Too much was sent at once: {len(self._messages)} messages of {self._num_bytes} bytes wait, at most "
+                f"{MAX_WAITING_MESSAGES} of {MAX_WAITING_BYTES} may. Send frames at the pace of the video; connect "
+                "again and resume with `history`.",
+            )
+
+    async def get(self) -> str | bytes:
+        """Waits for the next message."""
+        while not self._messages:
+            self._has_some.clear()
+            await self._has_some.wait()
+        message = self._messages.popleft()
+        self._num_bytes -= len(message)
+        return message
+
+
+async def take_in(websocket: WebSocket, inflow: Inflow) -> None:
+    """Takes in what the client sends.
 
     Raises:
         WebSocketDisconnect: The client has left.
+        LiveError: It sends more than its replica takes.
     """
     while True:
         message = await websocket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", NO_CODE), message.get("reason"))
         text = message.get("text")
-        try:
-            await upstream.send(message["bytes"] if text is None else text)
-        except ConnectionClosed:
-            # Nobody takes it any more. The replica's last words are still on their way to the client.
-            continue
+        inflow.put(message["bytes"] if text is None else text)
+
+
+async def to_replica(inflow: Inflow, upstream: ClientConnection) -> None:
+    """Hands on what the client has sent."""
+    while True:
+        message = await inflow.get()
+        # Where nobody takes it any more, the replica's last words are still on their way to the client.
+        with contextlib.suppress(ConnectionClosed):
+            await upstream.send(message)
 
 
 async def to_client(upstream: ClientConnection, websocket: WebSocket) -> None:
