@@ -24,6 +24,8 @@ GAUGES = {
     "image_pages_in_use": "Image pages that running requests read or are about to read.",
     "image_pages_free": "Cache pages that can be taken (shared with text).",
 }
+LAST_STEP = "last_step_timestamp_seconds"
+LAST_STEP_TEXT = "Unix time of the engine's last step: now while it works, older while it has nothing to do."
 COUNTERS = {
     "image_pages_shared": "Image pages found in the cache instead of being written.",
     "image_pages_released": "Image pages given back because their window had passed.",
@@ -48,7 +50,7 @@ def attach_image_stats(stats: SchedulerStats, groups: Sequence["ImageCounters"],
 
 
 class ImageStatLogger(StatLoggerBase):
-    """Exports one engine's image counters; silent for models that are not CASA's."""
+    """Exports one engine's image counters, none for models that are not CASA's, and the time of its last step."""
 
     def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0) -> None:
         self._labels = [vllm_config.model_config.served_model_name, str(engine_index)]
@@ -56,6 +58,7 @@ class ImageStatLogger(StatLoggerBase):
         self._gauges = {
             name: _metric(Gauge, name, text, multiprocess_mode="mostrecent") for name, text in GAUGES.items()
         }
+        self._last_step = _metric(Gauge, LAST_STEP, LAST_STEP_TEXT, multiprocess_mode="mostrecent")
         self._counters = {name: _metric(Counter, name, text) for name, text in COUNTERS.items()}
 
     def record(
@@ -68,6 +71,7 @@ class ImageStatLogger(StatLoggerBase):
         """Called by vLLM after every step with new stats."""
         if scheduler_stats is None:
             return
+        self._last_step.labels(*self._labels).set_to_current_time()
         carried = scheduler_stats.running_lora_adapters
         for name, gauge in self._gauges.items():
             value = carried.pop(PREFIX + name, None)

@@ -67,8 +67,10 @@ def test_images_are_named_by_content_or_uuid():
     names = image_keys(messages)
     assert len(names) == len(set(names)) == 2
     assert image_keys([{"content": [image(two)]}]) == names[1:]
-    assert image_keys([{"content": [image(one, uuid="u")]}]) == ("uuid:u",)
-    assert image_keys([{"content": [{"type": "image_url", "image_url": None, "uuid": "u"}]}]) == ("uuid:u",)
+    by_uuid = image_keys([{"content": [image(one, uuid="u")]}])
+    assert image_keys([{"content": [{"type": "image_url", "image_url": None, "uuid": "u"}]}]) == by_uuid
+    assert by_uuid != image_keys([{"content": [image("u")]}])
+    assert len(image_keys([{"content": [image(one, uuid="u" * 1_000_000)]}])[0]) == len(by_uuid[0])
 
 
 def test_what_is_no_image_has_no_name():

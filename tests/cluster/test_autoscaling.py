@@ -60,6 +60,8 @@ def test_the_larger_demand_decides(load, replicas):
         (context(sessions=[1, 1], frames=[20, 20], late=[20, 20], running=2), 2),
         (context(requests=1, sessions=[1], frames=[20], late=[20]), 2),
         (context(sessions=[3], frames=[0], late=[0]), 1),
+        # The next sessions go to the empty replica; until then it is kept.
+        (context(sessions=[3, 0], frames=[60, 0], late=[20, 0], running=2), 2),
     ],
 )
 def test_late_frames_ask_for_one_replica_more(load, replicas):

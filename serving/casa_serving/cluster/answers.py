@@ -9,11 +9,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
+FAILED = "The server failed to answer. The fault is in its log."
 REPLICA_LOST = "The replica that was answering has died. Send the request again; another one will answer."
 
 
@@ -67,7 +68,7 @@ def overloaded(error: BackPressureError) -> UnavailableError:
 
 def unavailable(error: Exception) -> UnavailableError:
     """No replica could answer: they died one after the other, or the deployment is going."""
-    message = REPLICA_LOST if isinstance(error, RayActorError) else "No replica is available. Try again in a moment."
+    message = REPLICA_LOST if isinstance(error, RayError) else "No replica is available. Try again in a moment."
     return UnavailableError(message, "ServiceUnavailableError", 503, 1)
 
 
@@ -96,7 +97,7 @@ async def not_understood(request: Request, error: RequestValidationError) -> JSO
 
 async def broken(request: Request, error: Exception) -> JSONResponse:
     """A fault of ours; Starlette raises it on into the log after this answer."""
-    return respond("The server failed to answer. The fault is in its log.", "InternalServerError", 500)
+    return respond(FAILED, "InternalServerError", 500)
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -25,10 +25,13 @@ from casa_serving.cluster.ingress import ingress_class
 from casa_serving.cluster.server import CasaServer
 from casa_serving.defaults import EMBEDDED_NAME, embedded_checkpoint, engine_options, environment
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits
+from casa_serving.register import CONNECTOR
 
 ROUTER = "casa_serving.cluster.router:CasaRequestRouter"
 POLICY = "casa_serving.cluster.autoscaling:LoadPolicy"
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+# The limits on images hang on it.
+SAFETY = {"VLLM_MEDIA_CONNECTOR": CONNECTOR}
 # Pushed to the controller this often; Ray Serve's default of 10 s would double every reaction.
 METRICS_INTERVAL_S = 2.0
 # An ingress that was replaced by a new version goes on with its live sessions until their replicas are replaced too,
@@ -99,7 +102,7 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool) -> LLMConfig:
     # As in casa-serve: on GPUs the plugin wraps the sampler instead.
     if config.live.max_sessions and not on_gpu:
         options["logits_processors"] = [*options.get("logits_processors", ()), CAPTION_PROCESSOR]
-    variables = {**environment(embedded=embedded, on_cpu=not on_gpu), **config.environment}
+    variables = {**environment(embedded=embedded, on_cpu=not on_gpu), **config.environment, **SAFETY}
     return LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(checkpoint.resolve())},
         accelerator_type=config.accelerator_type if on_gpu else None,
@@ -142,7 +145,11 @@ def deployment_options(config: ClusterConfig) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 0},
         "request_router_config": {
             "request_router_class": ROUTER,
-            "request_router_kwargs": config.routing.model_dump(),
+            "request_router_kwargs": {
+                **config.routing.model_dump(),
+                "max_requests": concurrency.per_replica,
+                "max_waiting": concurrency.queued,
+            },
         },
         "autoscaling_config": {
             "min_replicas": replicas.min,

@@ -3,7 +3,8 @@
 What loads a CASA replica is the requests it works on, those that wait for it, and the live
 sessions it holds, whose frames come on whether it keeps up or not. Each is held against its own
 target, and the larger demand wins, because a replica can be full in either way. Where frames are
-late although the numbers look well, one replica more than there are is wanted.
+late although the numbers look well, none is taken away, and one more is wanted unless some replica
+has no session yet.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ class LoadPolicy:
         requests = max(0.0, ctx.total_num_requests - sessions)
         wanted = max(requests / ctx.config.get_target_ongoing_requests(), sessions / self._target_live_sessions)
         if frames and late / frames > self._target_late_frames:
-            # More replicas than there is work to divide among them help nobody, however late a single session is.
-            wanted = max(wanted, min(ctx.current_num_replicas + 1, requests + sessions))
+            # Sessions do not move: one more helps the next ones, once every replica has some. More replicas than there
+            # is work to divide among them help nobody, however late a single session is.
+            holding = sum(number > 0 for number in (ctx.aggregated_metrics or {})[LIVE_SESSIONS].values())
+            more = holding >= ctx.current_num_replicas
+            wanted = max(wanted, min(ctx.current_num_replicas + more, requests + sessions))
         return max(ctx.capacity_adjusted_min_replicas, math.ceil(wanted)), {}
 
 

@@ -16,9 +16,17 @@ from casa_serving.limits import ImageLimits
 from casa_serving.live.options import MAX_FRAME_BYTES, LiveOptions
 from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
 
-PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Set by the cluster itself; naming them under `engine` would contradict it.
-RESERVED_ENGINE_OPTIONS = ("model", "served_model_name", "tensor_parallel_size", "media_io_kwargs", "max_num_seqs")
+RESERVED_ENGINE_OPTIONS = (
+    "model",
+    "served_model_name",
+    "tensor_parallel_size",
+    "media_io_kwargs",
+    "max_num_seqs",
+    "allowed_media_domains",
+    "logits_processors",
+)
 
 
 class Section(BaseModel):
@@ -43,12 +51,12 @@ class Replicas(Section):
 
     min: PositiveInt = 1
     max: PositiveInt = 1
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8
-    target_live_sessions: Annotated[float, Field(gt=0)] = 4
+    target_ongoing_requests: PositiveNumber = 8
+    target_live_sessions: PositiveNumber = 4
     target_late_frames: Annotated[float, Field(gt=0, le=1)] = 0.1
-    upscale_delay_s: PositiveSeconds = 5
-    downscale_delay_s: PositiveSeconds = 60
-    drain_timeout_s: PositiveSeconds = 60
+    upscale_delay_s: PositiveNumber = 5
+    downscale_delay_s: PositiveNumber = 60
+    drain_timeout_s: PositiveNumber = 60
 
     @model_validator(mode="after")
     def _in_order(self) -> Replicas:
@@ -72,7 +80,7 @@ class Concurrency(Section):
     running: PositiveInt = 16
     waiting: Annotated[int, Field(ge=0)] = 4
     queued: PositiveInt = 64
-    retry_after_s: PositiveSeconds = 1
+    retry_after_s: PositiveNumber = 1
 
     @property
     def per_replica(self) -> int:
@@ -107,7 +115,7 @@ class Ingress(Section):
     """
 
     replicas: PositiveInt = 1
-    cpus: Annotated[float, Field(ge=0)] = 0
+    cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
     max_request_bytes: PositiveInt = DEFAULT_MAX_REQUEST_BYTES
 
 
@@ -135,9 +143,9 @@ class Live(Section):
     """
 
     max_sessions: Annotated[int, Field(ge=0)] = LiveOptions.live_max_sessions
-    idle_timeout_s: PositiveSeconds = LiveOptions.live_idle_timeout
-    create_timeout_s: PositiveSeconds = LiveOptions.live_create_timeout
-    send_timeout_s: PositiveSeconds = LiveOptions.live_send_timeout
+    idle_timeout_s: PositiveNumber = LiveOptions.live_idle_timeout
+    create_timeout_s: PositiveNumber = LiveOptions.live_create_timeout
+    send_timeout_s: PositiveNumber = LiveOptions.live_send_timeout
     max_frame_bytes: PositiveInt = LiveOptions.live_max_frame_bytes
     text_budget: PositiveInt | None = LiveOptions.live_text_budget
 
@@ -174,7 +182,7 @@ class ClusterConfig(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     accelerator_type: str | None = None
     tensor_parallel_size: PositiveInt = 1
-    cpus: Annotated[float, Field(gt=0)] = 1
+    cpus: PositiveNumber = 1
     wait_for_nodes: bool = False
     replicas: Replicas = Replicas()
     concurrency: Concurrency = Concurrency()

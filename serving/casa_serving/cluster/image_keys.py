@@ -1,8 +1,9 @@
 """Names of the images in a request, by which requests about the same image find each other.
 
-A name is the image's UUID where the client gives one, otherwise a digest of its URL; a data URL
+A name is a digest of the image's UUID where the client gives one, otherwise of its URL; a data URL
 holds the whole file, so its digest is a hash of the content. The names are computed where the
-body is parsed, so that no later hop has to read it again and no size is too large.
+body is parsed, so that no later hop has to read it again and no size is too large. Digests are
+short, whatever a client sends.
 """
 
 from __future__ import annotations
@@ -36,9 +37,14 @@ def _keys(part: dict[str, Any]) -> Iterator[str]:
     if "image_url" not in part:
         return
     if isinstance(part.get("uuid"), str):
-        yield f"uuid:{part['uuid']}"
+        yield digest(f"uuid:{part['uuid']}")
         return
     image = part["image_url"]
     url = image.get("url") if isinstance(image, dict) else image
     if isinstance(url, str):
-        yield hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
+        yield digest(f"url:{url}")
+
+
+def digest(text: str) -> str:
+    """Returns a short name for a text of any length; "" for none."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest() if text else ""

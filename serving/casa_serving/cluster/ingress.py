@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import Response
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.llm._internal.serve.core.ingress.ingress import _sanitize_chat_completion_request
 from ray.serve._private.http_util import session_id_from_headers
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
-from casa_serving.cluster.answers import REPLICA_LOST, add_error_handlers, error_event, overloaded, unavailable
+from casa_serving.cluster.answers import FAILED, REPLICA_LOST, add_error_handlers, error_event, overloaded, unavailable
 from casa_serving.cluster.api_key import ApiKey
 from casa_serving.cluster.image_keys import image_keys
 from casa_serving.cluster.live_proxy import LiveProxy
 from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.defaults import MAX_IMAGES
 from casa_serving.live import page
 from casa_serving.live.protocol import PATH as LIVE_PATH
 from casa_serving.request_guard import RequestGuard
 
-# A request that met a dying replica is given to another, so many times in all.
-MAX_ATTEMPTS = 3
+LOGGER = logging.getLogger("ray.serve")
+# A request that met a dying replica is given to another, once: it may be what killed the first.
+MAX_ATTEMPTS = 2
 ENDPOINTS = {
     "health": lambda app: app.get("/health"),
     "models": lambda app: app.get("/v1/models"),
@@ -44,6 +47,17 @@ class CasaIngress(OpenAiIngress):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._live = LiveProxy()
+
+    async def _get_model_id(self, model: str | None) -> str:
+        """Returns the model's name if it is served; Ray would take what follows a colon in it for an adapter's.
+
+        Raises:
+            HTTPException: 404: it is not.
+        """
+        name = await super()._get_model_id(model)
+        if name not in self._model_cards:
+            raise HTTPException(404, f"There is no model {name!r} here: GET /v1/models names what there is.")
+        return name
 
     async def health(self) -> Response:
         """Answers 200 while this ingress runs; Ray Serve checks the replicas itself."""
@@ -70,6 +84,7 @@ class CasaIngress(OpenAiIngress):
                 async for answer in answers:
                     yield answer
             finally:
+                note.finished = True
                 answers.cancel()
 
         await self._live.serve(websocket, ask)
@@ -92,25 +107,40 @@ class CasaIngress(OpenAiIngress):
         session = session_id_from_headers(headers)
         if session:
             handle = handle.options(session_id=session)
-        note = RoutingNote(headers=dict(headers), images=image_keys(getattr(body, "messages", None)))
+        images = image_keys(getattr(body, "messages", None))[:MAX_IMAGES]
+        note = RoutingNote(headers=dict(headers), images=images)
         if raw_request is not None:
             raw_request.state.routing = note
+        try:
+            async for item in self._from_a_replica(getattr(handle, call_method), body, note):
+                yield item
+        finally:
+            note.finished = True
+
+    async def _from_a_replica(self, call: Any, body: Any, note: RoutingNote) -> AsyncIterator[Any]:
+        """See `_get_response`, whose requests have a note."""
         for attempt in range(1, MAX_ATTEMPTS + 1):
             begun = False
             try:
-                async for item in getattr(handle, call_method).remote(body, note):
+                async for item in call.remote(body, note):
                     begun = True
                     yield item
                 return
             except BackPressureError as error:
                 raise overloaded(error) from error
-            except (RayActorError, RayServeException) as error:
+            except (RayActorError, ObjectLostError, RayServeException) as error:
                 if begun:
                     yield error_event(REPLICA_LOST, "ReplicaLostError", 503)
                     return
-                if attempt == MAX_ATTEMPTS or not isinstance(error, RayActorError):
+                if attempt == MAX_ATTEMPTS or isinstance(error, RayServeException):
                     raise unavailable(error) from error
                 note.start_again()
+            except RayError:
+                if not begun:
+                    raise
+                LOGGER.exception("A replica failed in the middle of a stream")
+                yield error_event(FAILED, "InternalServerError", 500)
+                return
 
 
 def with_routing(response: Response, request: Request) -> Response:

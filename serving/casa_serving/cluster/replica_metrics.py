@@ -30,6 +30,12 @@ def casa_samples(registry: CollectorRegistry = REGISTRY) -> dict[str, list[Sampl
     return found
 
 
+def last_step_s(registry: CollectorRegistry = REGISTRY) -> float:
+    """Returns the Unix time of the engine's last step; 0 before the first."""
+    samples = casa_samples(registry).get("casa_last_step_timestamp_seconds", [])
+    return max((sample.value for sample in samples), default=0.0)
+
+
 class ReplicaMetrics:
     """Ray's metrics of one replica.
 

@@ -9,33 +9,49 @@
 Replicas that a note says to avoid are passed over while there is any other. A note with a `departure` is told when its
 replica leaves, whether that is being stopped or has died.
 
-Queue lengths are Ray Serve's own: each replica's answer to the last request or probe.
+A replica that has as many requests as it may have gets no other: Ray Serve would give it those as well that are kept
+free for live sessions, since it knows one limit for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
-from weakref import WeakSet
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 from ray.util.metrics import Counter
 
 from casa_serving.cluster.affinity import Affinity, preference
-from casa_serving.cluster.live_place import Departure
+from casa_serving.cluster.image_keys import digest
+from casa_serving.cluster.in_work import InWork
 from casa_serving.cluster.routing_note import RoutingNote, note_in
 
 
 class CasaRequestRouter(RequestRouter):
     """Chooses a replica for each request of one ingress process."""
 
-    def initialize_state(self, affinity: bool, max_images: int, max_sessions: int, max_imbalance: int) -> None:
-        """Called by Ray Serve with the deployment's `request_router_kwargs` (`config.Routing`)."""
+    def initialize_state(
+        self,
+        affinity: bool,
+        max_images: int,
+        max_sessions: int,
+        max_imbalance: int,
+        max_requests: int,
+        max_waiting: int,
+    ) -> None:
+        """Called by Ray Serve with the deployment's `request_router_kwargs`.
+
+        Args:
+            affinity: See `config.Routing`, also for the next three.
+            max_images: Of each replica.
+            max_sessions: Of all.
+            max_imbalance: In requests.
+            max_requests: What a replica takes, without live sessions (`Concurrency.per_replica`).
+            max_waiting: What may wait here (`Concurrency.queued`).
+        """
         self._enabled = affinity
-        self._max_imbalance = max_imbalance
+        self._max_imbalance, self._max_requests, self._max_waiting = max_imbalance, max_requests, max_waiting
         self._affinity = Affinity(max_images, max_sessions)
-        # A note that nobody holds any more has ended, and nobody waits for its news.
-        self._departures: dict[str, WeakSet[Departure]] = {}
+        self._in_work = InWork()
         tags = {"application": self._deployment_id.app_name, "deployment": self._deployment_id.name}
         names = (*tags, "result")
         self._sessions_counter = Counter("casa_routing_sessions", "Requests of sessions: new, kept or moved.", names)
@@ -43,6 +59,15 @@ class CasaRequestRouter(RequestRouter):
         self._images_counter = Counter("casa_routing_images", "Images sent to a replica that knew them or not.", names)
         for counter in (self._sessions_counter, self._requests_counter, self._images_counter):
             counter.set_default_tags(tags)
+
+    @property
+    def max_num_routing_tasks(self) -> int:
+        """Requests that are looked at, at the same time: all that wait.
+
+        Ray Serve's two for each replica would let a few requests of a session whose replica is full
+        stand before all others.
+        """
+        return self._max_waiting
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
@@ -54,16 +79,17 @@ class CasaRequestRouter(RequestRouter):
         note = note_in(pending_request.args) or RoutingNote()
         everywhere = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         replicas = {name: replica for name, replica in everywhere.items() if name not in note.avoid} or everywhere
-        session = pending_request.metadata.session_id if self._enabled else ""
+        session = digest(pending_request.metadata.session_id) if self._enabled else ""
         images = note.images if self._enabled else ()
         hits = {replica: self._affinity.num_images_on(replica, images) for replica in replicas}
         note.hits = hits if note.hits is None else note.hits
         home = self._affinity.session_home(session) if session else None
         note.session = note.session or session_state(session, home, replicas)
+        free = [name for name in replicas if note.is_live or self._in_work.num_requests(name) < self._max_requests]
         if home in replicas:
-            return [[replicas[home]]]
+            return [[replicas[home]]] if home in free else []
         tie_key = session or next(iter(images), pending_request.metadata.internal_request_id)
-        order = preference(hits, self._loads(replicas.values()), self._max_imbalance, tie_key)
+        order = preference(hits, {name: self._load(replicas[name]) for name in free}, self._max_imbalance, tie_key)
         if self._enabled and order:
             # Before the answer of the replica, so that requests that come meanwhile follow.
             self._affinity.remember(order[0], session, images)
@@ -76,17 +102,15 @@ class CasaRequestRouter(RequestRouter):
         if note is None:
             return
         note.replica = replica_id.unique_id
-        if note.departure is not None:
-            self._departures.setdefault(note.replica, WeakSet()).add(note.departure)
-            if replica_id not in self.curr_replicas:
-                self._tell_departures()
-        session = pending_request.metadata.session_id
+        self._in_work.add(note)
+        if replica_id not in self.curr_replicas:
+            self._tell_departures()
         if note.session:
             self._sessions_counter.inc(tags={"result": note.session})
         if note.images:
             self._count_images(note)
         if self._enabled:
-            self._affinity.remember(note.replica, session, note.images)
+            self._affinity.remember(note.replica, digest(pending_request.metadata.session_id), note.images)
 
     def update_replicas(self, replicas: list[Any]) -> None:
         """Called by Ray Serve when replicas came or went."""
@@ -95,15 +119,15 @@ class CasaRequestRouter(RequestRouter):
         self._tell_departures()
 
     def _tell_departures(self) -> None:
-        alive = {replica_id.unique_id for replica_id in self.curr_replicas}
-        for replica in self._departures.keys() - alive:
-            for departure in self._departures.pop(replica):
-                departure.tell()
+        for note in self._in_work.keep_only(replica_id.unique_id for replica_id in self.curr_replicas):
+            if note.departure is not None:
+                note.departure.tell()
 
-    def _loads(self, replicas: Iterable[Any]) -> dict[str, int]:
-        """Returns the requests in work by replica; 0 where nothing recent is known."""
-        known = self.replica_queue_len_cache
-        return {replica.replica_id.unique_id: known.get(replica.replica_id) or 0 for replica in replicas}
+    def _load(self, replica: Any) -> int:
+        """Returns a replica's requests and sessions: what it said last, or what it has from here if that is more."""
+        name = replica.replica_id.unique_id
+        own = self._in_work.num_requests(name) + self._in_work.num_sessions(name)
+        return max(own, self.replica_queue_len_cache.get(replica.replica_id) or 0)
 
     def _count_images(self, note: RoutingNote) -> None:
         hits = (note.hits or {}).get(note.replica, 0)

@@ -31,7 +31,8 @@ class RoutingNote(RawRequestInfo):
         session: "new", "kept" or "moved" (its replica is gone); "" for a request without a session.
         affinity: "hit" (the replica had all images), "partial", "miss"; "" without images.
         avoid: Replicas that were asked already and refused; taken only where there is no other.
-        departure: Told by the router when the replica leaves; stays in the ingress.
+        departure: Told by the router when the replica leaves; stays in the ingress. Live sessions have one.
+        finished: The ingress is done with it, and it no longer counts as the replica's work.
     """
 
     images: tuple[str, ...] = ()
@@ -41,6 +42,12 @@ class RoutingNote(RawRequestInfo):
     affinity: str = field(default="")
     avoid: frozenset[str] = frozenset()
     departure: Departure | None = None
+    finished: bool = False
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is a live session's and not a request's."""
+        return self.departure is not None
 
     def start_again(self) -> None:
         """Makes ready for another replica, after the one that had taken the request has died. Mutates this note.

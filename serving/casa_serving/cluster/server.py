@@ -24,7 +24,7 @@ from casa_serving.cluster.answers import error_body
 from casa_serving.cluster.autoscaling import LIVE_FRAMES, LIVE_LATE_FRAMES, LIVE_SESSIONS
 from casa_serving.cluster.live_place import LivePlace, LiveRefusal
 from casa_serving.cluster.live_server import LiveServer
-from casa_serving.cluster.replica_metrics import ReplicaMetrics
+from casa_serving.cluster.replica_metrics import ReplicaMetrics, last_step_s
 from casa_serving.cluster.routing_note import RoutingNote
 from casa_serving.limits import ImageLimits
 from casa_serving.live.connection import LiveService
@@ -32,7 +32,7 @@ from casa_serving.live.endpoint import open_service
 from casa_serving.live.options import LiveOptions
 
 LOGGER = logging.getLogger("ray.serve")
-# A replica that has answered anything within this time needs no probe.
+# An engine that has made a step within this time needs no probe, which would have to wait behind its requests.
 FRESH_S = 5.0
 WARM_UP_SIDE = 56
 
@@ -57,7 +57,6 @@ class CasaServer(LLMServer):
 
     async def start(self) -> None:
         """Starts the engine and answers one request of each kind, so that no client pays for first times."""
-        self._last_answer = 0.0
         self._metrics = ReplicaMetrics(serve.get_replica_context().replica_id.unique_id)
         await super().start()
         for name, request in warm_up_requests(self._llm_config.model_id).items():
@@ -92,14 +91,13 @@ class CasaServer(LLMServer):
         return self._watched(await super().completions(request, raw_request_info))
 
     async def check_health(self) -> None:
-        """Asks the engine, then has it answer one token unless it has just answered a client.
+        """Asks the engine, then has it answer one token unless it is at work.
 
         Raises:
             UnhealthyError: The request path does not answer with a completion.
         """
-        self._end_with_engine()
         await super().check_health()
-        if time.monotonic() - self._last_answer > FRESH_S:
+        if time.time() - last_step_s() > FRESH_S:
             await self._consume(chat_request(self._llm_config.model_id, "ok"))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -126,7 +124,6 @@ class CasaServer(LLMServer):
         try:
             async for answer in answers:
                 self._end_with_engine()
-                self._last_answer = time.monotonic()
                 yield answer
         except GracefulHTTPError as error:
             yield ErrorResponse(**error_body(error.message, "OverloadedError", int(error.http_status)))
