@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from casa_serving.cluster import launch
+from casa_serving.cluster.first_request import first_request
 
 HOST = "127.0.0.1"
 # Ray reserves a third of the memory for each node otherwise; nothing here passes objects.
@@ -90,7 +91,7 @@ class LocalCluster:
             ray.init(self._cluster.address, log_to_driver=False, logging_level=logging.WARNING)
             serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": self._port})
             self.deploy(self._config)
-            launch.first_request(self.url)
+            first_request(self.url)
         except BaseException:
             self.__exit__()
             raise

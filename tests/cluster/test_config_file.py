@@ -35,6 +35,10 @@ def test_a_plain_file_is_the_configuration_itself(tmp_path):
         (f"applications: [{{{APPLICATION}, runtime_env: {{}}}}]", "runtime_env"),
         ("applications: [{import_path: 'other:app'}]", "has other:app at /"),
         (f"applications: [{{{APPLICATION}, route_prefix: /casa}}]", "at /casa"),
+        (f"{{http_options: {{prot: 1}}, applications: [{{{APPLICATION}}}]}}", "['prot'] in http_options"),
+        (f"{{http_options: {{port: many}}, applications: [{{{APPLICATION}}}]}}", "port: "),
+        (f"{{http_options: 8000, applications: [{{{APPLICATION}}}]}}", "8000 in http_options"),
+        (f"{{proxy_location: Here, applications: [{{{APPLICATION}}}]}}", "'Here', expected one of "),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, said):

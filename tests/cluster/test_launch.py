@@ -34,6 +34,7 @@ def refused(capsys, tmp_path, text):
         ("replicas: {min: 2, max: 1}", "max (1) is below min (2)"),
         ("checkpoint: /nowhere/model", "The checkpoint '/nowhere/model' does not exist"),
         ("engine: {max_model_length: 100}", "'max_model_length' (did you mean 'max_model_len'?)"),
+        ("engine: {allowed_media_domains: [a.b]}", "engine sets ['allowed_media_domains'], which other keys decide"),
         ("engine: {max_num_seqs: 3}", "engine sets ['max_num_seqs'], which other keys decide"),
     ],
 )
@@ -61,6 +62,27 @@ def test_resources_that_no_machine_has(tmp_path):
     assert done.returncode == 1
     assert re.search(r"^casa-serve: The cluster cannot hold 1 replicas of 1000 CPU each", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.vllm
+def test_it_can_be_stopped_while_it_waits_for_a_node(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("cpus: 1000\ndevice: cpu\nwait_for_nodes: true\n")
+    with (tmp_path / "log.txt").open("w") as log:
+        command = [CASA_SERVE, "--ray", path, "--port", "0", "--metrics-port", "0"]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    started = []
+    try:
+        deadline = time.monotonic() + REFUSAL_S
+        while "Waiting" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
+            time.sleep(1)
+            started = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive
 
 
 @pytest.mark.vllm

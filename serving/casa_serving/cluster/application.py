@@ -13,10 +13,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from casa_engine.checkpoints import check_tensors, read_config
+from casa_engine.errors import InputError
 from casa_serving.cli import CAPTION_PROCESSOR, check_folder
 from casa_serving.cluster.capacity import check_capacity, cluster_has_gpu
 from casa_serving.cluster.config import ClusterConfig, parse_config
@@ -40,12 +42,20 @@ INGRESS_DRAIN_S = 600.0
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Builds the application; see `casa_serving.cluster.build_app`."""
+    """Builds the application; see `casa_serving.cluster.build_app`.
+
+    Raises:
+        InputError: See there, and what Ray Serve LLM refuses, such as a kind of GPU that it does not know.
+    """
     config = check_config(args)
     on_gpu = config.device == "gpu" or (config.device == "auto" and cluster_has_gpu())
-    llm_config = llm_config_of(config, on_gpu=on_gpu)
+    try:
+        llm_config = llm_config_of(config, on_gpu=on_gpu)
+    except ValidationError as error:
+        reasons = "; ".join(problem["msg"] for problem in error.errors())
+        raise InputError(f"Ray Serve LLM does not take the cluster configuration: {reasons}.") from error
     if not config.wait_for_nodes:
-        check_capacity(bundle(config, on_gpu=on_gpu), config.tensor_parallel_size, config.replicas.min)
+        check_capacity(worker_needs(config, on_gpu=on_gpu), config.tensor_parallel_size, config.replicas.min)
     model = build_llm_deployment(
         llm_config,
         deployment_cls=CasaServer,
@@ -126,6 +136,12 @@ def media_limits(config: ClusterConfig) -> dict[str, Any]:
 def bundle(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
     """Returns the resources of one worker of a replica."""
     return {"CPU": config.cpus, "GPU": 1} if on_gpu else {"CPU": config.cpus}
+
+
+def worker_needs(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
+    """Returns what a node must have for one worker: its bundle, and the kind of GPU, of which Ray wants a mark."""
+    kind = {f"accelerator_type:{config.accelerator_type}": 0.001} if on_gpu and config.accelerator_type else {}
+    return {**bundle(config, on_gpu=on_gpu), **kind}
 
 
 def deployment_options(config: ClusterConfig) -> dict[str, Any]:

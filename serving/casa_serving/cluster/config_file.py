@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from casa_engine.errors import InputError
+from casa_serving.cluster.config import sentence
 
 IMPORT_PATH = "casa_serving.cluster:build_app"
 FILE_KEYS = ("applications", "http_options", "proxy_location")
@@ -72,6 +74,30 @@ def of_serve(loaded: dict[str, Any], path: Path) -> ConfigFile:
             f"casa-serve --ray serves {IMPORT_PATH} at /; {str(path)!r} has "
             f"{application.get('import_path')} at {application.get('route_prefix', '/')}. Use `serve deploy`."
         )
-    return ConfigFile(
-        application.get("args") or {}, loaded.get("http_options") or {}, loaded.get("proxy_location", "EveryNode")
-    )
+    options = loaded.get("http_options") or {}
+    location = loaded.get("proxy_location", "EveryNode")
+    check_http(options, location, path)
+    return ConfigFile(application.get("args") or {}, options, location)
+
+
+def check_http(options: Any, location: Any, path: Path) -> None:
+    """Refuses what Ray Serve would pass over or refuse later.
+
+    Args:
+        options: `http_options`.
+        location: `proxy_location`.
+        path: The file's name, for errors.
+    """
+    from ray.serve.config import HTTPOptions, ProxyLocation
+
+    places = [place.value for place in ProxyLocation]
+    if location not in places:
+        raise InputError(f"{str(path)!r} has the proxy_location {location!r}, expected one of {', '.join(places)}.")
+    if not isinstance(options, dict) or (strange := sorted({*options} - {*HTTPOptions.model_fields})):
+        known = ", ".join(HTTPOptions.model_fields)
+        what = f"the keys {strange}" if isinstance(options, dict) else repr(options)
+        raise InputError(f"{str(path)!r} has {what} in http_options, expected of {known}.")
+    try:
+        HTTPOptions(**options)
+    except ValidationError as error:
+        raise InputError(f"http_options in {str(path)!r}: {'; '.join(map(sentence, error.errors()))}.") from error

@@ -7,26 +7,24 @@ is started on this machine and ends with this process.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casa_engine.errors import CasaError, InputError
-from casa_serving.cluster.api_key import key_header
 from casa_serving.cluster.config_file import ConfigFile, read_file
+from casa_serving.cluster.first_request import first_request
 
 if TYPE_CHECKING:
     from ray import serve
 
 APPLICATION = "casa"
-FIRST_REQUEST_S = 120.0
+INTERRUPTED = 130
 ENVIRONMENT = {
     # Nothing is reported to anybody.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -69,6 +67,8 @@ def run(argv: list[str]) -> int:
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 
@@ -83,9 +83,8 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
 
     from casa_serving.cluster.application import build
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    # Ray and Ray Serve wait without end for what may never come, such as a node.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     host = options.host or file.http_options.get("host", "127.0.0.1")
     port = options.port if options.port is not None else file.http_options.get("port", 8000)
     if not is_attached():
@@ -102,6 +101,9 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
                 f"The application runs, but {host}:{port} does not answer ({error}). Where Ray Serve runs on the "
                 "cluster already, its first start decided the address of its proxies: pass that one."
             ) from error
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         print(f"casa-serve: ready at http://{host}:{port}", flush=True)
         stop.wait()
     finally:
@@ -144,23 +146,6 @@ def local(host: str) -> str:
     return "127.0.0.1" if host in ("", "0.0.0.0") else host
 
 
-def first_request(url: str) -> None:
-    """Sends one request through proxy, ingress and a replica, which set themselves up for the first one.
-
-    Raises:
-        OSError: It is not answered with a completion.
-    """
-    models = urllib.request.Request(f"{url}/v1/models", headers=key_header())
-    with urllib.request.urlopen(models, timeout=FIRST_REQUEST_S) as answer:
-        model = json.load(answer)["data"][0]["id"]
-    message = {"role": "user", "content": "ok"}
-    body = json.dumps({"model": model, "messages": [message], "max_tokens": 1}).encode()
-    headers = {"Content-Type": "application/json", **key_header()}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", data=body, headers=headers)
-    with urllib.request.urlopen(request, timeout=FIRST_REQUEST_S):
-        pass
-
-
 def check_port(host: str, port: int) -> None:
     """Refuses a port that somebody listens on, before anything is started."""
     with socket.socket() as probe:
@@ -175,11 +160,18 @@ def check_port(host: str, port: int) -> None:
 
 
 def connect(options: argparse.Namespace) -> None:
-    """Connects to the cluster in RAY_ADDRESS, or starts one on this machine."""
+    """Connects to the cluster in RAY_ADDRESS, or starts one on this machine.
+
+    Raises:
+        InputError: No cluster answers there.
+    """
     import ray
 
     if is_attached():
-        ray.init(log_to_driver=True)
+        try:
+            ray.init(log_to_driver=True)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(f"No Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {error}") from error
         return
     ray.init(
         # Without, Ray would join any cluster that it finds on this machine.
