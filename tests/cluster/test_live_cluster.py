@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import struct
-import time
 from contextlib import AsyncExitStack
 
 import httpx
@@ -30,18 +29,11 @@ from casa_serving.live.protocol import LiveError
 from event_loop import in_loop
 from image_files import encoded
 from live_messages import rest, take
+from waiting import until
 
 pytestmark = pytest.mark.vllm
 CREATE = '{"type": "session.create"}'
 NUM_FRAMES = 24
-
-
-def until(condition, timeout_s):
-    """Waits until something is true; fails if it does not become so."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {timeout_s} s"
-        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +189,7 @@ async def resumes(client, file):
         return await take(client, "frame.done")
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_killed_replica_is_told_and_the_session_goes_on(two, videos):
     files, wanted = videos[0]
@@ -228,6 +221,7 @@ async def is_told(client):
     assert (client._socket.close_code, client._socket.close_reason) == (1012, "server is shutting down")
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_new_version_tells_the_sessions(two, videos):
     """From here on the number of replicas follows that of live sessions."""
@@ -259,6 +253,7 @@ async def go_on_until(condition, clients, file, timeout_s):
             await asyncio.sleep(1)
 
 
+@pytest.mark.slow
 def test_sessions_scale_up_and_scaling_down_tells_them(two, videos):
     files, wanted = videos[0]
 

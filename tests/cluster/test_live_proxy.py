@@ -19,6 +19,7 @@ from event_loop import in_loop
 from image_files import encoded, plain
 from live_messages import rest, take
 from live_replicas import ingress_over
+from waiting import soon
 
 CREATE = '{"type": "session.create"}'
 
@@ -28,17 +29,10 @@ def frame(width=28, height=28, timestamp=0.0):
     return struct.pack("<d", timestamp) + encoded(plain(width, height))
 
 
-async def until(condition, seconds=10.0):
-    """Waits until a condition holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 async def nothing_is_held(ingress):
     """Waits until no session is left on either side."""
-    await until(lambda: ingress.sessions == 0)
-    await until(lambda: not any(replica.server.num_sessions for replica in ingress.replicas))
+    await soon(lambda: ingress.sessions == 0)
+    await soon(lambda: not any(replica.server.num_sessions for replica in ingress.replicas))
     for replica in ingress.replicas:
         assert replica.engine.num_in_work == 0
         assert all(session.is_closed for session in replica.engine.sessions)
@@ -123,12 +117,12 @@ async def test_fifty_clients_vanish_in_the_middle_of_a_frame():
             socket = await connect(ingress.url)
             await socket.send(CREATE)
             await socket.send(frame())
-            await until(lambda: engine.num_in_work == 1)
+            await soon(lambda: engine.num_in_work == 1)
             socket.transport.abort()
             await nothing_is_held(ingress)
         assert len(engine.sessions) == 50
         gc.collect()
-        await until(lambda: len(asyncio.all_tasks()) <= tasks_before)
+        await soon(lambda: len(asyncio.all_tasks()) <= tasks_before)
 
 
 @in_loop
@@ -154,8 +148,8 @@ async def test_a_client_that_never_reads_holds_nothing_for_long(monkeypatch):
                 await writer.drain()
 
         flooding = asyncio.create_task(flood())
-        await until(lambda: ingress.replicas[0].server.num_sessions == 1)
-        await until(lambda: ingress.sessions == 0, 120)
+        await soon(lambda: ingress.replicas[0].server.num_sessions == 1)
+        await soon(lambda: ingress.sessions == 0, 120)
         await nothing_is_held(ingress)
         flooding.cancel()
         writer.transport.abort()
@@ -247,7 +241,7 @@ async def test_a_replica_that_leaves_tells_its_sessions_and_is_asked_once(monkey
             assert len(drains) == 1
             await first.reconnect()
             assert [item.caption for item in staying.engine.histories[0]] == ["28 56"]
-        await until(lambda: leaving.server.num_sessions == 0)
+        await soon(lambda: leaving.server.num_sessions == 0)
         await nothing_is_held(ingress)
 
 

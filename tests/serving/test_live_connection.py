@@ -15,6 +15,7 @@ from event_loop import in_loop
 from image_files import encoded, plain
 from live_messages import rest, take
 from scripted_live import scripted_server
+from waiting import soon
 
 
 def frame(width=28, height=28, timestamp=0.0):
@@ -25,13 +26,6 @@ def frame(width=28, height=28, timestamp=0.0):
 def picture(width=28, height=28):
     """Returns an image file."""
     return encoded(plain(width, height))
-
-
-async def until(condition, seconds=10.0):
-    """Waits until a condition holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @in_loop
@@ -63,7 +57,7 @@ async def test_a_session_from_create_to_stop():
             {"question": "Is it?", "answer": "yes"},
             {"caption": "56 28", "timestamp": 1.0},
         ]
-        await until(lambda: server.metric("casa:live_sessions") == 0)
+        await soon(lambda: server.metric("casa:live_sessions") == 0)
         assert server.engine.sessions[0].is_closed
         assert server.metric("casa:live_frames_total", result="captioned") == 2
 
@@ -198,14 +192,14 @@ async def test_a_hundred_clients_vanish_in_the_middle_of_a_frame():
             socket = await connect(server.url)
             await socket.send('{"type": "session.create"}')
             await socket.send(frame())
-            await until(lambda: server.engine.num_in_work == 1)
+            await soon(lambda: server.engine.num_in_work == 1)
             await socket.send(frame())
             socket.transport.abort()
-            await until(lambda: server.metric("casa:live_sessions") == 0)
+            await soon(lambda: server.metric("casa:live_sessions") == 0)
         assert server.engine.num_in_work == 0
         assert all(session.is_closed for session in server.engine.sessions)
         assert len(server.engine.sessions) == 100
-        await until(lambda: len(asyncio.all_tasks()) <= tasks_before)
+        await soon(lambda: len(asyncio.all_tasks()) <= tasks_before)
 
 
 @in_loop
@@ -334,7 +328,7 @@ async def test_every_session_is_told_when_the_server_ends():
         await busy.send('{"type": "session.create"}')
         server.engine.gate.clear()
         await busy.send(frame())
-        await until(lambda: server.engine.num_in_work == 1)
+        await soon(lambda: server.engine.num_in_work == 1)
         await server.registry.close(5)
         for socket in (busy, waiting):
             messages, close_code = await rest(socket)
