@@ -165,6 +165,8 @@ def main():
     parser.add_argument("--environment", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--port", type=int, default=8123, help="and the one after it (%(default)s)")
     options = parser.parse_args()
+    import ray.serve  # noqa: F401 - this process has read them before they change, and its own handle stays as it is
+
     # Ray's processes inherit them; casa-serve does not read them.
     os.environ.update(pair.split("=", 1) for pair in options.environment)
     with casa_serve(options.port + 1) as direct_url, LocalCluster(CONFIG, port=options.port) as cluster:

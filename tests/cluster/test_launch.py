@@ -94,7 +94,8 @@ def test_it_serves_and_takes_everything_with_it(tmp_path):
         while "casa-serve: ready at" not in server.log.read_text() and time.monotonic() < deadline:
             time.sleep(0.5)
         models = httpx.get(f"{server.url}/v1/models", timeout=30).json()
-        assert [model["id"] for model in models["data"]] == ["casa-tiny-digits"]
+        (model,) = models["data"]
+        assert (model["id"], model["metadata"]["input_modality"]) == ("casa-tiny-digits", "image")
         started = psutil.Process(server.process.pid).children(recursive=True)
         assert started
         server.process.terminate()

@@ -90,7 +90,9 @@ def model_cards(llm_config: LLMConfig) -> dict[str, Any]:
     """Returns what `/v1/models` says, by model name."""
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 
-    return {llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)}
+    # Ray Serve LLM would have to load the checkpoint's configuration to find out.
+    overrides = {"input_modality": "image"}
+    return {llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config, overrides)}
 
 
 def llm_config_of(config: ClusterConfig, *, on_gpu: bool) -> LLMConfig:
