@@ -74,7 +74,7 @@ def test_it_can_be_stopped_while_it_waits_for_a_node(tmp_path):
     started = []
     try:
         deadline = time.monotonic() + REFUSAL_S
-        while "Waiting" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
+        while "Adding 1 replica" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
             time.sleep(1)
             started = psutil.Process(process.pid).children(recursive=True)
         process.terminate()

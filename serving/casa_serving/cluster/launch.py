@@ -83,13 +83,13 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
 
     from casa_serving.cluster.application import build
 
-    # Ray and Ray Serve wait without end for what may never come, such as a node.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     host = options.host or file.http_options.get("host", "127.0.0.1")
     port = options.port if options.port is not None else file.http_options.get("port", 8000)
     if not is_attached():
         check_port(host, port)
     connect(options)
+    # As Ctrl-C, in place of Ray's own: Ray Serve waits without end for what may never come, such as a node.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         application = build(file.args)
         serve.start(proxy_location=file.proxy_location, http_options={**file.http_options, "host": host, "port": port})
