@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from casa_serving.cluster import live_proxy, live_server
+from casa_serving.cluster import live_proxy, live_search, live_server
 from casa_serving.cluster.live_place import TOKEN_HEADER, LiveRefusal
 from casa_serving.live.client import LiveClient
 from event_loop import in_loop
@@ -336,7 +336,7 @@ async def test_a_router_that_finds_no_replica(error, code, close_code):
 
 @in_loop
 async def test_a_router_that_never_answers(monkeypatch):
-    monkeypatch.setattr(live_proxy, "PLACE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(live_search, "PLACE_TIMEOUT_S", 0.1)
     async with ingress_over("a") as ingress:
 
         async def ask(note):
