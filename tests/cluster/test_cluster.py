@@ -187,12 +187,18 @@ def test_overload_is_refused_with_a_time_to_come_back(http):
 
 
 def test_a_client_that_leaves_ends_its_request(cluster, http):
-    before = settled(cluster, "ray_vllm_generation_tokens_total")
+    """Counted in tokens, of which probes of health add one now and then."""
+    tokens = "ray_vllm_generation_tokens_total"
+    before = total(cluster, tokens)
     request = body(max_tokens=3500, ignore_eos=True, stream=True)
     with http.stream("POST", "/v1/chat/completions", json=request) as stream:
         next(stream.iter_lines())
-    # Probes of health add a token now and then.
-    assert settled(cluster, "ray_vllm_generation_tokens_total") - before < 2500
+    time.sleep(2 * METRICS_INTERVAL_S)
+    soon_after = total(cluster, tokens)
+    time.sleep(2 * METRICS_INTERVAL_S)
+    later = total(cluster, tokens)
+    assert later - soon_after < 100
+    assert later - before < 2500
 
 
 def test_a_killed_replica_costs_no_answer(cluster, http):
