@@ -88,14 +88,48 @@ async def test_questions_go_before_the_waiting_frame_and_only_four_wait():
         await client.send_frame(picture(), 0.0)
         await take(client, "caption.delta")
         await client.send_frame(picture(), 0.5)
-        for _ in range(5):
-            await client.ask("What?")
+        for number in range(5):
+            await client.ask("What?", id=str(number))
         refused = await take(client, "error")
-        assert (refused.code, refused.fatal) == ("bad_message", False)
+        assert (refused.code, refused.id, refused.fatal) == ("bad_message", "4", False)
         server.engine.gate.set()
         await client.stop()
         ends = [event.type async for event in client.events() if event.type.endswith(".done")]
         assert ends == ["frame.done", *["answer.done"] * 4, "frame.done"]
+
+
+REFUSED_QUESTIONS = {
+    "special tokens": {"text": "<bad>"},
+    "no text": {},
+    "long text": {"text": "x" * 3000},
+    "lone surrogate": {"text": "\ud800"},
+    "unknown field": {"text": "Hi", "colour": 1},
+}
+
+
+@pytest.mark.parametrize("fields", REFUSED_QUESTIONS.values(), ids=REFUSED_QUESTIONS)
+@in_loop
+async def test_the_error_of_a_refused_question_has_its_id(fields):
+    async with scripted_server() as server, connect(server.url) as socket:
+        question = json.dumps({"type": "question", "id": "mine"} | fields)
+        await socket.send('{"type": "question", "text": "Before the session?", "id": "early"}')
+        assert json.loads(await socket.recv())["id"] == "early"
+        await socket.send('{"type": "session.create"}')
+        await socket.recv()
+        await socket.send(question)
+        refused = json.loads(await socket.recv())
+        assert (refused["type"], refused["code"], refused["id"]) == ("error", "bad_message", "mine")
+
+
+@in_loop
+async def test_an_id_that_is_none_is_not_echoed():
+    async with scripted_server() as server, connect(server.url) as socket:
+        await socket.send('{"type": "session.create"}')
+        await socket.recv()
+        for bad in (5, "\ud800", "x" * 300):
+            await socket.send(json.dumps({"type": "question", "text": "Hi", "id": bad}))
+            refused = json.loads(await socket.recv())
+            assert (refused["type"], refused["code"], refused["id"]) == ("error", "bad_message", None)
 
 
 BAD_MESSAGES = {

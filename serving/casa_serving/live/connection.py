@@ -166,10 +166,11 @@ class Connection:
                 raise LiveError("no_session", "There is no session yet: send `session.create` before the first frame.")
             parsed = read_text(message)
             if not isinstance(parsed, Create):
-                raise LiveError("no_session", "There is no session yet: send `session.create` first.")
+                asked = parsed.id if isinstance(parsed, Question) else None
+                raise LiveError("no_session", "There is no session yet: send `session.create` first.", id=asked)
             return parsed, self._settings(parsed)
         except LiveError as error:
-            await self._send(Fault(code=error.code, message=str(error)))
+            await self._send(Fault(code=error.code, message=str(error), id=error.id))
             return None
 
     def _settings(self, create: Create) -> LiveSettings:
@@ -313,7 +314,7 @@ class Connection:
                     if isinstance(piece, TextDelta):
                         await self._send(AnswerDelta(question=question.number, id=question.id, text=piece.text))
         except InputError as error:
-            raise LiveError("bad_message", str(error)) from error
+            raise LiveError("bad_message", str(error), id=question.id) from error
         total_ms = round((time.monotonic() - started_s) * 1000, 2)
         await self._send(
             AnswerDone(
@@ -330,7 +331,7 @@ class Connection:
     async def _refuse(self, error: LiveError, *, frame: int | None = None, question: int | None = None) -> None:
         if frame is not None:
             self.statistics.count("refused")
-        await self._send(Fault(code=error.code, message=str(error), frame=frame, question=question))
+        await self._send(Fault(code=error.code, message=str(error), frame=frame, question=question, id=error.id))
 
     async def _send(self, event: Event) -> None:
         """Sends one message; the socket's own buffer is all that may be waiting."""

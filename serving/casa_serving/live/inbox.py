@@ -52,7 +52,9 @@ class Inbox:
         """Adds a question; raises LiveError if too many wait."""
         if len(self._questions) >= MAX_QUESTIONS:
             raise LiveError(
-                "bad_message", f"Too many questions: {MAX_QUESTIONS} are waiting already. Wait for an `answer.done`."
+                "bad_message",
+                f"Too many questions: {MAX_QUESTIONS} are waiting already. Wait for an `answer.done`.",
+                id=question.id,
             )
         self._questions.append(question)
         self._news.set()

@@ -50,11 +50,13 @@ class LiveError(CasaError):
     Args:
         code: One of the protocol's error codes.
         message: What, got, expected, how to fix.
+        id: The client's own name for the question that is refused, if it has given one.
     """
 
-    def __init__(self, code: ErrorCode, message: str) -> None:
+    def __init__(self, code: ErrorCode, message: str, *, id: str | None = None) -> None:
         super().__init__(message)
         self.code: ErrorCode = code
+        self.id = id
 
 
 class ClientMessage(BaseModel):
@@ -159,7 +161,17 @@ def read_text(text: str) -> ClientMessage:
         return model.model_validate(message)
     except ValidationError as error:
         code: ErrorCode = "bad_settings" if model is Create else "bad_message"
-        raise LiveError(code, f"{kind}: {describe(error)}") from error
+        raise LiveError(code, f"{kind}: {describe(error)}", id=given_id(message)) from error
+
+
+def given_id(message: dict[str, Any]) -> str | None:
+    """Returns the `id` of a question that is refused for something else; None where it has no good one."""
+    if message["type"] != "question":
+        return None
+    try:
+        return Question(text="-", id=message.get("id")).id
+    except ValidationError:
+        return None
 
 
 def describe(error: ValidationError) -> str:
@@ -286,13 +298,14 @@ class AnswerDone(Event):
 
 
 class Fault(Event):
-    """Something was refused; the session goes on unless it is `fatal`."""
+    """Something was refused; the session goes on unless it is `fatal`. `id` is that of a refused question."""
 
     type: Literal["error"] = "error"
     code: ErrorCode
     message: str
     frame: int | None = None
     question: int | None = None
+    id: str | None = None
     fatal: bool = False
 
 
