@@ -46,9 +46,14 @@ class CasaCache(DynamicCache):
         """Refuses beam search: rows of image windows cannot change places."""
         raise InputError("beam search is not supported; use num_beams=1.")
 
-    def crop(self, max_length: int) -> None:
-        """Refuses to forget text: an earlier window's images may be gone already."""
-        raise InputError(f"the cache cannot be cropped to {max_length} tokens; start a new conversation.")
+    @property
+    def is_croppable(self) -> bool:
+        """Whether text can be forgotten (transformers asks): no, an earlier window's images may be gone already."""
+        return False
+
+    def crop(self, *args: int, **kwargs: int) -> None:
+        """Refuses to forget text. The argument's name and meaning differ between versions of transformers."""
+        raise InputError("the cache cannot be cropped: images of earlier windows are gone; start a new conversation.")
 
     def num_tokens(self) -> Tensor:
         """int64 (B,): text tokens seen by each row, padding excluded."""

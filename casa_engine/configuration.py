@@ -47,7 +47,7 @@ class CasaConfig(PreTrainedConfig):
 
     model_type = "casa"
     sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": Qwen2_5_VLVisionConfig}
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["cache", "past_key_values"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -24,6 +24,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from casa_engine.attention import CasaProjections, masked_attention
 from casa_engine.cache import CasaCache
+from casa_engine.cache_argument import CACHE_ARGUMENT, output_with_cache, take_cache
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
 from casa_engine.rope import (
@@ -348,6 +349,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: CasaCache | None = None,
+        cache: CasaCache | None = None,
         image_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -358,6 +360,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
 
         Args:
             position_ids: Taken because `generate` passes it, and ignored: positions follow from `attention_mask`.
+            cache: Another name of `past_key_values`: that of transformers from 5.24 on.
             labels: int64 (B, T). Adds the loss of predicting each next label; -100 is not counted.
             use_cache: Starts a `CasaCache` where none is given.
             logits_to_keep: Only the last so many positions; 0 for all.
@@ -366,8 +369,9 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         Returns:
             logits (B, T, vocabulary), the loss with `labels`, and the cache.
         """
-        if past_key_values is None and use_cache:
-            past_key_values = CasaCache(self.config)
+        cache = take_cache({"past_key_values": past_key_values, "cache": cache})
+        if cache is None and use_cache:
+            cache = CasaCache(self.config)
         hidden = self.model(
             input_ids,
             pixel_values,
@@ -375,23 +379,30 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
             insertion_points,
             image_rows,
             attention_mask,
-            past_key_values,
+            cache,
             image_embeds,
         )
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return output_with_cache(logits, cache, loss)
 
     def new_cache(self) -> CasaCache:
         """An empty cache, for conversations fed piece by piece (`CasaStream`)."""
         return CasaCache(self.config)
 
+    def generate(self, *args, **kwargs):
+        """Generates as `GenerationMixin.generate` does; a cache may be given under either of its names."""
+        cache = take_cache(kwargs)
+        return super().generate(*args, **kwargs, **({} if cache is None else {CACHE_ARGUMENT: cache}))
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """GenerationMixin's hook for models with a cache of their own."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = CasaCache(self.config)
+        if model_kwargs.get(CACHE_ARGUMENT) is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        elif generation_config.use_cache is not False:
+            model_kwargs[CACHE_ARGUMENT] = CasaCache(self.config)
 
     @staticmethod
     def _expand_inputs_for_generation(expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -403,7 +414,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """GenerationMixin's hook: images go in with the prompt, once."""
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("past_key_values") is not None:
+        if not is_first_iteration and kwargs.get(CACHE_ARGUMENT) is not None:
             for name in ("pixel_values", "image_grid_thw", "insertion_points", "image_rows"):
                 inputs.pop(name, None)
         return inputs

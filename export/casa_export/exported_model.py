@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from casa_engine.cache_argument import output_with_cache
 from casa_engine.checkpoints import read_config
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
@@ -108,7 +109,7 @@ class ExportedModel:
             logits = self._decode(cache, ids[:, piece], positions[:, piece], keep)
             if len(keep):
                 outputs.append(torch.from_numpy(logits))
-        return CausalLMOutputWithPast(logits=torch.cat(outputs, dim=1), past_key_values=cache)
+        return output_with_cache(torch.cat(outputs, dim=1), cache)
 
     @torch.inference_mode()
     def generate(

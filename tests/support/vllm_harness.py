@@ -79,10 +79,9 @@ class Eager:
     @torch.inference_mode()
     def _generate(self, prompt: Prompt, num_tokens: int) -> Answer:
         batch = dict(self.processor(images=list(prompt.images) or None, text=prompt.text))
-        cache, answer = None, Answer()
+        cache, answer = self.model.new_cache(), Answer()
         for _ in range(num_tokens):
-            output = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            output = self.model(**batch, past_key_values=cache, logits_to_keep=1)
             logprobs = output.logits[0, -1].float().log_softmax(-1)
             token = int(logprobs.argmax())
             answer.tokens.append(token)

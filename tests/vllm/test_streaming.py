@@ -84,13 +84,12 @@ def continued(oracle):
     Like vLLM it goes on from the tokens that were computed: the last one of each answer was only
     sampled and is not part of the session.
     """
-    cache, answers = None, []
+    cache, answers = oracle.model.new_cache(), []
     for index in range(NUM_CHUNKS):
         prompt, answer = chunk(index), Answer()
         batch = dict(oracle.processor(images=list(prompt.images), text=prompt.text))
         for _ in range(NUM_TOKENS):
-            output = oracle.model(**batch, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = oracle.model(**batch, past_key_values=cache)
             logprobs = output.logits[0, -1].float().log_softmax(-1)
             token = int(logprobs.argmax())
             answer.tokens.append(token)

@@ -1,0 +1,40 @@
+"""The name under which transformers passes a cache: `past_key_values` up to 5.23, `cache` from 5.24 on.
+
+This is the only place that knows. CASA's own calls take both names on every version; what goes to transformers or
+comes from it (arguments of generation's hooks, fields of outputs) carries `CACHE_ARGUMENT`.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from casa_engine.errors import InputError
+
+NAMES = ("cache", "past_key_values")
+CACHE_ARGUMENT = next(name for name in NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+
+
+def take_cache(arguments: dict[str, Any]) -> Cache | None:
+    """Takes the cache out of keyword arguments, whichever name it has.
+
+    Args:
+        arguments: Keyword arguments of a call. Mutated.
+
+    Returns:
+        The cache, or None.
+
+    Raises:
+        InputError: Both names hold a cache.
+    """
+    given = [value for name in NAMES if (value := arguments.pop(name, None)) is not None]
+    if len(given) > 1:
+        raise InputError("got both cache and past_key_values; they are two names of one argument: pass one of them.")
+    return given[0] if given else None
+
+
+def output_with_cache(logits: Tensor, cache: Any, loss: Tensor | None = None) -> CausalLMOutputWithPast:
+    """Builds transformers' output class: logits (B, T, V), the cache and the loss, a scalar."""
+    return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_ARGUMENT: cache})
