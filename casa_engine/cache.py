@@ -3,9 +3,13 @@
     text KV         self-attention keys and values of every text token (grows)
     CA text KV      `ca_tv` only: CA keys and values of the text, rotated relative to their windows (grows)
     window KV       CA keys and values of the images of each row's LAST window (bounded: earlier images are gone)
+    what was read   ids and insertion points, so that a grown conversation is known to be this one's continuation
 
 Key positions are kept so that rows of a padded batch know which cached keys are theirs.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,14 +19,19 @@ from transformers.cache_utils import DynamicLayer
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
 
+ROW_TENSORS = ("key_positions", "token_ids", "next_rope", "token_images")
+ROW_LISTS = ("insertion_points", "seen_points")
+
 
 class CasaCache(DynamicCache):
     """Cache of B conversations.
 
     Attributes:
         key_positions: int64 (B, S). Text-stream index of each cached text token, -1 for padding; None when empty.
+        token_ids: int64 (B, S). The ids of the same tokens.
         next_rope: int64 (B,). Rotary position of each row's next token (differs from its index for M-RoPE insertion).
         insertion_points: For each row, the insertion points of the images of its last window.
+        seen_points: For each row, the insertion points of all its images (`insertion`: of their first tokens).
         token_images: int64 (B, Nw). For each kept image token, which image of the row's last window it belongs to;
             -1 for padding.
         window_keys, window_values: Per CA layer, (B, Hkv, Nw, D).
@@ -30,10 +39,13 @@ class CasaCache(DynamicCache):
 
     def __init__(self, config: CasaConfig) -> None:
         super().__init__(config=config.text_config)
+        self.config = config
         self.ca_text = [DynamicLayer() for _ in range(config.text_config.num_hidden_layers)]
         self.key_positions: Tensor | None = None
+        self.token_ids: Tensor | None = None
         self.next_rope: Tensor | None = None
         self.insertion_points: list[list[int]] | None = None
+        self.seen_points: list[list[int]] | None = None
         self.token_images: Tensor | None = None
         self.window_keys: dict[int, Tensor] = {}
         self.window_values: dict[int, Tensor] = {}
@@ -42,9 +54,45 @@ class CasaCache(DynamicCache):
         """Number of cached text positions, padding included (the same for all layers, replaced ones too)."""
         return 0 if self.key_positions is None else self.key_positions.shape[1]
 
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.__init__(self.config)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refuses beam search: rows of image windows cannot change places."""
-        raise InputError("beam search is not supported; use num_beams=1.")
+        """Makes row i what row `beam_idx[i]` was; int64 (B,)."""
+        super().reorder_cache(beam_idx)
+        for layer in self.ca_text:
+            layer.reorder_cache(beam_idx)
+        self._take_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)), beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows, int64 or bool as for indexing."""
+        super().batch_select_indices(indices)
+        for layer in self.ca_text:
+            layer.batch_select_indices(indices)
+        num_rows = 0 if self.key_positions is None else len(self.key_positions)
+        rows = torch.arange(num_rows, device=indices.device)[indices].tolist()
+        self._take_rows(lambda tensor: tensor[indices.to(tensor.device)], rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row so many times, copies next to each other."""
+        num_rows = 0 if self.key_positions is None else len(self.key_positions)
+        super().batch_repeat_interleave(repeats)
+        for layer in self.ca_text:
+            layer.batch_repeat_interleave(repeats)
+        rows = [row for row in range(num_rows) for _ in range(repeats)]
+        self._take_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0), rows)
+
+    def _take_rows(self, take: Callable[[Tensor], Tensor], rows: list[int]) -> None:
+        """Takes rows of all that the layers' own methods do not know: of tensors by `take`, of lists by index."""
+        for name in ROW_TENSORS:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, take(tensor))
+        for name in ROW_LISTS:
+            if (lists := getattr(self, name)) is not None:
+                setattr(self, name, [list(lists[row]) for row in rows])
+        for kept in (self.window_keys, self.window_values):
+            kept.update({layer: take(tensor) for layer, tensor in kept.items()})
 
     @property
     def is_croppable(self) -> bool:
@@ -55,15 +103,31 @@ class CasaCache(DynamicCache):
         """Refuses to forget text. The argument's name and meaning differ between versions of transformers."""
         raise InputError("the cache cannot be cropped: images of earlier windows are gone; start a new conversation.")
 
-    def num_tokens(self) -> Tensor:
-        """int64 (B,): text tokens seen by each row, padding excluded."""
-        return (self.key_positions >= 0).sum(dim=1)
+    def row_ids(self, row: int) -> list[int]:
+        """Ids of the text that a row has read, padding excluded."""
+        return self.token_ids[row][self.key_positions[row] >= 0].tolist()
 
-    def append_positions(self, positions: Tensor) -> Tensor:
-        """Adds the (B, T) positions of new tokens and returns those of all cached tokens, (B, S)."""
-        known = [] if self.key_positions is None else [self.key_positions]
-        self.key_positions = torch.cat([*known, positions], dim=1)
+    def hide_last_tokens(self, row: int, count: int) -> None:
+        """Turns a row's last so many tokens into padding; no image may stand behind them."""
+        if not count:
+            return
+        self.key_positions = self.key_positions.clone()
+        self.key_positions[row, (self.key_positions[row] >= 0).nonzero().flatten()[-count:]] = -1
+        if self.next_rope is not None:
+            self.next_rope = self.next_rope.clone()
+            self.next_rope[row] -= count
+
+    def append_text(self, positions: Tensor, token_ids: Tensor) -> Tensor:
+        """Adds the (B, T) positions and ids of new tokens and returns the positions of all cached tokens, (B, S)."""
+        known = self.key_positions is not None
+        self.key_positions = torch.cat([self.key_positions, positions], dim=1) if known else positions
+        self.token_ids = torch.cat([self.token_ids, token_ids], dim=1) if known else token_ids
         return self.key_positions
+
+    def append_points(self, points: list[list[int]]) -> None:
+        """Adds the insertion points of each row's new images."""
+        known = self.seen_points or [[] for _ in points]
+        self.seen_points = [[*old, *new] for old, new in zip(known, points, strict=True)]
 
     def with_window(
         self, layer: int, keys: Tensor | None, values: Tensor | None
@@ -80,3 +144,34 @@ class CasaCache(DynamicCache):
         index = kept.clamp(min=0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.window_keys[layer] = keys.gather(2, index)
         self.window_values[layer] = values.gather(2, index)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Puts everything back as it was if the block raises: out of memory, an interrupt, a fault of the model.
+
+        The text KV is cut to its length before instead of being held, so that no step needs it twice.
+        """
+        length = self.get_seq_length()
+        before = {name: getattr(self, name) for name in (*ROW_TENSORS, *ROW_LISTS)}
+        windows = dict(self.window_keys), dict(self.window_values)
+        layers = (*self.layers, *self.ca_text)
+        unused = {layer: dict(vars(layer)) for layer in layers if not layer.is_initialized}
+        try:
+            yield
+        except BaseException:
+            for layer in layers:
+                if layer in unused:
+                    vars(layer).clear()
+                    vars(layer).update(unused[layer])
+                elif layer.get_seq_length() > length:
+                    layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+            for name, value in before.items():
+                setattr(self, name, value)
+            self.window_keys, self.window_values = windows
+            raise
+
+
+def check_cache(cache: object) -> None:
+    """Raises InputError unless it is a `CasaCache`, or None."""
+    if cache is not None and not isinstance(cache, CasaCache):
+        raise InputError(f"the cache is a {type(cache).__name__}; expected a CasaCache: make one with new_cache().")

@@ -8,12 +8,12 @@ self-attention's projections (shared weights) and keys that no stock cache holds
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -23,13 +23,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from casa_engine.attention import CasaProjections, masked_attention
-from casa_engine.cache import CasaCache
-from casa_engine.cache_argument import CACHE_ARGUMENT, output_with_cache, take_cache
+from casa_engine.cache import CasaCache, check_cache
+from casa_engine.cache_argument import output_with_cache, take_cache
+from casa_engine.call_inputs import CallInputs, check_inputs, check_labels, check_logits_to_keep
 from casa_engine.configuration import CasaConfig
-from casa_engine.errors import InputError
+from casa_engine.generation import CasaGenerationMixin
 from casa_engine.rope import (
     axes_rotary_tables,
-    image_token_counts,
     insertion_positions,
     rotary_tables,
     rotate,
@@ -194,13 +194,31 @@ class CasaModel(CasaPreTrainedModel):
         """
         return self.visual(pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw).pooler_output
 
+    def check_inputs(
+        self,
+        input_ids: Tensor,
+        cache: CasaCache | None = None,
+        device: torch.device | None = None,
+        **inputs: Tensor | None,
+    ) -> CallInputs:
+        """Checks a call's inputs as `forward` does; see `casa_engine.call_inputs.check_inputs`. Changes nothing.
+
+        Args:
+            input_ids: int64 (B, T).
+            cache: That goes on with them.
+            device: Where they should lie; the model's where not given.
+            **inputs: The rest.
+        """
+        check_cache(cache)
+        cached = None if cache is None else cache.key_positions
+        return check_inputs(self.config, device or self.device, input_ids, cached_positions=cached, **inputs)
+
     def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         insertion_points: Tensor | None = None,
-        image_rows: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: CasaCache | None = None,
         image_embeds: Tensor | None = None,
@@ -211,104 +229,80 @@ class CasaModel(CasaPreTrainedModel):
             input_ids: int64 (B, T). In the CA fusions the text stream, without image markers.
             pixel_values: (P, 1176). Patches of all new images.
             image_grid_thw: int64 (I, 3). Temporal, height, width of each image in patches; images ordered by row.
-            insertion_points: int64 (I,). CA fusions: index in the row's `input_ids` of the first token after the image.
-            image_rows: int64 (I,). Row of each image; may be left out for one row.
+            insertion_points: int64 (B, M), -1 behind the points of rows with fewer images. CA fusions: how many of
+                this call's real tokens of the row stand before each image. (M,) for one row.
             attention_mask: int64 (B, T) or (B, past + T); 0 for padding, on either side of the text.
-            past_key_values: Continues these conversations. Mutated.
+            past_key_values: Continues these conversations. Mutated; as it was if the call raises.
             image_embeds: (sum of N, C). Instead of `pixel_values`: output of `encode_images`.
 
         Returns:
             (B, T, C).
 
         Raises:
-            InputError: Images, insertion points and rows do not fit together.
+            InputError: An input is of the wrong kind, or images, insertion points and rows do not fit together.
         """
-        self._check_images(input_ids, pixel_values, image_grid_thw, insertion_points, image_rows, image_embeds)
-        cache, num_tokens = past_key_values, input_ids.shape[1]
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -num_tokens:].long()
-        seen = 0 if cache is None or cache.key_positions is None else cache.num_tokens()[:, None]
-        positions = torch.where(mask > 0, mask.cumsum(dim=1) - 1 + seen, -1)
-        key_positions = positions if cache is None else cache.append_positions(positions)
-        causal = (key_positions[:, None] >= 0) & (key_positions[:, None] <= positions[..., None])
-
-        if image_embeds is None and pixel_values is not None:
-            image_embeds = self.encode_images(pixel_values, image_grid_thw)
-        if image_embeds is not None and image_rows is None:
-            image_rows = torch.zeros(len(image_grid_thw), dtype=torch.long, device=input_ids.device)
-        x = self.language_model.embed_tokens(input_ids)
-        inv_freq, mrope_section = (
-            self.language_model.rotary_emb.inv_freq.float(),
-            self.config.mrope_section,
+        cache = past_key_values
+        inputs = self.check_inputs(
+            input_ids,
+            cache,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            insertion_points=insertion_points,
+            image_embeds=image_embeds,
         )
+        if pixel_values is not None:
+            image_embeds = self.encode_images(pixel_values, image_grid_thw.to(pixel_values.device))
+        with nullcontext() if cache is None else cache.transaction():
+            return self._decode(input_ids.long(), inputs, image_embeds, cache)
+
+    def _decode(self, ids: Tensor, inputs: CallInputs, image_embeds: Tensor | None, cache: CasaCache | None) -> Tensor:
+        """(B, T, C) of a checked call. Mutates the cache."""
+        positions = inputs.positions
+        key_positions = positions if cache is None else cache.append_text(positions, ids)
+        causal = (key_positions[:, None] >= 0) & (key_positions[:, None] <= positions[..., None])
+        x = self.language_model.embed_tokens(ids)
+        inv_freq, mrope_section = self.language_model.rotary_emb.inv_freq.float(), self.config.mrope_section
         windows = images = window_rope = image_rope = None
         if self.config.is_cross_attention:
-            windows = build_window_batch(
-                self.config,
-                positions,
-                key_positions,
-                image_grid_thw,
-                insertion_points,
-                image_rows,
-                cache,
-            )
+            windows = build_window_batch(self.config, inputs, key_positions, cache)
             if image_embeds is not None:
                 images = image_embeds[windows.gather.clamp(min=0)].to(x.dtype)
             if self.config.sees_window_text:
                 window_rope = _with_heads(rotary_tables(windows.relative, inv_freq))
-                image_rope = (
-                    None
-                    if images is None
-                    else _with_heads(axes_rotary_tables(windows.image_rope, inv_freq, mrope_section))
-                )
+                if images is not None:
+                    image_rope = _with_heads(axes_rotary_tables(windows.image_rope, inv_freq, mrope_section))
             text_rope = rotary_tables(positions.clamp(min=0), inv_freq)
         else:
             if image_embeds is not None:
-                where = (input_ids == self.config.image_token_id)[..., None].expand_as(x)
+                where = (inputs.real & (ids == self.config.image_token_id))[..., None].expand_as(x)
                 x = x.masked_scatter(where, image_embeds.to(x.dtype))
-            rope_positions = self._insertion_positions(input_ids, mask, image_grid_thw, image_rows, cache)
-            text_rope = axes_rotary_tables(rope_positions, inv_freq, mrope_section)
-        inputs = LayerInputs(_with_heads(text_rope), causal, windows, images, window_rope, image_rope, cache)
+            text_rope = axes_rotary_tables(self._insertion_positions(ids, inputs, cache), inv_freq, mrope_section)
+        layer_inputs = LayerInputs(_with_heads(text_rope), causal, windows, images, window_rope, image_rope, cache)
         for layer in self.language_model.layers:
-            x = layer(x, inputs)
-        if cache is not None and windows is not None and windows.kept is not None:
-            cache.token_images, cache.insertion_points = (
-                windows.kept_images.masked_fill(windows.kept < 0, -1),
-                windows.kept_points,
-            )
+            x = layer(x, layer_inputs)
+        if cache is not None and inputs.images.counts:
+            num_seen = zip(inputs.images.points, inputs.num_seen, strict=True)
+            cache.append_points([[point + seen for point in points] for points, seen in num_seen])
+            if windows is not None:
+                cache.token_images = windows.kept_images.masked_fill(windows.kept < 0, -1)
+                cache.insertion_points = windows.kept_points
         return self.language_model.norm(x)
 
-    def _insertion_positions(self, input_ids, mask, grids, image_rows, cache) -> Tensor:
+    def _insertion_positions(self, ids: Tensor, inputs: CallInputs, cache: CasaCache | None) -> Tensor:
         """int64 (3, B, T) rotary positions of an insertion stream. Mutates `cache.next_rope`."""
-        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
         following = []
-        for row, (ids, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool(), strict=True)):
+        for row, images in enumerate(inputs.images.by_row):
             start = 0 if cache is None or cache.next_rope is None else int(cache.next_rope[row])
-            of_row = torch.zeros(0, 3, dtype=torch.long) if grids is None else grids.cpu()[image_rows.cpu() == row]
-            positions[:, row, real], after = insertion_positions(ids[real].tolist(), of_row, self.config, start)
+            real, grids = inputs.real[row].cpu(), inputs.images.grids[images]
+            positions[:, row, real], after = insertion_positions(
+                ids[row].cpu()[real].tolist(), grids, self.config, start
+            )
             following.append(after)
         if cache is not None:
             cache.next_rope = torch.tensor(following)
-        return positions.to(input_ids.device)
-
-    def _check_images(self, input_ids, pixel_values, grids, points, rows, embeds) -> None:
-        given = pixel_values is not None or embeds is not None
-        if given != (grids is not None):
-            raise InputError("pixel_values (or image_embeds) and image_grid_thw must be given together.")
-        if not given:
-            return
-        if self.config.is_cross_attention and (points is None or len(points) != len(grids)):
-            raise InputError(
-                f"{len(grids)} images with {'no' if points is None else len(points)} insertion points; expected one "
-                "for each image (CasaProcessor returns them)."
-            )
-        if rows is None and input_ids.shape[0] > 1:
-            raise InputError(f"images for a batch of {input_ids.shape[0]} rows need image_rows, the row of each image.")
-        if embeds is not None and len(embeds) != sum(
-            image_token_counts(grids, self.config.vision_config.spatial_merge_size)
-        ):
-            raise InputError(
-                f"image_embeds has {len(embeds)} tokens, which does not fit image_grid_thw {grids.tolist()}."
-            )
+        return positions.to(ids.device)
 
 
 def _with_heads(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -316,9 +310,11 @@ def _with_heads(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return tables[0][:, None], tables[1][:, None]
 
 
-class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
+class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
     """CASA with its output layer; `generate` takes what `CasaProcessor` returns."""
 
+    # Assisted generation takes back what it guessed; images of earlier windows do not come back.
+    _is_stateful = True
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: CasaConfig) -> None:
@@ -345,7 +341,6 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         insertion_points: Tensor | None = None,
-        image_rows: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: CasaCache | None = None,
@@ -368,8 +363,14 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
 
         Returns:
             logits (B, T, vocabulary), the loss with `labels`, and the cache.
+
+        Raises:
+            InputError: As `CasaModel.forward`; or labels of another shape than `input_ids`.
         """
         cache = take_cache({"past_key_values": past_key_values, "cache": cache})
+        check_logits_to_keep(logits_to_keep)
+        if labels is not None:
+            check_labels(labels, input_ids, self.config.text_config.vocab_size)
         if cache is None and use_cache:
             cache = CasaCache(self.config)
         hidden = self.model(
@@ -377,7 +378,6 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
             pixel_values,
             image_grid_thw,
             insertion_points,
-            image_rows,
             attention_mask,
             cache,
             image_embeds,
@@ -391,30 +391,3 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
     def new_cache(self) -> CasaCache:
         """An empty cache, for conversations fed piece by piece (`CasaStream`)."""
         return CasaCache(self.config)
-
-    def generate(self, *args, **kwargs):
-        """Generates as `GenerationMixin.generate` does; a cache may be given under either of its names."""
-        cache = take_cache(kwargs)
-        return super().generate(*args, **kwargs, **({} if cache is None else {CACHE_ARGUMENT: cache}))
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """GenerationMixin's hook for models with a cache of their own."""
-        if model_kwargs.get(CACHE_ARGUMENT) is not None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        elif generation_config.use_cache is not False:
-            model_kwargs[CACHE_ARGUMENT] = CasaCache(self.config)
-
-    @staticmethod
-    def _expand_inputs_for_generation(expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """GenerationMixin's hook for several answers to one prompt, which would repeat patches, not images."""
-        if expand_size != 1:
-            raise InputError(f"{expand_size} beams or answers for each prompt; repeat the prompt in the batch instead.")
-        return input_ids, model_kwargs
-
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """GenerationMixin's hook: images go in with the prompt, once."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get(CACHE_ARGUMENT) is not None:
-            for name in ("pixel_values", "image_grid_thw", "insertion_points", "image_rows"):
-                inputs.pop(name, None)
-        return inputs

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from casa_engine.errors import InputError
+from casa_engine.image_inputs import padded_points
 from casa_engine.windows import split_image_markers
 
 MAX_ASPECT_RATIO = 200
@@ -52,7 +53,6 @@ class CasaProcessor(ProcessorMixin):
             "pixel_values",
             "image_grid_thw",
             "insertion_points",
-            "image_rows",
         ]
 
     def __call__(
@@ -78,11 +78,13 @@ class CasaProcessor(ProcessorMixin):
 
         Returns:
             input_ids and attention_mask int64 (B, T); with images also pixel_values float32 (P, 1176),
-            image_grid_thw int64 (I, 3), image_rows int64 (I,) and, for the CA fusions, insertion_points
-            int64 (I,).
+            image_grid_thw int64 (I, 3), images ordered by row, and, for the CA fusions, insertion_points int64 (B, M):
+            for each prompt how many of its tokens, padding excluded, stand before each of its images; -1 behind
+            those of prompts with fewer images. Batches may be put together and padded anew: points stay right.
 
         Raises:
-            InputError: Markers and images differ in number, or an image cannot be resized.
+            InputError: No text; markers and images differ in number, in all or in one prompt; or an image cannot be
+                resized.
         """
         if videos is not None or audio is not None:
             raise InputError("got a video or audio; expected text and images only: pass video frames as images.")
@@ -90,25 +92,24 @@ class CasaProcessor(ProcessorMixin):
             raise InputError(
                 f"return_tensors is {return_tensors!r}, padding {padding}; only 'pt' and True are supported."
             )
-        texts = [text] if isinstance(text, str) else list(text or [])
-        flat = _flatten(images)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(prompt, str) for prompt in texts):
+            raise InputError(f"text is {text!r}; expected one prompt or a list of prompts.")
         prompts = [self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in texts]
-        self.check_counts(sum(ids.count(self.image_token_id) for ids in prompts), len(flat))
+        num_markers = [ids.count(self.image_token_id) for ids in prompts]
+        flat = _flatten(images)
+        self.check_counts(sum(num_markers), len(flat))
+        if isinstance(images, (list, tuple)) and any(isinstance(of_prompt, (list, tuple)) for of_prompt in images):
+            self._check_counts_of_prompts(num_markers, [len(_flatten(of_prompt)) for of_prompt in images])
         vision = self.process_images(flat) if flat else {}
-        if flat:
-            rows = [row for row, ids in enumerate(prompts) for _ in range(ids.count(self.image_token_id))]
-            vision["image_rows"] = torch.tensor(rows)
         if self.fusion == "insertion":
             counts = iter(self.num_image_tokens(vision["image_grid_thw"]) if flat else ())
             prompts = [self._expand(ids, counts) for ids in prompts]
             return BatchFeature(_left_padded(prompts, self._pad_id()) | vision)
         split = [split_image_markers(ids, self.image_token_id) for ids in prompts]
-        batch = _left_padded([stream for stream, _ in split], self._pad_id())
         if flat:
-            length = batch["input_ids"].shape[1]
-            points = [point + length - len(stream) for stream, of_row in split for point in of_row]
-            vision["insertion_points"] = torch.tensor(points)
-        return BatchFeature(batch | vision)
+            vision["insertion_points"] = padded_points([points for _, points in split])
+        return BatchFeature(_left_padded([stream for stream, _ in split], self._pad_id()) | vision)
 
     def process_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Resizes and cuts images: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3)."""
@@ -131,6 +132,15 @@ class CasaProcessor(ProcessorMixin):
             raise InputError(
                 f"the prompt has {num_markers} image markers and {num_images} images; expected one marker for each "
                 "image. Use a chat template, and do not write the marker in text."
+            )
+
+    @staticmethod
+    def _check_counts_of_prompts(num_markers: list[int], num_images: list[int]) -> None:
+        """Raises InputError unless images given by prompt are as many as each prompt's markers."""
+        if num_markers != num_images:
+            raise InputError(
+                f"the prompts have {num_markers} image markers and {num_images} images; expected a list of images for "
+                "each prompt, one image for each of its markers."
             )
 
     def _expand(self, ids: list[int], counts: Any) -> list[int]:

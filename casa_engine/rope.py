@@ -114,6 +114,11 @@ def insertion_positions(token_ids: list[int], grids: Tensor, config: CasaConfig,
         while left:
             if is_image:
                 image = next(images)
+                if counts[image] > left:
+                    raise InputError(
+                        f"{left} image tokens follow each other where image {image} needs {counts[image]}: pass each "
+                        "image with all its tokens behind each other."
+                    )
                 height, width = int(grids[image][1]) // merge, int(grids[image][2]) // merge
                 rows = torch.arange(height).repeat_interleave(width)
                 columns = torch.arange(width).repeat(height)

@@ -55,8 +55,8 @@ class CasaStream:
         if image_grid_thw is not None and len(image_grid_thw):
             images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
             if self.model.config.is_cross_attention:
-                images["insertion_points"] = torch.tensor(list(insertion_points))
-        ids = torch.tensor([list(token_ids)], device=self.model.device)
+                images["insertion_points"] = torch.tensor([list(insertion_points)])
+        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
         output = self.model(ids, past_key_values=self.cache, logits_to_keep=1, **images)
         self.token_ids += token_ids
         self._logits = output.logits[:, -1].float()

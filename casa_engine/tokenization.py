@@ -51,6 +51,7 @@ def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=config.text_config.max_position_embeddings,
     )

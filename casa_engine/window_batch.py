@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from casa_engine.cache import CasaCache
+from casa_engine.call_inputs import CallInputs
 from casa_engine.configuration import CasaConfig
-from casa_engine.errors import InputError
-from casa_engine.rope import image_positions, image_token_counts
-from casa_engine.windows import check_insertion_points, last_window, plan_windows
+from casa_engine.rope import image_positions
+from casa_engine.windows import last_window, plan_windows
 
 
 @dataclass(frozen=True)
@@ -51,53 +51,32 @@ def _pad(rows: list[np.ndarray], fill: int, device: torch.device) -> Tensor:
 
 
 def build_window_batch(
-    config: CasaConfig,
-    positions: Tensor,
-    key_positions: Tensor,
-    grids: Tensor | None,
-    insertion_points: Tensor | None,
-    image_rows: Tensor | None,
-    cache: CasaCache | None,
+    config: CasaConfig, inputs: CallInputs, key_positions: Tensor, cache: CasaCache | None
 ) -> WindowBatch:
     """Plans the windows of one forward call.
 
     Args:
         config: The model's configuration.
-        positions: int64 (B, T). Text-stream index of each token, -1 for padding.
-        key_positions: int64 (B, S). The same for all cached tokens and these.
-        grids: int64 (I, 3) of the new images, ordered by row; None without images.
-        insertion_points: int64 (I,). Index in this call's (padded) row of the first token after each image; T if
-            none follows yet.
-        image_rows: int64 (I,), ascending. Row of each image.
+        inputs: The call's checked inputs.
+        key_positions: int64 (B, S). Text-stream index of all cached tokens and these, -1 for padding.
         cache: What the rows kept; None for a first call.
 
     Returns:
         Masks and positions.
-
-    Raises:
-        InputError: Insertion points that do not ascend or lie outside the row.
     """
-    device, (num_rows, num_tokens) = positions.device, positions.shape
-    counts = [] if grids is None else image_token_counts(grids, config.vision_config.spatial_merge_size)
-    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-    rows_of_images = np.zeros(0, np.int64) if image_rows is None else image_rows.cpu().numpy()
-    points = np.zeros(0, np.int64) if insertion_points is None else insertion_points.cpu().numpy()
-    if (np.diff(rows_of_images) < 0).any() or (points < 0).any() or (points > num_tokens).any():
-        raise InputError(
-            f"image_rows {rows_of_images.tolist()} and insertion_points {points.tolist()}: expected images ordered by "
-            f"row and points from 0 to {num_tokens}."
-        )
-    token_positions, num_seen = positions.cpu().numpy(), _num_seen(positions, cache)
+    positions, images = inputs.positions, inputs.images
+    device = positions.device
+    offsets = np.concatenate(([0], np.cumsum(images.counts))).astype(np.int64)
+    token_positions, num_real = positions.cpu().numpy(), inputs.real.sum(dim=1).tolist()
 
     relative, firsts, ends, starts = [], [], [], []
     gather, ropes, token_images, kept, kept_images, kept_points = [], [], [], [], [], []
     num_kept = 0 if cache is None or cache.token_images is None else cache.token_images.shape[1]
-    for row in range(num_rows):
-        images = np.flatnonzero(rows_of_images == row)
-        real_before = np.concatenate(([0], np.cumsum(token_positions[row] >= 0)))
+    for row, own in enumerate(images.by_row):
+        num_seen = inputs.num_seen[row]
         old_points = [] if cache is None or cache.insertion_points is None else cache.insertion_points[row]
-        row_points = np.array([*old_points, *(real_before[points[images]] + num_seen[row])], dtype=np.int64)
-        check_insertion_points(row_points)
+        new_points = [point + num_seen for point in images.points[row]]
+        row_points = np.array([*old_points, *new_points], dtype=np.int64)
 
         plan = plan_windows(token_positions[row].clip(min=0), row_points)
         relative.append(token_positions[row].clip(min=0) - plan.starts)
@@ -106,17 +85,15 @@ def build_window_batch(
         ends.append(plan.end_images)
 
         old_images = cache.token_images[row].cpu().numpy() if num_kept else np.zeros(0, np.int64)
-        new_images = np.repeat(np.arange(len(images)) + len(old_points), [counts[image] for image in images])
+        new_images = np.repeat(np.arange(len(own)) + len(old_points), [images.counts[image] for image in own])
         token_images.append((old_images, new_images))
-        gather.append(
-            np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in images] or [np.zeros(0, np.int64)])
-        )
+        gather.append(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in own] or [np.zeros(0, np.int64)]))
         ropes.append(
-            torch.cat([image_positions(grids[i], config) for i in images], dim=1).numpy()
-            if len(images)
+            torch.cat([image_positions(images.grids[i], config) for i in own], dim=1).numpy()
+            if own
             else np.zeros((3, 0), np.int64)
         )
-        _, first, end = last_window(int(num_seen[row] + real_before[-1]), row_points)
+        _, first, end = last_window(num_seen + num_real[row], row_points)
         chosen_old = np.flatnonzero((old_images >= first) & (old_images < end))
         chosen_new = np.flatnonzero((new_images >= first) & (new_images < end))
         kept.append(np.concatenate([chosen_old, chosen_new + num_kept]))
@@ -125,7 +102,7 @@ def build_window_batch(
 
     new_tokens = _pad([new for _, new in token_images], -1, device)
     all_images = torch.cat([_pad([old for old, _ in token_images], -1, device), new_tokens], dim=1)[:, None]
-    real = (positions >= 0)[..., None]
+    real = inputs.real[..., None]
     first, end, start = (torch.from_numpy(np.stack(each)).to(device)[..., None] for each in (firsts, ends, starts))
     keys = key_positions[:, None]
     return WindowBatch(
@@ -134,14 +111,7 @@ def build_window_batch(
         text_mask=real & (keys >= start) & (keys <= positions[..., None]),
         gather=_pad(gather, -1, device),
         image_rope=torch.stack([_pad([rope[axis] for rope in ropes], 0, device) for axis in range(3)]),
-        kept=_pad(kept, -1, device) if len(rows_of_images) else None,
-        kept_images=_pad(kept_images, -1, device) if len(rows_of_images) else None,
+        kept=_pad(kept, -1, device) if images.counts else None,
+        kept_images=_pad(kept_images, -1, device) if images.counts else None,
         kept_points=kept_points,
     )
-
-
-def _num_seen(positions: Tensor, cache: CasaCache | None) -> np.ndarray:
-    """int64 (B,): real text tokens of each row before this call (the cache already lists this call's)."""
-    if cache is None:
-        return np.zeros(len(positions), dtype=np.int64)
-    return (cache.num_tokens() - (positions >= 0).sum(dim=1)).cpu().numpy()

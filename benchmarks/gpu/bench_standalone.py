@@ -149,7 +149,7 @@ def bench_first_token(name: str, model: CasaForConditionalGeneration, sizes: Siz
         grid = image_grid(config, side).to(sizes.device)
         size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patches = torch.randn(int(grid.prod()), size, dtype=sizes.dtype, device=sizes.device)
-        points = torch.zeros(1, dtype=torch.long, device=sizes.device)
+        points = torch.zeros(1, 1, dtype=torch.long, device=sizes.device)
 
         def first_token(patches=patches, grid=grid, points=points):
             model(
@@ -195,7 +195,7 @@ def check_decoder(sizes: Sizes) -> None:
             input_ids=torch.cat(tokens)[None],
             image_embeds=embeds,
             image_grid_thw=grid,
-            insertion_points=torch.zeros(1, dtype=torch.long, device=sizes.device),
+            insertion_points=torch.zeros(1, 1, dtype=torch.long, device=sizes.device),
         ).logits[0]
         error = float((torch.stack(logits) - expected).abs().max())
         print(f"{name}: decode steps against one eager pass, greatest difference {error:.1e}")

@@ -41,6 +41,7 @@ def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
     )

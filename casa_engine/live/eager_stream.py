@@ -58,7 +58,7 @@ class EagerStream:
         shown = chunk.images(self._latest, frame)
         images: dict[str, Any] = dict(self.format.processor.process_images(shown)) if shown else {}
         if images and self.model.config.is_cross_attention:
-            images["insertion_points"] = torch.tensor(chunk.insertion_points)
+            images["insertion_points"] = torch.tensor([chunk.insertion_points])
         logits = self._step(chunk.token_ids, **images)
         generated: list[int] = []
         state, rules = chunk.state, self.transcript.rules

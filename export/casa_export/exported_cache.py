@@ -1,6 +1,7 @@
 """State of B exported conversations: what `CasaCache` is to the eager model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 
@@ -47,3 +48,13 @@ class ExportedCache:
     def num_tokens(self) -> np.ndarray:
         """int64 (B,): text tokens of each row, padding excluded."""
         return (self.positions >= 0).sum(axis=1)
+
+    def copy(self) -> Self:
+        """A copy that goes on by itself. Arrays are shared: calls replace them, and change none."""
+        return replace(
+            self, images=[list(images) for images in self.images], text=dict(self.text), image_kv=dict(self.image_kv)
+        )
+
+    def become(self, other: Self) -> None:
+        """Takes over another cache's state. Mutates this one."""
+        vars(self).update(vars(other))

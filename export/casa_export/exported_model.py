@@ -9,6 +9,7 @@ Conversations are `ExportedCache` objects passed in, so that any number go on at
 `casa_engine.streaming.CasaStream` runs on this class as on the eager model.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -20,10 +21,11 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from casa_engine.cache_argument import output_with_cache
+from casa_engine.call_inputs import CallInputs, check_inputs, check_logits_to_keep, left_padded
 from casa_engine.checkpoints import read_config
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
-from casa_engine.rope import image_positions, image_token_counts
+from casa_engine.rope import image_positions
 from casa_export.backend import Backend
 from casa_export.exported_cache import ExportedCache, SeenImage
 from casa_export.graph_spec import cache_names
@@ -81,7 +83,6 @@ class ExportedModel:
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         insertion_points: Tensor | None = None,
-        image_rows: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: ExportedCache | None = None,
         logits_to_keep: int = 0,
@@ -92,23 +93,40 @@ class ExportedModel:
             logits float32 (B, T or logits_to_keep, V), and the cache.
 
         Raises:
-            InputError: A limit of the export is exceeded, or images and insertion points do not fit together.
+            InputError: An input is of the wrong kind, a limit of the export is exceeded, or images and insertion
+                points do not fit together. The cache is as it was.
         """
         cache = ExportedCache() if past_key_values is None else past_key_values
-        ids = input_ids.numpy()
-        real = np.ones_like(ids) if attention_mask is None else attention_mask[:, -ids.shape[1] :].numpy()
-        positions = self._begin(cache, ids, real > 0)
-        new = self._encode(positions, cache, pixel_values, image_grid_thw, insertion_points, image_rows)
-        columns = [] if insertion_points is None else insertion_points.tolist()
+        if not isinstance(cache, ExportedCache):
+            raise InputError(f"the cache is a {type(cache).__name__}; expected one that new_cache() made.")
+        check_logits_to_keep(logits_to_keep)
+        inputs = check_inputs(
+            self.config,
+            self.device,
+            input_ids,
+            attention_mask,
+            None if cache.positions is None else torch.from_numpy(cache.positions),
+            pixel_values,
+            image_grid_thw,
+            insertion_points,
+        )
+        ids, positions = input_ids.long().numpy(), inputs.positions.numpy()
+        self._check_limits(ids, inputs, cache)
+        pieces = self._pieces(cache, inputs)
+        self._check_windows(cache, inputs, pieces)
+        # All that follows works on a copy, so that a call that fails leaves the conversation as it was.
+        going_on = cache.copy() if cache.positions is not None else self._empty_cache(len(ids))
+        new = self._encode(inputs, pixel_values)
         outputs = []
         wanted = logits_to_keep or ids.shape[1]
-        for piece in self._pieces(cache, ids.shape[1], columns, new):
-            for images, of_row in zip(cache.images, new, strict=True):
-                images += [image for column, image in of_row if _in_piece(column, piece, ids.shape[1])]
+        for piece, shown in pieces:
+            for images, of_row, chosen in zip(going_on.images, new, shown, strict=True):
+                images += of_row[chosen]
             keep = np.arange(max(piece.start, ids.shape[1] - wanted), piece.stop) - piece.start
-            logits = self._decode(cache, ids[:, piece], positions[:, piece], keep)
+            logits = self._decode(going_on, ids[:, piece], positions[:, piece], keep)
             if len(keep):
                 outputs.append(torch.from_numpy(logits))
+        cache.become(going_on)
         return output_with_cache(torch.cat(outputs, dim=1), cache)
 
     @torch.inference_mode()
@@ -125,13 +143,13 @@ class ExportedModel:
         """Generates greedily; takes what `CasaProcessor` returns, as the eager model's `generate` does.
 
         Args:
-            input_ids: int64 (B, T), padded on the left.
+            input_ids: int64 (B, T), padded on either side.
             attention_mask: int64 (B, T).
             max_new_tokens: At most so many a row, the stop token included.
             eos_token_id: Ends a row; the checkpoint's stop tokens where not given.
             pad_token_id: Follows a row's end; the checkpoint's where not given.
             do_sample: Only False.
-            **images: `pixel_values`, `image_grid_thw`, `insertion_points`, `image_rows`.
+            **images: `pixel_values`, `image_grid_thw`, `insertion_points`.
 
         Returns:
             int64 (B, T + new): prompts and what follows them.
@@ -155,10 +173,11 @@ class ExportedModel:
         end = generation.eos_token_id if eos_token_id is None else eos_token_id
         end = torch.tensor([end] if isinstance(end, int) else list(end or []), dtype=torch.long)
         pad = generation.pad_token_id if pad_token_id is None else pad_token_id
-        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(dim=1).max())
-        self.limits.check_text(longest + max_new_tokens)
+        inputs = check_inputs(self.config, self.device, input_ids, attention_mask, None, **images)
+        self.limits.check_text(int(inputs.real.sum(dim=1).max()) + max_new_tokens)
         cache = self.new_cache()
-        output = self(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1, **images)
+        ids, mask = left_padded(input_ids, attention_mask)
+        output = self(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1, **images)
         running = torch.ones(len(input_ids), 1, dtype=torch.bool)
         for step in range(max_new_tokens):
             tokens = torch.where(running, output.logits[:, -1].argmax(dim=-1, keepdim=True), pad or 0)
@@ -185,57 +204,81 @@ class ExportedModel:
             frames.append(self.backend.run("vision", host, {}, "image_embeds")[0])
         return np.concatenate(frames)
 
-    def _begin(self, cache: ExportedCache, ids: np.ndarray, real: np.ndarray) -> np.ndarray:
-        """Checks a call's sizes, sets up an empty cache and returns the (B, T) positions of its tokens."""
-        self.limits.check_batch(len(ids))
-        if cache.positions is None:
-            cache.positions = cache.window_positions = np.zeros((len(ids), 0), dtype=np.int64)
-            cache.images = [[] for _ in ids]
-            text = self.config.text_config
-            shape = (len(ids), text.num_key_value_heads, 0, self.config.head_dim)
-            cache.text = {name: self.backend.empty(shape) for name in self._names["past"]}
-            cache.window_text = {name: self.backend.empty(shape) for name in self._window_names("window_past")}
-        if len(cache.positions) != len(ids):
-            raise InputError(f"the cache has {len(cache.positions)} conversations; got {len(ids)} rows of ids.")
-        self.limits.check_text(cache.positions.shape[1] + ids.shape[1])
-        return np.where(real, real.cumsum(axis=1) - 1 + cache.num_tokens()[:, None], PADDING).astype(np.int64)
+    def _empty_cache(self, num_rows: int) -> ExportedCache:
+        """The cache of `num_rows` conversations in which nothing was said."""
+        shape = (num_rows, self.config.text_config.num_key_value_heads, 0, self.config.head_dim)
+        return ExportedCache(
+            positions=np.zeros((num_rows, 0), dtype=np.int64),
+            window_positions=np.zeros((num_rows, 0), dtype=np.int64),
+            text={name: self.backend.empty(shape) for name in self._names["past"]},
+            window_text={name: self.backend.empty(shape) for name in self._window_names("window_past")},
+            images=[[] for _ in range(num_rows)],
+        )
 
     def _window_names(self, kind: str) -> list[str]:
         return self._names[kind] if self.config.sees_window_text else []
 
-    def _encode(self, positions, cache, pixels, grids, points, rows) -> list[list[tuple[int, SeenImage]]]:
-        """Image tokens of a call's new images: for each row the column of insertion and the image."""
-        new: list[list[tuple[int, SeenImage]]] = [[] for _ in positions]
-        if (pixels is None) != (grids is None):
-            raise InputError("pixel_values and image_grid_thw must be given together.")
-        if grids is None:
-            return new
-        if points is None or len(points) != len(grids):
-            raise InputError(
-                f"{len(grids)} images with {'no' if points is None else len(points)} insertion points; expected one "
-                "for each image (CasaProcessor returns them)."
-            )
-        if rows is None and len(positions) > 1:
-            raise InputError(f"images for a batch of {len(positions)} rows need image_rows, the row of each image.")
-        rows = torch.zeros(len(grids), dtype=torch.long) if rows is None else rows
-        counts = image_token_counts(grids, self.config.vision_config.spatial_merge_size)
-        for index, count in enumerate(counts):
+    def _check_limits(self, ids: np.ndarray, inputs: CallInputs, cache: ExportedCache) -> None:
+        """Raises InputError if the call is larger than what was exported."""
+        self.limits.check_batch(len(ids))
+        num_cached = 0 if cache.positions is None else cache.positions.shape[1]
+        self.limits.check_text(num_cached + ids.shape[1])
+        for index, count in enumerate(inputs.images.counts):
             self.limits.check_image(index, count)
-        patches = np.split(pixels.float().numpy(), np.cumsum(grids.prod(dim=-1).numpy())[:-1])
-        num_seen = cache.num_tokens()
-        for index, (row, column) in enumerate(zip(rows.tolist(), points.tolist(), strict=True)):
-            point = int(num_seen[row] + (positions[row, :column] >= 0).sum())
-            embeds = self.encode_image(patches[index], grids[index].numpy())
-            new[row].append((column, SeenImage(point, embeds, image_positions(grids[index], self.config).numpy())))
-        return new
 
-    def _pieces(self, cache, num_tokens: int, columns: list[int], new) -> list[slice]:
-        """Cuts the call; at images only where together they are more than a decoder call takes."""
-        of_rows = [sum(len(image.embeds) for image in kept) for kept in cache.images]
-        totals = [total + sum(len(image.embeds) for _, image in row) for total, row in zip(of_rows, new, strict=True)]
+    def _pieces(self, cache: ExportedCache, inputs: CallInputs) -> list[tuple[slice, list[slice]]]:
+        """Cuts the call; at images only where together they are more than a decoder call takes.
+
+        Returns:
+            Each piece's columns, and for each row which of its new images come with it.
+        """
+        num_tokens, images = inputs.real.shape[1], inputs.images
+        columns = [_columns(real, points) for real, points in zip(inputs.real.numpy(), images.points, strict=True)]
+        totals = [sum(images.counts[image] for image in row) for row in images.by_row]
+        if cache.images:
+            totals = [total + len_of(kept) for total, kept in zip(totals, cache.images, strict=True)]
         fits = max(totals) <= self.limits.call_image_tokens
-        points = np.array([] if fits else columns, dtype=np.int64)
-        return cuts(num_tokens, self.limits.call_tokens, points)
+        points = np.array([] if fits else [column for row in columns for column in row], dtype=np.int64)
+        pieces = cuts(num_tokens, self.limits.call_tokens, points)
+        return [(piece, [_in_piece(row, piece, num_tokens) for row in columns]) for piece in pieces]
+
+    def _check_windows(self, cache: ExportedCache, inputs: CallInputs, pieces) -> None:
+        """Raises InputError if a piece of the call sees more image tokens than a decoder call takes."""
+        old = cache.images or [[] for _ in inputs.num_seen]
+        for row, num_seen in enumerate(inputs.num_seen):
+            counts = [len(image.embeds) for image in old[row]]
+            points = [image.point for image in old[row]]
+            new = [
+                (inputs.images.counts[i], inputs.images.points[row][k] + num_seen)
+                for k, i in enumerate(inputs.images.by_row[row])
+            ]
+            for piece, shown in pieces:
+                for count, point in new[shown[row]]:
+                    counts.append(count)
+                    points.append(point)
+                positions = inputs.positions[row, piece].numpy()
+                plan = plan_row(positions, num_seen, np.array(points, dtype=np.int64))
+                num_seen += int((positions >= 0).sum())
+                self.limits.check_window(sum(counts[slice(*plan.seen)]))
+                counts, points = counts[slice(*plan.kept)], points[slice(*plan.kept)]
+
+    def _encode(self, inputs: CallInputs, pixel_values: Tensor | None) -> list[list[SeenImage]]:
+        """The new images of each row, encoded."""
+        if pixel_values is None:
+            return [[] for _ in inputs.num_seen]
+        images = inputs.images
+        patches = [part.float().numpy() for part in pixel_values.split(images.patches)]
+        return [
+            [
+                SeenImage(
+                    point + num_seen,
+                    self.encode_image(patches[image], images.grids[image].numpy()),
+                    image_positions(images.grids[image], self.config).numpy(),
+                )
+                for image, point in zip(own, points, strict=True)
+            ]
+            for own, points, num_seen in zip(images.by_row, images.points, inputs.num_seen, strict=True)
+        ]
 
     def _decode(self, cache: ExportedCache, ids: np.ndarray, positions: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """Runs the decoder graph on one piece. Mutates `cache`. Returns logits (B, len(keep) or 1, V)."""
@@ -271,12 +314,7 @@ class ExportedModel:
         """Makes `cache.image_kv` that of these images, running the graph only if they are others than before."""
         if cache.image_kv_of == seen:
             return
-        longest = max(sum(len(image.embeds) for image in images) for images in seen)
-        if longest > self.limits.call_image_tokens:
-            raise InputError(
-                f"one window has {longest} image tokens; these graphs take up to {self.limits.call_image_tokens}. "
-                "Put text between the images, make them smaller, or export with a larger --max-call-image-tokens."
-            )
+        longest = max(map(len_of, seen))
         text = self.config.text_config
         cache.image_kv_of = seen
         if not longest:
@@ -302,9 +340,21 @@ class ExportedModel:
             cache.window_text = {name: self.backend.empty(shape) for name in self._names["window_past"]}
 
 
-def _in_piece(column: int, piece: slice, num_tokens: int) -> bool:
-    """Whether an image inserted at a column belongs to a piece; one at the end belongs to the last."""
-    return piece.start <= column < piece.stop or column == piece.stop == num_tokens
+def len_of(images: list[SeenImage]) -> int:
+    """Image tokens of these images together."""
+    return sum(len(image.embeds) for image in images)
+
+
+def _columns(real: np.ndarray, points: list[int]) -> list[int]:
+    """Column of the first token after each image of a row: that of the row's real token `point`, or one past all."""
+    columns = [*np.flatnonzero(real).tolist(), len(real)]
+    return [columns[point] for point in points]
+
+
+def _in_piece(columns: list[int], piece: slice, num_tokens: int) -> slice:
+    """Which of a row's images, at ascending columns, belong to a piece; one at the end belongs to the last."""
+    last = num_tokens + 1 if piece.stop == num_tokens else piece.stop
+    return slice(bisect_left(columns, piece.start), bisect_left(columns, last))
 
 
 def _starts_of(images: list[SeenImage]) -> np.ndarray:

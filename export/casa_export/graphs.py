@@ -72,7 +72,9 @@ class VisionGraph(nn.Module):
         weight = visual.patch_embed.proj.weight
         # The convolution's stride is its kernel, so that it is a product with each flattened patch.
         x = linear(pixel_values.to(weight.dtype), weight.flatten(1))
-        rope = visual.rotary_pos_emb(x, patch_positions)
+        # Written out: transformers' module takes other arguments in other versions.
+        angles = (patch_positions[..., None].float() * visual.rotary_pos_emb.inv_freq.float()).flatten(1).repeat(1, 2)
+        rope = angles.cos(), angles.sin()
         for layer, block in enumerate(visual.blocks):
             table = None if layer in visual.fullatt_block_indexes else (windows, slots)
             x = x + self._attention(block.attn, block.norm1(x), rope, table)

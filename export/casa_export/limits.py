@@ -74,6 +74,14 @@ class Limits:
                 "image. Make it smaller, or export again with a larger --max-image-tokens."
             )
 
+    def check_window(self, num_tokens: int) -> None:
+        """Raises InputError if a decoder call would see so many image tokens."""
+        if num_tokens > self.call_image_tokens:
+            raise InputError(
+                f"one window has {num_tokens} image tokens; these graphs take up to {self.call_image_tokens}. "
+                "Put text between the images, make them smaller, or export with a larger --max-call-image-tokens."
+            )
+
     def check_text(self, num_tokens: int) -> None:
         """Raises InputError if a conversation of so many text tokens is too long."""
         if num_tokens > self.text_tokens:

@@ -101,7 +101,7 @@ def multi_image_prompt(exported: ExportedModel, generator: torch.Generator) -> t
         [fitting[int(torch.randint(len(fitting), (), generator=generator))] for _ in range(num_images)]
     )
     ids = torch.randint(2, exported.config.text_config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
-    points = torch.randint(0, PROMPT_TOKENS + 1, (num_images,), generator=generator).sort().values
+    points = torch.randint(0, PROMPT_TOKENS + 1, (1, num_images), generator=generator).sort().values
     return ids, _images(exported, grids, generator) | {"insertion_points": points}
 
 
@@ -168,7 +168,7 @@ def _vision(model, exported: ExportedModel, generator: torch.Generator, grid: tu
 def _image_kv(model, exported: ExportedModel, generator: torch.Generator) -> Tensor:
     """Keys and values of all layers, as the cache holds them after a prompt of one image."""
     grids = torch.tensor([GRIDS[0]])
-    images = _images(exported, grids, generator) | {"insertion_points": torch.tensor([0])}
+    images = _images(exported, grids, generator) | {"insertion_points": torch.tensor([[0]])}
     cache = model.new_cache()
     model(torch.full((1, 2), 5), past_key_values=cache, **images)
     layers = cache_layers(exported.config, "image")
@@ -193,6 +193,6 @@ def _decode(model, exported: ExportedModel, generator: torch.Generator) -> Tenso
 def _run(model, exported: ExportedModel, generator: torch.Generator, cache):
     grids = torch.tensor([GRIDS[0], GRIDS[2], GRIDS[0]])
     ids = torch.randint(2, exported.config.text_config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
-    points = torch.tensor([2, 11, 11])  # the last two share a window
+    points = torch.tensor([[2, 11, 11]])  # the last two share a window
     images = _images(exported, grids, generator) | {"insertion_points": points}
     return model(ids, past_key_values=cache, **images)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from casa_engine.cache import CasaCache
+from casa_engine.image_inputs import padded_points
 
 IDS = torch.randint(3, 300, (1, 14), generator=torch.Generator().manual_seed(3))
 MODELS = [
@@ -24,7 +25,7 @@ def feed(model, cache, ids, embeds=(), grids=(), points=()) -> torch.Tensor:
         given = {
             "image_embeds": torch.cat(list(embeds)),
             "image_grid_thw": torch.stack(list(grids)),
-            "insertion_points": torch.tensor(points),
+            "insertion_points": torch.tensor([points]),
         }
     with torch.no_grad():
         return model(ids, past_key_values=cache, **given).logits
@@ -69,20 +70,16 @@ def test_row_of_a_batch_equals_the_row_alone(tiny, images, preset: str, fields: 
     rows = [(IDS[0, :11], [2, 7], [0, 1]), (IDS[0, 3:8], [1], [2]), (IDS[0, 5:14], [], [])]
     length = max(len(ids) for ids, _, _ in rows)
     batch, mask = torch.zeros(3, length, dtype=torch.long), torch.zeros(3, length, dtype=torch.long)
-    points, image_rows = [], []
-    for row, (ids, own, _) in enumerate(rows):
+    for row, (ids, _, _) in enumerate(rows):
         start = length - len(ids) if side == "left" else 0
         batch[row, start : start + len(ids)], mask[row, start : start + len(ids)] = ids, 1
-        points += [point + start for point in own]
-        image_rows += [row] * len(own)
     with torch.no_grad():
         cache = CasaCache(model.config)
         together = model(
             batch,
             image_embeds=torch.cat(embeds[:3]),
             image_grid_thw=grids[:3],
-            insertion_points=torch.tensor(points),
-            image_rows=torch.tensor(image_rows),
+            insertion_points=padded_points([own for _, own, _ in rows]),
             attention_mask=mask,
             past_key_values=cache,
         ).logits

@@ -1,19 +1,13 @@
 """CasaProcessor: markers, insertion points, padding, refusals; generate on what it returns."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from casa_engine.checkpoints import write_random_checkpoint
 from casa_engine.errors import InputError
 from casa_engine.presets import preset_config
-
-
-def picture(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(width * 1000 + height)
-    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+from chats import picture, prepare, user
 
 
 @pytest.fixture(scope="module", params=["ca", "ca_tv", "insertion"])
@@ -21,19 +15,6 @@ def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write_random_checkpoint(preset_config("tiny-qwen", fusion=request.param), folder)
     return folder
-
-
-def user(*items) -> dict:
-    content = [
-        {"type": "text", "text": item} if isinstance(item, str) else {"type": "image", "image": item} for item in items
-    ]
-    return {"role": "user", "content": content}
-
-
-def prepare(processor, conversation):
-    return processor.apply_chat_template(
-        conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-    )
 
 
 def test_auto_classes_batch_and_generate(checkpoint) -> None:
@@ -63,7 +44,7 @@ def test_stream_has_no_trace_of_the_image(checkpoint) -> None:
     else:
         stream = ids["input_ids"][0].tolist()
         assert marker not in stream
-        point = int(ids["insertion_points"][0])
+        point = int(ids["insertion_points"][0, 0])
         assert processor.tokenizer.decode(stream[point]) == "<|vision_end|>"
         assert processor.tokenizer.decode(stream[point - 1]) == "<|vision_start|>"
 
@@ -98,9 +79,22 @@ def test_any_text_survives_the_byte_tokenizer(checkpoint) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
-def test_several_answers_to_one_prompt_are_refused(checkpoint, options: dict) -> None:
+def test_images_of_each_prompt_are_counted(checkpoint) -> None:
+    """As many images as markers in all, but not in each prompt: the second image would go to the first prompt."""
     processor = AutoProcessor.from_pretrained(checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
-    with pytest.raises(InputError, match="repeat the prompt in the batch"):
-        model.generate(**prepare(processor, [user(picture(28, 28))]), max_new_tokens=2, **options)
+    texts = ["<|image_pad|><|image_pad|>a", "b<|image_pad|>"]
+    assert len(processor(images=[picture(28, 28)] * 3, text=texts)["image_grid_thw"]) == 3
+    for nested in (
+        [[picture(28, 28)], [picture(28, 28)] * 2],
+        [[picture(28, 28)] * 3],
+        [[picture(28, 28)] * 3, [], []],
+    ):
+        with pytest.raises(InputError, match=r"\[2, 1\] image markers"):
+            processor(images=nested, text=texts)
+
+
+@pytest.mark.parametrize("text", [None, [], 5, ["a", None], [["a"]]])
+def test_no_text_is_refused(checkpoint, text) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    with pytest.raises(InputError, match="expected one prompt or a list of prompts"):
+        processor(text=text)

@@ -24,7 +24,7 @@ def test_frames_equal_one_growing_prompt(tiny, images, preset: str, fusion: str)
             input_ids=prompt,
             pixel_values=torch.cat(patches[: frame + 1]),
             image_grid_thw=grids[: frame + 1],
-            insertion_points=torch.tensor(points),
+            insertion_points=torch.tensor([points]),
             max_new_tokens=4,
             do_sample=False,
             eos_token_id=1,

@@ -22,8 +22,7 @@ def batch(generator):
         "attention_mask": mask,
         "pixel_values": torch.randn(int(GRIDS.prod(-1).sum()), 1176, generator=generator),
         "image_grid_thw": GRIDS,
-        "insertion_points": torch.tensor([3, 3, 20, 9, 40, 0]),
-        "image_rows": torch.tensor([0, 0, 0, 1, 1, 2]),
+        "insertion_points": torch.tensor([[3, 3, 20], [2, 33, -1], [0, -1, -1]]),
     }
 
 

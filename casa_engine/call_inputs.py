@@ -1,0 +1,141 @@
+"""The one check of a forward call's inputs, made before anything changes: eager and exported models share it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from casa_engine.configuration import CasaConfig
+from casa_engine.errors import InputError
+from casa_engine.image_inputs import ImageInputs, check_images
+from casa_engine.tensor_checks import check_tensor
+
+
+@dataclass(frozen=True)
+class CallInputs:
+    """Checked inputs of one call of B rows of T columns.
+
+    Attributes:
+        real: bool (B, T). False for padding.
+        positions: int64 (B, T). Text-stream index of each token, -1 for padding.
+        num_seen: For each row its real tokens before this call.
+        images: The new images.
+    """
+
+    real: Tensor
+    positions: Tensor
+    num_seen: list[int]
+    images: ImageInputs
+
+
+def check_inputs(
+    config: CasaConfig,
+    device: torch.device,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    cached_positions: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    insertion_points: Tensor | None = None,
+    image_embeds: Tensor | None = None,
+) -> CallInputs:
+    """Checks the inputs of one call. Changes nothing.
+
+    Args:
+        config: The model's configuration.
+        device: Of the model.
+        input_ids: int (B, T), both from 1.
+        attention_mask: int or bool (B, T) or (B, S + T), 0 for padding.
+        cached_positions: int64 (B, S). Text-stream index of each cached token, -1 for padding; None without a cache.
+        pixel_values: See `check_images`, as the rest.
+        image_grid_thw: The same.
+        insertion_points: The same.
+        image_embeds: The same.
+
+    Returns:
+        What the model needs to know of them.
+
+    Raises:
+        InputError: An input is not what the model takes.
+    """
+    if device.type == "meta" and isinstance(input_ids, Tensor):  # weights that are offloaded; they go to the inputs
+        device = input_ids.device
+    _check_ids(config, input_ids, device)
+    num_rows, num_columns = input_ids.shape
+    cached = torch.zeros(num_rows, 0, dtype=torch.long, device=device) if cached_positions is None else cached_positions
+    if len(cached) != num_rows:
+        raise InputError(
+            f"the cache has {len(cached)} conversations; got {num_rows} rows of ids. For several answers to each "
+            "repeat the cache with batch_repeat_interleave."
+        )
+    real = _check_mask(attention_mask, input_ids, cached >= 0)
+    num_seen = (cached >= 0).sum(dim=1)
+    empty = ((real.sum(dim=1) + num_seen) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"rows {empty} have no text: attention_mask is 0 in all {num_columns} columns.")
+    streams = [ids[keep].tolist() for ids, keep in zip(input_ids, real, strict=True)]
+    images = check_images(config, streams, pixel_values, image_embeds, image_grid_thw, insertion_points, device)
+    positions = torch.where(real, real.long().cumsum(dim=1) - 1 + num_seen[:, None], -1)
+    return CallInputs(real, positions, num_seen.tolist(), images)
+
+
+def left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Moves each row's padding to its beginning, so that the last column is every row's last token.
+
+    Args:
+        input_ids: int64 (B, T).
+        attention_mask: int64 (B, T), 0 for padding.
+
+    Returns:
+        The same, in another order where a row had padding at its end. Insertion points stay right.
+    """
+    if attention_mask is None or attention_mask[:, -1].all():
+        return input_ids, attention_mask
+    order = attention_mask.long().sort(dim=1, stable=True).indices
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def check_labels(labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
+    """Raises InputError unless labels are int64 (B, T) like `input_ids`, ids or -100."""
+    check_tensor("labels", labels, "int", tuple(input_ids.shape), input_ids.device)
+    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
+    if len(wrong):
+        raise InputError(f"labels have {int(wrong[0])}; expected ids from 0 to {vocab_size - 1}, or -100 to leave out.")
+
+
+def check_logits_to_keep(logits_to_keep: int) -> None:
+    """Raises InputError unless it is a whole number from 0."""
+    if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool) or logits_to_keep < 0:
+        raise InputError(f"logits_to_keep is {logits_to_keep!r}; expected how many last positions, 0 for all.")
+
+
+def _check_ids(config: CasaConfig, ids: Tensor, device: torch.device) -> None:
+    check_tensor("input_ids", ids, "int", ("B", "T"), device)
+    if not ids.numel():
+        raise InputError(f"input_ids has shape {tuple(ids.shape)}; expected at least one row and one token.")
+    vocab_size = config.text_config.vocab_size
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"input_ids has {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}: use the checkpoint's "
+            "own tokenizer."
+        )
+
+
+def _check_mask(mask: Tensor | None, ids: Tensor, cached: Tensor) -> Tensor:
+    """Bool (B, T): which columns of this call are real."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    check_tensor("attention_mask", mask, "mask", (len(ids), "T"), ids.device)
+    num_columns, num_cached = ids.shape[1], cached.shape[1]
+    if mask.shape[1] not in (num_columns, num_cached + num_columns):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected ({len(ids)}, {num_columns}), or "
+            f"({len(ids)}, {num_cached + num_columns}) with the cached tokens."
+        )
+    if ((mask != 0) & (mask != 1)).any():
+        raise InputError("attention_mask has other values than 0 (padding) and 1.")
+    mask = mask.bool()
+    if mask.shape[1] > num_columns and not torch.equal(mask[:, :num_cached], cached):
+        raise InputError("attention_mask hides other cached tokens than the earlier calls did; expected the same.")
+    return mask[:, -num_columns:]
