@@ -139,6 +139,10 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
             "--grpc and VLLM_USE_RUST_FRONTEND start servers of vLLM's that know nothing of the guard for "
             "images. Leave them out, or use `vllm serve` and keep clients away yourself."
         )
+    if args.max_request_bytes < 1:
+        raise InputError(f"--max-request-bytes must be a whole number of at least 1, got {args.max_request_bytes}.")
+    if not 0 <= args.port < 2**16:
+        raise InputError(f"--port must be a number from 0 to 65535, got {args.port}.")
     limits = ImageLimits.from_options(vars(args)).as_options()
     media["image"] = {**limits, ALLOW_LOOPBACK: args.allow_loopback_media}
     args.media_io_kwargs = media

@@ -20,10 +20,28 @@ def test_every_plugin_that_would_be_loaded_still_is():
     assert plugins_with_live("") == "casa_live"
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_sessions", -1), ("idle_timeout", 0.0), ("max_frame_bytes", 0)])
-def test_options_that_make_no_sense(name, value):
-    with pytest.raises(InputError, match=f"--live-{name.replace('_', '-')}"):
+NO_SECONDS = "must be seconds, more than 0 and at most 604800"
+BAD_OPTIONS = [
+    ("max_sessions", -1, "must be a whole number of at least 0 (0 turns live sessions off)"),
+    ("max_frame_bytes", 0, "must be a whole number of at least 1"),
+    ("text_budget", 0, "must be a whole number of at least 1"),
+    *[
+        (f"{name}_timeout", value, NO_SECONDS)
+        for name in ("idle", "create", "send")
+        for value in (0.0, -1.0, float("nan"), float("inf"), 1e300)
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), BAD_OPTIONS)
+def test_options_that_make_no_sense(name, value, said):
+    with pytest.raises(InputError) as refused:
         LiveOptions(**{f"live_{name}": value})
+    assert str(refused.value) == f"--live-{name.replace('_', '-')} {said}, got {value!r}."
+
+
+def test_no_sessions_and_the_longest_times_are_taken():
+    LiveOptions(live_max_sessions=0, live_idle_timeout=604_800.0, live_send_timeout=1e-3)
 
 
 def test_a_frame_is_never_larger_than_an_image_or_a_message():

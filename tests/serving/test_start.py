@@ -89,6 +89,20 @@ def test_limits_that_make_no_sense(capsys, random_checkpoint):
     assert "--help=CASA" in said
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--live-max-sessions", -1, "must be a whole number of at least 0"),
+        ("--live-idle-timeout", "nan", "must be seconds"),
+        ("--max-request-bytes", 0, "must be a whole number of at least 1"),
+        ("--port", 99999, "must be a number from 0 to 65535"),
+        ("--port", -1, "must be a number from 0 to 65535"),
+    ],
+)
+def test_values_that_make_no_sense(capsys, random_checkpoint, option, value, said):
+    assert f"{option} {said}" in refused(capsys, random_checkpoint, f"{option}={value}")
+
+
 def test_servers_without_the_guard_are_refused(capsys, random_checkpoint, monkeypatch):
     assert "know nothing of the guard" in refused(capsys, random_checkpoint, "--grpc")
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")

@@ -11,6 +11,9 @@ from casa_engine.errors import InputError
 # uvicorn closes a WebSocket with 1009 at a message above 16 MiB; 8 bytes of it are the timestamp.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_FRAME_BYTES = MAX_MESSAGE_BYTES - 8
+# A week: nobody waits longer, and event loops refuse timers of more than some months.
+MAX_SECONDS = 604_800.0
+LOWEST = {"live_max_sessions": 0, "live_max_frame_bytes": 1, "live_text_budget": 1}
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,15 @@ class LiveOptions:
         Raises:
             InputError: an option that no session could meet.
         """
-        lowest = {"live_max_sessions": 0, "live_max_frame_bytes": 1, "live_text_budget": 1}
         for name, value in asdict(self).items():
-            if value is not None and (value < lowest.get(name, 0) or (value <= 0 and name not in lowest)):
-                raise InputError(f"--{name.replace('_', '-')} must be positive, got {value!r}.")
+            if value is None:
+                continue
+            option = f"--{name.replace('_', '-')}"
+            if name not in LOWEST and not 0 < value <= MAX_SECONDS:
+                raise InputError(f"{option} must be seconds, more than 0 and at most {MAX_SECONDS:.0f}, got {value!r}.")
+            if name in LOWEST and value < LOWEST[name]:
+                off = " (0 turns live sessions off)" if LOWEST[name] == 0 else ""
+                raise InputError(f"{option} must be a whole number of at least {LOWEST[name]}{off}, got {value!r}.")
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> LiveOptions:
