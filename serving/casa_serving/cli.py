@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from casa_engine.checkpoints import check_tensors, read_config
 from casa_engine.errors import CasaError, CheckpointError, InputError
-from casa_serving.defaults import embedded_checkpoint, engine_options, set_environment
+from casa_serving.defaults import SHUTDOWN_TIMEOUT_S, embedded_checkpoint, engine_options, set_environment
+from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, leave_at_once
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
 from casa_serving.live.options import LiveOptions, add_live_options
 from casa_serving.register import register
@@ -25,7 +29,11 @@ DESCRIPTION = """Serves a CASA model behind an OpenAI-compatible HTTP endpoint.
 Without CHECKPOINT the model inside the package is served. Every option of `vllm serve` is
 taken; --help=CASA shows those that are added, --help=all shows all.
 """
-MIDDLEWARE = "casa_serving.request_guard.RequestGuard"
+# The last one is the outermost.
+MIDDLEWARE = ["casa_serving.request_guard.RequestGuard", "casa_serving.drain.middleware.Drain"]
+INTERRUPTED = 130
+# Where several API servers count together; vLLM makes it, and leaves it to the interpreter to take it away.
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 CAPTION_PROCESSOR = "casa_vllm.caption_processor:CaptionLogitsProcessor"
 
 
@@ -59,7 +67,7 @@ def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
         action="store_true",
         help="let image URLs of allowed domains point to this machine itself (for tests)",
     )
-    serve.set_defaults(**defaults)
+    serve.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S, **defaults)
     return parser
 
 
@@ -146,16 +154,38 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
     limits = ImageLimits.from_options(vars(args)).as_options()
     media["image"] = {**limits, ALLOW_LOOPBACK: args.allow_loopback_media}
     args.media_io_kwargs = media
-    args.middleware = [*args.middleware, MIDDLEWARE]
+    # Set by whoever hears the signal, in this process (drain.departure).
+    args.was_asked_to_end, args.engine_processes = False, []
+    args.middleware = [*args.middleware, *MIDDLEWARE]
     # Model Runner V2, which runs on GPUs, has no logits processors; there the plugin wraps the sampler.
     if LiveOptions.from_arguments(vars(args)).live_max_sessions and on_cpu():
         args.logits_processors = [*(args.logits_processors or []), CAPTION_PROCESSOR]
     return args
 
 
+def check_several(args: argparse.Namespace) -> bool:
+    """Tells whether vLLM will start several API servers, which then need time to end.
+
+    Raises:
+        InputError: They would be killed before they can tell anybody.
+    """
+    count = args.api_server_count if args.api_server_count is not None else args.data_parallel_size
+    if count > 1 and args.shutdown_timeout < MIN_BOUND_S:
+        raise InputError(
+            f"--shutdown-timeout is {args.shutdown_timeout} with {count} API servers, which are killed after it: "
+            f"expected at least {MIN_BOUND_S:g} seconds, in which they can tell their clients."
+        )
+    return count > 1
+
+
 def main() -> int:
     """Entry point of the command; returns the exit status."""
-    return run(sys.argv[1:])
+    # The first process of a container hears no SIGTERM that it has no handler for; later on vLLM sets the same.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:
+        leave_at_once(INTERRUPTED)
 
 
 def run(argv: list[str]) -> int:
@@ -163,6 +193,9 @@ def run(argv: list[str]) -> int:
 
     Args:
         argv: The command line without the command's own name.
+
+    Returns:
+        0 where it was asked to end, 1 where it could not start or ended by itself, as when its engine has died.
     """
     if argv[:1] == ["--ray"]:
         from casa_serving.cluster.launch import run as run_cluster
@@ -170,17 +203,16 @@ def run(argv: list[str]) -> int:
         return run_cluster(argv[1:])
     try:
         args, embedded = parse(argv)
+        has_several = check_several(args)
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-
     set_environment(embedded=embedded, on_cpu=on_cpu(), live=args.live_max_sessions > 0)
     register()
-    command = ServeSubcommand()
     try:
-        command.validate(args)
-        command.cmd(args)
+        if has_several:
+            serve_in_several(args)
+        serve_in_this(args)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -190,7 +222,44 @@ def run(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    return 0
+
+
+def serve_in_this(args: argparse.Namespace) -> NoReturn:
+    """Serves in this process until the end; then ends it.
+
+    Everybody was told and the engine has ended by then. Taking the interpreter apart, with threads that may still be
+    at work on images, takes seconds that the bound on the end does not have.
+    """
+    run_vllm(args)
+    sys.stdout.flush()
+    leave_at_once(0 if args.was_asked_to_end else 1, args.engine_processes)
+
+
+def serve_in_several(args: argparse.Namespace) -> NoReturn:
+    """Serves in several processes, of which this is the parent, until the end; then ends all."""
+    signals = SignalCounter()
+    signals.start()
+    is_own_folder = METRICS_FOLDER not in os.environ
+    status = 1
+    try:
+        run_vllm(args)
+    except SystemExit as left:  # How vLLM's parent hears that it is to end.
+        status = 1 if left.code else 0
+    except RuntimeError as error:  # One of the others has died.
+        print(f"casa-serve: {error}", file=sys.stderr)
+    if is_own_folder:
+        shutil.rmtree(os.environ.get(METRICS_FOLDER, ""), ignore_errors=True)
+    sys.stdout.flush()
+    leave_at_once(status, signals.started)
+
+
+def run_vllm(args: argparse.Namespace) -> None:
+    """Runs vLLM's own command."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    command = ServeSubcommand()
+    command.validate(args)
+    command.cmd(args)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ EMBEDDED_NAME = "casa-tiny-digits"
 # bounded by what one request may reasonably carry, not by the context.
 MAX_IMAGES = 256
 LIVE_PLUGIN = "casa_live"
+# From the signal to the exit: below the 10 s after which `docker stop` kills.
+SHUTDOWN_TIMEOUT_S = 8
 # Those whose plugins vLLM loads where nothing is said; it asks to be told about endpoints.
 PLUGIN_GROUPS = (
     "vllm.general_plugins",

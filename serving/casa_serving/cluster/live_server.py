@@ -30,7 +30,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from casa_serving.cluster.live_place import TOKEN_HEADER, LivePlace, LiveRefusal
-from casa_serving.live.connection import Connection, LiveService, cut
+from casa_serving.drain.connections import cut
+from casa_serving.live.connection import Connection, LiveService
 from casa_serving.live.options import MAX_MESSAGE_BYTES
 from casa_serving.live.protocol import PATH, POLICY
 from casa_serving.live.statistics import LiveMetrics
@@ -154,7 +155,7 @@ class LiveServer:
             if not held.begun.is_set():
                 del self._held[token]
             elif held.websocket is not None:
-                cut(held.websocket)
+                cut(held.websocket.scope)
 
     async def _live(self, websocket: WebSocket) -> None:
         """The WebSocket of a place that is held."""

@@ -24,6 +24,7 @@ from vllm.exceptions import GracefulHTTPError
 
 from casa_engine.errors import InputError
 from casa_engine.live import HistoryItem, LiveSettings
+from casa_serving.drain.connections import cut
 from casa_serving.live.engine_session import FrameResult, LiveEngine, LiveSession, TextDelta
 from casa_serving.live.inbox import Asked, Inbox
 from casa_serving.live.options import LiveOptions
@@ -354,7 +355,7 @@ class Connection:
                     await self.socket.send_text(closed.model_dump_json())
                 await self.socket.close(end.close_code, end.reason)
         except TimeoutError:
-            cut(self.socket)
+            cut(self.socket.scope)
         except (WebSocketDisconnect, RuntimeError):  # The latter where a send has failed before.
             logger.info("Live session: the client left before the good-bye.")
 
@@ -374,14 +375,3 @@ async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
-
-
-def cut(socket: WebSocket) -> None:
-    """Drops the connection of a client that reads nothing.
-
-    Closing would wait until the client has taken what is in the buffer, which it never does.
-    ASGI has no word for this, so the connection is looked up in the server.
-    """
-    for connection in list(socket.app.state.server.server_state.connections):
-        if getattr(connection, "scope", None) is socket.scope:
-            connection.transport.abort()

@@ -18,7 +18,7 @@ from vllm.engine.protocol import EngineClient
 
 from casa_engine.errors import ConfigError
 from casa_serving.limits import ImageLimits
-from casa_serving.live import page, shutdown_patch
+from casa_serving.live import page
 from casa_serving.live.connection import Connection, LiveService
 from casa_serving.live.engine_session import LiveEngine
 from casa_serving.live.options import LiveOptions
@@ -45,13 +45,13 @@ class LiveEndpoint:
         page.attach(app)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Sets `state.live`, which the route reads. Mutates `state` and the client's `shutdown`."""
+        """Sets `state.live`, which the route reads, and has the sessions told when the server ends. Mutates `state`."""
         if engine_client is None:
             raise ConfigError("casa_live needs an engine, which vLLM's render server does not have.")
         options = LiveOptions.from_arguments(vars(args))
         limits = ImageLimits.from_options(vars(args))
         state.live = open_service(engine_client, Path(args.model), options, limits)
-        shutdown_patch.tell_before_shutdown(engine_client, state.live.registry)
+        state.goodbyes = [state.live.registry.close]
 
 
 async def live(websocket: WebSocket) -> None:

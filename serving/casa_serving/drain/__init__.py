@@ -1,0 +1,1 @@
+"""How a server ends: what runs may finish within a bound, everything else is told, and the process leaves."""

@@ -1,0 +1,69 @@
+"""What a client is told whose request ends with the server: in the shape of the API that it speaks.
+
+Before an answer has begun that is a response with status 503; within a stream it is the API's own error event.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from starlette.types import Message
+
+SHUTTING_DOWN = "The server is shutting down. Send the request again, to another server or in a moment."
+STATUS = 503
+KIND = "ServiceUnavailableError"
+RETRY_AFTER_S = 1
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
+
+
+def refusal(path: str, message: str) -> list[Message]:
+    """Returns the messages of a whole response that closes the connection.
+
+    Args:
+        path: Of the request, which says what API it speaks.
+        message: Why, in words.
+    """
+    body = json.dumps(error_body(path, message)).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"retry-after", str(RETRY_AFTER_S).encode()),
+        (b"connection", b"close"),
+    ]
+    return [
+        {"type": "http.response.start", "status": STATUS, "headers": headers},
+        {"type": "http.response.body", "body": body},
+    ]
+
+
+def end_of_stream(path: str, message: str, last_event: bytes) -> Message:
+    """Returns the end of a stream of server-sent events.
+
+    Args:
+        path: Of the request.
+        message: Why, in words.
+        last_event: What was sent last; the events of /v1/responses are numbered.
+    """
+    if path.endswith("/messages"):
+        data = named_event("error", error_body(path, message))
+    elif path.endswith("/responses"):
+        numbers = SEQUENCE_NUMBER.findall(last_event)
+        number = int(numbers[-1]) + 1 if numbers else 0
+        event = {"type": "error", "code": KIND, "message": message, "param": None, "sequence_number": number}
+        data = named_event("error", event)
+    else:
+        data = f"data: {json.dumps(error_body(path, message))}\n\ndata: [DONE]\n\n".encode()
+    return {"type": "http.response.body", "body": data}
+
+
+def error_body(path: str, message: str) -> dict[str, object]:
+    """Returns the error object of the API: Anthropic's for its own path, OpenAI's for all others."""
+    if path.endswith("/messages"):
+        return {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+    return {"error": {"message": message, "type": KIND, "param": None, "code": STATUS}}
+
+
+def named_event(name: str, data: dict[str, object]) -> bytes:
+    """Returns one server-sent event with its name."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
