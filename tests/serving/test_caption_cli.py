@@ -19,6 +19,7 @@ from casa_serving.live import caption_cli
 from casa_serving.live.caption_cli import main
 from casa_serving.live.captioners import ctrl_c_stays_here
 from casa_serving.live.subtitles import FrameRecord
+from odd_videos import OddVideos
 from serving_process import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,37 @@ def test_a_video_that_breaks_off_leaves_what_was_captioned(video, tmp_path, monk
     assert capsys.readouterr().err == "casa-caption: no more\n"
 
 
+def test_a_run_that_fails_leaves_what_was_there(video, tmp_path, monkeypatch, capsys):
+    before = {}
+    for name in ("out.jsonl", "out.srt", "out.vtt", "b.mp4", "out.part", "b.part.mp4"):
+        before[name] = f"mine: {name}"
+        (tmp_path / name).write_text(before[name])
+    scripted(monkeypatch, lambda sample: "x" if sample.timestamp < 3 else fail())
+    assert main([str(video), "--output", str(tmp_path / "out"), "--burn", str(tmp_path / "b.mp4"), "--quiet"]) == 1
+    assert {name: (tmp_path / name).read_text() for name in before} == before
+    added = {path.name for path in tmp_path.iterdir()} - set(before)
+    assert added == {"out.partial.jsonl", "out.partial.srt", "out.partial.vtt"}
+    assert len(read_lines(tmp_path / "out.partial.jsonl")) == 6
+
+
+def test_a_run_that_never_begins_leaves_nothing(video, tmp_path, monkeypatch):
+    scripted(monkeypatch, lambda sample: fail())
+    assert main([str(video), "--output", str(tmp_path / "out"), "--quiet"]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_files_agree_about_a_video_that_begins_late(tmp_path, monkeypatch):
+    path = OddVideos(tmp_path).make("late.mp4")
+    scripted(monkeypatch, lambda sample: f"at {sample.timestamp:g}")
+    assert main([str(path), "--quiet"]) == 0
+    times = [3.0 + number / FPS for number in range(8)]
+    assert [line["timestamp"] for line in read_lines(tmp_path / "late.jsonl")] == times
+    for suffix in ("srt", "vtt"):
+        events = pysubs2.load(str(tmp_path / f"late.{suffix}"), format_=suffix)
+        assert [event.start for event in events] == [1000 * moment for moment in times]
+        assert events[-1].end == 7000
+
+
 def fail():
     raise OSError("no more")
 
@@ -220,6 +252,7 @@ def folder(video, tmp_path, monkeypatch):
     (tmp_path / "words.txt").write_text("No video, but many words.\n" * 100)
     (tmp_path / "empty.mp4").write_bytes(b"")
     write_sound(tmp_path / "sound.m4a")
+    (tmp_path / "folder.srt").mkdir()
     return tmp_path
 
 
@@ -240,6 +273,7 @@ def folder(video, tmp_path, monkeypatch):
         ("good.mp4 --formats srt,doc", "--formats is 'srt,doc'; expected some of srt, vtt, jsonl"),
         ("good.mp4 --output none/out", "The folder 'none' does not exist"),
         ("good.mp4 --burn none/out.mp4", "The folder 'none' does not exist"),
+        ("good.mp4 --output folder", "'folder.srt', which is to be written, is a folder"),
         ("good.mp4 --burn out.gif", "--burn ends in '.gif'"),
         ("good.mp4 --burn good.mp4", "--burn names the video itself"),
         ("good.mp4 --checkpoint none", "The checkpoint 'none' does not exist"),

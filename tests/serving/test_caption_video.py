@@ -2,9 +2,9 @@
 
 import asyncio
 import resource
-import subprocess
 import time
 from fractions import Fraction
+from io import BytesIO
 from itertools import pairwise
 
 import av
@@ -14,15 +14,24 @@ import pytest
 from PIL import Image
 
 from casa_engine.errors import InputError
-from casa_serving.live.burn import find_ffmpeg
+from casa_serving.live.burn import burn
 from casa_serving.live.camera import Camera
-from casa_serving.live.captioners import encode, live_url
+from casa_serving.live.captioners import encode, fit, live_url
 from casa_serving.live.download import download
+from casa_serving.live.protocol import Limits
 from casa_serving.live.subtitles import MAX_CAPTION_S, FrameRecord, subtitles, write_subtitles
 from casa_serving.live.video import check_complete, sample, scan, upright_size
+from odd_videos import OddVideos, ffmpeg
 from web import site
 
 CLOCK = Fraction(1, 1000)
+
+
+@pytest.fixture(scope="module")
+def odd_videos(tmp_path_factory):
+    return OddVideos(tmp_path_factory.mktemp("odd"))
+
+
 SUFFIXES = {".mp4": "libx264", ".mkv": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4", ".gif": "gif"}
 
 
@@ -72,12 +81,36 @@ def test_a_video_that_does_not_begin_at_zero(tmp_path):
     assert numbers(path, 2)[:3] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "late_s"),
+    [
+        ("late.mp4 -itsoffset 3 -i {v} -i {a} -map 0:v -map 1:a -c copy", 3.0),
+        ("late.mkv -itsoffset 3 -i {v} -i {a} -map 0:v -map 1:a -c copy", 3.0),
+        ("alone.mp4 -itsoffset 3 -i {v} -c copy", 3.0),
+        ("sound.mp4 -i {v} -itsoffset 3 -i {a} -map 0:v -map 1:a -c copy", 0.0),
+        ("early.mp4 -itsoffset -0.3 -i {v} -i {a} -map 0:v -map 1:a -c copy", 0.0),
+        # The clock of a transport stream begins anywhere; it counts from its first picture or sound.
+        ("far.ts -i {v} -c copy -output_ts_offset 26000", 0.0),
+        ("far_late.ts -itsoffset 3 -i {v} -i {a} -map 0:v -map 1:a -c copy -output_ts_offset 26000", 3.0),
+        ("wrap.ts -i {v} -c copy -output_ts_offset 95440", 0.0),
+    ],
+)
+def test_how_late_a_video_begins(odd_videos, recipe, late_s):
+    name, _, words = recipe.partition(" ")
+    info = scan(odd_videos.make(name, words))
+    assert info.late_s == pytest.approx(late_s, abs=0.1)
+    assert not info.is_truncated
+    duration_s = 3.7 if name == "early.mp4" else 4.0
+    assert info.duration_s == pytest.approx(duration_s, abs=0.01)
+
+
+def test_frames_without_a_time_are_taken(odd_videos):
+    words = "-itsoffset -0.3 -i {v} -i {a} -map 0:v -map 1:a -c copy -avoid_negative_ts disabled"
+    assert len(list(sample(scan(odd_videos.make("negative.mkv", words)), 2))) == 7
+
+
 def test_a_short_video_gives_one_frame(tmp_path):
     assert numbers(write(tmp_path / "v.mp4", [0, 40]), 2) == [0]
-
-
-def ffmpeg(*words):
-    subprocess.run([find_ffmpeg(), "-loglevel", "error", "-y", *map(str, words)], check=True)
 
 
 def test_a_file_that_does_not_state_its_duration(tmp_path):
@@ -90,11 +123,12 @@ def test_a_file_that_does_not_state_its_duration(tmp_path):
     assert len(list(sample(info, 2))) == len(list(sample(scan(whole), 2)))
 
 
+@pytest.mark.parametrize("mirror", [[], ["-display_hflip"], ["-display_vflip"]], ids=["", "hflip", "vflip"])
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
-def test_frames_are_upright(tmp_path, turn):
+def test_frames_are_upright(tmp_path, turn, mirror):
     source, turned = tmp_path / "v.mp4", tmp_path / "turned.mp4"
     ffmpeg("-f", "lavfi", "-i", "testsrc=size=128x64:rate=10:duration=1", "-pix_fmt", "yuv420p", source)
-    ffmpeg("-display_rotation", turn, "-i", source, "-c", "copy", turned)
+    ffmpeg("-display_rotation", turn, *mirror, "-i", source, "-c", "copy", turned)
     expected = tmp_path / "expected.png"  # ffmpeg turns by itself.
     ffmpeg("-i", turned, "-frames:v", "1", expected)
     with av.open(str(expected)) as container:
@@ -240,7 +274,38 @@ def test_words_are_never_markup(tmp_path, suffix):
 def test_a_frame_is_sent_without_loss_where_that_is_small_enough():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     assert encode(picture, 100_000).startswith(b"\x89PNG")
-    assert encode(picture, 1000).startswith(b"\xff\xd8")
+    small = encode(picture, 1000)
+    assert small.startswith(b"\xff\xd8")
+    assert len(small) <= 1000
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "sent"),
+    [
+        ((8192, 4096), {}, (5792, 2896)),
+        ((20_000, 400), {}, (16_384, 327)),
+        ((640, 480), {}, (640, 480)),
+        ((640, 480), {"max_frame_pixels": 76_800}, (320, 240)),
+    ],
+)
+def test_a_frame_is_scaled_to_what_the_server_takes(size, limits, sent):
+    taken = Limits(max_frame_bytes=20_000_000, idle_timeout_s=60, max_sessions=1, **limits)
+    assert Image.open(BytesIO(fit(Image.new("RGB", size), taken))).size == sent
+
+
+@pytest.mark.parametrize("name", ["late_alone.mp4", "wide_pixels.mp4", "cover_first.mp4", "hflip.mp4"])
+def test_captions_are_burned_in_where_they_stand(odd_videos, tmp_path, name):
+    video = odd_videos.make(name)
+    info = scan(video)
+    captions = subtitles([record(info.late_s + 1.0, "MMMMMM")], info.late_s + 2.0)
+    burn(info, captions, tmp_path / "burned.mp4")
+    before, after = (
+        [np.asarray(item.image.crop((0, 90, *item.image.size)), int) for item in sample(scan(path), 2)]
+        for path in (video, tmp_path / "burned.mp4")
+    )
+    differs = [np.abs(one - other).mean() > 4 for one, other in zip(before, after, strict=True)]
+    assert differs == [False, False, True, True, False, False, False, False]
+    assert [path.name for path in tmp_path.iterdir()] == ["burned.mp4"]
 
 
 @pytest.mark.parametrize(

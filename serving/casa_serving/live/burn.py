@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from casa_engine.errors import InputError
 from casa_serving.live.subtitles import styled, write_subtitles
-from casa_serving.live.video import OPEN_OPTIONS, upright_size
+from casa_serving.live.video import OPEN_OPTIONS, VideoInfo, upright_size
 
 if TYPE_CHECKING:
     import pysubs2
@@ -41,38 +41,46 @@ def find_ffmpeg() -> str:
         ) from error
 
 
-def burn(video: Path, captions: pysubs2.SSAFile, output: Path) -> None:
-    """Writes a copy of `video` with its sound and the captions in the picture; it is there whole or not at all.
+def burn(info: VideoInfo, captions: pysubs2.SSAFile, output: Path) -> None:
+    """Writes a copy of a video with its sound and the captions in the picture; it is there whole or not at all.
+
+    Args:
+        info: The video.
+        captions: Timed from what a player calls its beginning.
+        output: Where to.
+
+    Mutates:
+        captions: their times and styles.
 
     Raises:
         InputError: ffmpeg cannot do it.
     """
     ffmpeg = find_ffmpeg()
-    part = output.with_name(f"{output.stem}.part{output.suffix}")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".casa-caption-") as folder:
+        part = Path(folder).absolute() / f"burned{output.suffix}"
         # A filter's argument has rules of quoting of its own: a plain name in the working folder needs none.
-        write_subtitles(styled(captions, *upright_size(video)), Path(folder) / "captions.ass")
-        try:
-            run = subprocess.run(
-                command(ffmpeg, video.absolute(), part.absolute()),
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            check(run, has_captions=bool(captions))
-            os.replace(part, output)
-        finally:
-            part.unlink(missing_ok=True)
+        # ffmpeg's clock begins with the first picture or sound.
+        captions.shift(s=info.zero_s - info.start_s)
+        write_subtitles(styled(captions, *upright_size(info.path)), Path(folder) / "captions.ass")
+        run = subprocess.run(
+            command(ffmpeg, info, part),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        check(run, has_captions=bool(captions))
+        os.replace(part, output)
 
 
-def command(ffmpeg: str, video: Path, output: Path) -> list[str]:
+def command(ffmpeg: str, info: VideoInfo, output: Path) -> list[str]:
     """The call of ffmpeg: only real containers are opened, all sound is kept, browsers can play the result."""
     guards = [word for name, value in OPEN_OPTIONS.items() for word in (f"-{name}", value)]
-    # 4:2:0 wants even sides.
-    filters = "ass=captions.ass,pad=ceil(iw/2)*2:ceil(ih/2)*2"
-    words = [ffmpeg, "-hide_banner", "-loglevel", "warning", "-nostdin", "-y", *guards, "-i", str(video)]
-    words += ["-map", "0:v:0", "-map", "0:a?", "-vf", filters, "-pix_fmt", "yuv420p"]
+    # Letters are drawn on square pixels; 4:2:0 wants even sides.
+    square = "scale=max(iw\\,iw*sar):max(ih\\,ih/sar),setsar=1"
+    filters = f"{square},ass=captions.ass,pad=ceil(iw/2)*2:ceil(ih/2)*2"
+    words = [ffmpeg, "-hide_banner", "-loglevel", "warning", "-nostdin", "-y", *guards, "-i", str(info.path.absolute())]
+    words += ["-map", f"0:{info.stream}", "-map", "0:a?", "-vf", filters, "-pix_fmt", "yuv420p"]
     if output.suffix in (".mp4", ".mov"):
         words += ["-movflags", "+faststart"]
     return [*words, str(output)]

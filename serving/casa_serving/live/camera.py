@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
 from casa_engine.errors import InputError
-from casa_serving.live.video import Sample, import_av, upright
+from casa_serving.live.picture import Look, as_shown
+from casa_serving.live.video import Sample, import_av
 
 if TYPE_CHECKING:
     import av
@@ -49,6 +50,7 @@ class Camera:
             self._container = av.open(self._device, format=self._format)
         except (av.error.FFmpegError, OSError) as error:
             raise InputError(f"The camera {self._device!r} cannot be opened: {error.strerror}.") from error
+        self._look = Look(self._container.streams.video[0].sample_aspect_ratio)
         self._thread = threading.Thread(target=self._read, name="camera", daemon=True)
         self._thread.start()
         return self
@@ -73,7 +75,7 @@ class Camera:
         while max_seconds is None or number / fps < max_seconds:
             time.sleep(max(0.0, begin + number / fps - time.monotonic()))
             shown, frame = self._newer_than(shown)
-            yield Sample(shown - begin, upright(frame))
+            yield Sample(shown - begin, as_shown(frame, self._look))
             number = max(number + 1, math.ceil((time.monotonic() - begin) * fps))
 
     def _newer_than(self, moment: float) -> tuple[float, av.VideoFrame]:

@@ -15,9 +15,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -29,17 +28,13 @@ from casa_serving.live.camera import Camera, is_camera
 from casa_serving.live.caption_options import (
     build_parser,
     check_options,
-    chosen_formats,
     given_settings,
     is_url,
-    output_path,
 )
 from casa_serving.live.captioners import Captioner, engine_captioner, server_captioner
-from casa_serving.live.subtitles import FrameRecord, JsonLines, import_pysubs2, subtitles, write_subtitles
-from casa_serving.live.video import Sample, check_complete, sample, scan
-
-if TYPE_CHECKING:
-    from pysubs2 import SSAFile
+from casa_serving.live.outputs import Outputs, building
+from casa_serving.live.subtitles import FrameRecord, import_pysubs2
+from casa_serving.live.video import Sample, VideoInfo, check_complete, sample, scan
 
 INTERRUPTED = 130  # What a shell reports for a command that Ctrl-C ended.
 
@@ -51,12 +46,12 @@ class Source:
     Attributes:
         samples: Frames in order; the next one is fetched when it is needed.
         total: How many there will be, if that is known.
-        path: The file, if it is one.
+        info: What is known of the file, if it is one.
     """
 
     samples: Iterator[Sample]
     total: int | None
-    path: Path | None
+    info: VideoInfo | None
 
 
 @contextmanager
@@ -77,7 +72,8 @@ def open_source(options: argparse.Namespace) -> Iterator[Source]:
         info = scan(path)
         check_complete(info, options.max_seconds)
         total = info.num_samples(options.fps, options.max_seconds)
-        yield Source(sample(info, options.fps, options.max_seconds), total, path)
+        samples = sample(info, options.fps, options.max_seconds)
+        yield Source((replace(item, timestamp=item.timestamp + info.late_s) for item in samples), total, info)
 
 
 async def fetch(options: argparse.Namespace, folder: Path) -> Path:
@@ -105,23 +101,11 @@ def open_captioner(options: argparse.Namespace) -> AbstractAsyncContextManager[C
     return engine_captioner(checkpoint, LiveSettings.for_checkpoint(checkpoint, **given_settings(options)))
 
 
-@contextmanager
-def growing_file(options: argparse.Namespace) -> Iterator[JsonLines | None]:
-    """The JSON lines, if they are wanted."""
-    if "jsonl" not in chosen_formats(options):
-        yield None
-        return
-    lines = JsonLines(output_path(options, "jsonl"))
-    try:
-        yield lines
-    finally:
-        lines.close()
-
-
 async def caption_all(
     records: list[FrameRecord],
     source: Source,
     captioner: AbstractAsyncContextManager[Captioner],
+    outputs: Outputs,
     options: argparse.Namespace,
 ) -> bool:
     """Captions frame by frame until the end or Ctrl-C; returns whether it came to the end.
@@ -129,7 +113,7 @@ async def caption_all(
     Mutates:
         records: grows by each frame.
     """
-    job = asyncio.create_task(caption_into(records, source, captioner, options))
+    job = asyncio.create_task(caption_into(records, source, captioner, outputs, options))
     interrupted = asyncio.Event()
 
     def interrupt() -> None:
@@ -149,6 +133,7 @@ async def caption_into(
     records: list[FrameRecord],
     source: Source,
     captioner: AbstractAsyncContextManager[Captioner],
+    outputs: Outputs,
     options: argparse.Namespace,
 ) -> None:
     """Starts the captioner and shows it all frames.
@@ -157,11 +142,10 @@ async def caption_into(
         records: grows by each frame.
     """
     async with captioner as caption:
-        with growing_file(options) as lines, tqdm(total=source.total, unit="frame", disable=options.quiet) as progress:
+        with tqdm(total=source.total, unit="frame", disable=options.quiet) as progress:
             while (frame := await asyncio.to_thread(next, source.samples, None)) is not None:
                 records.append(await caption(frame))
-                if lines is not None:
-                    lines.write(records[-1])
+                outputs.write(records[-1])
                 report(progress, records[-1])
 
 
@@ -172,18 +156,6 @@ def report(progress: tqdm, record: FrameRecord) -> None:
     progress.update()
 
 
-def write_captions(records: list[FrameRecord], options: argparse.Namespace) -> SSAFile:
-    """Writes the subtitles that are wanted."""
-    captions = subtitles(records, end_s=records[-1].timestamp + 1 / options.fps)
-    paths = [output_path(options, suffix) for suffix in chosen_formats(options)]
-    for path in paths:
-        if path.suffix != ".jsonl":  # That one has grown all along.
-            write_subtitles(captions, path)
-    if not options.quiet:
-        print(f"{len(records)} frames, {len(captions)} captions: {', '.join(map(str, paths))}")
-    return captions
-
-
 def run(options: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit status."""
     check_options(options)
@@ -191,15 +163,28 @@ def run(options: argparse.Namespace) -> int:
     if options.burn is not None:
         find_ffmpeg()
     captioner = open_captioner(options)
-    with open_source(options) as source:
+    with open_source(options) as source, building(options) as outputs:
         records: list[FrameRecord] = []
+        complete, captions = False, None
         try:
-            complete = asyncio.run(caption_all(records, source, captioner, options))
+            complete = asyncio.run(caption_all(records, source, captioner, outputs, options))
         finally:
-            captions = write_captions(records, options) if records else None
-        if options.burn is not None and source.path is not None and captions is not None and complete:
-            burn(source.path, captions, options.burn)
+            if records:
+                captions = outputs.publish(records, complete=complete)
+        if options.burn is not None and source.info is not None and captions is not None and complete:
+            with sigterm_as_ctrl_c():
+                burn(source.info, captions, options.burn)
     return 0 if complete else INTERRUPTED
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Meanwhile SIGTERM ends the command as Ctrl-C does: what is half done is put away."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -86,9 +86,14 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--max-download-bytes is {options.max_download_bytes}; expected at least 1.")
     if options.burn is not None:
         check_burn(options)
-    for path in (output_path(options, "srt"), options.burn):
-        if path is not None and not path.parent.is_dir():
+    outputs = [output_path(options, suffix) for suffix in chosen_formats(options)]
+    for path in [*outputs, *([options.burn] if options.burn else [])]:
+        if not path.parent.is_dir():
             raise InputError(f"The folder {str(path.parent)!r} does not exist. Make it, or name another.")
+        if path.is_dir():
+            raise InputError(f"{str(path)!r}, which is to be written, is a folder. Name another file with --output.")
+        if path.exists() and Path(options.video).exists() and path.samefile(options.video):
+            raise InputError(f"{str(path)!r}, which is to be written, is the video itself. Name another with --output.")
 
 
 def check_burn(options: argparse.Namespace) -> None:

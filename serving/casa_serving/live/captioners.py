@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -10,6 +11,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import Resampling
 from yarl import URL
 
 from casa_engine.errors import InputError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from casa_serving.live.client import LiveClient
     from casa_serving.live.engine_session import LiveSession
+    from casa_serving.live.protocol import Limits
 
 Captioner = Callable[[Sample], Awaitable[FrameRecord]]
 JPEG_QUALITY = 95
@@ -111,8 +114,9 @@ async def caption_by_server(client: LiveClient, sample: Sample) -> FrameRecord:
     """Sends one frame and waits for the end of its caption."""
     from casa_serving.live.protocol import Fault, FrameDone, LiveError
 
-    limit = client.created.limits.max_frame_bytes if client.created else None
-    number = await client.send_frame(encode(sample.image, limit), sample.timestamp)
+    limits = client.created.limits if client.created else None
+    file = encode(sample.image, None) if limits is None else fit(sample.image, limits)
+    number = await client.send_frame(file, sample.timestamp)
     async for event in client.events():
         if isinstance(event, Fault):
             raise LiveError(event.code, event.message)
@@ -129,14 +133,35 @@ async def caption_by_server(client: LiveClient, sample: Sample) -> FrameRecord:
     raise InputError("The server closed the session before the video's end.")
 
 
+def fit(image: Image.Image, limits: Limits) -> bytes:
+    """A frame as the file that is sent, scaled down to what the server takes; the model sees less than that anyway."""
+    scale = min(1.0, math.sqrt(limits.max_frame_pixels / (image.width * image.height)))
+    scale = min(scale, limits.max_frame_side / max(image.size))
+    return encode(image if scale == 1 else scaled(image, scale), limits.max_frame_bytes)
+
+
 def encode(image: Image.Image, max_bytes: int | None) -> bytes:
-    """A frame as the file that is sent: without loss where that is small enough."""
+    """A frame as a file: without loss where that is small enough, scaled down where it cannot be otherwise."""
+    file = saved(image, "PNG", compress_level=1)
+    while max_bytes is not None and len(file) > max_bytes:
+        file = saved(image, "JPEG", quality=JPEG_QUALITY)
+        if max(image.size) == 1:
+            break
+        image = scaled(image, 0.5)
+    return file
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """An image as a file of a kind."""
     buffer = BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    if max_bytes is not None and buffer.tell() > max_bytes:
-        buffer = BytesIO()
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def scaled(image: Image.Image, scale: float) -> Image.Image:
+    """A smaller copy."""
+    size = [max(1, int(side * scale)) for side in image.size]
+    return image.resize(tuple(size), Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def live_url(server: str) -> str:

@@ -199,6 +199,8 @@ class Connection:
         self.statistics.frame_interval_ms = 1000 / settings.fps
         limits = Limits(
             max_frame_bytes=options.live_max_frame_bytes,
+            max_frame_pixels=self.service.image_io.limits.max_image_pixels,
+            max_frame_side=self.service.image_io.limits.max_image_side,
             idle_timeout_s=options.live_idle_timeout,
             max_sessions=min(options.live_max_sessions, capacity),
         )

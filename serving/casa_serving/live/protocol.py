@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from casa_engine.errors import CasaError, InputError
 from casa_engine.live import LiveSettings
 from casa_engine.live.settings import MAX_TEXT_CHARACTERS
+from casa_serving.limits import ImageLimits
 
 PATH = "/v1/live"
 SUBPROTOCOL = "casa-live"
@@ -219,9 +220,11 @@ class Event(BaseModel):
 
 
 class Limits(Event):
-    """What the server takes; see docs/limits.md."""
+    """What the server takes; see docs/limits.md. An older server does not name the limits on a frame's size."""
 
     max_frame_bytes: int
+    max_frame_pixels: int = ImageLimits.max_image_pixels
+    max_frame_side: int = ImageLimits.max_image_side
     idle_timeout_s: float
     max_sessions: int
 

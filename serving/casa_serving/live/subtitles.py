@@ -7,7 +7,6 @@ entry in subtitles; in the JSON lines every frame has one.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +28,7 @@ class FrameRecord:
     """One frame and what was said to it.
 
     Attributes:
-        timestamp: Seconds since the video began.
+        timestamp: Seconds on the video's clock, as a player shows them.
         caption: "" is silence.
         tokens: Generated, the stop token included.
         ttft_ms: From handing over the frame to the first token.
@@ -82,8 +81,8 @@ def subtitles(records: list[FrameRecord], end_s: float) -> pysubs2.SSAFile:
 
 
 def write_subtitles(file: pysubs2.SSAFile, path: Path) -> None:
-    """Writes SRT, WebVTT or ASS, by the suffix, all at once."""
-    replace_file(path, file.to_string(path.suffix[1:]))
+    """Writes SRT, WebVTT or ASS, by the suffix."""
+    path.write_text(file.to_string(path.suffix[1:]), encoding="utf-8")
 
 
 def styled(file: pysubs2.SSAFile, width: int, height: int) -> pysubs2.SSAFile:
@@ -106,13 +105,6 @@ def styled(file: pysubs2.SSAFile, width: int, height: int) -> pysubs2.SSAFile:
         backcolor=box,
     )
     return file
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 class JsonLines:

@@ -1,0 +1,95 @@
+"""How one decoded frame looks on the screen: its colours, its shape, which side is up, and what shows through.
+
+Browsers are the judge: the same file looks the same on the page.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    import av
+
+# What a file says nothing about is BT.709 from this height on, BT.601 below.
+HD_HEIGHT = 720
+UNSPECIFIED, BT709 = 2, 1
+# Of a display matrix: x' = a x + c y, y' = b x + d y, with y downwards; keyed by the signs of a, b, c, d.
+TURNS = {
+    (1, 0, 0, 1): None,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+MATRIX = struct.Struct("<9i")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a file says about how all its frames are shown.
+
+    Attributes:
+        pixel_aspect: Width over height of a pixel; None is square.
+        turn: How frames are turned and mirrored; None where they are not.
+    """
+
+    pixel_aspect: Fraction | None = None
+    turn: Image.Transpose | None = None
+
+    @classmethod
+    def of(cls, video: av.VideoStream, frame: av.VideoFrame) -> Look:
+        """Reads it from a stream and its first frame; a frame that was asked lives until Python looks for cycles."""
+        return cls(video.sample_aspect_ratio, turn_of(frame))
+
+
+def as_shown(frame: av.VideoFrame, look: Look) -> Image.Image:
+    """Returns a frame as RGB with square pixels, turned as its file says, over white where it is transparent."""
+    image = rgb(frame)
+    size = square_pixels(image.width, image.height, look.pixel_aspect)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return image if look.turn is None else image.transpose(look.turn)
+
+
+def rgb(frame: av.VideoFrame) -> Image.Image:
+    """Returns a frame's pixels as RGB."""
+    is_guess = frame.colorspace == UNSPECIFIED and frame.height >= HD_HEIGHT and not frame.format.is_rgb
+    matrix = {"src_colorspace": BT709} if is_guess else {}
+    # A palette has transparent colours too.
+    if not (frame.format.has_palette or any(component.is_alpha for component in frame.format.components)):
+        return Image.fromarray(frame.to_ndarray(format="rgb24", **matrix))
+    seen = Image.fromarray(frame.to_ndarray(format="rgba", **matrix))
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+
+
+def square_pixels(width: int, height: int, pixel_aspect: Fraction | None) -> tuple[int, int]:
+    """Returns the size of a picture with square pixels: the side that is too short is stretched."""
+    if not pixel_aspect or pixel_aspect == 1:
+        return width, height
+    if pixel_aspect > 1:
+        return round(width * pixel_aspect), height
+    return width, round(height / pixel_aspect)
+
+
+def turn_of(frame: av.VideoFrame) -> Image.Transpose | None:
+    """Returns how a frame's display matrix turns and mirrors it, to the nearest quarter; None where it does not."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = MATRIX.unpack(bytes(data)[: MATRIX.size])
+            straight = abs(a) + abs(d) >= abs(b) + abs(c)
+            signs = (sign(a), 0, 0, sign(d)) if straight else (0, sign(b), sign(c), 0)
+            return TURNS[signs]
+    return None
+
+
+def sign(number: int) -> int:
+    """Returns -1 below zero and 1 from there on."""
+    return -1 if number < 0 else 1
