@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -17,6 +16,7 @@ from casa_engine.errors import CheckpointError
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.tokenization import byte_tokenizer, chat_template
+from casa_engine.weight_files import INDEX, WEIGHTS, share_files, stored_shapes
 
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 1024 * 28 * 28
 
@@ -37,25 +37,6 @@ def read_config(folder: str | Path) -> CasaConfig:
     if kind != CasaConfig.model_type:
         raise CheckpointError(f"{path} has model_type {kind!r}; expected {CasaConfig.model_type!r}.")
     return AutoConfig.from_pretrained(folder)
-
-
-def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor in the folder's safetensors files (headers only).
-
-    Raises:
-        CheckpointError: There is no such file, or one is damaged.
-    """
-    paths = sorted(Path(folder).glob("*.safetensors"))
-    if not paths:
-        raise CheckpointError(f"{folder} has no *.safetensors file; expected the model's weights.")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
-    return shapes
 
 
 def check_tensors(folder: str | Path, config: CasaConfig) -> None:
@@ -108,7 +89,10 @@ def save_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcesso
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
+    if (Path(folder) / WEIGHTS).is_file():
+        (Path(folder) / INDEX).unlink(missing_ok=True)  # of shards that save_pretrained has replaced by one file
     processor.save_pretrained(folder)
+    share_files(folder, "*.safetensors")
 
 
 def default_processor(config: CasaConfig) -> CasaProcessor:

@@ -52,7 +52,7 @@ def test_pipeline(parts, batch_size: int, side: str) -> None:
     model, processor = parts
     pipe = make_pipeline(model, processor)
     pipe.tokenizer.padding_side = side
-    options = {"generate_kwargs": {"do_sample": False}, "max_new_tokens": 6, "return_tensors": True}
+    options = {"generate_kwargs": GREEDY, "return_tensors": True}
     lengths = [prepare(processor, chat)["input_ids"].shape[1] for chat in CHATS]
     alone = [pipe(text=chat, **options)[0]["generated_token_ids"] for chat in CHATS]
     together = pipe(text=CHATS, batch_size=batch_size, **options)

@@ -64,3 +64,9 @@ def test_no_paths_and_no_weights_twice(folder):
     described = json.loads((folder / "manifest.json").read_text())
     assert described["source"]["name"] == folder.name.removesuffix("-onnx")
     assert set(described["files"]) == {path.name for path in folder.iterdir() if path.is_file()} - {"manifest.json"}
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(folder, tmp_path):
+    (tmp_path / "new").touch()
+    mode = (tmp_path / "new").stat().st_mode & 0o777
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()} == {mode}

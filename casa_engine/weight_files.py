@@ -1,0 +1,86 @@
+"""The files of a checkpoint's weights: one, or shards with an index that says which tensor lies in which.
+
+model.safetensors; or model-00001-of-00002.safetensors, ... and model.safetensors.index.json
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from casa_engine.errors import CheckpointError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def stored_shapes(folder: str | Path) -> Shapes:
+    """Name and shape of each tensor that loading the folder reads (headers only).
+
+    Raises:
+        CheckpointError: There are no weights; a file is damaged, missing, or not one of them; or the index and the
+            shards do not fit together.
+    """
+    folder = Path(folder)
+    present = {path.name for path in folder.glob("*.safetensors")}
+    if not present:
+        raise CheckpointError(f"{folder} has no *.safetensors file; expected the model's weights.")
+    weight_map = None if WEIGHTS in present else _weight_map(folder, present)
+    if weight_map is None and (folder / INDEX).exists():
+        raise CheckpointError(f"{folder} has both {WEIGHTS} and {INDEX}; expected one of them: remove the other.")
+    needed = {WEIGHTS} if weight_map is None else set(weight_map.values())
+    if missing := sorted(needed - present):
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; copy the whole checkpoint.")
+    if stray := sorted(present - needed):
+        raise CheckpointError(
+            f"{folder} has {', '.join(stray)}, which is not part of the weights in {', '.join(sorted(needed))}; remove "
+            "it: programs that read every file would load it."
+        )
+    shapes: Shapes = {}
+    for name in sorted(needed):
+        of_file = _shapes_of_file(folder / name)
+        listed = of_file.keys() if weight_map is None else {key for key, file in weight_map.items() if file == name}
+        if wrong := sorted(listed ^ of_file.keys()):
+            raise CheckpointError(
+                f"{folder}: {INDEX} and {name} do not fit together: {wrong[0]} is in one of them only; copy the whole "
+                "checkpoint."
+            )
+        shapes |= of_file
+    return shapes
+
+
+def _weight_map(folder: Path, present: set[str]) -> dict[str, str]:
+    """File of each tensor, as the index says."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has {', '.join(sorted(present))} and no {INDEX}; expected {WEIGHTS}, or shards with their "
+            "index: copy the whole checkpoint."
+        )
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        names = set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not an index of safetensors: {error!r}.") from error
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise CheckpointError(f"{path} names {sorted(map(str, names))[:3]}; expected files of the folder itself.")
+    return weight_map
+
+
+def _shapes_of_file(path: Path) -> Shapes:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def share_files(folder: str | Path, pattern: str) -> None:
+    """Gives files the mode that a new file gets by the umask; safetensors writes its own for their owner alone."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        probe = Path(scratch) / "probe"
+        probe.touch()
+        mode = probe.stat().st_mode & 0o777
+    for path in Path(folder).glob(pattern):
+        path.chmod(mode)
