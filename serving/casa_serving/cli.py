@@ -22,7 +22,7 @@ from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, leave_at_on
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
 from casa_serving.live.options import LiveOptions, add_live_options
 from casa_serving.register import register
-from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
+from casa_serving.request_limits import RequestLimits, add_request_options
 
 DESCRIPTION = """Serves a CASA model behind an OpenAI-compatible HTTP endpoint.
 
@@ -55,13 +55,8 @@ def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
     serve.epilog = "casa-serve --help=CASA | --help=all | --help=<option or group> | --ray --help (docs/cluster.md)"
     group = serve.add_argument_group("CASA", "What clients may send")
     add_limit_options(group)
+    add_request_options(group)
     add_live_options(group)
-    group.add_argument(
-        "--max-request-bytes",
-        type=int,
-        default=DEFAULT_MAX_REQUEST_BYTES,
-        help=f"largest body of a request in bytes (default: {DEFAULT_MAX_REQUEST_BYTES})",
-    )
     group.add_argument(
         "--allow-loopback-media",
         action="store_true",
@@ -147,8 +142,7 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
             "--grpc and VLLM_USE_RUST_FRONTEND start servers of vLLM's that know nothing of the guard for "
             "images. Leave them out, or use `vllm serve` and keep clients away yourself."
         )
-    if args.max_request_bytes < 1:
-        raise InputError(f"--max-request-bytes must be a whole number of at least 1, got {args.max_request_bytes}.")
+    RequestLimits.from_options(vars(args))
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be a number from 0 to 65535, got {args.port}.")
     limits = ImageLimits.from_options(vars(args)).as_options()
@@ -204,10 +198,10 @@ def run(argv: list[str]) -> int:
     try:
         args, embedded = parse(argv)
         has_several = check_several(args)
+        set_environment(embedded=embedded, on_cpu=on_cpu(), live=args.live_max_sessions > 0)
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1
-    set_environment(embedded=embedded, on_cpu=on_cpu(), live=args.live_max_sessions > 0)
     register()
     try:
         if has_several:

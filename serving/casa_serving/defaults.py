@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from casa_engine.configuration import CasaConfig
+from casa_engine.errors import ConfigError
 from casa_serving.register import CONNECTOR
 
 EMBEDDED_NAME = "casa-tiny-digits"
 # A conversation's old images cost a CASA model nothing but their encoding, so the count is
 # bounded by what one request may reasonably carry, not by the context.
 MAX_IMAGES = 256
+HTTP_PLUGIN = "casa_http"
 LIVE_PLUGIN = "casa_live"
 # From the signal to the exit: below the 10 s after which `docker stop` kills.
 SHUTDOWN_TIMEOUT_S = 8
@@ -94,27 +96,36 @@ def set_environment(*, embedded: bool, on_cpu: bool, live: bool) -> None:
         embedded: Whether the embedded model is served.
         on_cpu: Whether vLLM will run on the CPU.
         live: Whether there are live sessions.
+
+    Raises:
+        ConfigError: the package was installed before it had its endpoints.
     """
     for name, value in environment(embedded=embedded, on_cpu=on_cpu).items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
-    if live:
-        os.environ["VLLM_PLUGINS"] = plugins_with_live(os.environ.get("VLLM_PLUGINS"))
+    if HTTP_PLUGIN not in entry_points(group="vllm.endpoint_plugins").names:
+        raise ConfigError(
+            f"The installed package does not name its endpoint {HTTP_PLUGIN!r}: it was installed before its code was "
+            "changed. Install it again (pip install -e .)."
+        )
+    endpoints = [HTTP_PLUGIN, LIVE_PLUGIN] if live else [HTTP_PLUGIN]
+    os.environ["VLLM_PLUGINS"] = plugins_with(endpoints, os.environ.get("VLLM_PLUGINS"))
 
 
-def plugins_with_live(allowed: str | None) -> str:
-    """Returns a value of `VLLM_PLUGINS` that loads the live endpoint beside what is loaded anyway.
+def plugins_with(endpoints: list[str], allowed: str | None) -> str:
+    """Returns a value of `VLLM_PLUGINS` that loads these endpoints beside what is loaded anyway.
 
     vLLM loads a plugin that adds routes only if this variable names it, and loads no plugin at
     all that the variable does not name once it is set.
 
     Args:
+        endpoints: Names of entry points.
         allowed: The variable's value, or None where it is not set.
     """
     if allowed is None:
         installed = {plugin.name for group in PLUGIN_GROUPS for plugin in entry_points(group=group)}
         allowed = ",".join(sorted(installed))
-    return ",".join([*filter(None, allowed.split(",")), LIVE_PLUGIN])
+    return ",".join([*filter(None, allowed.split(",")), *endpoints])
 
 
 def embedded_checkpoint() -> Path:

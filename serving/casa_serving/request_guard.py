@@ -1,7 +1,10 @@
-"""ASGI middleware before everything else: no huge bodies, no doors meant for other servers, no foreign pages.
+"""ASGI middleware before everything else: keys, closed paths, bounds on bodies, errors in OpenAI's shape.
+
+    request -> path closed? -> key -> kind of body -> read, counted and timed -> parsed, measured -> vLLM's own server
+            <- an error of any layer in OpenAI's shape <-
 
 Neither uvicorn nor FastAPI bounds a body, and an image inside JSON is only seen when all of
-it was read and parsed. vLLM creates middleware without arguments, so the limit is read from
+it was read and parsed. vLLM creates middleware without arguments, so the limits are read from
 the server's own arguments, which it keeps in the app's state.
 
 The paths that are closed are those by which the parts of a divided vLLM talk to each other.
@@ -16,59 +19,177 @@ import json
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-DEFAULT_MAX_REQUEST_BYTES = 100_000_000
-
+from casa_serving import responses_input
+from casa_serving.api_key import KeyCheck
+from casa_serving.error_shape import ErrorShape
+from casa_serving.errors import RequestError
+from casa_serving.http_server import configure_server
+from casa_serving.json_bounds import StructureCounter, parse_json
+from casa_serving.logprobs_bound import bound_logprobs
+from casa_serving.request_body import BodyReader, BytesInFlight, ClientGoneError, replay, too_large
+from casa_serving.request_fields import FieldChecker
+from casa_serving.request_limits import RequestLimits
 
 # "casa-key." and the key in base64url; vLLM guards WebSockets under /v1 by their Authorization header.
 KEY_PREFIX = "casa-key."
 CLOSED_PATHS = ("/inference/", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 CLOSED_ENDINGS = ("/render", "/derender")
+# A body over it is refused before all of it is read; the connection cannot be used again.
+CLOSE = {"Connection": "close"}
 
 
 class RequestGuard:
-    """Answers 413 to a body over `--max-request-bytes`, 404 to closed paths, 403 to foreign pages' WebSockets."""
+    """See the module; refuses WebSockets of foreign pages too."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        # Known with the first request: the app's state is set after its middleware.
+        self._checks: Checks | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on if its body is within the limit, and a WebSocket if its page may open it."""
-        if scope["type"] == "websocket":
-            await self._open_socket(scope, receive, send)
-            return
-        if scope["type"] != "http":
+        """Passes on what may be passed on, and answers the rest."""
+        if scope["type"] == "lifespan":
+            state = scope["app"].state
+            # Elsewhere the server is somebody else's: a cluster's ingress has none.
+            if hasattr(state, "server"):
+                configure_server(state.server, state.args)
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path.startswith(CLOSED_PATHS) or path.endswith(CLOSED_ENDINGS):
-            await answer(send, 404, "NotFoundError", f"There is no {path!r} on this server.")
+        if self._checks is None:
+            self._checks = Checks(scope)
+        if scope["type"] == "websocket":
+            await self._open_socket(self._checks, scope, receive, send)
+        else:
+            await self._answer(self._checks, scope, receive, send)
+
+    async def _answer(self, checks: Checks, scope: Scope, receive: Receive, send: Send) -> None:
+        send = ErrorShape(send)
+        reader = BodyReader(checks.limits, checks.in_flight)
+        try:
+            checks.check_door(scope)
+            if has_body(scope):
+                receive = replay(await checks.read(scope, receive, reader), receive)
+            # HEAD wherever GET is; the HTTP server leaves the body out.
+            passed_on = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(passed_on, receive, send)
+        except RequestError as error:
+            await error.response()(scope, receive, send)
+        except ClientGoneError:
             return
-        limit = scope["app"].state.args.max_request_bytes
-        length = declared_length(scope)
-        if length is None and is_chunked(scope):
-            messages = await read_body(receive, limit)
-            if messages is None:
-                await refuse(send, f"more than {limit}", limit)
-                return
-            receive = replay(messages, receive)
-        elif length is not None and length > limit:
-            await refuse(send, str(length), limit)
+        finally:
+            reader.release()
+
+    async def _open_socket(self, checks: Checks, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if not is_own_origin(Headers(scope=scope), scope["app"].state.args.allowed_origins):
+                raise RequestError(
+                    403,
+                    "Pages of this origin may not open a WebSocket here: the operator can name it in "
+                    "--allowed-origins.",
+                )
+            take_key(scope)
+            checks.key.check(route_path(scope), Headers(scope=scope))
+        except RequestError as error:
+            await error.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    async def _open_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        allowed = scope["app"].state.args.allowed_origins
-        if not is_own_origin(Headers(scope=scope), allowed):
-            message = (
-                "Pages of this origin may not open a WebSocket here: the operator can name it in --allowed-origins."
-            )
-            await JSONResponse({"error": message}, 403)(scope, receive, send)
-            return
-        take_key(scope)
-        await self._app(scope, receive, send)
+
+class Checks:
+    """What is checked of a request, with the server's own settings.
+
+    Args:
+        scope: A request's, which knows the app.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        state = scope["app"].state
+        self.limits = RequestLimits.from_options(vars(state.args))
+        self.in_flight = BytesInFlight(self.limits.max_request_bytes_in_flight)
+        self.key = KeyCheck(state.args)
+        self._fields = FieldChecker(self.limits, getattr(state, "max_prompt_chars", None))
+
+    def check_door(self, scope: Scope) -> None:
+        """Refuses closed paths, and clients without the key.
+
+        Raises:
+            RequestError: 404 or 401.
+        """
+        path = route_path(scope)
+        if path.startswith(CLOSED_PATHS) or path.rstrip("/").endswith(CLOSED_ENDINGS):
+            raise RequestError(404, f"There is no {path[:100]!r} on this server.", headers=CLOSE)
+        # As in vLLM: a page's browser asks which headers it may send before it sends the key.
+        if scope["method"] != "OPTIONS":
+            self.key.check(path, Headers(scope=scope))
+
+    async def read(self, scope: Scope, receive: Receive, reader: BodyReader) -> bytes:
+        """Returns the body, within the limits and in the form that vLLM takes.
+
+        Raises:
+            RequestError: 4xx: it is over a limit or no JSON.
+            ClientGoneError: The client has left.
+        """
+        try:
+            check_kind(Headers(scope=scope))
+            length = declared_length(scope)
+            if length is not None and length > self.limits.max_request_bytes:
+                raise too_large(str(length), self.limits.max_request_bytes)
+            body = await reader.read(receive, StructureCounter(self.limits).feed)
+        except RequestError as error:
+            # The rest of the body may still be coming.
+            error.headers = {**(error.headers or {}), **CLOSE}
+            raise
+        parsed = parse_json(body)
+        if not isinstance(parsed, dict):
+            return body  # FastAPI says what is expected.
+        text_chars = self._fields.check(parsed)
+        changed = bound_logprobs(parsed, text_chars, self.limits)
+        if route_path(scope) == responses_input.PATH:
+            changed |= responses_input.set_image_detail(parsed)
+            await responses_input.check_items(parsed)
+        return json.dumps(parsed).encode() if changed else body
+
+
+def route_path(scope: Scope) -> str:
+    """Returns the path as Starlette's router sees it, so that no path is one thing here and another there."""
+    path, root_path = scope["path"], scope.get("root_path", "")
+    return path[len(root_path) :] if path == root_path or path.startswith(f"{root_path}/") else path
+
+
+def has_body(scope: Scope) -> bool:
+    """Tells whether a request has a body."""
+    return (declared_length(scope) or 0) > 0 or any(name == b"transfer-encoding" for name, _ in scope["headers"])
+
+
+def declared_length(scope: Scope) -> int | None:
+    """Returns the request's Content-Length; the HTTP server has checked that it is a number."""
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value)
+    return None
+
+
+def check_kind(headers: Headers) -> None:
+    """Refuses bodies that are not plain JSON.
+
+    A page of another origin may send a form or plain text anywhere without being asked for leave,
+    but not JSON.
+
+    Raises:
+        RequestError: 415.
+    """
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise RequestError(
+            415,
+            f"Bodies with Content-Encoding {encoding[:40]!r} are not taken: a small one can hold a huge one. "
+            "Send the JSON as it is.",
+        )
+    kind = headers.get("content-type", "").split(";", 1)[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(415, f"Bodies are taken as application/json, got {kind[:40]!r}. Set Content-Type.")
 
 
 def is_own_origin(headers: Headers, allowed: list[str]) -> bool:
@@ -104,64 +225,3 @@ def take_key(scope: Scope) -> None:
     except ValueError:
         return  # No key at all: refused where keys are asked for.
     scope["headers"] = [*scope["headers"], (b"authorization", b"Bearer " + key)]
-
-
-def declared_length(scope: Scope) -> int | None:
-    """Returns the request's Content-Length; the HTTP server has checked that it is a number."""
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            return int(value)
-    return None
-
-
-def is_chunked(scope: Scope) -> bool:
-    """Tells whether the request has a body of undeclared length."""
-    return any(name == b"transfer-encoding" for name, _ in scope["headers"])
-
-
-async def read_body(receive: Receive, limit: int) -> list[Message] | None:
-    """Reads a body of undeclared length; returns None as soon as it exceeds `limit`."""
-    messages: list[Message] = []
-    received = 0
-    while True:
-        message = await receive()
-        messages.append(message)
-        received += len(message.get("body", b""))
-        if received > limit:
-            return None
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            return messages
-
-
-def replay(messages: list[Message], receive: Receive) -> Receive:
-    """Returns a `receive` that gives the messages that were read, then what comes after."""
-    waiting = iter(messages)
-
-    async def again() -> Message:
-        for message in waiting:
-            return message
-        return await receive()
-
-    return again
-
-
-async def refuse(send: Send, got: str, limit: int) -> None:
-    """Answers 413 and closes the connection, on which the rest of the body is still coming."""
-    message = (
-        f"The request is too large: got {got} bytes, at most {limit} are taken "
-        "(--max-request-bytes). Send fewer or smaller images in one request."
-    )
-    await answer(send, 413, "RequestTooLargeError", message)
-
-
-async def answer(send: Send, status: int, kind: str, message: str) -> None:
-    """Answers in the shape of an OpenAI error."""
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

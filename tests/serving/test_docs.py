@@ -91,10 +91,10 @@ def test_every_option_in_the_limits_page_exists():
     """The options that casa-serve adds, and no others, are explained with their defaults."""
     from casa_serving.limits import ImageLimits
     from casa_serving.live.options import LiveOptions
-    from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
+    from casa_serving.request_limits import RequestLimits
 
     text = (ROOT / "docs" / "limits.md").read_text()
-    options = ImageLimits().as_options() | asdict(LiveOptions()) | {"max_request_bytes": DEFAULT_MAX_REQUEST_BYTES}
+    options = ImageLimits().as_options() | asdict(LiveOptions()) | asdict(RequestLimits())
     for name, default in options.items():
         row = next(line for line in text.splitlines() if f"`--{name.replace('_', '-')}`" in line)
         shown = ("the checkpoint's own",) if default is None else (f" {default} ", f"{default:,}")

@@ -61,7 +61,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         deployment_cls=CasaServer,
         bind_kwargs={"live_options": config.live.options(config.images.max_image_bytes)},
     )
-    routes = ingress_class(config.ingress.max_request_bytes, live=config.live.max_sessions > 0)
+    routes = ingress_class(
+        config.ingress.request_limits(), max_prompt_chars(config, llm_config), live=config.live.max_sessions > 0
+    )
     ingress = serve.deployment(routes, **ingress_options(config))
     return ingress.bind(llm_deployments={llm_config.model_id: model}, model_cards=model_cards(llm_config))
 
@@ -84,6 +86,14 @@ def check_config(args: dict[str, Any]) -> ClusterConfig:
 def checkpoint_folder(config: ClusterConfig) -> Path:
     """Returns the folder of the model that is served."""
     return embedded_checkpoint() if config.checkpoint is None else config.checkpoint
+
+
+def max_prompt_chars(config: ClusterConfig, llm_config: LLMConfig) -> int:
+    """Returns the characters of the longest text that can fit into the model's context."""
+    from vllm.tokenizers import get_tokenizer
+
+    tokenizer = get_tokenizer(str(checkpoint_folder(config)))
+    return llm_config.engine_kwargs["max_model_len"] * tokenizer.max_chars_per_token
 
 
 def model_cards(llm_config: LLMConfig) -> dict[str, Any]:

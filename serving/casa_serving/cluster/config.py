@@ -6,15 +6,16 @@ the key. Everything else about the engine is vLLM's own option under `engine`.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model, model_validator
 
 from casa_engine.errors import InputError
 from casa_serving.limits import ImageLimits
 from casa_serving.live.options import MAX_FRAME_BYTES, LiveOptions
-from casa_serving.request_guard import DEFAULT_MAX_REQUEST_BYTES
+from casa_serving.request_limits import RequestLimits
 
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Set by the cluster itself; naming them under `engine` would contradict it.
@@ -105,18 +106,36 @@ class Routing(Section):
     max_imbalance: PositiveInt = 8
 
 
-class Ingress(Section):
+class IngressBase(Section):
     """The processes that parse requests and route them.
 
     Attributes:
         replicas: How many. Sessions are remembered by each; a session always meets the same one.
         cpus: Ray's logical CPUs for each.
-        max_request_bytes: Largest body of a request.
     """
 
     replicas: PositiveInt = 1
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
-    max_request_bytes: PositiveInt = DEFAULT_MAX_REQUEST_BYTES
+
+    @model_validator(mode="after")
+    def _limits_fit_together(self) -> IngressBase:
+        self.request_limits()
+        return self
+
+    def request_limits(self) -> RequestLimits:
+        """Returns the limits on requests, as casa-serve's."""
+        return RequestLimits.from_options(self.model_dump())
+
+
+# The limits' fields are written down once, in RequestLimits.
+Ingress = create_model(
+    "Ingress",
+    __base__=IngressBase,
+    **{
+        field.name: (PositiveInt if isinstance(field.default, int) else PositiveNumber, field.default)
+        for field in fields(RequestLimits)
+    },
+)
 
 
 class Images(Section):

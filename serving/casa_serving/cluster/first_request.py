@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 
 from casa_engine.errors import InputError
-from casa_serving.cluster.api_key import VARIABLE, key_header
+from casa_serving.api_key import VARIABLE, key_header
 
 TIMEOUT_S = 120.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, WebSocket
@@ -16,15 +17,22 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
-from casa_serving.cluster.answers import FAILED, REPLICA_LOST, add_error_handlers, error_event, overloaded, unavailable
-from casa_serving.cluster.api_key import ApiKey
+from casa_serving.cluster.answers import (
+    REPLICA_LOST,
+    add_cluster_error_handlers,
+    error_event,
+    overloaded,
+    unavailable,
+)
 from casa_serving.cluster.image_keys import image_keys
 from casa_serving.cluster.live_proxy import LiveProxy
 from casa_serving.cluster.routing_note import RoutingNote
 from casa_serving.defaults import MAX_IMAGES
+from casa_serving.errors import FAILED
 from casa_serving.live import page
 from casa_serving.live.protocol import PATH as LIVE_PATH
 from casa_serving.request_guard import RequestGuard
+from casa_serving.request_limits import RequestLimits
 
 LOGGER = logging.getLogger("ray.serve")
 # A request that met a dying replica is given to another, once: it may be what killed the first.
@@ -151,20 +159,20 @@ def with_routing(response: Response, request: Request) -> Response:
     return response
 
 
-def ingress_class(max_request_bytes: int, *, live: bool) -> type:
-    """Returns the deployment class of the ingress, with its routes and its limit on bodies.
+def ingress_class(limits: RequestLimits, max_prompt_chars: int, *, live: bool) -> type:
+    """Returns the deployment class of the ingress, with its routes and its limits on requests.
 
     Args:
-        max_request_bytes: Largest body of a request.
+        limits: What a request may hold.
+        max_prompt_chars: Characters of the longest text that can fit into the model's context.
         live: Whether there are live sessions, and the web page for them.
     """
     app = FastAPI(title="casa-engine", docs_url=None, redoc_url=None)
     # Where RequestGuard finds its settings, as in casa-serve; pages of other origins have no business here.
-    app.state.args = Namespace(max_request_bytes=max_request_bytes, allowed_origins=[])
-    # The last one comes first: it takes the key of a page's WebSocket to where ApiKey looks for it.
-    app.add_middleware(ApiKey)
+    app.state.args = Namespace(**asdict(limits), allowed_origins=[])
+    app.state.max_prompt_chars = max_prompt_chars
     app.add_middleware(RequestGuard)
-    add_error_handlers(app)
+    add_cluster_error_handlers(app)
     if live:
         page.attach(app)
     endpoints = {**ENDPOINTS, **LIVE_ENDPOINTS} if live else ENDPOINTS

@@ -32,8 +32,7 @@ from starlette.websockets import WebSocket
 from casa_serving.cluster.live_place import TOKEN_HEADER, LivePlace, LiveRefusal
 from casa_serving.drain.connections import cut
 from casa_serving.live.connection import Connection, LiveService
-from casa_serving.live.options import MAX_MESSAGE_BYTES
-from casa_serving.live.protocol import PATH, POLICY
+from casa_serving.live.protocol import PATH, POLICY, max_message_bytes
 from casa_serving.live.statistics import LiveMetrics
 
 LOGGER = logging.getLogger("ray.serve")
@@ -86,7 +85,7 @@ class LiveServer:
             lifespan="off",
             log_config=None,
             access_log=False,
-            ws_max_size=MAX_MESSAGE_BYTES,
+            ws_max_size=max_message_bytes(service.options),
             # Frames are compressed images already.
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=1,

@@ -21,6 +21,7 @@ from casa_engine.errors import CasaError, InputError
 from casa_engine.live import LiveSettings
 from casa_engine.live.settings import MAX_TEXT_CHARACTERS
 from casa_serving.limits import ImageLimits
+from casa_serving.live.options import LiveOptions
 
 PATH = "/v1/live"
 SUBPROTOCOL = "casa-live"
@@ -211,6 +212,11 @@ def read_frame(message: bytes, number: int, arrived_s: float, max_bytes: int) ->
     if not math.isfinite(timestamp):
         raise LiveError("bad_frame", f"The frame's timestamp is {timestamp}, expected seconds (little-endian float64).")
     return Frame(number, timestamp, message[TIMESTAMP.size :], arrived_s)
+
+
+def max_message_bytes(options: LiveOptions) -> int:
+    """Returns the size of the largest WebSocket message: a frame with its timestamp, or JSON."""
+    return max(options.live_max_frame_bytes + TIMESTAMP.size, MAX_TEXT_BYTES)
 
 
 class Event(BaseModel):

@@ -1,0 +1,193 @@
+"""Errors as OpenAI writes them: one body, one rule from a validation error to a sentence, one set of handlers.
+
+    {"error": {"message": "...", "type": "BadRequestError", "param": "messages.0.content", "code": 400}}
+
+What a client has sent is never repeated to it: a request of 2 MB whose every problem quotes it
+has been a 466 MB answer. Messages are cut, and so is the number of problems that are looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from itertools import islice
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import JSONResponse
+
+from casa_engine.errors import CasaError
+
+FAILED = "The server failed to answer. The fault is in its log."
+MAX_MESSAGE_CHARACTERS = 2000
+MAX_PROBLEMS_READ = 1000
+MAX_PROBLEMS_NAMED = 3
+MAX_PROBLEM_CHARACTERS = 200
+MAX_PATH_CHARACTERS = 100
+
+KINDS = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    409: "ConflictError",
+    413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
+    422: "UnprocessableEntityError",
+    429: "OverloadedError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+# Steps of pydantic's own in the path to a field: names of types and of validators. Fields are in snake case.
+FIELD = re.compile(r"[a-z_][a-z0-9_]*")
+TYPES = frozenset(
+    "str int float bool bytes bytearray list tuple dict set frozenset none nullable union chain default call "
+    "constrained-str constrained-int url body".split()
+)
+# What pydantic's and vLLM's exceptions add to their texts: the value that was sent.
+NOTES = re.compile(
+    r"\s*\[type=\w+, input_value=.*?(, input_type=[\w.]+)?\]|\s*For further information visit \S+"
+    r"|\s*\(parameter=[\w.]+(, value=.*)?\)?\Z",
+    re.DOTALL,
+)
+
+
+class RequestError(CasaError):
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP's.
+        message: What, got, expected, how to fix.
+        param: The field that it is about.
+        headers: Further headers of the answer.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.headers = status, param, headers
+
+    def response(self) -> JSONResponse:
+        """Returns the answer."""
+        return error_response(self.status, str(self), param=self.param, headers=self.headers)
+
+
+def error_kind(status: int) -> str:
+    """Returns the `type` of an error with this status."""
+    return KINDS.get(status) or HTTPStatus(status).phrase
+
+
+def error_body(status: int, message: str, kind: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """Returns an error in OpenAI's shape."""
+    error = {"message": shorten(message), "type": kind or error_kind(status), "param": param, "code": status}
+    return {"error": error}
+
+
+def error_response(
+    status: int,
+    message: str,
+    kind: str | None = None,
+    *,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """Returns an error as a response."""
+    return JSONResponse(error_body(status, message, kind, param), status, headers)
+
+
+def shorten(message: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
+    """Returns a message without what is quoted of the input, and not longer than `limit` characters."""
+    # Whatever its length: the patterns below are not run over megabytes.
+    message = NOTES.sub("", message[: 2 * limit])
+    # A lone surrogate cannot be encoded, not even in an error about it.
+    message = message.encode(errors="replace").decode()
+    return message if len(message) <= limit else message[: limit - 4] + " ..."
+
+
+def describe_validation(errors: Iterable[Any]) -> tuple[str, str | None]:
+    """Returns a sentence about the problems of a validation error, and the field of the first.
+
+    A union reports every alternative that did not fit. They are collapsed: each field is named
+    once, and not at all where a field inside it is.
+
+    Args:
+        errors: `errors()` of pydantic's or FastAPI's, or plain texts.
+    """
+    problems: dict[str, str] = {}
+    for error in islice(errors, MAX_PROBLEMS_READ):
+        if isinstance(error, Mapping):
+            problems.setdefault(field_path(error.get("loc", ())), problem_text(error))
+        else:
+            problems.setdefault("", str(error))
+    inner = {path: text for path, text in problems.items() if not is_parent(path, problems)}
+    named = [f"{path}: {text}" if path else text for path, text in islice(inner.items(), MAX_PROBLEMS_NAMED)]
+    more = len(inner) - len(named)
+    sentence = "; ".join(shorten(text, MAX_PROBLEM_CHARACTERS) for text in named)
+    return f"The request is not understood: {sentence}{f'; and {more} more' if more else ''}.", next(
+        iter(inner), None
+    ) or None
+
+
+def is_parent(path: str, paths: Iterable[str]) -> bool:
+    """Tells whether one of the paths leads to something inside `path`."""
+    prefix = f"{path}." if path else ""
+    return any(other != path and other.startswith(prefix) for other in paths)
+
+
+def field_path(steps: Iterable[Any]) -> str:
+    """Returns the way to a field, such as `messages.0.content`, of an error's `loc`."""
+    kept = [str(step) for step in steps if isinstance(step, int) or (FIELD.fullmatch(step) and step not in TYPES)]
+    return ".".join(kept)[:MAX_PATH_CHARACTERS]
+
+
+def problem_text(error: Mapping[str, Any]) -> str:
+    """Returns what is wrong, without the value that was sent."""
+    cause = error.get("ctx", {}).get("error")
+    # vLLM's own exceptions add the value when they are printed.
+    if isinstance(cause, Exception) and cause.args and isinstance(cause.args[0], str):
+        return cause.args[0].rstrip(".")
+    return str(error.get("msg", "is not valid")).removeprefix("Value error, ")
+
+
+async def handle_validation_error(request: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
+    """Answers a body that is not what the API takes."""
+    message, param = describe_validation(error.errors())
+    return error_response(400, message, param=param)
+
+
+async def handle_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    """Answers what the routes themselves refuse, such as an unknown path or method."""
+    message = str(error.detail)
+    if error.status_code in (404, 405) and message == HTTPStatus(error.status_code).phrase:
+        there_is = "no such path" if error.status_code == 404 else f"no method {request.method[:20]} at this path"
+        message = f"There is {there_is} on this server."
+    return error_response(error.status_code, message, headers=error.headers)
+
+
+async def handle_request_error(request: Request, error: RequestError) -> JSONResponse:
+    """Answers a request that our own code refuses."""
+    return error.response()
+
+
+async def handle_internal_error(request: Request, error: Exception) -> JSONResponse:
+    """Answers a fault of ours; Starlette raises it on into the log after this answer."""
+    return error_response(500, FAILED)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Registers the handlers above. Mutates `app`."""
+    app.add_exception_handler(RequestError, handle_request_error)
+    app.add_exception_handler(RequestValidationError, handle_validation_error)
+    app.add_exception_handler(ValidationError, handle_validation_error)
+    # FastAPI's is a subclass of Starlette's, which the router raises; vLLM has a handler for the former alone.
+    app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_exception_handler(StarletteHTTPException, handle_http_exception)
+    app.add_exception_handler(Exception, handle_internal_error)

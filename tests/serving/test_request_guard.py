@@ -1,0 +1,171 @@
+"""Bodies in bounded time and memory: many at once, slow ones, and those that do not end."""
+
+import asyncio
+import json
+from argparse import Namespace
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from casa_serving.request_guard import RequestGuard
+from event_loop import in_loop
+
+JSON = [(b"content-type", b"application/json")]
+
+
+class Client:
+    """Speaks ASGI to an application behind the guard, one piece of a body at a time."""
+
+    def __init__(self, handler=None, **limits):
+        async def echo(request: Request):
+            return JSONResponse({"got": len(await request.body())})
+
+        self.app = Starlette(routes=[Route("/x", handler or echo, methods=["POST"])])
+        self.app.state.args = Namespace(allowed_origins=[], **limits)
+        self.app.add_middleware(RequestGuard)
+
+    async def post(self, pieces, *, headers=(), end=True):
+        """Returns status, headers and body of the answer to a body in pieces; None where there is none."""
+        sent = []
+        pieces = aiter_of(pieces)
+
+        async def receive():
+            async for piece in pieces:
+                return {"type": "http.request", "body": piece, "more_body": True}
+            if end:
+                return {"type": "http.request", "body": b"", "more_body": False}
+            await asyncio.sleep(3600)
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/x",
+            "query_string": b"",
+            "headers": [*JSON, (b"transfer-encoding", b"chunked"), *headers],
+        }
+        await self.app(scope, receive, send)
+        if not sent:
+            return None
+        return sent[0]["status"], dict(sent[0]["headers"]), b"".join(message["body"] for message in sent[1:])
+
+
+async def aiter_of(pieces):
+    for piece in pieces:
+        if isinstance(piece, float):
+            await asyncio.sleep(piece)
+        else:
+            yield piece
+
+
+def message_of(answer):
+    return json.loads(answer[2])["error"]["message"]
+
+
+@in_loop
+async def test_a_body_that_stops_coming_is_given_up():
+    client = Client(request_read_timeout=0.2)
+    status, headers, _ = answer = await client.post([b'{"a": "' + b"x" * 1000], end=False)
+    assert status == 408
+    assert headers[b"connection"] == b"close"
+    assert "got 1007 bytes in 0.2 s (--request-read-timeout)" in message_of(answer)
+
+
+@in_loop
+async def test_a_body_that_trickles_is_given_up_too():
+    status, *_ = await Client(request_read_timeout=0.3).post([b" ", 0.1] * 100)
+    assert status == 408
+
+
+@in_loop
+async def test_bytes_in_flight_are_bounded_over_all_requests_and_given_back():
+    """Those that are being read count, and those of requests that are being answered."""
+    release = asyncio.Event()
+
+    async def wait(request: Request):
+        await request.body()
+        await release.wait()
+        return JSONResponse({})
+
+    client = Client(wait, max_request_bytes=600, max_request_bytes_in_flight=1000, request_read_timeout=1.0)
+    body = [b'{"a": "' + b"x" * 400, b'"}']
+    first = asyncio.create_task(client.post(body))
+    half_sent = asyncio.create_task(client.post([b'{"a": "' + b"x" * 400], end=False))
+    await asyncio.sleep(0.1)
+    status, headers, _ = refused = await client.post(body)
+    assert status == 429
+    assert headers[b"retry-after"] == b"1"
+    assert "--max-request-bytes-in-flight" in message_of(refused)
+    assert (await half_sent)[0] == 408
+    third = asyncio.create_task(client.post(body))
+    await asyncio.sleep(0.1)
+    assert not third.done()
+    release.set()
+    assert (await first)[0] == (await third)[0] == 200
+    assert (await client.post(body))[0] == 200
+
+
+@in_loop
+async def test_bytes_are_given_back_whatever_happens():
+    async def fail(request: Request):
+        raise RuntimeError("a fault of ours")
+
+    client = Client(fail, max_request_bytes=600, max_request_bytes_in_flight=600)
+    for _ in range(5):
+        with pytest.raises(RuntimeError):
+            await client.post([b'{"a": "' + b"x" * 500 + b'"}'])
+    for pieces in ([b"x" * 500], [b"[" * 500], [b"x" * 601], [b'{"a": NaN}']):
+        for _ in range(3):
+            assert (await client.post(pieces))[0] in (400, 413)
+    task = asyncio.create_task(client.post([b"x" * 500], end=False))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await Client(max_request_bytes=600, max_request_bytes_in_flight=600).post([b"{}"]))[0] == 200
+
+
+@in_loop
+async def test_a_client_that_leaves_gets_no_answer():
+    client = Client()
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise AssertionError(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/x",
+        "query_string": b"",
+        "headers": [*JSON, (b"content-length", b"10")],
+    }
+    await client.app(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "message"),
+    [
+        ([(b"content-encoding", b"gzip")], 415, "Content-Encoding 'gzip'"),
+        ([(b"content-encoding", b"identity")], 200, None),
+        ([(b"content-encoding", b"br, gzip")], 415, "Content-Encoding"),
+    ],
+)
+@in_loop
+async def test_bodies_are_taken_as_they_are(headers, status, message):
+    answer = await Client().post([b"{}"], headers=headers)
+    assert answer[0] == status
+    assert message is None or message in message_of(answer)
+
+
+@in_loop
+async def test_the_application_gets_the_body_as_it_was_sent():
+    body = '{"a":  [1, 2.50, "ä\\u00e4"]}'.encode()
+    assert json.loads((await Client().post([body[:7], body[7:]]))[2]) == {"got": len(body)}
