@@ -63,8 +63,18 @@ def test_extreme_sides_are_refused(checkpoint) -> None:
 
 def test_unknown_role_is_refused(checkpoint) -> None:
     processor = AutoProcessor.from_pretrained(checkpoint)
-    with pytest.raises(Exception, match="unknown role 'robot'; expected system, user or assistant"):
+    with pytest.raises(Exception, match="unknown role 'robot'; expected system, user, assistant or tool"):
         prepare(processor, [{"role": "robot", "content": "x"}])
+
+
+def test_a_tool_answers_with_text_and_images(checkpoint) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    found = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "a page:"}, {"type": "image"}]}
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "look"}}]}
+    text = processor.apply_chat_template([user("look"), called, found], add_generation_prompt=True)
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert f"<|im_start|>user\n<tool_response>\na page:{image}\n</tool_response><|im_end|>\n" in text
+    assert prepare(processor, [user("look"), called, {**found, "content": "blue"}])["input_ids"].shape[1] > 0
 
 
 def test_video_is_refused(checkpoint) -> None:
