@@ -60,12 +60,9 @@ def shape(status: int, body: bytes) -> dict[str, object]:
         content = body.decode(errors="replace") if len(body) < MAX_KEPT_BYTES else None
     error = content.get("error", content.get("detail")) if isinstance(content, dict) else content
     if isinstance(error, dict) and isinstance(error.get("message"), str):
-        kind, param = error.get("type"), error.get("param")
-        return error_body(
-            status,
-            error["message"],
-            kind if isinstance(kind, str) else None,
-            param if isinstance(param, str) else None,
-        )
+        kind, param = (value if isinstance(value, str) else None for value in (error.get("type"), error.get("param")))
+        found = error_body(status, error["message"], kind, param)
+        # Anthropic's API has one more field, around the same object.
+        return {"type": "error", **found} if content.get("type") == "error" else found
     message = error if isinstance(error, str) and error.strip() else HTTPStatus(status).phrase
     return error_body(status, message.strip())

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from casa_engine.errors import InputError
+from casa_serving.live.options import MAX_SECONDS
 
 DEFAULT_MAX_REQUEST_BYTES = 100_000_000
 
@@ -56,8 +57,13 @@ class RequestLimits:
             InputError: a limit that no request could meet.
         """
         for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise InputError(f"--{name.replace('_', '-')} must be positive, got {value!r}.")
+            option = f"--{name.replace('_', '-')}"
+            if name == "request_read_timeout":
+                if not 0 < value <= MAX_SECONDS:
+                    expected = f"seconds, more than 0 and at most {MAX_SECONDS:.0f}"
+                    raise InputError(f"{option} must be {expected}, got {value!r}.")
+            elif not isinstance(value, int) or value < 1:
+                raise InputError(f"{option} must be a whole number of at least 1, got {value!r}.")
         if self.max_request_bytes > self.max_request_bytes_in_flight:
             raise InputError(
                 f"--max-request-bytes {self.max_request_bytes} is more than --max-request-bytes-in-flight "

@@ -172,7 +172,10 @@ def test_other_requests_stay_as_they_are(body):
 def test_limits_that_no_request_could_meet():
     from casa_engine.errors import InputError
 
-    with pytest.raises(InputError, match="--max-n must be positive, got 0"):
+    with pytest.raises(InputError, match="--max-n must be a whole number of at least 1, got 0"):
         RequestLimits(max_n=0)
+    for seconds in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="--request-read-timeout must be seconds"):
+            RequestLimits(request_read_timeout=seconds)
     with pytest.raises(InputError, match="Raise the latter"):
         RequestLimits(max_request_bytes=10, max_request_bytes_in_flight=9)

@@ -21,7 +21,7 @@ from casa_engine.errors import CasaError, InputError
 from casa_engine.live import LiveSettings
 from casa_engine.live.settings import MAX_TEXT_CHARACTERS
 from casa_serving.limits import ImageLimits
-from casa_serving.live.options import LiveOptions
+from casa_serving.live.options import MAX_MESSAGE_BYTES, LiveOptions
 
 PATH = "/v1/live"
 SUBPROTOCOL = "casa-live"
@@ -215,8 +215,11 @@ def read_frame(message: bytes, number: int, arrived_s: float, max_bytes: int) ->
 
 
 def max_message_bytes(options: LiveOptions) -> int:
-    """Returns the size of the largest WebSocket message: a frame with its timestamp, or JSON."""
-    return max(options.live_max_frame_bytes + TIMESTAMP.size, MAX_TEXT_BYTES)
+    """Returns the size of the largest WebSocket message.
+
+    Twice a frame, so that one that is somewhat too large is told so and does not end its session.
+    """
+    return min(max(2 * options.live_max_frame_bytes + TIMESTAMP.size, MAX_TEXT_BYTES), MAX_MESSAGE_BYTES)
 
 
 class Event(BaseModel):
