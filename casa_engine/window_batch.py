@@ -14,7 +14,7 @@ from casa_engine.cache import CasaCache
 from casa_engine.call_inputs import CallInputs
 from casa_engine.configuration import CasaConfig
 from casa_engine.rope import image_positions
-from casa_engine.windows import last_window, plan_windows
+from casa_engine.windows import check_insertion_points, last_window, plan_windows
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def build_window_batch(
         old_points = [] if cache is None or cache.insertion_points is None else cache.insertion_points[row]
         new_points = [point + num_seen for point in images.points[row]]
         row_points = np.array([*old_points, *new_points], dtype=np.int64)
+        check_insertion_points(row_points)
 
         plan = plan_windows(token_positions[row].clip(min=0), row_points)
         relative.append(token_positions[row].clip(min=0) - plan.starts)

@@ -236,13 +236,13 @@ class ExportedModel:
         columns = [_columns(real, points) for real, points in zip(inputs.real.numpy(), images.points, strict=True)]
         totals = [sum(images.counts[image] for image in row) for row in images.by_row]
         if cache.images:
-            totals = [total + len_of(kept) for total, kept in zip(totals, cache.images, strict=True)]
+            totals = [total + _image_tokens_of(kept) for total, kept in zip(totals, cache.images, strict=True)]
         fits = max(totals) <= self.limits.call_image_tokens
         points = np.array([] if fits else [column for row in columns for column in row], dtype=np.int64)
         pieces = cuts(num_tokens, self.limits.call_tokens, points)
         return [(piece, [_in_piece(row, piece, num_tokens) for row in columns]) for piece in pieces]
 
-    def _check_windows(self, cache: ExportedCache, inputs: CallInputs, pieces) -> None:
+    def _check_windows(self, cache: ExportedCache, inputs: CallInputs, pieces: list[tuple[slice, list[slice]]]) -> None:
         """Raises InputError if a piece of the call sees more image tokens than a decoder call takes."""
         old = cache.images or [[] for _ in inputs.num_seen]
         for row, num_seen in enumerate(inputs.num_seen):
@@ -314,7 +314,7 @@ class ExportedModel:
         """Makes `cache.image_kv` that of these images, running the graph only if they are others than before."""
         if cache.image_kv_of == seen:
             return
-        longest = max(map(len_of, seen))
+        longest = max(map(_image_tokens_of, seen))
         text = self.config.text_config
         cache.image_kv_of = seen
         if not longest:
@@ -340,7 +340,7 @@ class ExportedModel:
             cache.window_text = {name: self.backend.empty(shape) for name in self._names["window_past"]}
 
 
-def len_of(images: list[SeenImage]) -> int:
+def _image_tokens_of(images: list[SeenImage]) -> int:
     """Image tokens of these images together."""
     return sum(len(image.embeds) for image in images)
 

@@ -8,7 +8,7 @@ import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from casa_engine.configuration import CasaConfig
-from casa_engine.windows import last_window, plan_windows
+from casa_engine.windows import check_insertion_points, last_window, plan_windows
 
 PADDING = -1
 # A padded token's window: no image starts here, not even the padding among images.
@@ -66,6 +66,7 @@ def plan_row(positions: np.ndarray, num_seen: int, points: np.ndarray) -> RowPla
     Returns:
         The plan.
     """
+    check_insertion_points(points)
     real = positions >= 0
     plan = plan_windows(positions[real], points)
     starts = np.full(len(positions), NO_WINDOW, dtype=np.int64)
