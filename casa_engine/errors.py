@@ -15,3 +15,7 @@ class CheckpointError(CasaError, ValueError):
 
 class InputError(CasaError, ValueError):
     """A prompt, message or image that the model cannot take."""
+
+
+class OutputError(CasaError, RuntimeError):
+    """A folder or file that cannot be written; what was there is as before."""

@@ -1,0 +1,51 @@
+"""How a command ends: what a user can mend is one sentence and exit status 1, never a traceback."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from casa_engine.errors import CasaError
+
+
+def run_command(program: str, work: Callable[[], None]) -> int:
+    """Runs a command to its end.
+
+    Args:
+        program: Its name, which begins the sentence.
+        work: What it does. Ctrl-C and SIGTERM end it with its clean-up done.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        with _sigterm_as_interrupt():
+            work()
+    except CasaError as error:
+        return _fail(program, str(error))
+    except OSError as error:
+        return _fail(program, f"{error}.")
+    except KeyboardInterrupt:
+        return _fail(program, "interrupted.")
+    return 0
+
+
+def _fail(program: str, sentence: str) -> int:
+    print(f"{program}: {sentence}", file=sys.stderr)
+    return 1
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = None
+    with suppress(ValueError):  # not in the main thread: signals are somebody else's
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
