@@ -3,14 +3,21 @@
 import argparse
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
 from casa_engine.checkpoints import load_processor
+from casa_engine.command import run_command
 from casa_engine.digits import checkpoint_path
-from casa_engine.errors import CasaError, CheckpointError, InputError
+from casa_engine.errors import CheckpointError, InputError
 from casa_export.errors import ExportError
+
+if TYPE_CHECKING:
+    from casa_export.exporter import ExportPlan
+    from casa_export.progress import Progress
 
 DTYPE_NAMES = ("fp32", "fp16", "bf16")
 LIMIT_OPTIONS = {
@@ -30,7 +37,7 @@ def export_parser() -> argparse.ArgumentParser:
         epilog="casa-export run FOLDER --image FILE --prompt TEXT asks an exported model; see casa-export run --help.",
     )
     parser.add_argument("checkpoint", nargs="?", type=Path, help="checkpoint folder; default: the embedded model")
-    parser.add_argument("out", type=Path, help="folder to write; an older export there is replaced")
+    parser.add_argument("out", type=Path, help="folder to write; an older export there is replaced, other files stay")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32", help="of weights and caches (default: fp32)")
     parser.add_argument(
         "--validate",
@@ -78,28 +85,54 @@ def run_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["run"]:
+        command, options = run, run_parser().parse_args(arguments[1:])
+    else:
+        command, options = export, export_parser().parse_intermixed_args(arguments)
+    return run_command("casa-export", lambda: _with_extra(command, options))
+
+
+def _with_extra(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
     try:
-        if arguments[:1] == ["run"]:
-            run(run_parser().parse_args(arguments[1:]))
-        else:
-            export(export_parser().parse_intermixed_args(arguments))
-    except CasaError as error:
-        print(f"casa-export: {error}", file=sys.stderr)
-        return 1
+        command(options)
     except ModuleNotFoundError as error:
         # onnx, onnxruntime and onnxscript come with an extra of their own.
-        print(f"casa-export: {error}. Install it: pip install 'casa-engine[export]'.", file=sys.stderr)
-        return 1
-    return 0
+        raise ExportError(f"{error}. Install it: pip install 'casa-engine[export]'.") from error
 
 
 def export(options: argparse.Namespace) -> None:
-    """Exports, validates and builds engines, as asked."""
-    from casa_export.exporter import NUM_STEPS, export_checkpoint
+    """Exports, validates and builds engines, as asked: all checks first, then beside the folder, which is last."""
+    from casa_export.export_folder import stage_export
+    from casa_export.exporter import NUM_STEPS, write_export
     from casa_export.graphs import GRAPHS
     from casa_export.progress import Progress
     from casa_export.trt_builder import build_engines
-    from casa_export.trt_package import load_tensorrt
+
+    plan = _check(options)
+    progress = Progress(NUM_STEPS + options.validate + (len(GRAPHS) if options.trt else 0))
+    with stage_export(plan.source, options.out, plan.weight_bytes) as staged:
+        write_export(plan, staged.path, progress)
+        if options.validate:
+            _validate(plan.source, staged.path, options.validate_prompts, progress)
+        if options.trt:
+            capabilities = tuple(options.compute_capability)
+            built = build_engines(
+                staged.path, options.trt, capabilities, options.engine_cache, progress, earlier=staged.target
+            )
+        staged.commit()
+    if options.trt:
+        print(f"engines: {built.package} {built.version} in {options.out / 'engines'}")
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    seconds = sum(progress.seconds.values())
+    print(f"{options.out}: {plan.source.name}, {options.dtype}; {seconds:.0f} s, {peak_gib:.1f} GiB")
+
+
+def _check(options: argparse.Namespace) -> "ExportPlan":
+    """Everything about an export that can be known before it."""
+    from casa_export.engine_cache import EngineCache
+    from casa_export.exporter import plan_export
+    from casa_export.trt_builder import engine_targets
+    from casa_export.validation import check_limits
 
     source = options.checkpoint or checkpoint_path()
     if not source.is_dir():
@@ -109,26 +142,23 @@ def export(options: argparse.Namespace) -> None:
             "bf16 graphs cannot be compared here: ONNX Runtime's CPU provider has no bf16 kernels. Add --no-validate, "
             "or export fp32 or fp16."
         )
-    if options.trt:
-        load_tensorrt(options.trt)  # a missing package must not show only after a long export
-    progress = Progress(NUM_STEPS + options.validate + (len(GRAPHS) if options.trt else 0))
-    limits = {name: getattr(options, f"limit_{name}") for name in LIMIT_OPTIONS}
-    export_checkpoint(source, options.out, options.dtype, limits, progress)
+    if not options.trt and (options.compute_capability or options.engine_cache):
+        raise ExportError("--compute-capability and --engine-cache are for TensorRT engines: add --trt.")
+    plan = plan_export(source, options.dtype, {name: getattr(options, f"limit_{name}") for name in LIMIT_OPTIONS})
     if options.validate:
-        _validate(source, options, progress)
+        check_limits(plan, options.validate_prompts)
     if options.trt:
-        capabilities = tuple(options.compute_capability)
-        built = build_engines(options.out, options.trt, capabilities, options.engine_cache, progress)
-        print(f"engines: {built.package} {built.version} in {options.out / 'engines'}")
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    print(f"{options.out}: {source.name}, {options.dtype}; {sum(progress.seconds.values()):.0f} s, {peak_gib:.1f} GiB")
+        engine_targets(options.trt, tuple(options.compute_capability))
+        if options.engine_cache:
+            EngineCache(options.engine_cache)
+    return plan
 
 
-def _validate(source: Path, options: argparse.Namespace, progress) -> None:
+def _validate(source: Path, folder: Path, num_prompts: int, progress: "Progress") -> None:
     from casa_export.validation import check, table, validate
 
     with progress.step("validate against the eager model"):
-        comparisons = validate(source, options.out, options.validate_prompts)
+        comparisons = validate(source, folder, num_prompts)
     print(table(comparisons))
     check(comparisons)
 

@@ -1,9 +1,11 @@
 """A checkpoint -> a folder of three ONNX graphs, tokenizer and processor files and a manifest."""
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from casa_engine.checkpoints import check_tensors, load_model, load_processor, read_config
+from casa_engine.checkpoints import check_tensors, load_model, load_processor, read_config, stored_shapes
 from casa_engine.configuration import CasaConfig
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
 from casa_export.errors import ExportError
+from casa_export.export_folder import stage_export
 from casa_export.graph_spec import GraphSpec, TensorSpec, axis_size, graph_specs
 from casa_export.graphs import GRAPHS
-from casa_export.limits import default_limits
-from casa_export.manifest import FILE_NAME, Manifest, folder_hash, graph_file, read_manifest
+from casa_export.limits import Limits, default_limits
+from casa_export.manifest import Manifest, folder_hash, graph_file, read_manifest
 from casa_export.progress import Progress
 
 # TensorRT-RTX builds graphs of this opset as they are; from 23 on torch writes ONNX's Attention operator, which it
@@ -41,6 +44,54 @@ TRACE_SIZES = {
 NUM_STEPS = 3 + len(GRAPHS)
 
 
+@dataclass(frozen=True)
+class ExportPlan:
+    """All that an export needs to know, checked.
+
+    Attributes:
+        source: The checkpoint's folder.
+        dtype: One of `DTYPES`.
+        config: Its configuration.
+        processor: Its processor.
+        limits: Largest sizes.
+        specs: Inputs and outputs of every graph.
+        weight_bytes: Size of its weights in the dtype: less than that an export never has.
+    """
+
+    source: Path
+    dtype: str
+    config: CasaConfig
+    processor: CasaProcessor
+    limits: Limits
+    specs: dict[str, GraphSpec]
+    weight_bytes: int
+
+
+def plan_export(source: str | Path, dtype: str = "fp32", limits: dict[str, int | None] | None = None) -> ExportPlan:
+    """Checks everything about an export that can be known before it; writes nothing.
+
+    Args:
+        source: The checkpoint's folder.
+        dtype: Of weights and caches: one of `DTYPES`.
+        limits: Fields of `Limits`; None leaves one to its default.
+
+    Raises:
+        CheckpointError: The checkpoint is not as its configuration says.
+        ExportError: Its fusion, the dtype or a limit cannot be exported.
+    """
+    source = Path(source)
+    if dtype not in DTYPES:
+        raise ExportError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    config = read_config(source)
+    check_exportable(config)
+    check_tensors(source, config)
+    processor = load_processor(source)
+    chosen = default_limits(config, _largest_image(processor), **(limits or {}))
+    specs = graph_specs(config, str(DTYPES[dtype]).removeprefix("torch."))
+    weight_bytes = sum(map(math.prod, stored_shapes(source).values())) * DTYPES[dtype].itemsize
+    return ExportPlan(source, dtype, config, processor, chosen, specs, weight_bytes)
+
+
 def export_checkpoint(
     source: str | Path,
     folder: str | Path,
@@ -48,11 +99,11 @@ def export_checkpoint(
     limits: dict[str, int | None] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Exports a checkpoint.
+    """Exports a checkpoint, as one transaction: `folder` is as before or has the new export.
 
     Args:
         source: The checkpoint's folder.
-        folder: Where to write; an older export there is replaced.
+        folder: Where to write; an older export there is replaced, files of others stay.
         dtype: Of weights and caches: one of `DTYPES`.
         limits: Fields of `Limits`; None leaves one to its default.
         progress: Told of every step; silent by default.
@@ -62,36 +113,37 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: The checkpoint is not as its configuration says.
-        ExportError: Its fusion cannot be exported, or the target holds other files.
+        ExportError: It cannot be exported, or the target holds other files only.
+        OutputError: The target cannot be written.
     """
-    source, folder = Path(source), Path(folder)
+    plan = plan_export(source, dtype, limits)
+    with stage_export(plan.source, Path(folder), plan.weight_bytes) as staged:
+        write_export(plan, staged.path, progress)
+        staged.commit()
+    return read_manifest(folder)
+
+
+def write_export(plan: ExportPlan, folder: Path, progress: Progress | None = None) -> None:
+    """Writes graphs, tokenizer, processor and manifest into an empty folder."""
     progress = progress or Progress(NUM_STEPS, None)
-    config = read_config(source)
-    check_exportable(config)
-    _clear(folder)
-    with progress.step(f"load {source.name} as {dtype}"):
-        check_tensors(source, config)
-        model = load_model(source, DTYPES[dtype])
-        processor = load_processor(source)
-    specs = graph_specs(config, str(DTYPES[dtype]).removeprefix("torch."))
-    chosen = default_limits(config, _largest_image(processor), **(limits or {}))
-    for name, spec in specs.items():
+    with progress.step(f"load {plan.source.name} as {plan.dtype}"):
+        model = load_model(plan.source, DTYPES[plan.dtype])
+    for name, spec in plan.specs.items():
         with progress.step(f"export {name}"):
             export_graph(model, spec, folder / graph_file(name))
     with progress.step("write tokenizer, processor and configuration"):
-        processor.save_pretrained(folder)
-        config.save_pretrained(folder)
+        plan.processor.save_pretrained(folder)
+        plan.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
     with progress.step("hash files and write the manifest"):
         Manifest(
-            model=_describe(config, model, dtype),
-            source={"name": source.name, "sha256": folder_hash(source)},
-            limits=chosen,
-            axes=chosen.axes(config),
-            graphs=specs,
+            model=_describe(plan.config, model, plan.dtype),
+            source={"name": plan.source.name, "sha256": folder_hash(plan.source)},
+            limits=plan.limits,
+            axes=plan.limits.axes(plan.config),
+            graphs=plan.specs,
             versions={name: version(name) for name in VERSIONS},
         ).write(folder)
-    return read_manifest(folder)
 
 
 def check_exportable(config: CasaConfig) -> None:
@@ -156,18 +208,6 @@ def _describe(config: CasaConfig, model: CasaForConditionalGeneration, dtype: st
         "stop_token_ids": [end] if isinstance(end, int) else list(end or []),
         "image_token_id": config.image_token_id,
     }
-
-
-def _clear(folder: Path) -> None:
-    """Removes an older export; refuses a folder of other files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        return
-    if not (folder / FILE_NAME).is_file():
-        raise ExportError(f"{folder} holds files that casa-export did not write; name a new or empty folder.")
-    for path in folder.iterdir():
-        if path.is_file():
-            path.unlink()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Limits of an exported model: how long every dynamic axis may get, and the ranges that follow for each graph."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from casa_engine.configuration import CasaConfig
@@ -101,7 +102,8 @@ class Limits:
 
 def _most_windows(image_tokens: int, side: int) -> int:
     """Most windows of `side` x `side` image tokens over all shapes of an image of so many tokens."""
-    return max(-(-h // side) * -(-(image_tokens // h) // side) for h in range(1, image_tokens + 1))
+    # An image and the same on its side have as many windows, so the shorter side is enough.
+    return max(-(-h // side) * -(-(image_tokens // h) // side) for h in range(1, math.isqrt(image_tokens) + 1))
 
 
 def default_limits(config: CasaConfig, largest_image: int, **given: int | None) -> Limits:

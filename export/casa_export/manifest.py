@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from casa_export.errors import ManifestError
+from casa_engine.atomic_files import file_hash, write_atomically
+from casa_export.errors import ExportError, ManifestError
 from casa_export.graph_spec import GraphSpec, TensorSpec
 from casa_export.limits import Limits
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
-HASH_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,12 @@ class Manifest:
         content = asdict(self) | {"files": files}
         for name, graph in content["graphs"].items():
             graph["file"] = graph_file(name)
-        (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
+        write_atomically(folder / FILE_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def graph_file(name: str) -> str:
     """File of a graph; weights over 2 GB lie beside it, in the same name with `.data`."""
     return f"{name}.onnx"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def folder_hash(folder: Path) -> str:
@@ -79,9 +70,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise ManifestError(f"{folder} has no {FILE_NAME}; expected a folder that casa-export wrote.")
     try:
-        content = json.loads(path.read_text())
-        version = content["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        content = json.loads(path.read_bytes())
+        version = int(content["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{path} is not a manifest of casa-export: {error}. Export the model again.") from error
     if version > FORMAT_VERSION:
         raise ManifestError(
@@ -89,9 +80,19 @@ def read_manifest(folder: str | Path) -> Manifest:
             "or export the checkpoint again with this version."
         )
     try:
-        return _from_json(content)
-    except (KeyError, TypeError) as error:
+        manifest = _from_json(content)
+    except (KeyError, TypeError, ValueError, AttributeError, ExportError) as error:
         raise ManifestError(f"{path} lacks or misnames a field: {error}. Export the model again.") from error
+    missing = [graph for graph in manifest.graphs if graph_file(graph) not in manifest.files]
+    if missing or not manifest.graphs:
+        raise ManifestError(f"{path} lists no file of graph {', '.join(missing) or 'at all'}. Export the model again.")
+    return manifest
+
+
+def graph_hashes(manifest: Manifest, graph: str) -> dict[str, str]:
+    """SHA-256 of a graph's file and of the weights beside it, by name."""
+    file = graph_file(graph)
+    return {name: entry["sha256"] for name, entry in manifest.files.items() if name.startswith(file)}
 
 
 def check_files(folder: str | Path, manifest: Manifest, names: list[str] | None = None) -> None:
@@ -109,6 +110,8 @@ def check_files(folder: str | Path, manifest: Manifest, names: list[str] | None 
         if names is not None and name not in names:
             continue
         path = Path(folder) / name
+        if Path(name).name != name:
+            raise ManifestError(f"{FILE_NAME} lists {name!r}, which is not in {folder}. Export the model again.")
         if not path.is_file():
             raise ManifestError(f"{path} is missing; the manifest lists it. Copy the whole folder, or export again.")
         if path.stat().st_size != known["size_bytes"] or file_hash(path) != known["sha256"]:
@@ -129,7 +132,10 @@ def _from_json(content: dict[str, Any]) -> Manifest:
             name: GraphSpec(name, *map(_tensors, (g["inputs"], g["outputs"]))) for name, g in content["graphs"].items()
         },
         versions=content["versions"],
-        files=content["files"],
+        files={
+            name: {"sha256": entry["sha256"], "size_bytes": entry["size_bytes"]}
+            for name, entry in content["files"].items()
+        },
         format_version=content["format_version"],
     )
 

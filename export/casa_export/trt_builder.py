@@ -8,12 +8,34 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from casa_export.errors import ExportError, RunnerError
-from casa_export.manifest import Manifest, check_files, file_hash, graph_file, read_manifest
+from casa_engine.atomic_files import file_hash
+from casa_engine.staged_folder import StagedFolder
+from casa_export.engine_cache import EngineCache
+from casa_export.errors import ExportError, ManifestError, RunnerError
+from casa_export.manifest import Manifest, check_files, graph_file, graph_hashes, read_manifest
 from casa_export.progress import Progress
-from casa_export.trt_manifest import FILE_NAME, FOLDER_NAME, Engine, EngineManifest, read_engine_manifest
+from casa_export.trt_manifest import FILE_NAME, FOLDER_NAME, Engine, EngineManifest, engine_files, read_engine_manifest
 from casa_export.trt_package import CollectingLogger, load_tensorrt
 from casa_export.trt_profiles import Profile, profiles
+
+
+def engine_targets(package: str, compute_capabilities: tuple[str, ...] = ()) -> tuple[ModuleType, list[Any]]:
+    """Checks that engines can be built here.
+
+    Args:
+        package: `tensorrt`, `tensorrt_rtx` or `auto`.
+        compute_capabilities: TensorRT-RTX only: GPUs to build for, such as `8.9`; empty for its default set.
+
+    Returns:
+        The package, and its own names of the compute capabilities.
+
+    Raises:
+        RunnerError: TensorRT is missing, or cannot build for what was asked.
+    """
+    trt = load_tensorrt(package)
+    targets = _targets(trt, compute_capabilities)
+    _builder(trt, CollectingLogger(trt))
+    return trt, targets
 
 
 def build_engines(
@@ -22,8 +44,9 @@ def build_engines(
     compute_capabilities: tuple[str, ...] = (),
     engine_cache: Path | None = None,
     progress: Progress | None = None,
+    earlier: Path | None = None,
 ) -> EngineManifest:
-    """Builds engines of all graphs into the folder's `engines/`.
+    """Builds engines of all graphs into the folder's `engines/`, as one transaction.
 
     An engine whose key (graph file, TensorRT version, compute capabilities, profiles) did not change is kept.
 
@@ -33,49 +56,50 @@ def build_engines(
         compute_capabilities: TensorRT-RTX only: GPUs to build for, such as `8.9`; empty for its default set.
         engine_cache: A folder to share built engines between exports, in files named by key.
         progress: Told of every step; silent by default.
+        earlier: An older export whose engines may be used again; `folder` itself where not given.
 
     Raises:
         RunnerError: TensorRT is missing, or cannot build for what was asked.
+        ManifestError: The folder is no whole export.
         ExportError: TensorRT refuses a graph; the message holds its words.
+        OutputError: Engines or cache cannot be written.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    trt = load_tensorrt(package)
-    targets = _targets(trt, compute_capabilities)
-    out = folder / FOLDER_NAME
-    out.mkdir(exist_ok=True)
-    known = read_engine_manifest(out).engines if (out / FILE_NAME).is_file() else {}
+    trt, targets = engine_targets(package, compute_capabilities)
+    cache = EngineCache(engine_cache) if engine_cache else None
+    known = _known_engines((earlier or folder) / FOLDER_NAME)
     progress = progress or Progress(len(manifest.graphs), None)
     engines = {}
-    for graph in manifest.graphs:
-        shapes = profiles(manifest, graph)
-        key = _key(trt, manifest, graph, compute_capabilities, shapes)
-        path = out / f"{graph}.engine"
-        with progress.step(f"{trt.__name__}: build {graph}"):
-            if not (graph in known and known[graph].key == key and _intact(path, known[graph])):
-                _build_or_copy(trt, folder / graph_file(graph), path, shapes, targets, engine_cache, key)
-        engines[graph] = Engine(path.name, key, file_hash(path), tuple(shapes))
-    built = EngineManifest(trt.__name__, trt.__version__, tuple(compute_capabilities), engines)
-    built.write(out)
+    with StagedFolder(folder / FOLDER_NAME, FILE_NAME, engine_files) as staged:
+        for graph in manifest.graphs:
+            shapes = profiles(manifest, graph)
+            key = _key(trt, manifest, graph, compute_capabilities, shapes)
+            path = staged.path / f"{graph}.engine"
+            with progress.step(f"{trt.__name__}: build {graph}"):
+                found = known.get(key) or (cache and cache.find(key))
+                if found:
+                    shutil.copyfile(found, path)
+                else:
+                    path.write_bytes(build_engine(trt, folder / graph_file(graph), shapes, targets))
+                if cache and not (found and found.parent == cache.folder):
+                    cache.add(key, path)
+            engines[graph] = Engine(path.name, key, file_hash(path), graph_hashes(manifest, graph), tuple(shapes))
+        built = EngineManifest(trt.__name__, trt.__version__, tuple(compute_capabilities), engines)
+        built.write(staged.path)
+        staged.commit()
     return built
 
 
-def _intact(path: Path, engine: Engine) -> bool:
-    return path.is_file() and file_hash(path) == engine.sha256
-
-
-def _build_or_copy(
-    trt: ModuleType, onnx: Path, path: Path, shapes: list[Profile], targets: list[Any], cache: Path | None, key: str
-) -> None:
-    cached = None if cache is None else cache / f"{key}.engine"
-    if cached is not None and cached.is_file():
-        shutil.copyfile(cached, path)
-        return
-    path.write_bytes(build_engine(trt, onnx, shapes, targets))
-    if cached is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, cached)
+def _known_engines(folder: Path) -> dict[str, Path]:
+    """Undamaged engines of an engine folder, by key."""
+    try:
+        engines = read_engine_manifest(folder).engines.values()
+    except ManifestError:
+        return {}
+    paths = {engine.key: (folder / engine.file, engine.sha256) for engine in engines}
+    return {key: path for key, (path, known) in paths.items() if path.is_file() and file_hash(path) == known}
 
 
 def build_engine(trt: ModuleType, onnx: Path, shapes: list[Profile], targets: list[Any]) -> memoryview:
@@ -91,9 +115,7 @@ def build_engine(trt: ModuleType, onnx: Path, shapes: list[Profile], targets: li
         The serialised engine.
     """
     logger = CollectingLogger(trt)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise RunnerError(f"{trt.__name__} has no builder here: {_words(logger)}. Does this machine have a GPU?")
+    builder = _builder(trt, logger)
     # Strongly typed: every tensor has the dtype that the graph gives it. Newer versions know nothing else.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -116,6 +138,13 @@ def build_engine(trt: ModuleType, onnx: Path, shapes: list[Profile], targets: li
     if engine is None:
         raise ExportError(f"{trt.__name__} {trt.__version__} cannot build {onnx.name}: {_words(logger)}")
     return memoryview(engine)
+
+
+def _builder(trt: ModuleType, logger: Any) -> Any:
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise RunnerError(f"{trt.__name__} has no builder here: {_words(logger)}. Does this machine have a GPU?")
+    return builder
 
 
 def _targets(trt: ModuleType, compute_capabilities: tuple[str, ...]) -> list[Any]:
@@ -141,13 +170,11 @@ def _targets(trt: ModuleType, compute_capabilities: tuple[str, ...]) -> list[Any
 def _key(
     trt: ModuleType, manifest: Manifest, graph: str, compute_capabilities: tuple[str, ...], shapes: list[Profile]
 ) -> str:
-    file = graph_file(graph)
-    graph_files = {name: entry["sha256"] for name, entry in manifest.files.items() if name.startswith(file)}
     parts = [
         trt.__name__,
         trt.__version__,
         list(compute_capabilities),
-        graph_files,
+        graph_hashes(manifest, graph),
         [asdict(shape) for shape in shapes],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

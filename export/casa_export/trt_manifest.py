@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from casa_engine.atomic_files import file_hash, write_atomically
 from casa_export.errors import ManifestError, RunnerError
-from casa_export.manifest import file_hash
+from casa_export.manifest import Manifest, graph_hashes
 from casa_export.trt_profiles import Profile
 
 FILE_NAME = "engines.json"
@@ -20,12 +21,14 @@ class Engine:
         file: Name in the engine folder.
         key: Hash of all that it was built from; equal keys mean an engine can be used again.
         sha256: Hash of the file.
+        graph: SHA-256 of the graph's files that it was built from, by name.
         profiles: In the engine's order.
     """
 
     file: str
     key: str
     sha256: str
+    graph: dict[str, str]
     profiles: tuple[Profile, ...]
 
 
@@ -47,7 +50,7 @@ class EngineManifest:
 
     def write(self, folder: Path) -> None:
         """Writes it."""
-        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(folder / FILE_NAME, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     def check_runtime(self, package_version: str, capability: str) -> None:
         """Compares with the TensorRT and the GPU that are here.
@@ -69,6 +72,19 @@ class EngineManifest:
                 f"the engines were built for compute capability {', '.join(self.compute_capabilities)}; this GPU has "
                 f"{capability}. Build them again with --compute-capability {capability}."
             )
+
+    def check_graphs(self, manifest: Manifest) -> None:
+        """Compares with the graphs that are there now.
+
+        Raises:
+            ManifestError: There is no engine of a graph, or it was built from another one.
+        """
+        for graph in manifest.graphs:
+            if graph not in self.engines or self.engines[graph].graph != graph_hashes(manifest, graph):
+                raise ManifestError(
+                    f"the engine of {graph} was not built from the graph that is there now. Build the engines again "
+                    "with casa-export --trt."
+                )
 
     def check_file(self, folder: Path, graph: str) -> Path:
         """Path of a graph's engine, once its hash was compared.
@@ -92,11 +108,19 @@ def read_engine_manifest(folder: str | Path) -> EngineManifest:
     if not path.is_file():
         raise ManifestError(f"{folder} has no {FILE_NAME}; build the engines with casa-export --trt.")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         engines = {graph: _engine(entry) for graph, entry in content["engines"].items()}
         return EngineManifest(content["package"], content["version"], tuple(content["compute_capabilities"]), engines)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ManifestError(f"{path} cannot be read: {error}. Build the engines again with --trt.") from error
+
+
+def engine_files(folder: Path) -> frozenset[str]:
+    """Names of the files of ours in an engine folder: those that its `engines.json` lists, and itself."""
+    try:
+        return frozenset({FILE_NAME, *(engine.file for engine in read_engine_manifest(folder).engines.values())})
+    except ManifestError:
+        return frozenset()
 
 
 def _engine(entry: dict) -> Engine:
@@ -104,4 +128,4 @@ def _engine(entry: dict) -> Engine:
         Profile(one["name"], {name: tuple(map(tuple, shapes)) for name, shapes in one["shapes"].items()})
         for one in entry["profiles"]
     )
-    return Engine(entry["file"], entry["key"], entry["sha256"], profiles)
+    return Engine(entry["file"], entry["key"], entry["sha256"], entry["graph"], profiles)

@@ -15,7 +15,7 @@ from casa_engine.checkpoints import read_config
 from casa_export.errors import RunnerError
 from casa_export.exported_model import ExportedModel
 from casa_export.graph_spec import axis_size
-from casa_export.manifest import Manifest, read_manifest
+from casa_export.manifest import Manifest, check_files, read_manifest
 from casa_export.trt_manifest import FOLDER_NAME, EngineManifest, read_engine_manifest
 from casa_export.trt_package import CollectingLogger, load_tensorrt
 from casa_export.trt_profiles import Profile
@@ -31,10 +31,11 @@ class TrtBackend:
 
     Raises:
         RunnerError: No GPU, no TensorRT, or one that the engines were not built for.
-        ManifestError: An engine is missing or damaged.
+        ManifestError: An engine is missing, damaged or of other graphs.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, engines: EngineManifest) -> None:
+        engines.check_graphs(manifest)
         trt = load_tensorrt(engines.package)
         if not torch.cuda.is_available():
             raise RunnerError(
@@ -125,5 +126,6 @@ def load_trt_model(folder: str | Path) -> ExportedModel:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    check_files(folder, manifest)
     backend = TrtBackend(folder, manifest, read_engine_manifest(folder / FOLDER_NAME))
     return ExportedModel(read_config(folder), manifest, GenerationConfig.from_pretrained(folder), backend)

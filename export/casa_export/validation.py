@@ -15,7 +15,7 @@ from casa_engine.checkpoints import load_model
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_export.errors import ExportError
 from casa_export.exported_model import ExportedModel
-from casa_export.exporter import DTYPES
+from casa_export.exporter import DTYPES, ExportPlan
 from casa_export.graph_spec import cache_layers
 
 FP32_LIMIT = 1e-4
@@ -24,6 +24,9 @@ NUM_GREEDY_TOKENS = 64
 PROMPT_TOKENS = 24
 # Grids in patches: one window, several uneven windows, one token high.
 GRIDS = ((1, 4, 4), (1, 10, 14), (1, 2, 12), (1, 8, 8))
+# Images of the prompt of prefill and decode, of which the last ones share a window, and the tokens decoded after it.
+PROMPT_GRIDS, NUM_ADJACENT = (GRIDS[0], GRIDS[2], GRIDS[0]), 2
+DECODED_TOKENS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,25 @@ class Comparison:
     def passed(self) -> bool:
         """Whether the error is within the limit (never for NaN)."""
         return self.error <= self.limit
+
+
+def check_limits(plan: ExportPlan, num_prompts: int) -> None:
+    """Raises ExportError if `validate` could not run on an export with these limits."""
+    if num_prompts < 0:
+        raise ExportError(f"number of prompts to validate with is {num_prompts}; expected a whole number from 0.")
+    tokens = [int(np.prod(grid)) // plan.config.vision_config.spatial_merge_size**2 for grid in PROMPT_GRIDS]
+    answer = NUM_GREEDY_TOKENS if plan.dtype == "fp32" and num_prompts else len(DECODED_TOKENS)
+    needed = {
+        "text_tokens": PROMPT_TOKENS + answer,
+        "image_tokens": max(tokens),
+        "call_image_tokens": sum(tokens[-NUM_ADJACENT:]),
+    }
+    for name, least in needed.items():
+        if getattr(plan.limits, name) < least:
+            raise ExportError(
+                f"limit {name} is {getattr(plan.limits, name)}; the validation needs {least}. Raise it, or add "
+                "--no-validate."
+            )
 
 
 def table(comparisons: list[Comparison]) -> str:
@@ -101,7 +123,8 @@ def multi_image_prompt(exported: ExportedModel, generator: torch.Generator) -> t
         [fitting[int(torch.randint(len(fitting), (), generator=generator))] for _ in range(num_images)]
     )
     ids = torch.randint(2, exported.config.text_config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
-    points = torch.randint(0, PROMPT_TOKENS + 1, (1, num_images), generator=generator).sort().values
+    # Different places: several images in one window may be more than the export's limits allow.
+    points = torch.randperm(PROMPT_TOKENS + 1, generator=generator)[None, :num_images].sort().values
     return ids, _images(exported, grids, generator) | {"insertion_points": points}
 
 
@@ -186,13 +209,13 @@ def _decode(model, exported: ExportedModel, generator: torch.Generator) -> Tenso
     """Logits of four steps after the prompt, on fixed tokens."""
     cache = model.new_cache()
     _run(model, exported, generator, cache)
-    steps = [model(torch.tensor([[token]]), past_key_values=cache).logits for token in (5, 6, 7, 8)]
+    steps = [model(torch.tensor([[token]]), past_key_values=cache).logits for token in DECODED_TOKENS]
     return torch.cat(steps, dim=1)
 
 
 def _run(model, exported: ExportedModel, generator: torch.Generator, cache):
-    grids = torch.tensor([GRIDS[0], GRIDS[2], GRIDS[0]])
+    grids = torch.tensor(PROMPT_GRIDS)
     ids = torch.randint(2, exported.config.text_config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
-    points = torch.tensor([[2, 11, 11]])  # the last two share a window
+    points = torch.tensor([[2] + [11] * NUM_ADJACENT])
     images = _images(exported, grids, generator) | {"insertion_points": points}
     return model(ids, past_key_values=cache, **images)
