@@ -14,6 +14,7 @@ Only files are ever removed from the target that the caller names as its own.
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -83,8 +84,9 @@ class StagedFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._release()
-        if isinstance(error, OSError):
-            raise self._refusal(error) from error  # a full disk, most often
+        cause = as_os_error(error)
+        if cause is not None:
+            raise self._refusal(cause) from error  # a full disk, most often
 
     def commit(self) -> None:
         """Puts the folder in its place.
@@ -238,6 +240,14 @@ class StagedFolder:
     def _refusal(self, error: OSError) -> OutputError:
         reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
         return OutputError(f"{self._shown} was not written: {reason}. What was there is as before.")
+
+
+def as_os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind an exception: itself, or what a library written in Rust puts into words."""
+    if isinstance(error, OSError) or error is None:
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _work_folder(target: Path) -> Path:

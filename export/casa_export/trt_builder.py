@@ -143,7 +143,7 @@ def build_engine(trt: ModuleType, onnx: Path, shapes: list[Profile], targets: li
 def _builder(trt: ModuleType, logger: Any) -> Any:
     builder = trt.Builder(logger)
     if builder is None:
-        raise RunnerError(f"{trt.__name__} has no builder here: {_words(logger)}. Does this machine have a GPU?")
+        raise RunnerError(f"{trt.__name__} has no builder here: {_words(logger)}. Build on a machine with a GPU.")
     return builder
 
 

@@ -86,6 +86,34 @@ def test_shared_engine_cache(built, tmp_path, monkeypatch):
     assert build_engines(built, "tensorrt_rtx", ("8.9",), cache) == first
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[: len(content) // 2], lambda content: b"", lambda content: b"x"]
+)
+def test_damaged_entry_of_the_cache_is_built_anew(built, tmp_path, monkeypatch, damage):
+    cache, builds = tmp_path / "cache", []
+    shutil.rmtree(built / FOLDER_NAME)
+    monkeypatch.setattr(trt_builder, "build_engine", lambda *a: (builds.append(a[1].name), a[1].name.encode())[1])
+    first = build_engines(built, "tensorrt_rtx", ("8.9",), cache)
+    for path in cache.iterdir():
+        path.write_bytes(damage(path.read_bytes()))
+    shutil.rmtree(built / FOLDER_NAME)
+    assert build_engines(built, "tensorrt_rtx", ("8.9",), cache) == first
+    assert len(builds) == 6 and len(list(cache.iterdir())) == 3
+    shutil.rmtree(built / FOLDER_NAME)
+    build_engines(built, "tensorrt_rtx", ("8.9",), cache)
+    assert len(builds) == 6, "the cache is whole again"
+
+
+def test_failed_build_leaves_the_engines(built, monkeypatch):
+    before = {path.name: path.read_bytes() for path in (built / FOLDER_NAME).iterdir()}
+    (built / FOLDER_NAME / "vision.engine").write_bytes(b"damaged")
+    monkeypatch.setattr(trt_builder, "build_engine", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(built, "tensorrt_rtx", ("8.9",))
+    after = {path.name: path.read_bytes() for path in (built / FOLDER_NAME).iterdir()}
+    assert after == before | {"vision.engine": b"damaged"}
+
+
 def test_unknown_compute_capability(built):
     with pytest.raises(RunnerError, match=r"'9.0'; tensorrt_rtx .* builds for 7.5, 8.0"):
         build_engines(built, "tensorrt_rtx", ("9.0",))
