@@ -1,14 +1,19 @@
 """Files that are there whole or not at all, also after a crash."""
 
+import fcntl
+import glob
 import hashlib
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HASH_CHUNK_BYTES = 1 << 22
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file beside its place, syncs it and renames it, so that nobody ever reads half of it.
+    """Writes a file, so that nobody ever reads half of it.
 
     Args:
         path: Where it belongs; what is there is replaced. Its folder must exist.
@@ -17,17 +22,42 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     Raises:
         OSError: It cannot be written; what was there is unchanged.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replaced_atomically(path) as part:
+        part.write_bytes(content)
+
+
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Gives the path of a new file beside `path` and of its suffix; once it is written, it takes the place of `path`.
+
+    A file that a killed run left is removed: nobody holds its lock.
+
+    Raises:
+        OSError: It cannot be written; what was there is unchanged.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.????????.part{glob.escape(path.suffix)}"):
+        with suppress(BlockingIOError, FileNotFoundError), _locked(leftover, os.O_RDWR):
+            leftover.unlink()
+    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+    with _locked(part, os.O_RDWR | os.O_CREAT | os.O_EXCL):
+        try:
+            yield part
+            sync(part)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     sync(path.parent)
+
+
+@contextmanager
+def _locked(path: Path, flags: int) -> Iterator[None]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from casa_engine.checkpoints import check_tensors, read_config, write_random_checkpoint
+from casa_engine.command import run_command
 from casa_engine.configuration import CA_PLACEMENTS, CA_WEIGHTS, FUSIONS
-from casa_engine.errors import CasaError
 from casa_engine.presets import PRESETS, preset_config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,22 +40,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     options = build_parser().parse_args(arguments)
-    try:
-        if options.command == "check":
-            check_tensors(options.folder, read_config(options.folder))
-            print(f"{options.folder}: complete.")
-        else:
-            fields = {name: getattr(options, name) for name in ("fusion", "ca_weights", "ca_placement", "ca_layers")}
-            config = preset_config(
-                options.preset,
-                **{name: value for name, value in fields.items() if value is not None},
-            )
-            write_random_checkpoint(config, options.folder, options.seed, DTYPES[options.dtype])
-            print(f"{options.folder}: {options.preset}, random weights (seed {options.seed}, {options.dtype}).")
-    except CasaError as error:
-        print(f"casa-checkpoint: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("casa-checkpoint", lambda: (_check if options.command == "check" else _write_random)(options))
+
+
+def _check(options: argparse.Namespace) -> None:
+    check_tensors(options.folder, read_config(options.folder))
+    print(f"{options.folder}: complete.")
+
+
+def _write_random(options: argparse.Namespace) -> None:
+    fields = {name: getattr(options, name) for name in ("fusion", "ca_weights", "ca_placement", "ca_layers")}
+    config = preset_config(
+        options.preset,
+        **{name: value for name, value in fields.items() if value is not None},
+    )
+    write_random_checkpoint(config, options.folder, options.seed, DTYPES[options.dtype])
+    print(f"{options.folder}: {options.preset}, random weights (seed {options.seed}, {options.dtype}).")
 
 
 if __name__ == "__main__":

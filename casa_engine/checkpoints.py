@@ -11,12 +11,13 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from casa_engine.checkpoint_folder import list_files, stage_checkpoint
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import CheckpointError
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.tokenization import byte_tokenizer, chat_template
-from casa_engine.weight_files import INDEX, WEIGHTS, share_files, stored_shapes
+from casa_engine.weight_files import share_files, stored_shapes
 
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 1024 * 28 * 28
 
@@ -83,16 +84,31 @@ def load_processor(folder: str | Path) -> CasaProcessor:
 
 
 def save_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcessor, folder: str | Path) -> None:
-    """Writes model, processor and generation defaults."""
+    """Writes model, processor and generation defaults, as one transaction.
+
+    Raises:
+        OutputError: The folder cannot be written, or holds such files of others; it is as before.
+    """
+    with stage_checkpoint(folder, weight_bytes(model)) as staged:
+        write_checkpoint(model, processor, staged.path)
+        list_files(staged.path)
+        staged.commit()
+
+
+def write_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcessor, folder: Path) -> None:
+    """Writes model, processor and generation defaults into a folder of the caller's own, such as a staged one."""
     model.generation_config = GenerationConfig(
         eos_token_id=model.config.text_config.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
-    if (Path(folder) / WEIGHTS).is_file():
-        (Path(folder) / INDEX).unlink(missing_ok=True)  # of shards that save_pretrained has replaced by one file
     processor.save_pretrained(folder)
     share_files(folder, "*.safetensors")
+
+
+def weight_bytes(model: CasaForConditionalGeneration) -> int:
+    """Size of a model's weights."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def default_processor(config: CasaConfig) -> CasaProcessor:
@@ -127,5 +143,14 @@ def random_model(config: CasaConfig, seed: int = 0, dtype: torch.dtype = torch.f
 def write_random_checkpoint(
     config: CasaConfig, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes a checkpoint of a `random_model`, with a processor of its own."""
-    save_checkpoint(random_model(config, seed, dtype), default_processor(config), folder)
+    """Writes a checkpoint of a `random_model`, with a processor of its own, as one transaction.
+
+    Raises:
+        OutputError: The folder cannot be written, or holds such files of others; it is as before.
+    """
+    with torch.device("meta"):
+        needed_bytes = sum(map(torch.numel, CasaForConditionalGeneration(config).parameters())) * dtype.itemsize
+    with stage_checkpoint(folder, needed_bytes) as staged:  # before the model is made, which may take minutes
+        write_checkpoint(random_model(config, seed, dtype), default_processor(config), staged.path)
+        list_files(staged.path)
+        staged.commit()

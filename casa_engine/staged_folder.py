@@ -190,7 +190,7 @@ class StagedFolder:
         while True:
             self._work.mkdir(exist_ok=True)
             strangers = {entry.name for entry in self._work.iterdir()} - {"lock", "new", self._journal.name}
-            if any(not (name.startswith(".journal") and name.endswith(".part")) for name in strangers):
+            if any(not name.startswith(".journal.") for name in strangers):  # a journal that was never finished
                 raise OutputError(f"{self._work} holds files of others. Move it elsewhere: casa-engine works there.")
             try:
                 lock = os.open(self._work / "lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -21,6 +21,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from casa_engine.atomic_files import replaced_atomically, write_atomically
 from casa_engine.digits.data import DigitImage, Grid, draw_image, load_samples
 
 GRID = Grid(rows=4, columns=8)
@@ -147,9 +148,12 @@ def make_video(path: Path, seconds: float, fps: int, seed: int = 0, scale: int =
     """Writes a video, and the truth beside it as .json; returns the truth."""
     scenes_rng, noise_rng = np.random.default_rng(seed).spawn(2)
     scenes = draw_scenes(scenes_rng, max(1, round(seconds * fps)), fps)
-    write_video(path, frames(scenes, scale, noise, noise_rng), fps)
     truth = spans(scenes, fps)
-    path.with_suffix(".json").write_text(json.dumps([asdict(span) for span in truth], indent=1) + "\n")
+    with replaced_atomically(path) as part:
+        write_video(part, frames(scenes, scale, noise, noise_rng), fps)
+        write_atomically(
+            path.with_suffix(".json"), (json.dumps([asdict(span) for span in truth], indent=1) + "\n").encode()
+        )
     return truth
 
 

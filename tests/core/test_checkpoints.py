@@ -4,15 +4,20 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from casa_engine.checkpoint_cli import main
+from casa_engine.checkpoint_folder import list_files, owned_files
 from casa_engine.checkpoints import load_model, write_random_checkpoint
+from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CheckpointError
 from casa_engine.presets import preset_config
+from casa_engine.processing_casa import CasaProcessor
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,7 @@ def sharded(good, tmp_path):
     load_model(good).save_pretrained(folder, max_shard_size="200KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
+    list_files(folder)  # as if they were written by us: others' weights are not written over
     return folder
 
 
@@ -152,3 +158,88 @@ def test_files_have_the_mode_of_the_umask(tmp_path, umask: int) -> None:
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o666 & ~umask}
+
+
+def tree(folder) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_random_checkpoint_replaces_its_own_files_only(tmp_path, capsys) -> None:
+    folder = tmp_path / "model"
+    assert main(["random", "tiny-llama", str(folder)]) == 0
+    (folder / "notes.txt").write_text("mine")
+    (folder / "runs").mkdir()
+    (folder / "runs/1.log").write_text("mine too")
+    first = tree(folder)
+    assert main(["random", "tiny-llama", str(folder), "--seed", "1"]) == 0
+    second = tree(folder)
+    assert second["notes.txt"] == b"mine" and second["runs/1.log"] == b"mine too"
+    assert second.keys() == first.keys() and second["model.safetensors"] != first["model.safetensors"]
+    load_model(folder)
+    edit(folder, lambda tensors: tensors[NORM].add_(1))  # as by a training
+    trained = tree(folder)
+    capsys.readouterr()
+    assert main(["random", "tiny-llama", str(folder)]) == 1
+    assert "model.safetensors, which casa-engine did not write, or which was changed" in capsys.readouterr().err
+    assert tree(folder) == trained and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch.safetensors", "model.safetensors.index.json"])
+def test_other_models_are_not_overwritten(tmp_path, name, capsys) -> None:
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / name).write_text("{}")
+    assert main(["random", "tiny-llama", str(folder)]) == 1
+    assert name in capsys.readouterr().err
+    assert tree(folder) == {name: b"{}"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["Ctrl-C", "full"])
+def test_interrupted_checkpoint_leaves_the_old(tmp_path, error, capsys, monkeypatch) -> None:
+    folder = tmp_path / "model"
+    assert main(["random", "tiny-llama", str(folder)]) == 0
+    before = tree(folder)
+
+    def fail(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CasaProcessor, "save_pretrained", fail)
+        for target in (folder, tmp_path / "new"):
+            assert main(["random", "tiny-llama", str(target)]) == 1
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert last.startswith("casa-checkpoint: ") and last.endswith(".")
+    assert tree(folder) == before and list(tmp_path.iterdir()) == [folder]
+    assert main(["random", "tiny-llama", str(folder)]) == 0
+
+
+def test_full_disk_of_every_library(tmp_path) -> None:
+    """Real writers on a real full file system, in a mount namespace: safetensors says it in words of Rust."""
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "x", tmp_path], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    script = """
+import subprocess, sys
+from pathlib import Path
+from casa_engine.checkpoints import write_random_checkpoint
+from casa_engine.errors import OutputError
+from casa_engine.presets import preset_config
+from casa_engine.staged_folder import StagedFolder
+disk = Path(sys.argv[1])
+StagedFolder._check_space = lambda self: None  # it would refuse before any library writes
+for size in ("8k", "100k", "200k"):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "x", disk], check=True)
+    try:
+        write_random_checkpoint(preset_config("tiny-llama"), disk / "model")
+    except OutputError as error:
+        print(error)
+    assert list(disk.iterdir()) == []
+"""
+    run = subprocess.run(["unshare", "-m", sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("No space left on device") == len(run.stdout.splitlines()) == 3
+
+
+def test_list_of_the_embedded_checkpoint_is_true() -> None:
+    """So that a training may replace it."""
+    names = {path.name for path in checkpoint_path().iterdir() if path.is_file()}
+    assert owned_files(checkpoint_path()) == names

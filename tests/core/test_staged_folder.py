@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from casa_engine import staged_folder
-from casa_engine.atomic_files import write_atomically
+from casa_engine.atomic_files import replaced_atomically, write_atomically
 from casa_engine.errors import CasaError, OutputError
 from casa_engine.staged_folder import StagedFolder
 
@@ -282,7 +282,15 @@ def test_lock_of_a_dead_run_is_free(target):
 
 def test_atomic_file(tmp_path, monkeypatch):
     write_atomically(tmp_path / "file", b"one")
+    (tmp_path / ".file.0123abcd.part").write_text("of a killed run")
+    (tmp_path / ".filet.0123abcd.part").write_text("of another file")
+    with replaced_atomically(tmp_path / "file") as first:
+        first.write_text("first")
+        write_atomically(tmp_path / "file", b"second")  # meanwhile, by another run
+        assert first.exists()
+    assert contents(tmp_path) == {"file": "first", ".filet.0123abcd.part": "of another file"}
+    (tmp_path / ".filet.0123abcd.part").unlink()
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         write_atomically(tmp_path / "file", b"two")
-    assert contents(tmp_path) == {"file": "one"}
+    assert contents(tmp_path) == {"file": "first"}

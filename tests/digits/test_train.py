@@ -1,0 +1,83 @@
+"""`casa-train-digits` and its folders: a run of a few steps, refused, interrupted, repeated."""
+
+import json
+import shutil
+
+import pytest
+
+from casa_engine.checkpoints import load_model
+from casa_engine.digits import checkpoint_path, train
+from casa_engine.digits.evaluate import Report, Score
+
+SHORT = ["--vision-steps=1", "--language-steps=1", "--families=1"]
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A good checkpoint and a file of somebody's."""
+    folder = shutil.copytree(checkpoint_path(), tmp_path / "model")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_evaluation(monkeypatch):
+    """Accuracy takes minutes and is not what is tested: a training of one step reads nothing anyhow."""
+    monkeypatch.setattr(train, "evaluate_eager", lambda folder: Report([Score("read", 0, 1, 0.0)]))
+    monkeypatch.setattr(train, "read_exactly", lambda *arguments: {})
+
+
+def tree(folder) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_run_replaces_the_checkpoint_at_its_end(output, tmp_path):
+    before = tree(output)
+    assert train.main([*SHORT, f"--output={output}", f"--keep-vision={tmp_path / 'vision.pt'}"]) == 0
+    after = tree(output)
+    assert after.keys() == before.keys() and after["notes.txt"] == b"mine"
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert json.loads(after["accuracy.json"])["command"].startswith("casa-train-digits --vision-steps=1")
+    load_model(output)
+    again = [f"--vision-weights={tmp_path / 'vision.pt'}", *SHORT]
+    assert train.main([*again, f"--output={output}"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "vision.pt"}
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("teach_language", KeyboardInterrupt()), ("write_live_settings", OSError(28, "No space left on device"))],
+)
+def test_interrupted_run_leaves_the_old(output, where, error, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    before = tree(output)
+    monkeypatch.setattr(train, "teach", lambda model, processor, options: train.teach_language(model))
+    monkeypatch.setattr(train, "teach_language", lambda model: None)  # a longer one is in the test above
+    monkeypatch.setattr(train, where, fail)
+    assert train.main([*SHORT, f"--output={output}"]) == 1
+    assert tree(output) == before and list(output.parent.iterdir()) == [output]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("casa-train-digits: ") and last.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--threads=0", "expected 1 or more"),
+        ("--vision-steps=-1", "expected 0 or more"),
+        ("--keep-vision=none/vision.pt", "does not exist"),
+        ("--vision-weights=none.pt", "No such file"),
+        ("--vision-weights=model/notes.txt", "no file of --keep-vision"),
+        ("--vision-weights=model/model.safetensors", "no file of --keep-vision"),
+        ("--snapshots=model", "the same folder"),
+        ("--output=model/notes.txt", "is a file"),
+    ],
+)
+def test_bad_options_are_refused_before_the_training(output, option, words, capsys, monkeypatch):
+    monkeypatch.chdir(output.parent)
+    monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("trained"))
+    before = tree(output)
+    assert train.main([*SHORT, "--output=model", option]) == 1
+    assert words in capsys.readouterr().err and tree(output) == before
