@@ -78,6 +78,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ONNX Runtime (default: cpu)")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0: by the model's size (default)")
     parser.add_argument("--trt", action="store_true", help="run the TensorRT engines instead; needs an NVIDIA GPU")
     return parser
 
@@ -191,7 +192,7 @@ def _load(options: argparse.Namespace):
         return load_trt_model(options.folder)
     from casa_export.exported_model import ExportedModel
 
-    return ExportedModel.load(options.folder, options.device)
+    return ExportedModel.load(options.folder, options.device, options.threads)
 
 
 def _open(path: Path) -> Image.Image:

@@ -60,7 +60,7 @@ class ExportedModel:
         Args:
             folder: What `casa-export` wrote.
             device: `cpu` or `cuda`.
-            num_threads: Threads within an operation; 0 lets ONNX Runtime choose.
+            num_threads: Threads within an operation; 0 chooses by the size of the graphs.
             check_hashes: Whether to read every file once to compare its hash.
 
         Raises:

@@ -6,7 +6,8 @@ import numpy as np
 import onnxruntime as ort
 
 from casa_export.errors import ManifestError, RunnerError
-from casa_export.manifest import Manifest, graph_file
+from casa_export.manifest import Manifest, graph_file, graph_hashes
+from casa_export.ort_threads import choose_threads, session_options
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # ONNX's numbers for element types: NumPy has none for bfloat16.
@@ -24,7 +25,7 @@ class OrtBackend:
         folder: The exported folder.
         manifest: Its manifest.
         device: `cpu` or `cuda`.
-        num_threads: Threads within an operation; 0 lets ONNX Runtime choose.
+        num_threads: Threads within an operation; 0 chooses by the size of the graphs (`ort_threads`).
         optimize: Whether ONNX Runtime rewrites the graphs for this machine when it loads them.
 
     Raises:
@@ -43,8 +44,10 @@ class OrtBackend:
                 "Use device 'cpu', or install onnxruntime-gpu on a machine with an NVIDIA GPU."
             )
         self.device, self.manifest = device, manifest
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
+        graph_bytes = sum(
+            manifest.files[name]["size_bytes"] for g in manifest.graphs for name in graph_hashes(manifest, g)
+        )
+        options = session_options(num_threads or choose_threads(graph_bytes))
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3  # its warnings are about where it places shape arithmetic
