@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
-
 from casa_engine.checkpoints import load_processor
 from casa_engine.command import run_command
 from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CheckpointError, InputError
 from casa_export.errors import ExportError
+from casa_export.pictures import open_picture
 
 if TYPE_CHECKING:
     from casa_export.exporter import ExportPlan
@@ -166,9 +165,17 @@ def _validate(source: Path, folder: Path, num_prompts: int, progress: "Progress"
 
 def run(options: argparse.Namespace) -> None:
     """Answers one question, token by token."""
+    if options.max_new_tokens < 1 or options.threads < 0:
+        raise InputError(
+            f"--max-new-tokens is {options.max_new_tokens}, --threads {options.threads}; expected at least 1 and 0."
+        )
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"--prompt is not valid UTF-8 ({error.reason}). Give it in UTF-8.") from error
+    content = [{"type": "image", "image": open_picture(path)} for path in options.image]
     model = _load(options)
     processor = load_processor(options.folder)
-    content = [{"type": "image", "image": _open(path)} for path in options.image]
     content.append({"type": "text", "text": options.prompt})
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -193,13 +200,6 @@ def _load(options: argparse.Namespace):
     from casa_export.exported_model import ExportedModel
 
     return ExportedModel.load(options.folder, options.device, options.threads)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except (FileNotFoundError, UnidentifiedImageError) as error:
-        raise InputError(f"{path} is not a picture that can be read: {error}. Name a PNG or JPEG file.") from error
 
 
 if __name__ == "__main__":
