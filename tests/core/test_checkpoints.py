@@ -242,4 +242,4 @@ for size in ("8k", "100k", "200k"):
 def test_list_of_the_embedded_checkpoint_is_true() -> None:
     """So that a training may replace it."""
     names = {path.name for path in checkpoint_path().iterdir() if path.is_file()}
-    assert owned_files(checkpoint_path()) == names
+    assert owned_files(checkpoint_path()) == names, "a file was changed by hand: call list_files(checkpoint_path())"
