@@ -1,6 +1,7 @@
 """`casa-eval-digits`: how well casa-tiny-digits reads held-out digits, in process or through an endpoint."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from tqdm import tqdm
 
 from casa_engine.digits import checkpoint_path
 from casa_engine.digits.cases import Suite, Turn, draw_suites, draw_video
+from casa_engine.digits.endpoint import EndpointRunner
 from casa_engine.digits.phrases import WATCH
-from casa_engine.digits.runners import EagerRunner, EagerStream, EndpointRunner, Message, Runner
+from casa_engine.digits.runners import EagerRunner, EagerStream, Message, Runner
+from casa_engine.errors import CasaError
 
 MIN_CHANGES_CAPTIONED = 0.90
 MAX_UNCHANGED_CAPTIONED = 0.05
@@ -87,7 +90,9 @@ def run_suites(runner: Runner, suites: list[Suite]) -> list[Score]:
     """One score for each suite."""
     scores = []
     for suite in suites:
-        right = [play(runner, turns) for turns in tqdm(suite.conversations, desc=suite.name, mininterval=2.0)]
+        # Closed on the way out of an error, so that what is said about it has a line of its own.
+        with tqdm(suite.conversations, desc=suite.name, mininterval=2.0) as conversations:
+            right = [play(runner, turns) for turns in conversations]
         scores.append(Score(suite.name, sum(right), len(right), suite.threshold))
     return scores
 
@@ -125,7 +130,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="casa-eval-digits", description=__doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, default=checkpoint_path(), help="folder (%(default)s)")
     parser.add_argument("--base-url", help="asks this OpenAI-compatible server instead (http://127.0.0.1:8000/v1)")
-    parser.add_argument("--model", help="the model's name at the server; default: the one it serves")
+    parser.add_argument("--model", help="the model's name at the server; default: the first it serves")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of the server ($OPENAI_API_KEY)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="1: 200 single images, 100 conversations of each kind")
     for name, default in (("read", 0.90), ("second", 0.90), ("count", 0.95), ("first", 0.95)):
@@ -133,22 +139,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the table; exits with 1 if a demand is missed."""
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; return the exit status: 1 if a demand is missed or the model cannot be asked."""
     options = parse_arguments(arguments)
+    try:
+        report = evaluate(options)
+    except CasaError as error:
+        print(f"casa-eval-digits: {error}", file=sys.stderr)
+        return 1
+    print(report.table())
+    return 0 if report.passed else 1
+
+
+def evaluate(options: argparse.Namespace) -> Report:
+    """Ask the server or the eager model, as the command line says.
+
+    Raises:
+        CasaError: The checkpoint is none, or the server does not answer as it should.
+    """
+    # First, so that a server that is not there is seen at once.
+    endpoint = EndpointRunner(options.base_url, options.model, options.api_key) if options.base_url else None
     suites = [
         Suite(suite.name, suite.conversations, getattr(options, f"min_{suite.name}"))
         for suite in draw_suites(options.seed, options.scale)
     ]
-    if options.base_url:
-        report = Report(run_suites(EndpointRunner(options.base_url, options.model), suites))
-    else:
-        runner = EagerRunner(options.checkpoint)
-        streams = run_streams(runner, max(1, round(8 * options.scale)), 120, options.seed)
-        report = Report(run_suites(runner, suites) + streams)
-    print(report.table())
-    sys.exit(0 if report.passed else 1)
+    if endpoint is not None:
+        return Report(run_suites(endpoint, suites))
+    runner = EagerRunner(options.checkpoint)
+    streams = run_streams(runner, max(1, round(8 * options.scale)), 120, options.seed)
+    return Report(run_suites(runner, suites) + streams)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from casa_engine.digits.cases import draw_suites
+from casa_engine.digits.endpoint import EndpointRunner
 from casa_engine.digits.evaluate import play
-from casa_engine.digits.runners import EndpointRunner
 from casa_engine.errors import InputError
 from dashboard import dashboard_metrics
 from image_files import data_url, encoded

@@ -1,0 +1,151 @@
+"""`casa-eval-digits --base-url`: whatever answers there, the command ends in one sentence."""
+
+import json
+import socket
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from casa_engine.digits import evaluate
+
+MODELS = {"object": "list", "data": [{"id": "served", "object": "model"}]}
+ANSWER = {"choices": [{"message": {"role": "assistant", "content": "1"}}]}
+
+
+@contextmanager
+def http_server(replies):
+    """Serves `replies` by path: status and body; a body behind which more is announced is cut.
+
+    Yields:
+        Its address, and what was sent to it as (path, Authorization).
+    """
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            seen.append((self.path, self.headers.get("Authorization")))
+            status, body, *cut = replies.get(self.path, (404, b"<html>Not here</html>"))
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body) + sum(cut)))
+            # OpenAI's client would try again later, which tells nothing here.
+            self.send_header("x-should-retry", "false")
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def run(capsys, *arguments):
+    """Returns the exit status and what was written to stderr as the command's own words."""
+    status = evaluate.main(["--scale", "0.01", *arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("casa-eval-digits: ")]
+    return status, "\n".join(lines)
+
+
+def one_sentence(words, *expected):
+    assert len(words.splitlines()) == 1
+    assert len(words) < 700
+    for word in expected:
+        assert word in words, words
+
+
+def test_a_server_that_is_not_there(capsys):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    status, words = run(capsys, "--base-url", url)
+    assert status == 1
+    one_sentence(words, url, "make serve", "refused")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "ftp://127.0.0.1/v1", "http://", "http://[::1", "http://a:b/v1"])
+def test_what_is_no_address(capsys, url):
+    status, words = run(capsys, "--base-url", url)
+    assert status == 1
+    one_sentence(words, repr(url), "http://127.0.0.1:8000/v1")
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ((401, {"error": {"message": "Unauthorized"}}), "--api-key"),
+        ((403, b"go away"), "--api-key"),
+        ((404, {"detail": "Not Found"}), "usually ends in /v1"),
+        ((400, {"error": {"message": "That is wrong."}}), "That is wrong."),
+        ((500, b"x" * 5000), "500"),
+        ((503, b""), "503"),
+        ((200, b"<html>A page for people</html>"), "no OpenAI-compatible server"),
+        ((200, b""), "no OpenAI-compatible server"),
+        ((200, b'{"object": "list", "da'), "no OpenAI-compatible server"),
+        ((200, {}), "no OpenAI-compatible server"),
+        ((200, []), "no OpenAI-compatible server"),
+        ((200, {"data": None}), "no OpenAI-compatible server"),
+        ((200, {"data": [{}]}), "no OpenAI-compatible server"),
+        ((200, {"data": []}), "serves no model"),
+        ((302, b""), "302"),
+    ],
+)
+def test_answers_to_the_list_of_models(capsys, reply, expected):
+    with http_server({"/v1/models": reply}) as (url, _):
+        status, words = run(capsys, "--base-url", url)
+    assert status == 1
+    one_sentence(words, url, expected)
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ((401, {"error": {"message": "Unauthorized"}}), "--api-key"),
+        ((404, {"error": {"message": "no chat here"}}), "/v1/chat/completions"),
+        ((200, b"<html></html>"), "no OpenAI-compatible server"),
+        ((200, {"choices": []}), "no OpenAI-compatible server"),
+        ((200, {"choices": [{"text": "1"}]}), "no OpenAI-compatible server"),
+        ((200, {"choices": [{"message": {"content": {"a": 1}}}]}), "no OpenAI-compatible server"),
+        ((200, b'{"choices": [{"message": {"conte'), "no OpenAI-compatible server"),
+        ((200, ANSWER, 100), "failed"),
+    ],
+)
+def test_answers_to_a_question(capsys, reply, expected):
+    with http_server({"/v1/models": (200, MODELS), "/v1/chat/completions": reply}) as (url, _):
+        status, words = run(capsys, "--base-url", url)
+    assert status == 1
+    one_sentence(words, url, expected)
+
+
+def test_a_model_that_is_not_served(capsys):
+    with http_server({"/v1/models": (200, MODELS)}) as (url, _):
+        status, words = run(capsys, "--base-url", url, "--model", "mine")
+    assert status == 1
+    one_sentence(words, "'mine'", "'served'", "--model")
+
+
+def test_the_key_is_sent_and_a_bad_score_is_no_error(capsys):
+    with http_server({"/v1/models": (200, MODELS), "/v1/chat/completions": (200, ANSWER)}) as (url, seen):
+        status, words = run(capsys, "--base-url", url, "--api-key", "secret")
+    assert status == 1
+    assert words == ""
+    assert {key for _, key in seen} == {"Bearer secret"}
+
+
+def test_a_checkpoint_that_is_none(capsys, tmp_path):
+    status, words = run(capsys, str(tmp_path / "nothing"))
+    assert status == 1
+    one_sentence(words, "nothing")
