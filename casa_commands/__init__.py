@@ -1,0 +1,1 @@
+"""The console scripts. Importing this package imports nothing that could be missing."""
