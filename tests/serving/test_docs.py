@@ -3,12 +3,17 @@
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from image_files import data_url, encoded, plain
+from serving_process import free_port, running
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```(\S+) (run|server)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -43,9 +48,42 @@ def run(text, folder):
     return done.stdout
 
 
+def test_what_pip_is_told_to_install_exists():
+    """pip takes `.[extra]` from the checkout; `casa-engine[extra] @ .` is no requirement to it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        found += re.findall(r"pip install\s+\"([^\"]+)\"", page.read_text())
+    installed = [word for word in found if word.startswith(".")]
+    assert len(installed) >= 5
+    for word in installed:
+        (extras,) = re.fullmatch(r"\.\[([\w,]+)\]", word).groups()
+        assert set(extras.split(",")) <= project["optional-dependencies"].keys(), word
+    assert not [word for word in found if "@" in word]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_that_need_no_server(page, tmp_path):
     assert ": complete." in run(script(page, "run"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_plugin_alone_in_vllms_own_server(tmp_path):
+    """The page's command as it stands, but for its port, on the page's checkpoint."""
+    (shown,) = re.findall(r"^```bash vllm\n(.*?)^```", (ROOT / "docs" / "quickstart.md").read_text(), BLOCK.flags)
+    run(script("docs/quickstart.md", "run"), tmp_path)
+    image = {"type": "image_url", "image_url": {"url": data_url(encoded(plain()))}}
+    port = free_port()
+    python, *arguments = shlex.split(shown.replace("8001", str(port)))
+    assert python == "python"
+    with running(tmp_path / "log.txt", [sys.executable, *arguments], port, tmp_path) as server:
+        answer = server.client().chat.completions.create(
+            model="./tiny",
+            messages=[{"role": "user", "content": [image, {"type": "text", "text": "Read the digits."}]}],
+            max_tokens=4,
+        )
+    assert answer.usage.completion_tokens > 0
 
 
 @pytest.mark.vllm

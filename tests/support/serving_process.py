@@ -73,10 +73,24 @@ def casa_serve(log: Path, *arguments: str | Path) -> Iterator[Server]:
         *arguments: Its command line, without host and port.
     """
     port = free_port()
-    command = [CASA_SERVE, *arguments, "--host", "127.0.0.1", "--port", port]
+    with running(log, [CASA_SERVE, *arguments, "--host", "127.0.0.1", "--port", port], port) as server:
+        yield server
+
+
+@contextmanager
+def running(log: Path, command: list[str | Path | int], port: int, folder: Path | None = None) -> Iterator[Server]:
+    """Runs a server until the body is done, as `casa_serve` does.
+
+    Args:
+        log: Where its output goes.
+        command: Its whole command line.
+        port: Where it listens.
+        folder: Where it is started; default: here.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(part) for part in command],
+            cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -101,7 +115,7 @@ def wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.5)
     tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-40:])
-    raise RuntimeError(f"casa-serve did not start (exit status {process.poll()}):\n{tail}")
+    raise RuntimeError(f"the server did not start (exit status {process.poll()}):\n{tail}")
 
 
 def stop(process: subprocess.Popen) -> None:
