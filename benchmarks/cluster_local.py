@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from casa_serving.cluster import launch
+from casa_serving.cluster.address import check_port
 from casa_serving.cluster.first_request import first_request
 
 HOST = "127.0.0.1"
@@ -55,7 +56,8 @@ class LocalCluster:
     """A context in which the application runs.
 
     Args:
-        config: The cluster configuration (docs/cluster.md) as a mapping.
+        config: The cluster configuration (docs/cluster.md) as a mapping, deployed as `casa-serve --ray` does; or a
+            Serve config file with it, as `serve deploy` does.
         num_nodes: Nodes, each with `cpus_per_node` logical CPUs.
         cpus_per_node: What Ray hands out; replicas take `cpus` of it.
         port: Of the HTTP proxy, which runs on the head node alone.
@@ -79,7 +81,7 @@ class LocalCluster:
         from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
         from ray.cluster_utils import Cluster
 
-        launch.check_port(HOST, self._port)
+        check_port(HOST, self._port)
         started = time.monotonic()
         # ray.init() does this where it starts a cluster itself.
         ensure_token_if_auth_enabled(None, create_token_if_missing=True)
@@ -90,7 +92,11 @@ class LocalCluster:
                 self._cluster.add_node(num_cpus=self._cpus_per_node, object_store_memory=OBJECT_STORE_BYTES)
             ray.init(self._cluster.address, log_to_driver=False, logging_level=logging.WARNING)
             serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": self._port})
-            self.deploy(self._config)
+            if "applications" in self._config:
+                self.apply(self._config)
+                self.wait_until(lambda replicas: any(replica.state == "RUNNING" for replica in replicas))
+            else:
+                self.deploy(self._config)
             first_request(self.url)
         except BaseException:
             self.__exit__()
@@ -117,12 +123,28 @@ class LocalCluster:
 
         serve.run(build_app(config), name=launch.APPLICATION, route_prefix="/")
 
+    def apply(self, config: dict[str, Any]) -> None:
+        """Deploys a Serve config file as Ray's dashboard does for `serve deploy`; does not wait."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+
     def replicas(self) -> list[Replica]:
         """Returns the replicas of the model, those that come and go included."""
+        return self._replicas_of("CasaServer")
+
+    def ingresses(self) -> list[Replica]:
+        """Returns the ingresses, those that come and go included."""
+        return self._replicas_of("CasaIngress")
+
+    def _replicas_of(self, deployment: str) -> list[Replica]:
         from ray.serve.context import _get_global_client
 
-        deployments = _get_global_client().get_serve_details()["applications"][launch.APPLICATION]["deployments"]
-        (model,) = (details for name, details in deployments.items() if name.startswith("CasaServer"))
+        application = _get_global_client().get_serve_details()["applications"].get(launch.APPLICATION, {})
+        found = (some for name, some in application.get("deployments", {}).items() if name.startswith(deployment))
+        # There is none until the application is built.
+        model = next(found, {"replicas": []})
         # Ray Serve leaves out what a replica does not have yet.
         return [
             Replica(

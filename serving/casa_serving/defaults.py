@@ -103,12 +103,24 @@ def set_environment(*, embedded: bool, on_cpu: bool, live: bool) -> None:
     for name, value in environment(embedded=embedded, on_cpu=on_cpu).items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
-    if HTTP_PLUGIN not in entry_points(group="vllm.endpoint_plugins").names:
-        raise ConfigError(
-            f"The installed package does not name its endpoint {HTTP_PLUGIN!r}: it was installed before its code was "
-            "changed. Install it again (pip install -e .)."
-        )
-    endpoints = [HTTP_PLUGIN, LIVE_PLUGIN] if live else [HTTP_PLUGIN]
+    name_endpoints([HTTP_PLUGIN, LIVE_PLUGIN] if live else [HTTP_PLUGIN])
+
+
+def name_endpoints(endpoints: list[str]) -> None:
+    """Names endpoints of this package to vLLM, in the environment.
+
+    Args:
+        endpoints: Names of entry points.
+
+    Raises:
+        ConfigError: the package was installed before it had them.
+    """
+    for name in endpoints:
+        if name not in entry_points(group="vllm.endpoint_plugins").names:
+            raise ConfigError(
+                f"The installed package does not name its endpoint {name!r}: it was installed before its code was "
+                "changed. Install it again (pip install -e .)."
+            )
     os.environ["VLLM_PLUGINS"] = plugins_with(endpoints, os.environ.get("VLLM_PLUGINS"))
 
 

@@ -31,3 +31,15 @@ def test_what_fits_is_taken(cluster, worker, num_workers, replicas):
 def test_what_does_not_fit_is_refused_with_numbers(cluster, worker, num_workers, replicas):
     with pytest.raises(InputError, match=r"cannot hold .* its nodes have 4 CPU.*, 2 CPU"):
         capacity.check_capacity(worker, num_workers, replicas)
+
+
+@pytest.mark.parametrize(
+    ("worker", "num_workers", "fitting"), [({"CPU": 1}, 1, 6), ({"CPU": 2}, 2, 1), ({"GPU": 1}, 2, 0)]
+)
+def test_replicas_that_fit_are_counted(cluster, worker, num_workers, fitting):
+    assert capacity.count_fitting(worker, num_workers) == fitting
+
+
+def test_nothing_fits_where_no_cluster_runs(monkeypatch):
+    monkeypatch.setattr(capacity.ray, "is_initialized", lambda: False)
+    assert capacity.count_fitting({"CPU": 1}, 1) == 0

@@ -142,8 +142,8 @@ def test_streams_as_openai_does(cluster):
         ("/v1/chat/completions", json.dumps(body(max_tokens=-1)), 400, "max_tokens"),
         ("/v1/chat/completions", "{bad", 400, "JSON"),
         ("/v1/chat/completions", '{"model": 3}', 400, "messages"),
-        ("/v1/chat/completions", " " * 100_000_001, 413, "--max-request-bytes"),
-        ("/v1/nowhere", "{}", 404, "Not Found"),
+        ("/v1/chat/completions", " " * 100_000_001, 413, "ingress.max_request_bytes"),
+        ("/v1/nowhere", "{}", 404, "no such path"),
     ],
 )
 def test_bad_requests_get_a_sentence(cluster, http, path, request_body, status, said):

@@ -37,6 +37,8 @@ def test_a_plain_file_is_the_configuration_itself(tmp_path):
         (f"applications: [{{{APPLICATION}, route_prefix: /casa}}]", "at /casa"),
         (f"{{http_options: {{prot: 1}}, applications: [{{{APPLICATION}}}]}}", "['prot'] in http_options"),
         (f"{{http_options: {{port: many}}, applications: [{{{APPLICATION}}}]}}", "port: "),
+        (f"{{http_options: {{port: 70000}}, applications: [{{{APPLICATION}}}]}}", "port from 0 to 65535, got 70000"),
+        (f"{{http_options: {{port: -1}}, applications: [{{{APPLICATION}}}]}}", "port from 0 to 65535, got -1"),
         (f"{{http_options: 8000, applications: [{{{APPLICATION}}}]}}", "8000 in http_options"),
         (f"{{proxy_location: Here, applications: [{{{APPLICATION}}}]}}", "'Here', expected one of "),
     ],

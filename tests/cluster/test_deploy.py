@@ -13,6 +13,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Gauge
 from ray.scripts.scripts import cli as ray_cli
+from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeDeploySchema
 
 from casa_serving.cluster import launch
@@ -83,6 +84,32 @@ def test_serve_build_writes_the_shipped_config(tmp_path):
     assert yaml.safe_load(written.read_text()) == load("embedded.yaml"), (
         "write it anew: serve build casa_serving.cluster.embedded:app -o deploy/embedded.yaml"
     )
+
+
+def code_version(config):
+    """What Ray Serve compares to find out whether everything starts anew."""
+    return get_app_code_version(ServeDeploySchema.model_validate(config).applications[0])
+
+
+def test_fixing_the_number_of_replicas_as_the_page_says_is_no_new_code():
+    (block,) = re.findall(r"^```yaml override\n(.*?)^```", (ROOT / "docs" / "cluster.md").read_text(), re.M | re.S)
+    changed = load("cluster.yaml")
+    changed["applications"][0] |= yaml.safe_load(block)["applications"][0]
+    assert code_version(changed) == code_version(load("cluster.yaml"))
+
+
+def test_bounds_in_a_file_that_has_all_of_scaling_are_no_new_code():
+    changed = load("embedded.yaml")
+    scaling = changed["applications"][0]["deployments"][0]["autoscaling_config"]
+    scaling |= {"min_replicas": 2, "max_replicas": 6}
+    assert code_version(changed) == code_version(load("embedded.yaml"))
+
+
+def test_single_keys_of_scaling_are_what_the_page_warns_of():
+    changed = load("cluster.yaml")
+    scaling = {"min_replicas": 2, "max_replicas": 6}
+    changed["applications"][0]["deployments"] = [{"name": "CasaServer:x", "autoscaling_config": scaling}]
+    assert code_version(changed) != code_version(load("cluster.yaml"))
 
 
 # KubeRay

@@ -1,6 +1,7 @@
 """`casa-serve --ray` says in one sentence why it cannot start, and takes everything with it when it ends."""
 
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -9,7 +10,9 @@ import httpx
 import psutil
 import pytest
 
+from casa_engine.errors import InputError
 from casa_serving import cli
+from casa_serving.cluster import address, launch
 from serving_process import CASA_SERVE, casa_serve
 
 REFUSAL_S = 120
@@ -102,3 +105,53 @@ def test_it_serves_and_takes_everything_with_it(tmp_path):
         assert server.process.wait(60) == 0
     _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "99999"], "argument --port: expected a port from 0 to 65535, got '99999'"),
+        (["--port", "-1"], "argument --port"),
+        (["--port", "abc"], "argument --port: expected a whole number of at least 0, got 'abc'"),
+        (["--port", ""], "argument --port"),
+        (["--metrics-port", "65536"], "argument --metrics-port: expected a port from 0 to 65535"),
+        (["--num-cpus", "-2"], "argument --num-cpus"),
+        (["--num-cpus", "many"], "argument --num-cpus"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_by_the_parser(capsys, options, message):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["--ray", *options])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "::", "localhost"])
+def test_a_free_port_is_found_at_every_address(host):
+    port = address.check_port(host, 0)
+    assert address.check_port(host, port) == port
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "no such host", "1:2"])
+def test_an_address_that_this_machine_does_not_have(host):
+    with pytest.raises(InputError, match="Nothing can listen on "):
+        address.check_port(host, 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("", "127.0.0.1")],
+)
+def test_the_address_by_which_this_machine_reaches_it(host, url):
+    assert address.url_host(address.local(host)) == url
+
+
+def test_a_signal_waits_until_what_must_be_whole_is_whole():
+    done = []
+    with pytest.raises(KeyboardInterrupt), launch.signals_deferred():
+        signal.raise_signal(signal.SIGINT)
+        done.append("all of it")
+    assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -8,7 +8,6 @@ import math
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayError
-from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from ray.serve.exceptions import BackPressureError
 
 from casa_serving.errors import add_error_handlers, error_body, error_response, handle_internal_error
@@ -65,15 +64,8 @@ async def not_taken(request: Request, error: UnavailableError) -> JSONResponse:
     return error_response(error.status, str(error), error.kind, headers=retry_after(error.retry_after_s))
 
 
-async def refused(request: Request, error: OpenAIHTTPException) -> JSONResponse:
-    """The engine refused the request, with a reason of its own."""
-    headers = retry_after(1) if error.status_code in (429, 503) else None
-    return error_response(error.status_code, error.message, error.type, headers=headers)
-
-
 def add_cluster_error_handlers(app: FastAPI) -> None:
     """Registers every answer of this module, and those of every server of ours. Mutates `app`."""
     add_error_handlers(app)
     app.add_exception_handler(UnavailableError, not_taken)
     app.add_exception_handler(RayError, handle_internal_error)
-    app.add_exception_handler(OpenAIHTTPException, refused)

@@ -1,9 +1,8 @@
 """From the cluster configuration to a Ray Serve application.
 
 The application is what `ray.serve.llm.build_openai_app` makes, an ingress in front of an
-`LLMConfig`'s deployment, put together from the same public parts. `build_openai_app` itself takes
-no FastAPI application, and without one there is no place for the limit on bodies, which must come
-before they are read.
+`LLMConfig`'s deployment, put together from the same public parts. Ray's own ingress parses requests
+into models of its own and writes its own errors; this one hands them to the replica as they are.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from casa_engine.checkpoints import check_tensors, read_config
 from casa_engine.errors import InputError
 from casa_serving.cli import CAPTION_PROCESSOR, check_folder
-from casa_serving.cluster.capacity import check_capacity, cluster_has_gpu
+from casa_serving.cluster.capacity import check_capacity, cluster_has_gpu, count_fitting
 from casa_serving.cluster.config import ClusterConfig, parse_config
 from casa_serving.cluster.engine_arguments import check_engine_arguments
 from casa_serving.cluster.ingress import ingress_class
 from casa_serving.cluster.server import CasaServer
+from casa_serving.cluster.tenancy import INGRESS
 from casa_serving.defaults import EMBEDDED_NAME, embedded_checkpoint, engine_options, environment
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits
 from casa_serving.register import CONNECTOR
@@ -34,6 +34,8 @@ POLICY = "casa_serving.cluster.autoscaling:LoadPolicy"
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 # The limits on images hang on it.
 SAFETY = {"VLLM_MEDIA_CONNECTOR": CONNECTOR}
+# Ray Serve rounds a surge up to whole replicas.
+ONE_MORE = 1
 # Pushed to the controller this often; Ray Serve's default of 10 s would double every reaction.
 METRICS_INTERVAL_S = 2.0
 # An ingress that was replaced by a new version goes on with its live sessions until their replicas are replaced too,
@@ -49,13 +51,17 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     config = check_config(args)
     on_gpu = config.device == "gpu" or (config.device == "auto" and cluster_has_gpu())
+    worker = worker_needs(config, on_gpu=on_gpu)
+    if not config.wait_for_nodes:
+        check_capacity(worker, config.tensor_parallel_size, config.replicas.min)
+    surge = config.replicas.surge
+    if surge is None:
+        surge = count_fitting(worker, config.tensor_parallel_size) > config.replicas.max
     try:
-        llm_config = llm_config_of(config, on_gpu=on_gpu)
+        llm_config = llm_config_of(config, on_gpu=on_gpu, surge=surge)
     except ValidationError as error:
         reasons = "; ".join(problem["msg"] for problem in error.errors())
         raise InputError(f"Ray Serve LLM does not take the cluster configuration: {reasons}.") from error
-    if not config.wait_for_nodes:
-        check_capacity(worker_needs(config, on_gpu=on_gpu), config.tensor_parallel_size, config.replicas.min)
     model = build_llm_deployment(
         llm_config,
         deployment_cls=CasaServer,
@@ -64,8 +70,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     routes = ingress_class(
         config.ingress.request_limits(), max_prompt_chars(config, llm_config), live=config.live.max_sessions > 0
     )
-    ingress = serve.deployment(routes, **ingress_options(config))
-    return ingress.bind(llm_deployments={llm_config.model_id: model}, model_cards=model_cards(llm_config))
+    ingress = serve.deployment(routes, **ingress_options(config, surge=surge))
+    return ingress.bind(model)
 
 
 def check_config(args: dict[str, Any]) -> ClusterConfig:
@@ -96,23 +102,20 @@ def max_prompt_chars(config: ClusterConfig, llm_config: LLMConfig) -> int:
     return llm_config.engine_kwargs["max_model_len"] * tokenizer.max_chars_per_token
 
 
-def model_cards(llm_config: LLMConfig) -> dict[str, Any]:
-    """Returns what `/v1/models` says, by model name."""
-    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMConfig:
+    """Returns Ray Serve LLM's configuration of the replicas.
 
-    # Ray Serve LLM would have to load the checkpoint's configuration to find out.
-    overrides = {"input_modality": "image"}
-    return {llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config, overrides)}
-
-
-def llm_config_of(config: ClusterConfig, *, on_gpu: bool) -> LLMConfig:
-    """Returns Ray Serve LLM's configuration of the replicas."""
+    Args:
+        config: The cluster configuration.
+        on_gpu: Whether they run on GPUs.
+        surge: Whether there is room for one more than are deployed.
+    """
     embedded = config.checkpoint is None
     checkpoint = checkpoint_folder(config)
     options = engine_options(read_config(checkpoint), embedded=embedded, on_cpu=not on_gpu)
     name = config.model or (EMBEDDED_NAME if embedded else checkpoint.resolve().name)
-    for option in ("served_model_name", "allowed_origins"):
-        options.pop(option, None)
+    # Ray Serve LLM sets it to `name`.
+    options.pop("served_model_name", None)
     options |= {
         # A session has a seat of its own, whether it is captioning or waits for its next frame.
         "max_num_seqs": config.concurrency.running + config.live.max_sessions,
@@ -131,9 +134,7 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool) -> LLMConfig:
         accelerator_config={"kind": "gpu" if on_gpu else "cpu"},
         placement_group_config={"bundle_per_worker": bundle(config, on_gpu=on_gpu), "strategy": "STRICT_PACK"},
         engine_kwargs={key: asdict(value) if is_dataclass(value) else value for key, value in options.items()},
-        deployment_config=deployment_options(config),
-        # A batch of tokens every 50 ms, Ray Serve LLM's default, would add as much to the first one.
-        experimental_configs={"stream_batching_interval_ms": 0},
+        deployment_config=deployment_options(config, surge=surge),
         runtime_env={"env_vars": variables},
         log_engine_metrics=True,
     )
@@ -156,8 +157,13 @@ def worker_needs(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
     return {**bundle(config, on_gpu=on_gpu), **kind}
 
 
-def deployment_options(config: ClusterConfig) -> dict[str, Any]:
-    """Returns Ray Serve's options of the deployment of replicas."""
+def deployment_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
+    """Returns Ray Serve's options of the deployment of replicas.
+
+    Args:
+        config: The cluster configuration.
+        surge: Whether there is room for one more than are deployed.
+    """
     replicas, concurrency = config.replicas, config.concurrency
     return {
         # A live session is one request to Ray, from its first message to its last.
@@ -165,6 +171,7 @@ def deployment_options(config: ClusterConfig) -> dict[str, Any]:
         "max_queued_requests": concurrency.queued,
         "backpressure_config": {"status_code": 429, "retry_after_s": concurrency.retry_after_s},
         "graceful_shutdown_timeout_s": replicas.drain_timeout_s,
+        "max_surge_percent": ONE_MORE if surge else 0,
         # An engine that does not start will not do so at the twentieth time, Ray Serve's default.
         "max_constructor_retry_count": 3,
         "health_check_period_s": 5,
@@ -198,14 +205,21 @@ def deployment_options(config: ClusterConfig) -> dict[str, Any]:
     }
 
 
-def ingress_options(config: ClusterConfig) -> dict[str, Any]:
-    """Returns Ray Serve's options of the ingress; a session always meets the same one, which remembers it."""
+def ingress_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
+    """Returns Ray Serve's options of the ingress; a session always meets the same one, which remembers it.
+
+    Args:
+        config: The cluster configuration.
+        surge: Whether there is room for one more than are deployed.
+    """
     return {
-        "name": "CasaIngress",
+        "name": INGRESS,
         "num_replicas": config.ingress.replicas,
         # It hands requests on; what is too much is refused by the queue behind it.
         "max_ongoing_requests": 10_000,
         "graceful_shutdown_timeout_s": INGRESS_DRAIN_S,
+        # One that asks for no CPU finds room everywhere. A new version then answers before the old one goes.
+        "max_surge_percent": ONE_MORE if surge or config.ingress.cpus == 0 else 0,
         "ray_actor_options": {"num_cpus": config.ingress.cpus},
         "request_router_config": {"request_router_class": SESSION_ROUTER},
     }

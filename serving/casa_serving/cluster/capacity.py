@@ -29,18 +29,33 @@ def check_capacity(worker: Mapping[str, float], num_workers: int, min_replicas: 
     Raises:
         InputError: What is asked for and what is there. Nothing is checked where no cluster runs.
     """
-    if not ray.is_initialized():
+    if not ray.is_initialized() or count_fitting(worker, num_workers) >= min_replicas:
         return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    need = {name: amount * num_workers for name, amount in worker.items()}
-    fitting = sum(replicas_on(node, need) for node in nodes)
-    if fitting < min_replicas:
-        shown = ", ".join(describe({name: node.get(name, 0) for name in need}) for node in nodes)
-        raise InputError(
-            f"The cluster cannot hold {min_replicas} replicas of {describe(need)} each: its nodes have {shown}. Lower "
-            "replicas.min, cpus or tensor_parallel_size, add nodes, or set wait_for_nodes where a cluster "
-            "autoscaler adds them."
-        )
+    need = replica_needs(worker, num_workers)
+    shown = ", ".join(describe({name: node.get(name, 0) for name in need}) for node in node_resources())
+    raise InputError(
+        f"The cluster cannot hold {min_replicas} replicas of {describe(need)} each: its nodes have {shown}. Lower "
+        "replicas.min, cpus or tensor_parallel_size, add nodes, or set wait_for_nodes where a cluster "
+        "autoscaler adds them."
+    )
+
+
+def count_fitting(worker: Mapping[str, float], num_workers: int) -> int:
+    """Returns how many replicas fit on the cluster's nodes when these hold nothing else; 0 where no cluster runs."""
+    if not ray.is_initialized():
+        return 0
+    need = replica_needs(worker, num_workers)
+    return sum(replicas_on(node, need) for node in node_resources())
+
+
+def replica_needs(worker: Mapping[str, float], num_workers: int) -> dict[str, float]:
+    """Returns the resources of a replica."""
+    return {name: amount * num_workers for name, amount in worker.items()}
+
+
+def node_resources() -> list[Mapping[str, float]]:
+    """Returns the resources of each node that lives."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def replicas_on(node: Mapping[str, float], need: Mapping[str, float]) -> int:

@@ -48,6 +48,9 @@ class Replicas(Section):
         upscale_delay_s: How long the load must be higher before a replica is added.
         downscale_delay_s: How long it must be lower before one is drained.
         drain_timeout_s: How long a replica that is going may finish what it is doing.
+        surge: Whether a changed configuration that is deployed starts a new replica before an old one goes, which
+            needs room for one more than there are: without it, both wait for ever. None: where the nodes have room
+            for `max` and one more.
     """
 
     min: PositiveInt = 1
@@ -58,6 +61,7 @@ class Replicas(Section):
     upscale_delay_s: PositiveNumber = 5
     downscale_delay_s: PositiveNumber = 60
     drain_timeout_s: PositiveNumber = 60
+    surge: bool | None = None
 
     @model_validator(mode="after")
     def _in_order(self) -> Replicas:

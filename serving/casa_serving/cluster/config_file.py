@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from casa_engine.errors import InputError
+from casa_serving.cluster.address import MAX_PORT
 from casa_serving.cluster.config import sentence
 
 IMPORT_PATH = "casa_serving.cluster:build_app"
@@ -98,6 +99,8 @@ def check_http(options: Any, location: Any, path: Path) -> None:
         what = f"the keys {strange}" if isinstance(options, dict) else repr(options)
         raise InputError(f"{str(path)!r} has {what} in http_options, expected of {known}.")
     try:
-        HTTPOptions(**options)
+        port = HTTPOptions(**options).port
     except ValidationError as error:
         raise InputError(f"http_options in {str(path)!r}: {'; '.join(map(sentence, error.errors()))}.") from error
+    if not 0 <= port <= MAX_PORT:
+        raise InputError(f"http_options in {str(path)!r}: port: expected a port from 0 to {MAX_PORT}, got {port}.")

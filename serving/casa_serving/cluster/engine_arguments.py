@@ -1,4 +1,4 @@
-"""Whether `engine` names arguments that vLLM's engine has, before a replica is started to find out."""
+"""Whether `engine` names arguments that vLLM has, before a replica is started to find out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from casa_engine.errors import InputError
 
 
 def check_engine_arguments(names: Iterable[str]) -> None:
-    """Refuses names that vLLM's engine does not take.
+    """Refuses names that neither vLLM's engine nor its server takes.
 
     Args:
         names: The keys under `engine` in the cluster configuration.
@@ -19,8 +19,10 @@ def check_engine_arguments(names: Iterable[str]) -> None:
         InputError: Which names are unknown, and what they may have been meant to be.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
 
-    known = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+    # Those of vLLM's server that shape answers, such as tool_call_parser; the ingress has the address and the keys.
+    known = [field.name for kind in (AsyncEngineArgs, BaseFrontendArgs) for field in dataclasses.fields(kind)]
     unknown = sorted(set(names) - set(known))
     if not unknown:
         return

@@ -9,20 +9,41 @@ short, whatever a client sends.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 DIGEST_BYTES = 16
+
+
+def request_image_keys(headers: Mapping[str, str], body: bytes) -> tuple[str, ...]:
+    """Returns the names of all images in a request, whatever its path; none where its body is not understood.
+
+    Args:
+        headers: Of the request.
+        body: JSON, if it is a request with images.
+    """
+    # Most bodies without images need not be parsed; an encoded one is the application's to refuse.
+    if b"image_url" not in body or "content-encoding" in headers:
+        return ()
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(parsed, dict):
+        return ()
+    # The latter in /v1/responses.
+    return image_keys(parsed.get("messages") or parsed.get("input"))
 
 
 def image_keys(messages: Any) -> tuple[str, ...]:
     """Returns the names of all images in OpenAI chat messages, each once, in order.
 
     Args:
-        messages: The messages as mappings; anything that is not an image part is passed over,
-            since the engine and not the router judges requests.
+        messages: The messages as mappings, or the items of `/v1/responses`; anything that is not an image
+            part is passed over, since the engine and not the router judges requests.
     """
-    parts = (part for message in messages or () for part in _parts(message))
+    parts = (part for message in (messages if isinstance(messages, list) else ()) for part in _parts(message))
     return tuple(dict.fromkeys(key for part in parts for key in _keys(part)))
 
 

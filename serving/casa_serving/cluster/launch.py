@@ -7,16 +7,20 @@ is started on this machine and ends with this process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from casa_engine.errors import CasaError, InputError
+from casa_serving.cluster import tenancy
+from casa_serving.cluster.address import check_port, local, port_number, url_host, whole_number
 from casa_serving.cluster.config_file import ConfigFile, read_file
 from casa_serving.cluster.first_request import first_request
 
@@ -24,7 +28,10 @@ if TYPE_CHECKING:
     from ray import serve
 
 APPLICATION = "casa"
+ROUTE_PREFIX = "/"
 INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_S = 0.5
 ENVIRONMENT = {
     # Nothing is reported to anybody.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,9 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="casa-serve --ray", description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", type=Path, help="YAML file (docs/cluster.md); default: the embedded model")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (8000)")
-    parser.add_argument("--metrics-port", type=int, default=8080, help="Prometheus endpoint of this node (%(default)s)")
-    parser.add_argument("--num-cpus", type=int, help="CPUs that Ray hands out on this machine; default: what it has")
+    parser.add_argument("--port", type=port_number, help="port to listen on (8000); 0: any that is free")
+    parser.add_argument(
+        "--metrics-port", type=port_number, default=8080, help="Prometheus endpoint of this node (%(default)s)"
+    )
+    parser.add_argument(
+        "--num-cpus", type=whole_number, help="CPUs that Ray hands out on this machine; default: what it has"
+    )
     return parser
 
 
@@ -76,35 +87,37 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
     """Starts Ray and the application, and waits for a signal.
 
     Raises:
-        InputError: Nothing can listen where it should, the configuration does not fit the cluster, or the
-            application does not start.
+        InputError: Nothing can listen where it should, the configuration does not fit the cluster, what is to be
+            deployed is there already, or the application does not start.
     """
-    from ray import serve
-
     from casa_serving.cluster.application import build
 
-    host = options.host or file.http_options.get("host", "127.0.0.1")
-    port = options.port if options.port is not None else file.http_options.get("port", 8000)
-    if not is_attached():
-        check_port(host, port)
-    connect(options)
-    # As Ctrl-C, in place of Ray's own: Ray Serve waits without end for what may never come, such as a node.
+    asked = {name: value for name, value in (("host", options.host), ("port", options.port)) if value is not None}
+    asked = {**file.http_options, **asked}
+    address = {"host": "127.0.0.1", "port": 8000, **asked}
+    if not is_attached() or address["port"] == 0:
+        address["port"] = check_port(address["host"], address["port"])
+    # As Ctrl-C, in place of Ray's own: Ray Serve waits without end for what may never come, such as a node. Ray sets
+    # its own anew when it starts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        connect(options)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Whatever can refuse comes first: nothing of this has changed the cluster.
+        if is_attached():
+            address |= check_tenants(asked)
         application = build(file.args)
-        serve.start(proxy_location=file.proxy_location, http_options={**file.http_options, "host": host, "port": port})
+        start_serve(file, address)
         deploy(application)
+        url = f"http://{url_host(address['host'])}:{address['port']}"
         try:
-            first_request(f"http://{local(host)}:{port}")
+            first_request(f"http://{url_host(local(address['host']))}:{address['port']}")
         except OSError as error:
-            raise InputError(
-                f"The application runs, but {host}:{port} does not answer ({error}). Where Ray Serve runs on the "
-                "cluster already, its first start decided the address of its proxies: pass that one."
-            ) from error
+            raise InputError(f"The application runs, but does not answer at {url}: {error}.") from error
         stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, lambda *_: stop.set())
-        print(f"casa-serve: ready at http://{host}:{port}", flush=True)
+        print(f"casa-serve: ready at {url}", flush=True)
         stop.wait()
     finally:
         leave()
@@ -115,48 +128,94 @@ def is_attached() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+def check_tenants(asked: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what would touch something of somebody else's on a cluster that runs already.
+
+    Args:
+        asked: The address that the user asks for.
+
+    Returns:
+        The address of the proxies that run; empty where Ray Serve does not.
+
+    Raises:
+        InputError: The name or the route is taken, or the address is another one.
+    """
+    client = tenancy.serve_client()
+    if client is None:
+        return {}
+    tenancy.check_free(client.get_serve_details()["applications"], APPLICATION, ROUTE_PREFIX)
+    tenancy.check_address(client.http_config, asked)
+    return {name: getattr(client.http_config, name) for name in tenancy.ADDRESS}
+
+
+def start_serve(file: ConfigFile, address: dict[str, Any]) -> None:
+    """Starts Ray Serve with its proxies, unless it runs."""
+    from ray import serve
+
+    if tenancy.serve_client() is None:
+        serve.start(proxy_location=file.proxy_location, http_options={**file.http_options, **address})
+
+
 def deploy(application: serve.Application) -> None:
     """Runs the application and waits until it is ready.
 
     Raises:
-        InputError: Its replicas do not start; Ray Serve has given up.
+        InputError: Its replicas do not start and Ray Serve has given up, or somebody has deleted or replaced it.
     """
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
+    target = serve.RunTarget(application, name=APPLICATION, route_prefix=ROUTE_PREFIX)
+    with signals_deferred():
+        if is_attached():
+            # Once more: building has taken its time.
+            check_tenants({})
+        try:
+            serve.run_many([target], wait_for_applications_running=False)
+        except RayServeException as error:
+            raise InputError(f"Ray Serve does not take the application: {error}") from error
+    client = tenancy.serve_client()
+    while (status := client.get_serve_details()["applications"].get(APPLICATION)) is not None:
+        if not tenancy.is_own(client, APPLICATION):
+            break
+        if status["status"] == "RUNNING":
+            return
+        if status["status"] == "DEPLOY_FAILED":
+            raise InputError(f"The application does not start. The reason is in the log above: {status['message']}")
+        time.sleep(POLL_S)
+    raise InputError(f"Somebody has deleted or replaced the application {APPLICATION!r} while it started.")
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM wait until the body is done, so that it is done as a whole.
+
+    Raises:
+        KeyboardInterrupt: One has come.
+    """
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
     try:
-        serve.run(application, name=APPLICATION, route_prefix="/")
-    except RuntimeError as error:
-        raise InputError(f"The application does not start. The reason is in the log above: {error}") from error
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def leave() -> None:
-    """Takes away what this process has started: the application alone where the cluster is somebody else's."""
+    """Takes away what this process has put there: its application alone where the cluster is somebody else's."""
     import ray
     from ray import serve
 
-    if is_attached():
-        serve.delete(APPLICATION)
-    else:
+    if not ray.is_initialized():
+        return
+    if not is_attached():
         serve.shutdown()
+    elif (client := tenancy.serve_client()) is not None and tenancy.is_own(client, APPLICATION):
+        serve.delete(APPLICATION)
     ray.shutdown()
-
-
-def local(host: str) -> str:
-    """Returns the address by which this machine reaches a server that listens on `host`."""
-    return "127.0.0.1" if host in ("", "0.0.0.0") else host
-
-
-def check_port(host: str, port: int) -> None:
-    """Refuses a port that somebody listens on, before anything is started."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"Nothing can listen on {host}:{port} ({error.strerror}). Stop what listens there, or pass another "
-                "with --port (make serve-ray PORT=...)."
-            ) from error
 
 
 def connect(options: argparse.Namespace) -> None:

@@ -2,10 +2,10 @@
 
     client == WebSocket ==> Serve's proxy => ingress (this) == WebSocket ==> replica (live_server)
 
-Messages pass unchanged. What a replica sends is awaited on the client's side before the next message is taken; what a
-client sends may be a little ahead of its replica (`Inflow`). What ends on one side ends on the other, with its code
-and reason. The client is told in the protocol's own words when there is no place, when its replica leaves, and when
-its replica breaks.
+Messages pass unchanged, but for the names of settings in errors. What a replica sends is awaited on the client's side
+before the next message is taken; what a client sends may be a little ahead of its replica (`Inflow`). What ends on one
+side ends on the other, with its code and reason. The client is told in the protocol's own words when there is no
+place, when its replica leaves, and when its replica breaks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import aiohttp
 from ray.exceptions import RayError
@@ -26,6 +26,7 @@ from websockets.exceptions import ConnectionClosed
 from casa_serving.cluster.live_place import TOKEN_HEADER, LivePlace
 from casa_serving.cluster.live_search import Answers, Found, find_place
 from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.cluster.setting_names import name_keys
 from casa_serving.live.connection import first_of
 from casa_serving.live.options import MAX_MESSAGE_BYTES
 from casa_serving.live.protocol import ENGINE_ERROR, POLICY, SUBPROTOCOL, Fault, LiveError
@@ -70,7 +71,7 @@ class LiveProxy:
         upstream = found.upstream
         leaving = asyncio.create_task(self._leave_with(found))
         try:
-            await websocket.accept(upstream.subprotocol, as_pairs(found.note.response_headers()))
+            await websocket.accept(upstream.subprotocol, found.note.response_header_pairs())
             inflow = Inflow()
             await first_of(
                 take_in(websocket, inflow),
@@ -203,7 +204,8 @@ async def to_client(upstream: ClientConnection, websocket: WebSocket) -> None:
         while True:
             message = await upstream.recv()
             if isinstance(message, str):
-                await websocket.send_text(message)
+                is_error = message.startswith('{"type":"error"')
+                await websocket.send_text(name_keys(message) if is_error else message)
             else:
                 await websocket.send_bytes(message)
 
@@ -256,8 +258,3 @@ async def say_goodbye(websocket: WebSocket, error: LiveError, code: int, reason:
 def may_be_sent(code: int) -> bool:
     """Tells whether a close code may stand in a close frame: some only say what became of a connection."""
     return 1000 <= code < 1004 or 1007 <= code < 1015 or 3000 <= code < 5000
-
-
-def as_pairs(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Returns headers as ASGI takes them."""
-    return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]

@@ -60,7 +60,7 @@ async def find_place(websocket: WebSocket, ask: Callable[[RoutingNote], Answers]
     try:
         async with asyncio.timeout(PLACE_TIMEOUT_S):
             while True:
-                note = RoutingNote(headers=dict(websocket.headers), avoid=avoid, departure=Departure())
+                note = RoutingNote(avoid=avoid, departure=Departure())
                 found = await try_place(ask(note), note, websocket.scope["subprotocols"])
                 if isinstance(found, Found):
                     return found

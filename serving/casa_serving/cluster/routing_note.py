@@ -1,8 +1,8 @@
 """What travels with a request from the ingress to the router, and back.
 
 Ray Serve's router runs in the ingress process and sees the arguments of the call before they are
-sent. Ray Serve LLM's second argument carries the HTTP headers; this one carries the image names as
-well, so that the router reads no body, and takes down the router's decision for the ingress.
+sent. One of them carries the names of the images, so that the router reads no body, and takes down
+the router's decision for the ingress.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 from casa_serving.cluster.live_place import Departure
 
@@ -21,8 +19,8 @@ IMAGES_HEADER = "x-casa-images"
 
 
 @dataclass
-class RoutingNote(RawRequestInfo):
-    """A request's headers, its images, and where it went.
+class RoutingNote:
+    """A request's images, and where it went.
 
     Attributes:
         images: Names of its images (`image_keys`).
@@ -67,6 +65,10 @@ class RoutingNote(RawRequestInfo):
         """Returns what the client is told; empty values are left out."""
         headers = {REPLICA_HEADER: self.replica, SESSION_HEADER: self.session, IMAGES_HEADER: self.affinity}
         return {name: value for name, value in headers.items() if value}
+
+    def response_header_pairs(self) -> list[tuple[bytes, bytes]]:
+        """Returns the same as ASGI takes it."""
+        return [(name.encode(), value.encode("latin-1")) for name, value in self.response_headers().items()]
 
 
 def note_in(arguments: list) -> RoutingNote | None:

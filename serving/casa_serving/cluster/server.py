@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from io import BytesIO
 from pathlib import Path
@@ -17,15 +18,16 @@ from PIL import Image
 from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, ErrorResponse
-from vllm.exceptions import GracefulHTTPError
 
-from casa_serving.cluster.answers import error_body
+from casa_serving.api_key import key_header
+from casa_serving.cluster.asgi_call import call_app
 from casa_serving.cluster.autoscaling import LIVE_FRAMES, LIVE_LATE_FRAMES, LIVE_SESSIONS
+from casa_serving.cluster.forwarded import ForwardedRequest, ResponseHead
 from casa_serving.cluster.live_place import LivePlace, LiveRefusal
 from casa_serving.cluster.live_server import LiveServer
 from casa_serving.cluster.replica_metrics import ReplicaMetrics, last_step_s
 from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.defaults import HTTP_PLUGIN, name_endpoints
 from casa_serving.limits import ImageLimits
 from casa_serving.live.connection import LiveService
 from casa_serving.live.endpoint import open_service
@@ -35,6 +37,8 @@ LOGGER = logging.getLogger("ray.serve")
 # An engine that has made a step within this time needs no probe, which would have to wait behind its requests.
 FRESH_S = 5.0
 WARM_UP_SIDE = 56
+CHAT_PATH = "/v1/chat/completions"
+MAX_SHOWN = 500
 
 
 class UnhealthyError(RuntimeError):
@@ -51,6 +55,8 @@ class CasaServer(LLMServer):
     """
 
     async def __init__(self, llm_config: LLMConfig, *, live_options: LiveOptions, **kwargs: Any) -> None:
+        # Errors in OpenAI's shape. Live sessions have a server of their own here.
+        name_endpoints([HTTP_PLUGIN])
         self._live_options = live_options
         self._live: LiveServer | None = None
         await super().__init__(llm_config, **kwargs)
@@ -59,9 +65,11 @@ class CasaServer(LLMServer):
         """Starts the engine and answers one request of each kind, so that no client pays for first times."""
         self._metrics = ReplicaMetrics(serve.get_replica_context().replica_id.unique_id)
         await super().start()
+        # The application that casa-serve runs, without the guard of its door, which the ingress has.
+        self._app = await self.engine.build_asgi_app()
         for name, request in warm_up_requests(self._llm_config.model_id).items():
             started = time.monotonic()
-            await self._consume(request)
+            await self._probe(request)
             LOGGER.info("Warm-up: %s took %.2f s", name, time.monotonic() - started)
         if self._live_options.live_max_sessions:
             await self._start_live()
@@ -82,13 +90,24 @@ class CasaServer(LLMServer):
             async for place in places:
                 yield place
 
-    async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        """See `LLMServer.chat`."""
-        return self._watched(await super().chat(request, raw_request_info))
+    async def http(self, request: ForwardedRequest, note: RoutingNote) -> AsyncGenerator[ResponseHead | bytes, None]:
+        """Answers an HTTP request; called by the ingress.
 
-    async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        """See `LLMServer.completions`."""
-        return self._watched(await super().completions(request, raw_request_info))
+        Args:
+            request: As the client sent it.
+            note: For the router, which has read it already.
+
+        Yields:
+            The head of the answer with the first piece of its body, then further pieces.
+        """
+        try:
+            async with aclosing(call_app(self._app, request)) as parts:
+                async for part in parts:
+                    # An answer that only says so goes to no client: the ingress asks another replica instead.
+                    self._end_with_engine()
+                    yield part
+        finally:
+            self._end_with_engine()
 
     async def check_health(self) -> None:
         """Asks the engine, then has it answer one token unless it is at work.
@@ -98,7 +117,7 @@ class CasaServer(LLMServer):
         """
         await super().check_health()
         if time.time() - last_step_s() > FRESH_S:
-            await self._consume(chat_request(self._llm_config.model_id, "ok"))
+            await self._probe(chat_body(self._llm_config.model_id, "ok"))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve every few seconds for the autoscaling policy; exports metrics at the same pace."""
@@ -119,17 +138,6 @@ class CasaServer(LLMServer):
         self._live = LiveServer(service)
         await self._live.start(ray.util.get_node_ip_address())
 
-    async def _watched(self, answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Passes answers on and notes when; turns vLLM's own refusals with a status into answers."""
-        try:
-            async for answer in answers:
-                self._end_with_engine()
-                yield answer
-        except GracefulHTTPError as error:
-            yield ErrorResponse(**error_body(error.message, "OverloadedError", int(error.http_status)))
-        finally:
-            self._end_with_engine()
-
     def _end_with_engine(self) -> None:
         """Ends this process when the engine's has died, so that Ray Serve and the ingress know it at once.
 
@@ -140,10 +148,25 @@ class CasaServer(LLMServer):
             LOGGER.error("The engine has died; its replica ends with it")
             os._exit(1)
 
-    async def _consume(self, request: ChatCompletionRequest) -> None:
-        async for answer in await self.chat(request):
-            if isinstance(answer, ErrorResponse):
-                raise UnhealthyError(f"The engine refused a probe: {answer.error.message}")
+    async def _probe(self, body: dict[str, Any]) -> None:
+        """Has a chat request answered.
+
+        Raises:
+            UnhealthyError: It is not.
+        """
+        headers = {"content-type": "application/json", **key_header()}
+        pairs = tuple((name.lower().encode(), value.encode()) for name, value in headers.items())
+        request = ForwardedRequest("POST", CHAT_PATH, CHAT_PATH.encode(), b"", pairs, json.dumps(body).encode())
+        answer = b""
+        async for part in self.http(request, RoutingNote()):
+            if not isinstance(part, ResponseHead):
+                answer += part
+                continue
+            answer += part.body
+            if part.status != 200:
+                raise UnhealthyError(f"A probe was answered with {part.status}: {part.body[:MAX_SHOWN]!r}")
+        if not answer:
+            raise UnhealthyError("A probe was answered with nothing.")
 
 
 async def caption_one(service: LiveService) -> None:
@@ -158,8 +181,8 @@ async def caption_one(service: LiveService) -> None:
         await session.close()
 
 
-def chat_request(model: str, text: str, *images: str, **options: Any) -> ChatCompletionRequest:
-    """Returns a request for one token.
+def chat_body(model: str, text: str, *images: str, **options: Any) -> dict[str, Any]:
+    """Returns the body of a request for one token.
 
     Args:
         model: The model's name.
@@ -169,16 +192,16 @@ def chat_request(model: str, text: str, *images: str, **options: Any) -> ChatCom
     """
     content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-    return ChatCompletionRequest(model=model, messages=[message], max_tokens=1, temperature=0, **options)
+    return {"model": model, "messages": [message], "max_tokens": 1, "temperature": 0, **options}
 
 
-def warm_up_requests(model: str) -> dict[str, ChatCompletionRequest]:
+def warm_up_requests(model: str) -> dict[str, dict[str, Any]]:
     """Returns a text, an image and a stream by name: what goes through different code the first time."""
     picture = BytesIO()
     Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE), "gray").save(picture, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
     return {
-        "text": chat_request(model, "ok"),
-        "image": chat_request(model, "ok", url),
-        "stream": chat_request(model, "ok", url, stream=True),
+        "text": chat_body(model, "ok"),
+        "image": chat_body(model, "ok", url),
+        "stream": chat_body(model, "ok", url, stream=True),
     }

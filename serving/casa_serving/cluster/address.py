@@ -1,0 +1,58 @@
+"""Where a cluster of one machine listens: ports and hosts, as users give them and as URLs have them."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+
+from casa_engine.errors import InputError
+
+MAX_PORT = 65_535
+
+
+def local(host: str) -> str:
+    """Returns the address by which this machine reaches a server that listens on `host`."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def url_host(host: str) -> str:
+    """Returns a host as it stands in a URL: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def port_number(text: str) -> int:
+    """Reads a port from the command line."""
+    port = whole_number(text)
+    if port > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to {MAX_PORT}, got {text!r}")
+    return port
+
+
+def whole_number(text: str) -> int:
+    """Reads a number of at least 0 from the command line."""
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def check_port(host: str, port: int) -> int:
+    """Refuses an address that nothing can listen on, before anything is started.
+
+    Returns:
+        The port; one that is free for 0.
+
+    Raises:
+        InputError: Somebody listens there, or this machine has no such address.
+    """
+    # As Ray Serve, which takes IPv6 for what looks like it.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"Nothing can listen on {url_host(host)}:{port} ({error.strerror or error}). Stop what listens there, "
+                "or pass another --host or --port (make serve-ray PORT=...)."
+            ) from error
+        return probe.getsockname()[1]

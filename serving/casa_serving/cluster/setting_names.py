@@ -1,0 +1,74 @@
+"""Errors name the setting that may be changed: `casa-serve`'s are options, a cluster's are keys of a file.
+
+The code that checks a limit is the same in both and names the option. In a cluster the names are
+translated where answers leave the ingress, wherever the check was made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from casa_serving.cluster.config import Images, Ingress, Live
+
+OPTION = re.compile(r"--([a-z][a-z0-9]*(?:-[a-z0-9]+)+)")
+# Those that are no limits of ours: vLLM's arguments.
+ENGINE_OPTIONS = ("max_model_len", "limit_mm_per_prompt", "allowed_local_media_path")
+KEYS = {
+    **{name: f"images.{name}" for name in Images.model_fields},
+    **{name: f"ingress.{name}" for name in Ingress.model_fields},
+    **{f"live_{name.replace('_timeout_s', '_timeout')}": f"live.{name}" for name in Live.model_fields},
+    **{name: f"engine.{name}" for name in ENGINE_OPTIONS},
+}
+
+
+def name_keys(message: str) -> str:
+    """Returns a message in which options of casa-serve are the cluster's keys; others stay as they are."""
+    return OPTION.sub(lambda found: KEYS.get(found[1].replace("-", "_"), found[0]), message)
+
+
+class SettingNames:
+    """Middleware that translates the messages of errors."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on; errors that are one piece of JSON are translated."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start: Message | None = None
+
+        async def translate(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                # Its length is not known before its body.
+                start = message
+                return
+            if start is not None:
+                if not message.get("more_body", False):
+                    message = {**message, "body": translated(message.get("body", b""))}
+                    headers = MutableHeaders(scope=start)
+                    if message["body"] and "content-length" in headers:
+                        headers["content-length"] = str(len(message["body"]))
+                await send(start)
+                start = None
+            await send(message)
+
+        await self._app(scope, receive, translate)
+
+
+def translated(body: bytes) -> bytes:
+    """Returns the body of an error with a translated message; what is no error in OpenAI's shape stays as it is."""
+    if b"--" not in body:
+        return body
+    try:
+        answer = json.loads(body)
+        answer["error"]["message"] = name_keys(answer["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body
+    return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
