@@ -22,6 +22,8 @@ TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 JSON = {"content-type": "application/json"}
 # Differ from one answer to the next of the same server; the last one from one start to the next.
 VOLATILE = frozenset({"id", "created", "created_at", "completed_at", "request_id", "item_id", "system_fingerprint"})
+# Of the Responses API: a piece of text, of which there are as many as there were steps, and their numbers.
+TEXT_DELTA = "response.output_text.delta"
 # Of the connection, of the moment, and of the hop through Ray Serve, whose proxy names every request.
 HOP_HEADERS = frozenset({"date", "server", "connection", "content-length", "transfer-encoding", "x-request-id"})
 
@@ -100,7 +102,7 @@ def picture(color: str = "orange", format: str = "PNG") -> str:
 
 def large_picture() -> str:
     """Returns the data URL of an image of some 400 kB, which Ray passes by another way than small values."""
-    pixels = np.random.default_rng(5).integers(0, 256, (320, 320, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(1005).integers(0, 256, (320, 320, 3), dtype=np.uint8)
     return data_url(encoded(Image.fromarray(pixels)))
 
 
@@ -512,8 +514,16 @@ def merged(events: list[Any]) -> list[Any]:
         events: Chunks, or events of another kind, which stay as they are.
     """
     choices: dict[int, dict[str, Any]] = {}
-    others = []
+    others: list[Any] = []
+    text = ""
     for chunk in events:
+        if chunk == f"event: {TEXT_DELTA}":
+            continue
+        if isinstance(chunk, dict) and chunk.get("type") == TEXT_DELTA:
+            text += chunk["delta"]
+            continue
+        if isinstance(chunk, dict):
+            chunk.pop("sequence_number", None)
         parts = chunk.get("choices") if isinstance(chunk, dict) else None
         for part in parts or ():
             whole = choices.setdefault(part["index"], {"text": "", "tokens": [], "finish_reason": None, "first": part})
@@ -525,7 +535,7 @@ def merged(events: list[Any]) -> list[Any]:
             others.append(chunk)
     for whole in choices.values():
         whole["role"] = whole.pop("first").get("delta", {}).get("role")
-    return [dict(sorted(choices.items())), *others]
+    return [dict(sorted(choices.items())), text, *others]
 
 
 def stable(value: Any) -> Any:
