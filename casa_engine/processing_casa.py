@@ -14,6 +14,8 @@ from transformers import BatchFeature, ProcessorMixin
 
 from casa_engine.errors import InputError
 from casa_engine.image_inputs import padded_points
+from casa_engine.image_patches import byte_patches
+from casa_engine.image_preparation import EncodedImage, as_image
 from casa_engine.windows import split_image_markers
 
 MAX_ASPECT_RATIO = 200
@@ -68,7 +70,8 @@ class CasaProcessor(ProcessorMixin):
         """Prepares B prompts.
 
         Args:
-            images: All images in order: one, a list, or a list for each prompt. PIL images.
+            images: All images in order: one, a list, or a list for each prompt. Pillow images, or arrays or tensors
+                of uint8; never paths or addresses (see `casa_engine.image_preparation`).
             text: One prompt or a list of B, with one marker per image.
             videos: Taken because `apply_chat_template` passes it; only None (frames are images).
             audio: The same.
@@ -111,15 +114,42 @@ class CasaProcessor(ProcessorMixin):
             vision["insertion_points"] = padded_points([points for _, points in split])
         return BatchFeature(_left_padded([stream for stream, _ in split], self._pad_id()) | vision)
 
-    def process_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Resizes and cuts images: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3)."""
-        for index, image in enumerate(images):
-            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                raise InputError(
-                    f"image {index} is {image.size[0]}x{image.size[1]} px; expected sides of a ratio up to "
-                    f"{MAX_ASPECT_RATIO}: crop or pad it."
-                )
-        return dict(self.image_processor(images=images, return_tensors="pt"))
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, with images as pixels only.
+
+        Raises:
+            InputError: An image is given by its path or address, which transformers would read or fetch.
+        """
+        _refuse_addresses(conversation)
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
+        """Prepares, resizes and cuts images: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3).
+
+        Raises:
+            InputError: One is no image, or cannot be resized.
+        """
+        # One at a time: a large picture and its copies are gone before the next one is opened.
+        cut = [self.image_processor(images=[self._prepared(image)], return_tensors="pt") for image in images]
+        return {name: torch.cat([one[name] for one in cut]) for name in ("pixel_values", "image_grid_thw")}
+
+    def image_bytes(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prepares, resizes and cuts one image: uint8 (P, 588) and int64 (3,), for `image_patches.PatchValues`.
+
+        Raises:
+            InputError: It is no image, or cannot be resized.
+        """
+        return byte_patches(self.image_processor, self._prepared(image))
+
+    @staticmethod
+    def _prepared(image: Any) -> Image.Image:
+        prepared = image.decode() if isinstance(image, EncodedImage) else as_image(image)
+        if max(prepared.size) > MAX_ASPECT_RATIO * min(prepared.size):
+            raise InputError(
+                f"an image is {prepared.size[0]}x{prepared.size[1]} px; expected sides of a ratio up to "
+                f"{MAX_ASPECT_RATIO}: crop or pad it."
+            )
+        return prepared
 
     def num_image_tokens(self, grids: torch.Tensor) -> list[int]:
         """Image tokens of each image; `grids` is int64 (I, 3)."""
@@ -151,6 +181,21 @@ class CasaProcessor(ProcessorMixin):
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.tokenizer.eos_token_id or 0
+
+
+def _refuse_addresses(conversation: Any) -> None:
+    """Raises InputError for image parts of messages that hold text in place of pixels."""
+    if isinstance(conversation, (list, tuple)):
+        for each in conversation:
+            _refuse_addresses(each)
+    elif isinstance(conversation, dict):
+        _refuse_addresses(conversation.get("content"))
+        named = [name for name in ("image", "url", "path", "base64") if isinstance(conversation.get(name), str)]
+        if conversation.get("type") == "image" and named:
+            raise InputError(
+                f"an image part has text under {named[0]!r}; expected pixels under 'image': paths and addresses are "
+                "not followed, so open the file first."
+            )
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -1,0 +1,110 @@
+"""One file, one picture: files of every kind through all paths that prepare pixels."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from casa_engine.checkpoints import default_processor
+from casa_engine.errors import InputError
+from casa_engine.image_patches import PatchValues
+from casa_engine.image_preparation import as_image, prepare_image, read_image, without_texts
+from casa_engine.presets import preset_config
+from image_files import encoded
+from picture_files import FILES, GREY, HALF, RAMP, SIXTEEN, shown
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return default_processor(preset_config("tiny-qwen", fusion="ca_tv"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_what_a_person_sees(name):
+    data, kind, expected = FILES[name]
+    assert np.abs(np.asarray(read_image(data, kind)).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("long texts", "large colour profile")])
+def test_all_paths_see_the_same(name, processor):
+    """The file, the opened image, the processor of the eager model, and the bytes that serving keeps."""
+    data, kind, _ = FILES[name]
+    file = read_image(data, kind)
+    opened = Image.open(BytesIO(data))
+    assert np.array_equal(np.asarray(prepare_image(opened)), np.asarray(file))
+    large = file.resize((56, 84), Image.Resampling.NEAREST)
+    expected = processor.process_images([large])
+    patches, grid = processor.image_bytes(large)
+    assert torch.equal(PatchValues(processor.image_processor)(patches), expected["pixel_values"])
+    assert torch.equal(grid, expected["image_grid_thw"][0])
+    again = processor.process_images([Image.open(BytesIO(data))])
+    assert torch.equal(again["pixel_values"], processor.process_images([file])["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.fromarray(SIXTEEN), RAMP),
+        (Image.fromarray(SIXTEEN.astype(">u2")), RAMP),
+        (Image.fromarray(SIXTEEN.astype("int32")), RAMP),
+        (Image.fromarray(GREY.astype("int32")), RAMP),
+        (Image.fromarray(GREY.astype("float32")), RAMP),
+        (Image.fromarray(HALF).convert("RGBa"), shown(*[(255, 0, 0)] * 4, *[(255, 255, 255)] * 4)),
+        (Image.fromarray(HALF).convert("LA").convert("La"), shown(*[(76, 76, 76)] * 4, *[(255, 255, 255)] * 4)),
+        (RAMP, RAMP),
+        (GREY, RAMP),
+        (GREY[..., None], RAMP),
+        (np.moveaxis(RAMP, -1, 0), RAMP),
+        (torch.from_numpy(RAMP), RAMP),
+        (HALF, shown(*[(255, 0, 0)] * 4, *[(255, 255, 255)] * 4)),
+    ],
+)
+def test_images_of_a_program(image, expected):
+    assert np.array_equal(np.asarray(as_image(image)), expected)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "some/file.png",
+        "http://127.0.0.1/x.png",
+        b"bytes",
+        ["some/file.png"],
+        {"url": "x"},
+        5,
+        None,
+        GREY.astype("float32"),
+        torch.zeros(3, 8, 8),
+        np.zeros((2, 3, 4, 5), dtype=np.uint8),
+        np.zeros((0, 8, 3), dtype=np.uint8),
+        Image.fromarray(np.full((4, 4), 1e9, dtype="float32")),
+        Image.fromarray(np.full((4, 4), np.nan, dtype="float32")),
+        Image.fromarray(np.full((4, 4), -5, dtype="int32")),
+    ],
+)
+def test_what_is_no_picture(value, processor):
+    with pytest.raises(InputError, match="expected"):
+        as_image(value)
+    if value is not None and not isinstance(value, list):
+        with pytest.raises(InputError):
+            processor(images=[value], text=processor.image_token)
+
+
+@pytest.mark.parametrize(
+    "part", [{"url": "http://x/y.png"}, {"path": "/etc/passwd"}, {"image": "x"}, {"base64": "AAAA"}]
+)
+def test_messages_of_a_program_hold_pixels(part, processor):
+    message = {"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "Read."}]}
+    for conversation in ([message], [[message]]):
+        with pytest.raises(InputError, match="expected pixels"):
+            processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+
+
+def test_a_file_without_texts_is_the_same_file():
+    plain = encoded(Image.fromarray(RAMP))
+    assert without_texts(plain) is plain
+    assert without_texts(FILES["long texts"][0]) == plain
+    cut = FILES["long texts"][0][:500]
+    assert len(without_texts(cut)) <= len(cut)
