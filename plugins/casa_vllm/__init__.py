@@ -3,7 +3,9 @@
 Installing the distribution is enough: vLLM calls `register` (entry point group
 `vllm.general_plugins`) in every process, and finds the architecture by the checkpoint's config.
 
-    prompt -> processing.py: markers out of the stream, images attached to text positions
+    prompt -> renderer.py: names of images bound to the client
+           -> processing.py: markers out of the stream, images attached to text positions
+           -> image_items.py: pixels in at one door, processed images kept by content
            -> scheduler.py, residency.py, image_manager.py: pages of images, shared by content
            -> v1_runner.py (CPU) or v2_model_state.py (GPU): encode images, write their K/V
            -> model.py, cross_attention.py, ops/: self-attention + window attention
@@ -14,13 +16,14 @@ MODELS = ((ARCHITECTURE, "casa_vllm.model:CasaForConditionalGeneration"),)
 
 
 def register() -> None:
-    """Makes vLLM know CASA: configuration, architecture, config hook and cache. Safe to call twice."""
+    """Makes vLLM know CASA: configuration, architecture, config hook, cache, renderer. Safe to call twice."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
     import casa_engine  # noqa: F401 (teaches transformers' AutoConfig the model_type "casa")
     from casa_vllm.config_hook import CasaConfigHook
     from casa_vllm.image_cache_spec import register_image_cache
+    from casa_vllm.renderer import register_renderer
 
     for architecture, path in MODELS:
         if architecture not in ModelRegistry.get_supported_archs():
@@ -28,3 +31,4 @@ def register() -> None:
         MODELS_CONFIG_MAP.setdefault(architecture, CasaConfigHook)
     # Here and not with the model: the engine process builds KV-cache groups without a model.
     register_image_cache()
+    register_renderer()

@@ -45,12 +45,21 @@ def encoder_schedule(images: list[int], num_new_tokens: int, budget: int) -> tup
     return (images, num_new_tokens, budget, *extra)
 
 
-def sender_cache(processor: Any, inputs: Any) -> Any:
-    """The frontend's cache of processed images, or None.
+def keeps_items(processor: Any, inputs: Any) -> bool:
+    """Whether vLLM wants processed images of these inputs kept.
 
-    0.29 keeps it with the processor, 0.32 passes it with the inputs.
+    0.29 gives a cache to the processor, 0.32 passes it with the inputs.
     """
-    return inputs.cache if VERSION >= Version("0.32.0") else processor.cache
+    return (inputs.cache if VERSION >= Version("0.32.0") else processor.cache) is not None
+
+
+def processing_result(inputs: Any, kwargs: Any, hashes: dict[str, list[str]], updates: dict[str, Any]) -> Any:
+    """What `BaseMultiModalProcessor._cached_apply_hf_processor` returns. 0.32 adds the prompt."""
+    from vllm.multimodal.processing import processor
+
+    if VERSION >= Version("0.32.0"):
+        return processor.MultiModalProcessingResult(list(inputs.prompt), kwargs, hashes, updates)
+    return processor.MultiModalProcessingInfo(kwargs, hashes, updates)
 
 
 def drop_steps_in_flight(request: "Request") -> None:

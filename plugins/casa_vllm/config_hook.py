@@ -6,6 +6,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from casa_engine.configuration import CasaConfig
+from casa_vllm.renderer import MODE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -23,11 +24,17 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Tells vLLM about M-RoPE where the text has it: insertion on backbones of the Qwen kind.
+        """Chooses CASA's renderer, and tells vLLM about M-RoPE where the text has it: insertion on Qwen backbones.
 
         CA text has one axis; only image keys have three. vLLM 0.32 takes any config with a field
         `mrope_section` for an M-RoPE model, so for CA it goes by another name in the engine.
         """
+        if model_config.tokenizer_mode not in ("auto", "hf", MODE):
+            raise ValueError(
+                f"tokenizer_mode is {model_config.tokenizer_mode!r}; CASA models work with 'auto' and 'hf': leave "
+                "--tokenizer-mode out."
+            )
+        model_config.tokenizer_mode = MODE
         config: CasaConfig = model_config.hf_config
         section = config.mrope_section
         if section is None:
@@ -48,6 +55,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
         check_version()
         config: CasaConfig = vllm_config.model_config.hf_config
+        _refuse_other_doors(vllm_config)
         if not config.is_cross_attention:
             return
         _refuse(vllm_config)
@@ -62,6 +70,22 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         if compilation.splitting_ops is None and not vllm_config.model_config.enforce_eager:
             # The operator reads the step's metadata: never inside a piecewise graph.
             compilation.splitting_ops = [*compilation._attention_ops, *SPLITTING_OPS]
+
+
+def _refuse_other_doors(vllm_config: "VllmConfig") -> None:
+    """Refuses what brings images past casa_vllm.image_items, or keeps them otherwise than it does."""
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is None:
+        return
+    if multimodal.enable_mm_embeds:
+        raise ValueError(
+            "CASA models do not work with embeddings in place of images (--enable-mm-embeds): leave the option out."
+        )
+    if multimodal.mm_processor_cache_type == "shm":
+        raise ValueError(
+            "CASA models do not work with --mm-processor-cache-type shm: a refused request would hold its images there "
+            "for ever. Use lru, vLLM's default."
+        )
 
 
 def _refuse(vllm_config: "VllmConfig") -> None:

@@ -34,6 +34,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from casa_engine.configuration import CasaConfig
+from casa_engine.image_patches import PatchValues
 from casa_engine.rope import (
     axes_rotary_tables,
     image_positions,
@@ -166,8 +167,7 @@ class CasaTextModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             text.vocab_size, text.hidden_size, quant_config=vllm_config.quant_config
         )
-        processor = MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config)
-        limits = processor.info.image_limits()
+        limits = MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config).info.image_limits()
         self.layers = nn.ModuleList(
             CasaDecoderLayer(config, vllm_config, limits, f"{prefix}.layers.{layer}")
             for layer in range(text.num_hidden_layers)
@@ -232,6 +232,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         config: CasaConfig = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.merge_size = config.vision_config.spatial_merge_size
+        self.patch_values = _patch_values(vllm_config)
         self.model = CasaModel()
         with self._mark_tower_model(vllm_config, "image"):
             self.model.visual = vision_encoder(config.vision_config, vllm_config.quant_config, "model.visual")
@@ -255,7 +256,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         """Runs the vision encoder.
 
         Args:
-            pixel_values: (P, 1176) patches of I images.
+            pixel_values: uint8 (P, 588) patches of I images (see `casa_engine.image_patches`).
             image_grid_thw: int64 (I, 3).
 
         Returns:
@@ -265,7 +266,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         if pixel_values is None or grids is None:
             return []
         visual = self.model.visual
-        images = visual(pixel_values.to(visual.dtype), grid_thw=grids.tolist())
+        images = visual(self.patch_values(pixel_values).to(visual.dtype), grid_thw=grids.tolist())
         return images.split(image_token_counts(grids, self.merge_size))
 
     def write_images(self, images: torch.Tensor, grids: torch.Tensor, slots: dict[str, torch.Tensor]) -> None:
@@ -321,6 +322,13 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a checkpoint that holds exactly this model."""
         return load_strictly(self, self.config, weights)
+
+
+def _patch_values(vllm_config: VllmConfig) -> PatchValues:
+    """Made on the CPU, wherever the model is built."""
+    processor = MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config).info.get_hf_processor()
+    with torch.device("cpu"):
+        return PatchValues(processor.image_processor)
 
 
 def _rotary_embedding(config: CasaConfig, vllm_config: VllmConfig) -> nn.Module:

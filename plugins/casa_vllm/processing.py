@@ -12,16 +12,20 @@ vLLM counts masks (N tokens for the encoder budget, the input checks and the adm
 requests) and hashes text blocks by offset and length, so that the text prefix cache stays right.
 The offset may be the prompt's length: the image is seen by what is generated. That a mask may be
 longer than its range is not documented; tests/vllm/test_limits.py holds vLLM to it.
+
+Where images come in and how they are kept is in image_items.py.
 """
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from transformers import BatchFeature
 from vllm.inputs import mm_input
-from vllm.multimodal.inputs import MultiModalFieldConfig, PlaceholderRange
-from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
+from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -35,10 +39,14 @@ from casa_engine.processing_casa import CasaProcessor
 from casa_engine.windows import split_image_markers
 from casa_vllm import compat
 from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW, ImageLimits
+from casa_vllm.image_items import ImageItemCache, ImageParser, content_key, unknown_name
 
 # Image tokens that a prompt may bring; `--hf-overrides` sets the configuration's own value.
 DEFAULT_MAX_PROMPT_TOKENS = 262_144
 MAX_PROMPT_IMAGES = 1024
+# Images of one prompt that are decoded, resized and cut at the same time. Each holds its full-size pixels meanwhile:
+# docs/limits.md names the memory.
+MAX_DECODERS = 4
 
 
 class CasaProcessingInfo(BaseProcessingInfo):
@@ -52,9 +60,9 @@ class CasaProcessingInfo(BaseProcessingInfo):
         """The checkpoint's processor."""
         return self.ctx.get_hf_processor(CasaProcessor, **kwargs)
 
-    def get_data_parser(self) -> MultiModalDataParser:
-        """Stock parsing of images."""
-        return MultiModalDataParser()
+    def get_data_parser(self) -> ImageParser:
+        """The door for images."""
+        return ImageParser()
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Any number of images."""
@@ -120,6 +128,14 @@ class CasaDummyInputs(BaseDummyInputsBuilder[CasaProcessingInfo]):
 class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
     """Runs the image processor and places images in the prompt."""
 
+    def __init__(self, info: CasaProcessingInfo, dummy_inputs: CasaDummyInputs, **options: Any) -> None:
+        """VLLM's constructor; its cache, where there is one, gives way to one that cannot go out of step."""
+        self._kept = ImageItemCache(info.ctx.model_config)
+        if options.get("cache") is not None:
+            options["cache"] = self._kept
+        super().__init__(info, dummy_inputs, **options)
+        self._decoders = ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), "casa-image")
+
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """VLLM's hook: one rendered prompt with its images.
 
@@ -142,14 +158,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         updates = result.prompt_updates.get("image", [])
         counts = [len(update[0].content.full) for update in updates]
         stream, points = split_image_markers(list(inputs.prompt), config.image_token_id)
-        try:
-            self._check_limits(points, counts, len(stream))
-        except ValueError:
-            # vLLM believes by now that the engine has these images in its cache.
-            cache = compat.sender_cache(self, inputs)
-            for content_hash in result.hashes.get("image", ()) if cache is not None else ():
-                cache.invalidate(content_hash)
-            raise
+        self._check_limits(points, counts, len(stream))
         ranges = [
             PlaceholderRange(point, 1, torch.ones(count, dtype=torch.bool))
             for point, count in zip(points, counts, strict=True)
@@ -182,11 +191,52 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
                     "put text between them, or raise --max-num-batched-tokens."
                 )
 
-    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, *args: object, **kwargs: object) -> BatchFeature:
-        """Runs CASA's image processing; there is no text to process with it."""
-        if mm_items.get_all_counts().get("image", 0) == 0:
-            return BatchFeature()
-        return BatchFeature(self.info.get_hf_processor().process_images(mm_items["image"].get_all()))
+    def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
+        """The request's images, each processed or found by its content."""
+        if inputs.mm_data_items.get_all_counts().get("image", 0) == 0:
+            return compat.processing_result(inputs, MultiModalKwargsItems({}), {}, {})
+        images = inputs.mm_data_items["image"].data
+        names = (inputs.mm_uuid_items or {}).get("image") or [None] * len(images)
+        kept = self._kept if compat.keeps_items(self, inputs) else None
+        with timing_ctx.record("get_mm_hashes"):
+            keys = self._keys(images, names, kept)
+        # Held here from now on: what this request's own images push out of the cache is not lost to it.
+        items = {key: None if kept is None else kept.get(key) for key in keys}
+        sent = {key: image for key, image in zip(keys, images, strict=True) if image is not None}
+        missing = {key: sent.get(key) for key, item in items.items() if item is None}
+        for index, key in enumerate(keys):
+            if key in missing and key not in sent:
+                raise unknown_name(index)
+        with timing_ctx.record("apply_hf_processor"):
+            items |= zip(missing, self._decoders.map(self._process, missing.values()), strict=True)
+        if kept is not None:
+            for key in missing:
+                kept.put(key, items[key])
+            for name, key in zip(names, keys, strict=True):
+                if name is not None:
+                    kept.name(name, key)
+        kwargs = MultiModalKwargsItems({"image": [items[key] for key in keys]})
+        updates = self._get_mm_prompt_updates(inputs.mm_data_items, {}, kwargs)
+        return compat.processing_result(inputs, kwargs, {"image": keys}, updates)
+
+    def _keys(self, images: Sequence[Any], names: Sequence[str | None], kept: ImageItemCache | None) -> list[str]:
+        """Content keys: of what was sent, or what a name points to where only that was sent."""
+        sent = [None if image is None else content_key(image, self.info.model_id) for image in images]
+        by_name = {name: key for name, key in zip(names, sent, strict=True) if key is not None}
+        keys = []
+        for index, (key, name) in enumerate(zip(sent, names, strict=True)):
+            if key is None and name is not None:
+                key = by_name.get(name) or (kept and kept.key_of(name))
+            if key is None:
+                raise unknown_name(index)
+            keys.append(key)
+        return keys
+
+    def _process(self, image: Any) -> MultiModalKwargsItem:
+        """One image, decoded if it is not, resized and cut. Its item shares memory with no other's."""
+        patches, grid = self.info.get_hf_processor().image_bytes(image)
+        inputs = BatchFeature({"pixel_values": patches, "image_grid_thw": grid[None]})
+        return MultiModalKwargsItems.from_hf_inputs(inputs, self._get_mm_fields_config(inputs, {}))["image"][0]
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]

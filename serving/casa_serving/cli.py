@@ -30,7 +30,11 @@ Without CHECKPOINT the model inside the package is served. Every option of `vllm
 taken; --help=CASA shows those that are added, --help=all shows all.
 """
 # The last one is the outermost.
-MIDDLEWARE = ["casa_serving.request_guard.RequestGuard", "casa_serving.drain.middleware.Drain"]
+MIDDLEWARE = [
+    "casa_serving.image_owner.ImageOwner",
+    "casa_serving.request_guard.RequestGuard",
+    "casa_serving.drain.middleware.Drain",
+]
 INTERRUPTED = 130
 # Where several API servers count together; vLLM makes it, and leaves it to the interpreter to take it away.
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"

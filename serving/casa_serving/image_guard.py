@@ -13,6 +13,7 @@ from io import BytesIO
 from PIL import Image
 
 from casa_engine.errors import InputError
+from casa_engine.image_preparation import without_texts
 from casa_serving.limits import ImageLimits
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -108,7 +109,7 @@ def sniff(data: bytes) -> str:
 def read_header(data: bytes, format_name: str, limits: ImageLimits) -> tuple[int, int]:
     """Returns width and height as the file's header states them."""
     try:
-        with Image.open(BytesIO(data), formats=(format_name,)) as image:
+        with Image.open(BytesIO(without_texts(data)), formats=(format_name,)) as image:
             return image.size
     except Image.DecompressionBombError as error:
         # Pillow's own last line of defence: it stops at 179 million pixels without a size.

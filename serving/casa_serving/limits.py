@@ -26,8 +26,8 @@ class ImageLimits:
         max_image_side: Width or height.
         max_image_aspect: Longer side over shorter side. Qwen2-VL's resize, which CASA's
             image processor is, refuses more than 200 itself.
-        max_pixels_in_flight: Pixels of all images that are decoded and not yet processed,
-            over all requests of one server process: 3 bytes of memory each.
+        max_pixels_in_flight: Pixels of all images that are decoded at one time, over all
+            requests and live sessions of one server process: 3 bytes of memory each.
     """
 
     max_image_bytes: int = 20_000_000
@@ -62,7 +62,7 @@ HELP = {
     "max_image_pixels": "most pixels (width x height) of an image",
     "max_image_side": "longest side of an image in pixels",
     "max_image_aspect": "largest ratio of an image's longer to its shorter side",
-    "max_pixels_in_flight": "most pixels of decoded images waiting in one server process",
+    "max_pixels_in_flight": "most pixels of images that are decoded at one time in one server process",
 }
 
 

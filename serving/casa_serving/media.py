@@ -1,12 +1,14 @@
 """The media connector that `casa-serve` gives to vLLM: every image passes through it.
 
 vLLM loads the images of a request with the connector that `VLLM_MEDIA_CONNECTOR` names, in
-threads, so that the event loop stays free. This one changes what may be loaded; decoding,
-EXIF orientation and the flattening of transparency onto white are vLLM's own.
+threads, so that the event loop stays free. This one looks at an image's header and hands the
+file on; it is decoded when the image processor needs its pixels, which is never where the same
+file was processed before.
 """
 
 from __future__ import annotations
 
+import asyncio
 import binascii
 from http import HTTPStatus
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import Any
 from PIL import Image
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.multimodal.media import ImageMediaIO, MediaConnector, MediaIO, MediaWithBytes
+from vllm.multimodal.media.connector import global_thread_pool
 from yarl import URL
 
 from casa_engine.errors import InputError
+from casa_engine.image_preparation import EncodedImage, read_image
+from casa_serving.data_url import base64_text, compact, decoded, is_data_url
 from casa_serving.fetch import GuardedConnection, check_host
-from casa_serving.image_guard import DECODER_FAULTS, ImageRefusedError, check_image, check_size
+from casa_serving.image_guard import DECODER_FAULTS, ImageRefusedError, check_image, check_size, sniff
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits
 from casa_serving.pixel_budget import PixelBudget
 
@@ -51,19 +56,20 @@ class GuardedImageIO(ImageMediaIO):
         """Returns where a download is broken off."""
         return self.limits.max_image_bytes
 
-    def load_base64(self, media_type: str, data: str) -> MediaWithBytes[Image.Image]:
-        """Decodes an image from base64; the type that the client claims is not looked at."""
-        check_size(len(data) * 3 // 4, self.limits)
+    def load_base64(self, media_type: str, data: str) -> Any:
+        """Loads an image from base64; the type that the client claims is not looked at."""
         try:
-            return super().load_base64(media_type, data)
+            packed = compact(data)
+            check_size(len(packed) * 3 // 4, self.limits)
+            file = decoded(packed)
         except binascii.Error as error:
             raise ImageRefusedError(
-                "The image's data URL is not valid base64. Encode the file's bytes with the "
-                "standard base64 alphabet and padding."
+                "The image's data URL is not valid base64. Encode the file's bytes with the standard base64 alphabet."
             ) from error
+        return self.load_bytes(file)
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
-        """Checks the header, takes the pixels from the process's budget and decodes.
+        """Checks the header and decodes.
 
         Args:
             data: The encoded file.
@@ -71,6 +77,10 @@ class GuardedImageIO(ImageMediaIO):
         Returns:
             The image, upright, in RGB.
         """
+        return MediaWithBytes(self.decode(data), data)
+
+    def decode(self, data: bytes) -> Image.Image:
+        """As `load_bytes`, the image alone; its pixels come from the process's budget."""
         width, height = check_image(data, self.limits)
         num_pixels = width * height
         if not PIXELS.take(num_pixels, self.limits.max_pixels_in_flight):
@@ -83,22 +93,51 @@ class GuardedImageIO(ImageMediaIO):
             )
         with PIXELS.given_back_on_error(num_pixels):
             try:
-                loaded = super().load_bytes(data)
+                image = read_image(data, sniff(data))
             except DECODER_FAULTS as error:
                 raise ImageRefusedError(
                     f"The image cannot be decoded: its header says {width} x {height} pixels, but "
                     "the data behind it is damaged or cut off. Send the whole file."
                 ) from error
-            PIXELS.give_back_with(loaded.media, num_pixels)
-        return loaded
+            PIXELS.give_back_with(image, num_pixels)
+        return image
 
-    def load_file(self, filepath: Path) -> MediaWithBytes[Image.Image]:
-        """Decodes a local file, which the server's start has allowed."""
+    def load_file(self, filepath: Path) -> Any:
+        """Loads a local file, which the server's start has allowed."""
         try:
             check_size(filepath.stat().st_size, self.limits)
             return self.load_bytes(filepath.read_bytes())
         except OSError as error:
             raise ImageRefusedError("The local image file cannot be read. Check its path and permissions.") from error
+
+
+class GuardedImage(EncodedImage):
+    """A file whose header has passed the guard.
+
+    Attributes:
+        data: The file.
+        size: Width and height in pixels, as stored.
+    """
+
+    def __init__(self, data: bytes, image_io: GuardedImageIO) -> None:
+        self.data = data
+        self.size = check_image(data, image_io.limits)
+        self._image_io = image_io
+
+    def decode(self) -> Image.Image:
+        """See `EncodedImage`."""
+        try:
+            return self._image_io.decode(self.data)
+        except InputError as error:
+            raise refused(error) from error
+
+
+class GuardedFileIO(GuardedImageIO):
+    """Checks an image's header and leaves decoding it for later."""
+
+    def load_bytes(self, data: bytes) -> GuardedImage:
+        """Returns the file, checked."""
+        return GuardedImage(data, self)
 
 
 class GuardedMediaConnector(MediaConnector):
@@ -113,7 +152,7 @@ class GuardedMediaConnector(MediaConnector):
     ) -> None:
         options = dict((media_io_kwargs or {}).get("image", {}))
         self._allow_loopback = bool(options.pop(ALLOW_LOOPBACK, False))
-        self._image_io = GuardedImageIO(ImageLimits.from_options(options))
+        self._image_io = GuardedFileIO(ImageLimits.from_options(options))
         domains = allowed_media_domains or []
         super().__init__(
             media_io_kwargs,
@@ -122,53 +161,82 @@ class GuardedMediaConnector(MediaConnector):
             allowed_media_domains=domains,
         )
 
-    def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
+    def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> GuardedImage:
         """Loads an image; `image_mode` is vLLM's and stays RGB, which is all CASA takes."""
         return self.load_from_url(image_url, self._image_io, fetch_timeout=fetch_timeout_s())
 
-    async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
+    async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> GuardedImage:
         """As `fetch_image`, without blocking the event loop."""
         return await self.load_from_url_async(image_url, self._image_io, fetch_timeout=fetch_timeout_s())
 
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
         """Loads one image from a URL that has passed the guard."""
-        self._check_url(url, media_io)
         try:
+            if self._is_data(url, media_io):
+                return load_data_url(url, media_io)
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
         except InputError as error:
             raise refused(error) from error
 
     async def load_from_url_async(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
         """As `load_from_url`, without blocking the event loop."""
-        self._check_url(url, media_io)
         try:
+            if self._is_data(url, media_io):
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(global_thread_pool, load_data_url, url, media_io)
             return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
         except InputError as error:
             raise refused(error) from error
 
-    def _check_url(self, url: str, media_io: MediaIO) -> None:
+    def fetch_image_embedding(self, data: str) -> Any:
+        """Refuses: a tensor in a request is no image that anybody has checked. The same for the four below."""
+        raise only_images()
+
+    async def fetch_image_embedding_async(self, data: str) -> Any:
+        """Refuses."""
+        raise only_images()
+
+    fetch_audio_embedding = fetch_video_embedding = fetch_image_embedding
+    fetch_audio_embedding_async = fetch_video_embedding_async = fetch_image_embedding_async
+
+    def _is_data(self, url: object, media_io: MediaIO) -> bool:
+        """Tells a data URL from an address that may be asked, and refuses everything else."""
         if not isinstance(media_io, GuardedImageIO):
-            raise VLLMValidationError("Only images and text are taken, no audio and no video.")
-        scheme, _, rest = url.partition(":")
-        scheme = scheme.lower()
-        if scheme == "data":
-            kind, comma, _ = rest.partition(",")
-            if not (comma and kind.endswith(";base64")):
-                raise VLLMValidationError(
-                    "The image's data URL is not of the form data:image/png;base64,... : only base64 data is taken.",
-                    parameter="image_url",
-                )
-        elif scheme == "file" and self.allowed_local_media_path is not None:
-            return  # vLLM itself keeps the path inside the allowed folder.
-        elif scheme in ("http", "https"):
-            check_host(parse(url), self.allowed_media_domains, allow_loopback=self._allow_loopback)
-        else:
+            raise only_images()
+        if not isinstance(url, str):
+            raise VLLMValidationError(
+                f"The image URL is refused: got {type(url).__name__}, expected text.", parameter="image_url"
+            )
+        if is_data_url(url):
+            return True
+        scheme = url.partition(":")[0].lower()
+        if scheme == "file" and self.allowed_local_media_path is not None:
+            return False  # vLLM itself keeps the path inside the allowed folder.
+        if scheme not in ("http", "https"):
             raise VLLMValidationError(
                 f"The image URL is refused: got the scheme {scheme[:16]!r}, expected a base64 data "
                 "URL, or http(s) from an allowed domain. Local files are read only from "
                 "--allowed-local-media-path.",
                 parameter="image_url",
             )
+        check_host(parse(url), self.allowed_media_domains, allow_loopback=self._allow_loopback)
+        return False
+
+
+def load_data_url(url: str, media_io: GuardedImageIO) -> Any:
+    """Loads an image from a data URL."""
+    text = base64_text(url)
+    if text is None:
+        raise VLLMValidationError(
+            "The image's data URL is not of the form data:image/png;base64,... : only base64 data is taken.",
+            parameter="image_url",
+        )
+    return media_io.load_base64("", text)
+
+
+def only_images() -> VLLMValidationError:
+    """Returns the HTTP 400 for every other kind of media."""
+    return VLLMValidationError("Only images and text are taken, no audio, no video and no embeddings.")
 
 
 def parse(url: str) -> URL:

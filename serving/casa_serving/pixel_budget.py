@@ -1,9 +1,9 @@
 """A bound on the memory that decoded images take in one server process.
 
-The limits on one image bound what one image costs, but a small request may carry hundreds
-of images that decode to a thousand times their size, and many requests may arrive at once.
-Each decoded image therefore takes its pixels from one budget and gives them back when the
-last reference to it is gone, whichever way its request ended.
+The limits on one image bound what one image costs, and images of requests are decoded a few
+at a time, but each live session holds its latest frame. Each decoded image therefore takes its
+pixels from one budget and gives them back when the last reference to it is gone, whichever way
+its request ended.
 """
 
 from __future__ import annotations

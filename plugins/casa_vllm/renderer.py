@@ -1,0 +1,67 @@
+"""vLLM's renderer: messages hold text and images, and the names that clients give to images are bound to the client.
+
+Everything to be rendered passes here, whichever path it came by, and still in the task of its request; the image
+processor itself runs in a thread that knows nothing of requests (`casa_engine.image_owner`).
+"""
+
+from typing import Any
+
+from vllm.renderers.hf import HfRenderer
+
+from casa_engine.image_owner import owned_name
+from casa_vllm.content_parts import checked_messages
+
+MODE = "casa"
+
+
+class CasaRenderer(HfRenderer):
+    """Registered under vLLM's tokenizer mode "casa", which CASA's config hook chooses."""
+
+    def render_messages(self, messages: list[Any], params: Any) -> Any:
+        """As vLLM's own, of messages that were looked at."""
+        return super().render_messages(self._checked(messages), params)
+
+    async def render_messages_async(self, messages: list[Any], params: Any) -> Any:
+        """As `render_messages`."""
+        return await super().render_messages_async(self._checked(messages), params)
+
+    def _checked(self, messages: list[Any]) -> list[Any]:
+        return checked_messages(messages, takes_prompt_embeds=self.model_config.enable_prompt_embeds)
+
+    def _process_tokens(self, prompt: Any, **options: Any) -> Any:
+        return super()._process_tokens(with_owned_names(prompt), **options)
+
+    async def _process_tokens_async(self, prompt: Any, **options: Any) -> Any:
+        return await super()._process_tokens_async(with_owned_names(prompt), **options)
+
+
+def with_owned_names(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tokenized prompt with its UUIDs replaced.
+
+    Raises:
+        InputError: A UUID is no text.
+    """
+    named = prompt.get("multi_modal_uuids")
+    if not named:
+        return prompt
+    salt = prompt.get("cache_salt")
+    owned = {
+        modality: [
+            None if uuid is None else owned_name(uuid, salt)
+            for uuid in ([uuids] if isinstance(uuids, str) else uuids or ())
+        ]
+        for modality, uuids in named.items()
+    }
+    return {**prompt, "multi_modal_uuids": owned}
+
+
+def register_renderer() -> None:
+    """Makes vLLM know the mode. Safe to call twice."""
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+
+    if MODE not in RENDERER_REGISTRY.renderers:
+        RENDERER_REGISTRY.register(MODE, __name__, CasaRenderer.__name__)
+    if MODE not in TokenizerRegistry.tokenizers:
+        module, name = TokenizerRegistry.tokenizers["hf"]
+        TokenizerRegistry.register(MODE, module, name)

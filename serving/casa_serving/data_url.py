@@ -1,0 +1,55 @@
+"""Data URLs as browsers read them: WHATWG's data URL processor and its forgiving base64.
+
+data:image/png;base64,iVBOR...     blanks, line breaks and %XX anywhere, padding or none, ;BASE64
+"""
+
+from __future__ import annotations
+
+import binascii
+from urllib.parse import unquote_to_bytes
+
+SCHEME = "data:"
+BLANKS = b"\t\n\f\r "
+
+
+def is_data_url(url: str) -> bool:
+    """Tells whether a URL is a data URL."""
+    return url.lstrip()[: len(SCHEME)].lower() == SCHEME
+
+
+def base64_text(url: str) -> str | None:
+    """Returns what stands behind the comma of a base64 data URL; None for every other one."""
+    kind, comma, text = url.lstrip()[len(SCHEME) :].partition(",")
+    _, semicolon, encoding = kind.rpartition(";")
+    if not (comma and semicolon) or encoding.strip(" ").lower() != "base64":
+        return None
+    return text.partition("#")[0]
+
+
+def compact(text: str) -> bytes:
+    """Returns base64 without blanks, line breaks, percent-encoding and padding.
+
+    Raises:
+        binascii.Error: There is something else than ASCII in it.
+    """
+    try:
+        data = text.encode("ascii")
+    except UnicodeEncodeError as error:
+        raise binascii.Error("not ASCII") from error
+    if b"%" in data:
+        data = unquote_to_bytes(data)
+    data = data.translate(None, BLANKS)
+    if len(data) % 4 == 0:
+        data = data.removesuffix(b"=").removesuffix(b"=")
+    return data
+
+
+def decoded(data: bytes) -> bytes:
+    """Returns the bytes that compact base64 stands for.
+
+    Raises:
+        binascii.Error: It is none.
+    """
+    if len(data) % 4 == 1 or b"=" in data:
+        raise binascii.Error("wrong length")
+    return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
