@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from casa_engine.errors import InputError
-from casa_engine.live.settings import LiveSettings
+from casa_engine.live.settings import LiveSettings, shown
 
 # A count this small changes a logit by less than a float32 can tell (for any penalty that makes sense).
 FORGOTTEN = 1e-8
@@ -31,6 +31,9 @@ FORGOTTEN = 1e-8
 LARGEST = 60.0
 # Where state and rules travel in the extra arguments of a request.
 EXTRA_ARG = "casa_live"
+# Most entries that a request may bring: a vocabulary, and the stop tokens of any model. Every token walks them.
+MAX_COUNTS = 2**18
+MAX_STOP_IDS = 256
 # Fields of `CaptionRules` that are settings of the same name.
 RULE_NUMBERS = (
     "repetition_penalty",
@@ -116,7 +119,8 @@ def caption_logits(logits: Tensor, state: CaptionState, rules: CaptionRules) -> 
     if rules.repetition_penalty != 1:
         _penalise(logits, state, rules)
     if rules.stop_bias != 1:
-        stops = torch.tensor(_within(rules.stop_ids, logits), device=logits.device)
+        # Of a known type: there may be none, and an empty list makes floats.
+        stops = torch.tensor(_within(rules.stop_ids, logits), dtype=torch.long, device=logits.device)
         chosen = logits[stops]
         logits[stops] = torch.where(chosen < 0, chosen / rules.stop_bias, chosen * rules.stop_bias)
     banned = _within(banned_tokens(state.recent, rules), logits)
@@ -174,26 +178,29 @@ def from_plain(plain: Any) -> tuple[CaptionState, CaptionRules]:
     """
     names = {"counts", "recent", "stop_ids", *RULE_NUMBERS}
     if not isinstance(plain, dict) or set(plain) != names:
-        got = sorted(map(str, plain)) if isinstance(plain, dict) else type(plain).__name__
+        got = shown(sorted(map(str, plain))) if isinstance(plain, dict) else type(plain).__name__
         raise InputError(f"the state of a live session is {got}; expected an object with exactly {sorted(names)}.")
+    numbers = {name: plain[name] for name in RULE_NUMBERS}
+    # The same limits as for a session's settings.
+    LiveSettings(**numbers)
+    rules = CaptionRules(tuple(_ids("stop_ids", plain["stop_ids"], MAX_STOP_IDS)), **numbers)
+    recent = _ids("recent", plain["recent"], rules.ngram_window)
     counts = plain["counts"]
     if not isinstance(counts, (list, tuple)) or len(counts) != 2:
         raise InputError("counts of a live session are no pair of lists (ids and their counts).")
-    ids, amounts = _ids("counts", counts[0]), list(counts[1])
-    numbers = {name: plain[name] for name in RULE_NUMBERS}
-    if len(ids) != len(amounts) or not all(_is_number(amount) and 0 <= amount < 1e9 for amount in amounts):
+    ids, amounts = _ids("counts", counts[0], MAX_COUNTS), counts[1]
+    if not isinstance(amounts, (list, tuple)) or len(ids) != len(amounts) or not all(map(_is_amount, amounts)):
         raise InputError("counts of a live session must be as many numbers from 0 as ids.")
-    # The same limits as for a session's settings.
-    LiveSettings(**numbers)
-    state = CaptionState(dict(zip(ids, map(float, amounts), strict=True)), tuple(_ids("recent", plain["recent"])))
-    return state, CaptionRules(tuple(_ids("stop_ids", plain["stop_ids"])), **numbers)
+    return CaptionState(dict(zip(ids, map(float, amounts), strict=True)), tuple(recent)), rules
 
 
-def _ids(name: str, values: Any) -> list[int]:
+def _ids(name: str, values: Any, max_length: int) -> list[int]:
     if not isinstance(values, (list, tuple)) or not all(type(value) is int and 0 <= value < 2**31 for value in values):
         raise InputError(f"{name} of a live session is no list of token ids.")
+    if len(values) > max_length:
+        raise InputError(f"{name} of a live session has {len(values)} token ids; expected at most {max_length}.")
     return list(values)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9

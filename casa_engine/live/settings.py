@@ -1,7 +1,6 @@
 """What a live session is asked to do. The defaults are those of the published captioner."""
 
 import json
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -95,9 +94,9 @@ class LiveSettings:
         if not isinstance(values, dict):
             raise InputError(f"live settings are a {type(values).__name__}; expected an object of named fields.")
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(str(name) for name in set(values) - set(known))
         if unknown:
-            raise InputError(f"unknown live settings {unknown}; expected any of {known}.")
+            raise InputError(f"unknown live settings {shown(unknown)}; expected any of {known}.")
         return cls(**values)
 
     def _check_text(self, name: str, text: Any) -> None:
@@ -108,13 +107,28 @@ class LiveSettings:
     def _check_integer(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InputError(f"{name} is {value!r}; expected an integer from {low} to {high}.")
+            raise InputError(f"{name} is {shown(value)}; expected an integer from {low} to {high}.")
 
     def _check_number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NaN and infinity are in no range; an integer may be too large for a float.
         if not is_number or not low <= value <= high:
-            raise InputError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}.")
+            raise InputError(f"{name} is {shown(value)}; expected a number from {low:g} to {high:g}.")
+
+
+def shown(value: Any) -> str:
+    """Return a refused value in at most a line, whatever a client has sent."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (int, float, type(None))):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:40] + "...")
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        rest = [] if len(value) <= 5 else [f"{len(value) - 5} more"]
+        return "[" + ", ".join([*map(shown, value[:5]), *rest]) + "]"
+    return f"a {type(value).__name__}"
 
 
 INTEGER_RANGES = {

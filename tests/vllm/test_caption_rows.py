@@ -102,12 +102,58 @@ def test_v2_rows_follow_the_batch():
     assert sampler.change(logits, Batch(("chat", 3, 9, 8), ("live", 6, 6, 9))) is logits
 
 
-def test_a_state_that_is_none_is_refused():
+POISON = (
+    *(None, True, -1, 1e400, float("nan"), 10**400, "x", "x" * 10_000, b"x", [], {}, [[]], [None], [True], [-1], [0.5]),
+    *([10**400], ["5"], [[1], None], [[1], 5], [[1], ["a"]], [[1], [None]], [[1], [True]], [[1], [float("nan")]]),
+    *([[1], [-1.0]], [[1], [10**400]], [[1, 2], [1.0]], [None, [1.0]], [[[]], [1.0]], {"ids": [1]}, list(range(400))),
+)
+
+
+def poisoned_states():
+    """Each field of a good state replaced by each poison, left out, or joined by another."""
+    good = to_plain(STATE, RULES)
+    yield from POISON
+    yield {**good, "x" * 10_000: 1}
+    for name in good:
+        yield {key: value for key, value in good.items() if key != name}
+        for poison in POISON:
+            yield {**good, name: poison}
+    yield {**good, "recent": [1] * 21}
+    yield {**good, "stop_ids": [1] * 10_000}
+    yield {**good, "counts": [[1] * 300_000, [1.0] * 300_000]}
+
+
+def test_whatever_a_client_sends_is_refused_or_harmless():
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.sample.logits_processor import BatchUpdate, validate_logits_processors_parameters
 
     from casa_vllm.caption_processor import CaptionLogitsProcessor
+    from casa_vllm.v2_caption_sampler import CaptionSampler
 
-    CaptionLogitsProcessor.validate_params(params())
-    CaptionLogitsProcessor.validate_params(SamplingParams())
-    with pytest.raises(ValueError, match="live session"):
-        CaptionLogitsProcessor.validate_params(SamplingParams(extra_args={"casa_live": [1]}))
+    validate_logits_processors_parameters([CaptionLogitsProcessor], params())
+    validate_logits_processors_parameters([CaptionLogitsProcessor], SamplingParams())
+    num_refused = num_taken = 0
+    for state in poisoned_states():
+        if state is None:
+            continue
+        sampling = SamplingParams(extra_args={"casa_live": state})
+        second = CaptionSampler(SimpleNamespace())
+        # V2 has nothing that validates a request: there it goes on without a state.
+        second.chunk_sent(sent("live", sampling, 3, [5, 6, 7]))
+        try:
+            # What `SamplingParams.verify` calls; the server answers this error with a 400.
+            validate_logits_processors_parameters([CaptionLogitsProcessor], sampling)
+        except VLLMValidationError as error:
+            assert len(str(error)) < 600
+            assert not second._rows
+            num_refused += 1
+            continue
+        # A good value for this field after all: nothing may raise where it is used.
+        num_taken += 1
+        first = CaptionLogitsProcessor(None, torch.device("cpu"), False)
+        first.update_state(BatchUpdate(1, [], [(0, sampling, [1], [9, 10])], []))
+        assert not first.apply(torch.randn(1, V)).isnan().any()
+        second.change(torch.randn(1, V), Batch(("live", 3, 3, 8)))
+    assert num_refused > 150
+    assert num_taken < 20
