@@ -89,12 +89,15 @@ def _refuse_other_doors(vllm_config: "VllmConfig") -> None:
 
 
 def _refuse(vllm_config: "VllmConfig") -> None:
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    multimodal, events = model.multimodal_config, vllm_config.kv_events_config
     refused = {
         "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
+        # A session's chunks might go to different engines.
+        "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "microbatching (--enable-dbo)": parallel.enable_dbo,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "encoder connectors (--ec-transfer-config)": vllm_config.ec_transfer_config is not None,
@@ -104,6 +107,13 @@ def _refuse(vllm_config: "VllmConfig") -> None:
         "a quantised KV cache (--kv-cache-dtype)": (
             vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
         ),
+        "prompt embeddings on Model Runner V2 (--enable-prompt-embeds)": (
+            model.enable_prompt_embeds and vllm_config.use_v2_model_runner
+        ),
+        "image embeddings (--enable-mm-embeds)": multimodal is not None and multimodal.enable_mm_embeds,
+        "pooling (--runner pooling)": model.runner_type == "pooling",
+        # Image pages have keys that no event announces.
+        "KV-cache events (--kv-events-config)": events is not None and events.enable_kv_cache_events,
         "another scheduler (--scheduler-cls)": (vllm_config.scheduler_config.scheduler_cls is not None),
         "Model Runner V1 on a GPU (VLLM_USE_V2_MODEL_RUNNER=0)": (
             not current_platform.is_cpu() and not vllm_config.use_v2_model_runner

@@ -114,6 +114,9 @@ class SegmentTensors:
 class CasaModelState(DefaultModelState):
     """Per-step state of models with CA layers; insertion models use vLLM's own."""
 
+    # The text is embedded inside the model's graph; the config hook refuses the option with its own words.
+    supports_prompt_embeds = False
+
     def __init__(
         self,
         vllm_config: VllmConfig,

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.config.kv_events import KVEventsConfig
 from vllm.multimodal.inputs import PlaceholderRange
 
 from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW
@@ -70,6 +71,10 @@ def test_a_prompt_whose_images_do_not_fit_in_a_row_ends_alone(checkpoints, engin
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "KV connectors",
         ),
+        ({"data_parallel_size": 2}, "data parallelism"),
+        ({"enable_mm_embeds": True}, "image embeddings"),
+        ({"runner": "pooling"}, "pooling"),
+        ({"kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null")}, "KV-cache events"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )

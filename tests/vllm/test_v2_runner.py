@@ -83,6 +83,17 @@ def test_equals_eager_cold_and_warm(v2, eager):
 
 
 @in_v2
+def test_prompt_embeddings_are_refused(checkpoints):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model=str(checkpoints("tiny-llama", fusion="ca")), dtype="float32", enable_prompt_embeds=True
+    )
+    with pytest.raises(ValueError, match="prompt embeddings on Model Runner V2"):
+        arguments.create_engine_config()
+
+
+@in_v2
 def test_decode_from_the_buffers_of_a_graph(v2, eager, monkeypatch):
     """CA layers read what `prepare_attn` returned at capture, as a replayed CUDA graph does.
 
