@@ -7,6 +7,7 @@ Installing the distribution is enough: vLLM calls `register` (entry point group
            -> processing.py: markers out of the stream, images attached to text positions
            -> image_items.py: pixels in at one door, processed images kept by content
            -> scheduler.py, residency.py, image_manager.py: pages of images, shared by content
+              sessions.py: prompts that grow by chunks, and that no mix of them stops the engine
            -> v1_runner.py (CPU) or v2_model_state.py (GPU): encode images, write their K/V
            -> model.py, cross_attention.py, ops/: self-attention + window attention
 """

@@ -14,6 +14,7 @@ from vllm.v1.core.kv_cache_utils import (
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
 OLDEST, NEWEST = Version("0.29.0"), Version("0.32.0")
@@ -60,6 +61,17 @@ def processing_result(inputs: Any, kwargs: Any, hashes: dict[str, list[str]], up
     if VERSION >= Version("0.32.0"):
         return processor.MultiModalProcessingResult(list(inputs.prompt), kwargs, hashes, updates)
     return processor.MultiModalProcessingInfo(kwargs, hashes, updates)
+
+
+def waiting_requests(scheduler: "Scheduler") -> list["Request"]:
+    """Waiting requests, in the order in which first-come-first-served scheduling tries them."""
+    name = "kv_holding_waiting" if VERSION >= Version("0.32.0") else "skipped_waiting"
+    return [*getattr(scheduler, name), *scheduler.waiting]
+
+
+def num_seats(scheduler: "Scheduler") -> int:
+    """Most requests that may run at once, idle sessions included."""
+    return scheduler.max_num_active_reqs if VERSION >= Version("0.32.0") else scheduler.max_num_running_reqs
 
 
 def drop_steps_in_flight(request: "Request") -> None:

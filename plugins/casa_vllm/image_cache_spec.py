@@ -1,5 +1,7 @@
 """The KV-cache group of images: what a page costs and how many a request may hold."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,28 @@ class ImageLimits:
     max_prompt_tokens: int
     max_prompt_images: int
 
+    def check_windows(self, points: Sequence[int], counts: Sequence[int]) -> None:
+        """Check that each window fits into one step: its first token sees all of its images.
+
+        Args:
+            points: Insertion point of each image; equal ones share a window.
+            counts: Tokens of each image.
+
+        Raises:
+            ValueError: Adjacent images are too many, or too large together.
+        """
+        num_images: Counter[int] = Counter(points)
+        num_tokens: Counter[int] = Counter()
+        for point, count in zip(points, counts, strict=True):
+            num_tokens[point] += count
+        for point, images in num_images.items():
+            if images > MAX_IMAGES_PER_WINDOW or num_tokens[point] > self.step_tokens:
+                raise ValueError(
+                    f"{images} adjacent images share one window and have {num_tokens[point]} tokens; expected up to "
+                    f"{MAX_IMAGES_PER_WINDOW} with {self.step_tokens}: put text between them, or raise "
+                    "--max-num-batched-tokens."
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCacheSpec(CircularBufferSpec):
@@ -42,6 +66,11 @@ class ImageCacheSpec(CircularBufferSpec):
     step_tokens: int
     max_prompt_tokens: int
     max_prompt_images: int
+
+    @property
+    def limits(self) -> ImageLimits:
+        """What a prompt and a window may bring."""
+        return ImageLimits(self.step_tokens, self.max_prompt_tokens, self.max_prompt_images)
 
     @property
     def uses_slot_mapping(self) -> bool:

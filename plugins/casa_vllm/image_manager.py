@@ -109,16 +109,24 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         """The pages of this image's content, or None unless all of them are in the cache."""
         if not self.enable_caching:
             return None
-        blocks = []
-        for key in self._page_keys(request, image):
-            found = self.block_pool.get_cached_block(key, [self.kv_cache_group_id])
-            if found is None:
-                return None
-            writer = self._unwritten.get(found[0].block_id, request.request_id)
-            if writer != request.request_id and not self._share_unwritten:
+        key, blocks = self.content_key(request, image), []
+        for page in range(-(-int(self.images(request).num_tokens[image]) // self.block_size)):
+            found = self.block_pool.get_cached_block(_page_key(key, page), [self.kv_cache_group_id])
+            if found is None or (found[0].block_id in self._unwritten and not self._share_unwritten):
                 return None
             blocks.append(found[0])
         return blocks
+
+    def content_key(self, request: Request, image: int) -> bytes:
+        """Identify what an image's pages hold. Images of equal keys share pages; nothing else decides that.
+
+        The identifier alone is not enough: a client may give two images the same one. Tenants (cache salts) and
+        adapters do not share.
+        """
+        adapter = request.lora_request.lora_name if request.lora_request else None
+        num_tokens = int(self.images(request).num_tokens[image])
+        content = (request.mm_features[image].identifier, num_tokens, request.cache_salt, adapter)
+        return hashlib.sha256(repr(content).encode()).digest()
 
     def is_pinned(self, request_id: str, image: int) -> bool:
         """Whether `pin` holds this image for the request."""
@@ -171,18 +179,20 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         if first == len(images):
             return 0
         num_pages = images.num_pages(self.block_size)
-        seen: set[str] = set()
+        # Copies share the pages of the step that encodes them, and those of other steps where pages are cached.
+        copies_share = self.enable_caching or not apply_admission_cap
+        seen: set[bytes] = set()
         needed = 0
         for image in range(first, images.end_before(num_tokens)):
-            identifier = request.mm_features[image].identifier
-            if self.is_pinned(request_id, image) or (self.enable_caching and identifier in seen):
+            if self.is_pinned(request_id, image):
                 continue
-            seen.add(identifier)
-            found = self.find(request, image)
-            if found is None:
-                needed += int(num_pages[image])
-            else:
-                needed += self._get_num_evictable_blocks(found)
+            key = self.content_key(request, image)
+            if copies_share and key in seen:
+                continue
+            seen.add(key)
+            # Admission looks beyond the step, whose own images are pinned if they were found.
+            found = self.find(request, image) if apply_admission_cap else None
+            needed += int(num_pages[image]) if found is None else self._get_num_evictable_blocks(found)
         return min(needed, self._max_held_pages) if apply_admission_cap else needed
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -192,8 +202,9 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         row = self._row(request, images)
         blocks = self.req_to_blocks[request_id]
         new_blocks: list[KVCacheBlock] = []
+        taken: dict[bytes, list[KVCacheBlock]] = {}
         for image in range(row.end_image, images.end_before(num_tokens)):
-            new_blocks += self._take(request, image, images)
+            new_blocks += self._take(request, image, images, taken)
             row.end_image += 1
             row.starts.append(len(blocks) + len(new_blocks))
         blocks.extend(new_blocks)
@@ -298,36 +309,33 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self.counters.pages_released += len(released)
         self._release(released)
 
-    def _take(self, request: Request, image: int, images: RequestImages) -> list[KVCacheBlock]:
-        """Pages of one image: pinned, found, or new."""
+    def _take(
+        self, request: Request, image: int, images: RequestImages, taken: dict[bytes, list[KVCacheBlock]]
+    ) -> list[KVCacheBlock]:
+        """Pages of one image: pinned, those of its copy in the same step, or new.
+
+        Mutates:
+            `taken`: new pages of the step, which the scheduler has the worker write, by content key.
+        """
         pins = self._pins.get(request.request_id, {})
         blocks = pins.pop(image, None)
-        if blocks is None and (blocks := self.find(request, image)) is not None:
+        key = self.content_key(request, image)
+        if blocks is None and (blocks := taken.get(key)) is not None:
             self._touch(blocks)
         if blocks is not None:
             self.counters.images_reused += 1
             self.counters.pages_shared += len(blocks)
             return blocks
-        blocks = self.block_pool.get_new_blocks(int(images.num_pages(self.block_size)[image]))
+        blocks = taken[key] = self.block_pool.get_new_blocks(int(images.num_pages(self.block_size)[image]))
         self.counters.pages_in_use += len(blocks)
         self.counters.images_encoded += 1
         if self.enable_caching:
-            for key, block in zip(self._page_keys(request, image), blocks, strict=True):
+            for page, block in enumerate(blocks):
                 self.block_pool._insert_block_hash(
-                    make_block_hash_with_group_id(key, self.kv_cache_group_id), block, None
+                    make_block_hash_with_group_id(_page_key(key, page), self.kv_cache_group_id), block, None
                 )
                 self._unwritten[block.block_id] = request.request_id
         return blocks
-
-    def _page_keys(self, request: Request, image: int) -> list[BlockHash]:
-        """Content keys of an image's pages. Tenants (cache salts) and adapters do not share."""
-        position = request.mm_features[image].mm_position
-        adapter = request.lora_request.lora_name if request.lora_request else None
-        num_tokens = position.get_num_embeds()
-        content = (request.mm_features[image].identifier, num_tokens, request.cache_salt, adapter)
-        digest = hashlib.sha256(repr(content).encode()).digest()
-        num_pages = -(-num_tokens // self.block_size)
-        return [BlockHash(digest + page.to_bytes(4, "big")) for page in range(num_pages)]
 
     def _touch(self, blocks: list[KVCacheBlock]) -> None:
         self.counters.pages_in_use += sum(block.ref_cnt == 0 for block in blocks)
@@ -344,3 +352,8 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         uses = Counter(block.block_id for block in blocks)
         holders = {block.block_id: block.ref_cnt for block in blocks}
         return sum(holders[block_id] == count for block_id, count in uses.items())
+
+
+def _page_key(content_key: bytes, page: int) -> BlockHash:
+    """Key of one page of an image in vLLM's block pool."""
+    return BlockHash(content_key + page.to_bytes(4, "big"))

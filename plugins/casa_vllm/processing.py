@@ -38,7 +38,7 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.windows import split_image_markers
 from casa_vllm import compat
-from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW, ImageLimits
+from casa_vllm.image_cache_spec import ImageLimits
 from casa_vllm.image_items import ImageItemCache, ImageParser, content_key, unknown_name
 
 # Image tokens that a prompt may bring; `--hf-overrides` sets the configuration's own value.
@@ -182,14 +182,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
                 f"up to {limits.max_prompt_images} with {limits.max_prompt_tokens}: send fewer "
                 "or smaller images."
             )
-        for point in set(points):
-            window = [count for at, count in zip(points, counts, strict=True) if at == point]
-            if sum(window) > limits.step_tokens or len(window) > MAX_IMAGES_PER_WINDOW:
-                raise ValueError(
-                    f"{len(window)} adjacent images share one window and have {sum(window)} "
-                    f"tokens; expected up to {MAX_IMAGES_PER_WINDOW} with {limits.step_tokens}: "
-                    "put text between them, or raise --max-num-batched-tokens."
-                )
+        limits.check_windows(points, counts)
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
         """The request's images, each processed or found by its content."""

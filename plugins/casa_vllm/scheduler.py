@@ -8,7 +8,7 @@ the pages of one step are bounded. Everything else is vLLM's.
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
+import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -18,16 +18,16 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from casa_vllm import compat
 from casa_vllm.image_manager import ImageCacheManager
+from casa_vllm.images import RequestImages
 from casa_vllm.metrics import attach_image_stats
 from casa_vllm.residency import ImageResidency
+from casa_vllm.sessions import SessionScheduling
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
 
-
-class ImageScheduling:
+class ImageScheduling(SessionScheduling):
     """Mixin over `Scheduler`: schedules images by windows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,21 +76,37 @@ class ImageScheduling:
             attach_image_stats(stats, [m.counters for m in self.image_managers], num_free)
         return stats
 
-    def _handle_stopped_request(self, request: Request) -> bool:
-        """Stock, after a session's steps in flight are taken back.
+    def check_chunk(self, session: Request, update: StreamingUpdate, num_tokens: int) -> None:
+        """Check that a chunk's images fit behind those that its first token can still see.
 
-        A chunk ends with a token that was only sampled, and the next chunk brings it again. With asynchronous
-        scheduling the step that computes it may be on its way already: counted, the session would hold it twice.
+        A window may begin with images at the end of the chunk before; its limits are those of one prompt.
         """
-        if request.resumable:
-            compat.drop_steps_in_flight(request)
-        return super()._handle_stopped_request(request)
+        super().check_chunk(session, update, num_tokens)
+        images = self.image_managers[0].images(session)
+        live = images.first_live(num_tokens)
+        added = RequestImages.from_features(update.mm_features or ())
+        points = np.append(images.points[live:], added.points + num_tokens)
+        counts = np.append(images.num_tokens[live:], added.num_tokens)
+        self.image_managers[0].kv_cache_spec.limits.check_windows(points.tolist(), counts.tolist())
+        for manager in self.image_managers:
+            needed = int((-(-counts // manager.block_size)).sum())
+            if needed > manager.row_pages:
+                raise ValueError(
+                    f"the session's chunk and the images before it need {needed} image pages; expected up to "
+                    f"{manager.row_pages}: send fewer or smaller images in a chunk."
+                )
 
-    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        """Stock, and what 0.29.0 forgets: the chunk's own token limit, and hashes of text that is taken back."""
-        del session.block_hashes[session.num_computed_tokens // self.hash_block_size :]
-        super()._update_request_as_session(session, update)
-        session.max_tokens = update.max_tokens
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Stock; text of this very step, which will not compute it, must not be found. Priority scheduling does that.
+
+        Image pages of the step are dropped likewise, see `ImageCacheManager.pop_blocks_for_free`.
+        """
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if manager not in self.image_managers:
+                blocks = manager.req_to_blocks[request.request_id]
+                unsent = blocks[request.num_computed_tokens // manager.block_size :]
+                self.kv_cache_manager.block_pool.evict_blocks({block.block_id for block in unsent if not block.is_null})
+        super()._preempt_request(request, *args, **kwargs)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -114,21 +130,27 @@ class ImageScheduling:
         images = manager.images(request)
         first = manager.first_missing(request, num_computed_tokens)
         end = images.end_before(num_computed_tokens + num_new_tokens)
-        if num_new_tokens == 0 or self._is_hopeless(request, num_computed_tokens):
+        if (
+            num_new_tokens == 0
+            or request.request_id in self._reasons
+            or self._exceeds_row(request, num_computed_tokens)
+        ):
             return compat.encoder_schedule([], 0, encoder_compute_budget)
         num_pages, pages, budget = images.num_pages(manager.block_size), 0, encoder_compute_budget
         to_encode: list[int] = []
+        keys: set[bytes] = set()
         for image in range(first, end):
             pages += int(num_pages[image])
-            identifiers = {request.mm_features[other].identifier for other in to_encode}
             if pages <= manager.step_pages:
-                if request.mm_features[image].identifier in identifiers:
+                key = manager.content_key(request, image)
+                if key in keys:  # A copy of an image of this step: it shares the pages, see `ImageCacheManager`.
                     continue
                 if self.encoder_cache_manager.check_and_update_cache(request, image):
                     continue
                 if self.encoder_cache_manager.can_allocate(request, image, budget, 0):
                     budget -= request.get_num_encoder_embeds(image)
                     to_encode.append(image)
+                    keys.add(key)
                     continue
             # All images of a window or none: its first token sees them all.
             num_new_tokens = max(int(images.points[image]) - num_computed_tokens, 0)
@@ -139,12 +161,12 @@ class ImageScheduling:
             to_encode = to_encode[: len(to_encode) - len(dropped)]
             break
         if any(request.mm_features[image].data is None for image in to_encode):
-            self._reject(request, "its early frames are gone and would have to be encoded again")
+            self.reject(request, "its early frames are gone and would have to be encoded again.")
             self.encoder_cache_manager.free(request)
             return compat.encoder_schedule([], 0, encoder_compute_budget)
         return compat.encoder_schedule(to_encode, num_new_tokens, budget)
 
-    def _is_hopeless(self, request: Request, num_computed_tokens: int) -> bool:
+    def _exceeds_row(self, request: Request, num_computed_tokens: int) -> bool:
         """Rejects a request whose images do not fit into a row (a resumed long session)."""
         if request.status == RequestStatus.RUNNING:
             return False
@@ -153,20 +175,15 @@ class ImageScheduling:
             first = images.first_live(num_computed_tokens)
             needed = int(images.num_pages(manager.block_size)[first:].sum())
             if needed > manager.row_pages:
-                self._reject(request, f"it needs {needed} image pages; a row has {manager.row_pages}")
+                self.reject(request, f"it needs {needed} image pages; a row has {manager.row_pages}.")
                 return True
         return False
-
-    def _reject(self, request: Request, reason: str) -> None:
-        logger.warning("Request %s ends with an error: %s.", request.request_id, reason)
-        # Both vLLM versions end the requests in this set with an error after the step.
-        self.grammar_compile_error_reqs.add(request.request_id)
 
     def _forget_past_pixels(self, request: Request) -> None:
         """A session's past frames are never needed again unless its text is lost too.
 
         Kept, they would grow without bound and be sent again with every chunk. A session that is
-        preempted and has lost its text then ends with an error (see `_reject`).
+        preempted and has lost its text then ends with an error (see `reject`).
         """
         if not request.resumable or not request.mm_features:
             return
