@@ -30,6 +30,8 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 BARE_IMAGE = "<|image_pad|>"
 # Chosen so that a page of the text groups is cheap to fill.
 BLOCK_SIZE = 32
+# More than any test takes: an engine that makes no progress fails.
+MAX_STEPS = 20_000
 
 
 def picture(seed: int, width: int = 56, height: int = 56) -> Image.Image:
@@ -91,9 +93,16 @@ class Eager:
 
 
 class Engine:
-    """vLLM's synchronous engine, with its scheduler within reach."""
+    """vLLM's synchronous engine, with its scheduler within reach.
 
-    def __init__(self, folder: Path, *, is_async: bool = False, **options: Any) -> None:
+    Args:
+        folder: The checkpoint.
+        is_async: Two steps in flight.
+        poison: Whether every page is spoiled when it is taken, so that one that is read and was not written shows.
+        **options: Of vLLM's engine.
+    """
+
+    def __init__(self, folder: Path, *, is_async: bool = False, poison: bool = False, **options: Any) -> None:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor.abstract import Executor
@@ -116,6 +125,9 @@ class Engine:
         config.scheduler_config.async_scheduling = is_async
         self.engine = LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=True)
         self._count = 0
+        self.is_priority = config.scheduler_config.policy == "priority"
+        if poison:
+            self._poison_taken_pages()
 
     @property
     def scheduler(self) -> Any:
@@ -132,13 +144,50 @@ class Engine:
 
     def add(self, prompt: Prompt, num_tokens: int, **options: Any) -> str:
         """Queues a greedy request; returns its id."""
+        return self.add_rendered(self.render(prompt), num_tokens, **options)
+
+    def add_rendered(self, prompt: Any, num_tokens: int, **options: Any) -> str:
+        """Queues what `render` made; returns its id."""
         from vllm import SamplingParams
 
         self._count += 1
         params = SamplingParams(temperature=0, max_tokens=num_tokens, logprobs=0, ignore_eos=True)
         name = f"request-{self._count}"
-        self.engine.add_request(name, self.render(prompt), params, **options)
+        self.engine.add_request(name, prompt, params, **options)
         return name
+
+    def send_chunk(self, session: str, prompt: Prompt, num_tokens: int) -> None:
+        """Queues a session's next chunk, the first one too, the way `AsyncLLM` does."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=num_tokens,
+            logprobs=0,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        request = self.engine.input_processor.process_inputs(
+            session, self.render(prompt), params, supported_tasks=("generate",), resumable=True
+        )
+        request.external_req_id = session
+        self.engine.output_processor.add_request(request, None)
+        self.engine.engine_core.add_request(request)
+
+    def answer_chunk(self, session: str) -> tuple[Answer, Any]:
+        """Steps until the session's chunk has ended; its answer and the last output's completion."""
+        answer = Answer()
+        for _ in range(200):
+            for output in self.engine.step():
+                if output.request_id == session:
+                    completion = output.outputs[0]
+                    answer.tokens += completion.token_ids
+                    steps = zip(completion.token_ids, completion.logprobs or (), strict=True)
+                    answer.logprobs += [step[token].logprob for token, step in steps]
+                    if completion.finish_reason is not None:
+                        return answer, completion
+        raise AssertionError("200 steps without an answer")
 
     def render(self, prompt: Prompt) -> Any:
         """What the renderer makes of a prompt."""
@@ -150,8 +199,16 @@ class Engine:
 
     def run(self, each_step: Callable[[], None] | None = None) -> dict[str, Answer]:
         """Steps until nothing is left to do; answers by request id."""
+        return self.run_until(lambda _: not self.engine.has_unfinished_requests(), each_step)
+
+    def run_until(
+        self, is_done: Callable[[dict[str, Answer]], bool], each_step: Callable[[], None] | None = None
+    ) -> dict[str, Answer]:
+        """Steps until the answers, by request id, are what is waited for."""
         answers: dict[str, Answer] = {}
-        while self.engine.has_unfinished_requests():
+        for _ in range(MAX_STEPS):
+            if is_done(answers):
+                return answers
             for output in self.engine.step():
                 if output.finished and output.outputs:
                     completion = output.outputs[0]
@@ -161,13 +218,41 @@ class Engine:
                     answers[output.request_id] = Answer(tokens, logprobs)
             if each_step is not None:
                 each_step()
-        return answers
+        raise AssertionError(f"{MAX_STEPS} steps, and still something to do")
 
     def ask(self, prompts: list[Prompt], num_tokens: int, **options: Any) -> list[Answer]:
         """Answers of prompts that run together."""
         names = [self.add(prompt, num_tokens, **options) for prompt in prompts]
         answers = self.run()
         return [answers[name] for name in names]
+
+    def _poison_taken_pages(self) -> None:
+        """Fills pages in the step that takes them, before its worker runs: NaN for images, for text what spoils it."""
+        pool, scheduler = self.scheduler.kv_cache_manager.block_pool, self.scheduler
+        runner = self.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        layers = runner.compilation_config.static_forward_context.values()
+        caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers if hasattr(layer, "kv_cache")}
+        assert all(len(cache) == pool.num_gpu_blocks for cache in caches.values())
+        taken: list[int] = []
+        get_new_blocks, schedule = pool.get_new_blocks, scheduler.schedule
+
+        def note_new_blocks(count: int) -> Any:
+            blocks = get_new_blocks(count)
+            taken.extend(block.block_id for block in blocks)
+            return blocks
+
+        def schedule_and_poison(*args: Any) -> Any:
+            output = schedule(*args)
+            rows = [blocks for images in scheduler.image_managers for blocks in images.req_to_blocks.values()]
+            images = {block.block_id for blocks in rows for block in blocks}.intersection(taken)
+            for cache in caches.values():
+                # vLLM's attention on CPUs multiplies what stands behind a text's end in its page by zero.
+                cache[taken] = 1e4
+                cache[list(images)] = float("nan")
+            taken.clear()
+            return output
+
+        pool.get_new_blocks, scheduler.schedule = note_new_blocks, schedule_and_poison
 
     def forget_text(self) -> None:
         """Drops what is cached of finished requests."""

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 import torch
 
-from vllm_harness import IMAGE, Answer, Prompt, assert_same, picture
+from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW
+from vllm_harness import BARE_IMAGE, IMAGE, Answer, Prompt, assert_same, picture
 
 pytestmark = pytest.mark.vllm
 NUM_CHUNKS, NUM_TOKENS = 30, 2
@@ -97,3 +98,66 @@ def continued(oracle):
             batch = {"input_ids": torch.tensor([[token]])}
         answers.append(answer)
     return answers
+
+
+SMALL = {"max_num_batched_tokens": 64, "max_model_len": 256}
+
+
+@pytest.mark.parametrize("preset_fusion", [("tiny-llama", "ca"), ("tiny-qwen", "ca_tv")], ids=["ca", "ca_tv"])
+def test_a_window_over_two_chunks_has_limits(preset_fusion, checkpoints, eager, engine):
+    """It may not exceed what one step encodes (128 tokens here); once it stalled the engine, and with it everybody."""
+    preset, fusion = preset_fusion
+    folder = checkpoints(preset, fusion=fusion)
+    vllm = engine(folder, poison=True, **SMALL)
+    free = vllm.num_free_blocks
+    large, medium, small = picture(1, 336, 224), picture(2, 224, 168), picture(3, 56, 56)
+    vllm.send_chunk("session", Prompt(f"abc{BARE_IMAGE}", (large,)), 1)
+    first, _ = vllm.answer_chunk("session")
+
+    vllm.send_chunk("session", Prompt(f"{BARE_IMAGE}de", (medium,)), 1)
+    bystander = vllm.add(Prompt(f"see {IMAGE} now", (small,)), 2)
+    refused, completion = vllm.answer_chunk("session")
+    assert completion.finish_reason == "error"
+    assert completion.stop_reason.startswith("2 adjacent images share one window and have 144 tokens")
+    assert refused.tokens == []
+
+    many = MAX_IMAGES_PER_WINDOW
+    vllm.send_chunk("session", Prompt(f"{BARE_IMAGE * many}de", (picture(4, 28, 28),) * many), 1)
+    assert f"{many + 1} adjacent images" in vllm.answer_chunk("session")[1].stop_reason
+    vllm.send_chunk("session", Prompt("x" * 255), 1)
+    assert "fewer than 256 together" in vllm.answer_chunk("session")[1].stop_reason
+    with pytest.raises(ValueError, match="no text token"):
+        vllm.send_chunk("session", Prompt(BARE_IMAGE, (small,)), 1)
+
+    # The session goes on as if nothing had been sent, and so does everybody else.
+    vllm.send_chunk("session", Prompt(f"{BARE_IMAGE}de", (small,)), 2)
+    last, _ = vllm.answer_chunk("session")
+    assert len(vllm.run_until(lambda answers: bystander in answers)[bystander].tokens) == 2
+    together = Prompt(f"abc{BARE_IMAGE}{BARE_IMAGE}de", (large, small))
+    assert_same([first, last], [eager(folder)(Prompt("abc"), 1), eager(folder)(together, 2)])
+    vllm.engine.abort_request(["session"], internal=True)
+    assert vllm.num_free_blocks == free
+
+
+def test_idle_sessions_hold_up_nobody(checkpoints, eager, engine):
+    """Sessions that hold all pages, two of which need more: stock vLLM preempts none of them, and nothing runs."""
+    folder = checkpoints("tiny-llama", fusion="ca")
+    vllm = engine(folder, poison=True, num_gpu_blocks_override=80, **SMALL)
+    text = "The quick brown fox jumps over the lazy dog. " * 4
+    sessions = [f"session-{index}" for index in range(10)]
+    for index, session in enumerate(sessions):
+        vllm.send_chunk(session, Prompt(f"{index}{text}"), 1)
+        vllm.answer_chunk(session)
+    image = picture(5, 336, 224)
+    prompts = [Prompt(f"{IMAGE}{text}{index}", (image,)) for index in range(4)]
+    names = [vllm.add(prompt, 4) for prompt in prompts]
+    for session in sessions[:3]:
+        vllm.send_chunk(session, Prompt(" and on."), 1)
+    answers = vllm.run_until(lambda answers: len(answers) == len(names))
+    assert_same([answers[name] for name in names], [eager(folder)(prompt, 4) for prompt in prompts])
+    # A session whose pages were taken computes its text again.
+    vllm.send_chunk(sessions[9], Prompt(" Bye."), 2)
+    answer, _ = vllm.answer_chunk(sessions[9])
+    assert_same([answer], [eager(folder)(Prompt(f"9{text} Bye."), 2)])
+    assert vllm.engine.reset_prefix_cache(reset_running_requests=True)
+    vllm.engine.abort_request(sessions, internal=True)
