@@ -229,8 +229,7 @@ class Engine:
     def _poison_taken_pages(self) -> None:
         """Fills pages in the step that takes them, before its worker runs: NaN for images, for text what spoils it."""
         pool, scheduler = self.scheduler.kv_cache_manager.block_pool, self.scheduler
-        runner = self.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        layers = runner.compilation_config.static_forward_context.values()
+        layers = self.engine.vllm_config.compilation_config.static_forward_context.values()
         caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers if hasattr(layer, "kv_cache")}
         assert all(len(cache) == pool.num_gpu_blocks for cache in caches.values())
         taken: list[int] = []

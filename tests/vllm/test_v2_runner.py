@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_fuzz import FEW_PAGES, fuzz
 from vllm_harness import BARE_IMAGE, IMAGE, Prompt, assert_same, picture
 
 IS_V2 = "interpreted_triton" in sys.modules
@@ -59,7 +60,7 @@ def v2(request, engine, checkpoints):
     preset, fusion = request.param
     folder = checkpoints(preset, fusion=fusion)
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": STEP_TOKENS}
-    return folder, engine(folder, **limits, limit_mm_per_prompt={"image": 3})
+    return folder, engine(folder, poison=True, **limits, limit_mm_per_prompt={"image": 3})
 
 
 def runner_of(engine):
@@ -80,6 +81,20 @@ def test_equals_eager_cold_and_warm(v2, eager):
     # Again: text from the prefix cache, images from the pages of the run before.
     assert_same(engine.ask(PROMPTS[::-1], NUM_TOKENS), expected[::-1])
     assert engine.images.counters.images_encoded == encoded + 4
+
+
+@in_v2
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS[:2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_async": True}, {"scheduling_policy": "priority"}, {"enable_prefix_caching": False}],
+    ids=["first-come", "async", "priority", "no-prefix-cache"],
+)
+def test_random_requests(model, options, engine, checkpoints, eager):
+    preset, fusion = model
+    folder = checkpoints(preset, fusion=fusion)
+    fuzz(engine(folder, poison=True, **FEW_PAGES, **options), eager(folder), seed=1, count=8)
 
 
 @in_v2
