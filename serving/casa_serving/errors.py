@@ -8,13 +8,16 @@ has been a 466 MB answer. Messages are cut, and so is the number of problems tha
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from itertools import islice
+from traceback import walk_tb
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.dependencies.utils import request_body_to_args
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -22,6 +25,7 @@ from starlette.responses import JSONResponse
 
 from casa_engine.errors import CasaError
 
+LOGGER = logging.getLogger("uvicorn.error")
 FAILED = "The server failed to answer. The fault is in its log."
 MAX_MESSAGE_CHARACTERS = 2000
 MAX_PROBLEMS_READ = 1000
@@ -182,6 +186,24 @@ async def handle_internal_error(request: Request, error: Exception) -> JSONRespo
     return error_response(500, FAILED)
 
 
+async def handle_lookup_failure(request: Request, error: Exception) -> JSONResponse:
+    """Answers what code raises that takes a value for another kind than it is.
+
+    Where that happens while a body is validated, the body is wrong: vLLM's models look into some
+    fields before pydantic has checked what they are.
+    """
+    if raised_in_validation(error):
+        return error_response(400, "The request is not understood: a field is not of the kind that it must be.")
+    LOGGER.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(500, FAILED)
+
+
+def raised_in_validation(error: BaseException) -> bool:
+    """Tells whether an exception was raised while FastAPI validated a body."""
+    validators = request_body_to_args.__code__
+    return any(frame.f_code is validators for frame, _ in walk_tb(error.__traceback__))
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Registers the handlers above. Mutates `app`."""
     app.add_exception_handler(RequestError, handle_request_error)
@@ -190,4 +212,6 @@ def add_error_handlers(app: FastAPI) -> None:
     # FastAPI's is a subclass of Starlette's, which the router raises; vLLM has a handler for the former alone.
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(StarletteHTTPException, handle_http_exception)
+    for kind in (AttributeError, LookupError):
+        app.add_exception_handler(kind, handle_lookup_failure)
     app.add_exception_handler(Exception, handle_internal_error)

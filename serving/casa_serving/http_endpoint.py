@@ -33,7 +33,7 @@ class HttpEndpoint:
         """Registers the handlers of errors, behind vLLM's own, and sets what the guard reads.
 
         Mutates:
-            state: `max_prompt_chars`, and the models' `root`, which names the server's folder.
+            state: `max_model_len`, `max_prompt_chars`, and the models' `root`, which names the server's folder.
         """
         if engine_client is None:
             raise ConfigError("casa_http needs an engine, which vLLM's render server does not have.")
@@ -41,7 +41,8 @@ class HttpEndpoint:
         # SageMaker's standards, which vLLM puts around the app, have built it already.
         self._app.middleware_stack = self._app.build_middleware_stack()
         max_chars_per_token = engine_client.renderer.get_tokenizer().max_chars_per_token
-        state.max_prompt_chars = engine_client.model_config.max_model_len * max_chars_per_token
+        state.max_model_len = engine_client.model_config.max_model_len
+        state.max_prompt_chars = state.max_model_len * max_chars_per_token
         for model in state.openai_serving_models.base_model_paths:
             model.model_path = model.name
 

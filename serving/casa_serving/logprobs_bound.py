@@ -12,10 +12,16 @@ from typing import Any
 from casa_serving.json_bounds import over_limit
 from casa_serving.request_limits import RequestLimits
 
+# What the chat template puts around a message, in tokens of a byte each.
+TOKENS_OF_A_MESSAGE = 64
+# An answer that would end sooner is no answer: its length must be set.
+SHORTEST = 256
 MAX_TOKENS_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-def bound_logprobs(body: dict[str, Any], text_chars: int, limits: RequestLimits) -> bool:
+def bound_logprobs(
+    body: dict[str, Any], text_chars: int, limits: RequestLimits, max_model_len: int | None = None
+) -> bool:
     """Bounds the log probabilities that a request asks for.
 
     A conversation that does not say how long the answer may be gets a length that fits; a text
@@ -25,6 +31,7 @@ def bound_logprobs(body: dict[str, Any], text_chars: int, limits: RequestLimits)
         body: The request.
         text_chars: Characters of its texts.
         limits: How much is taken.
+        max_model_len: The model's context in tokens, if known; an answer is never longer.
 
     Mutates:
         body: the longest answer, where it is not set.
@@ -55,7 +62,22 @@ def bound_logprobs(body: dict[str, Any], text_chars: int, limits: RequestLimits)
             )
     if lengths or "prompt" in body:  # A completion has 16 tokens unless it says otherwise.
         return False
-    body["max_output_tokens" if "input" in body else "max_tokens"] = max(most // each, 1)
+    field = "max_output_tokens" if "input" in body else "max_tokens"
+    longest = max(most // each, 1)
+    if max_model_len is not None:
+        if longest >= max_model_len:
+            return False
+        # What a prompt leaves of the context is only known when it is tokenised.
+        left = max_model_len - text_chars - TOKENS_OF_A_MESSAGE * len(body.get("messages") or body.get("input") or ())
+        if left < min(longest, SHORTEST):
+            raise over_limit(
+                f"does not set {field!r}, and its log probabilities could be too many",
+                most,
+                "max_logprobs_values",
+                field,
+            )
+        longest = min(longest, left)
+    body[field] = longest
     return True
 
 

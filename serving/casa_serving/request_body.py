@@ -10,9 +10,28 @@ from starlette.types import Message, Receive
 from casa_serving.errors import RequestError
 from casa_serving.request_limits import RequestLimits
 
+MAX_DISCARDED_BYTES = 1_000_000
+DISCARD_TIMEOUT_S = 2.0
+
 
 class ClientGoneError(Exception):
     """The client left before its body was read."""
+
+
+async def discard(receive: Receive) -> None:
+    """Reads and forgets the rest of a body, if it is short.
+
+    A connection that is closed with bytes unread is reset, and the client may never see the answer.
+    """
+    num_bytes, more = 0, True
+    try:
+        async with asyncio.timeout(DISCARD_TIMEOUT_S):
+            while more and num_bytes < MAX_DISCARDED_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                more = message.get("more_body", False)
+    except TimeoutError:
+        return
 
 
 class BytesInFlight:
@@ -50,11 +69,15 @@ class BodyReader:
     Args:
         limits: How much is taken.
         in_flight: Counts the bytes of all bodies.
+
+    Attributes:
+        is_complete: Whether all of it has come.
     """
 
     def __init__(self, limits: RequestLimits, in_flight: BytesInFlight) -> None:
         self._limits, self._in_flight = limits, in_flight
         self._num_bytes = 0
+        self.is_complete = False
 
     async def read(self, receive: Receive, look_at: Callable[[bytes], None]) -> bytes:
         """Reads the body.
@@ -71,12 +94,12 @@ class BodyReader:
         timeout_s = self._limits.request_read_timeout
         try:
             async with asyncio.timeout(timeout_s):
-                more = True
-                while more:
+                while not self.is_complete:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
-                    piece, more = message.get("body", b""), message.get("more_body", False)
+                    piece = message.get("body", b"")
+                    self.is_complete = not message.get("more_body", False)
                     self._count(len(piece))
                     look_at(piece)
                     pieces.append(piece)

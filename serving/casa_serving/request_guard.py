@@ -28,7 +28,7 @@ from casa_serving.errors import RequestError
 from casa_serving.http_server import configure_server
 from casa_serving.json_bounds import StructureCounter, parse_json
 from casa_serving.logprobs_bound import bound_logprobs
-from casa_serving.request_body import BodyReader, BytesInFlight, ClientGoneError, replay, too_large
+from casa_serving.request_body import BodyReader, BytesInFlight, ClientGoneError, discard, replay, too_large
 from casa_serving.request_fields import FieldChecker
 from casa_serving.request_limits import RequestLimits
 
@@ -75,6 +75,9 @@ class RequestGuard:
             passed_on = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             await self._app(passed_on, receive, send)
         except RequestError as error:
+            # Whoever waits for a `100 Continue` sends nothing before it.
+            if has_body(scope) and not reader.is_complete and not is_waiting(scope):
+                await discard(receive)
             await error.response()(scope, receive, send)
         except ClientGoneError:
             return
@@ -109,6 +112,7 @@ class Checks:
         self.limits = RequestLimits.from_options(vars(state.args))
         self.in_flight = BytesInFlight(self.limits.max_request_bytes_in_flight)
         self.key = KeyCheck(state.args)
+        self._max_model_len = getattr(state, "max_model_len", None)
         self._fields = FieldChecker(self.limits, getattr(state, "max_prompt_chars", None))
 
     def check_door(self, scope: Scope) -> None:
@@ -145,7 +149,7 @@ class Checks:
         if not isinstance(parsed, dict):
             return body  # FastAPI says what is expected.
         text_chars = self._fields.check(parsed)
-        changed = bound_logprobs(parsed, text_chars, self.limits)
+        changed = bound_logprobs(parsed, text_chars, self.limits, self._max_model_len)
         if route_path(scope) == responses_input.PATH:
             changed |= responses_input.set_image_detail(parsed)
             await responses_input.check_items(parsed)
@@ -161,6 +165,11 @@ def route_path(scope: Scope) -> str:
 def has_body(scope: Scope) -> bool:
     """Tells whether a request has a body."""
     return (declared_length(scope) or 0) > 0 or any(name == b"transfer-encoding" for name, _ in scope["headers"])
+
+
+def is_waiting(scope: Scope) -> bool:
+    """Tells whether a client sends its body only when it is asked to."""
+    return Headers(scope=scope).get("expect", "").lower() == "100-continue"
 
 
 def declared_length(scope: Scope) -> int | None:

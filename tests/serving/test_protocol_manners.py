@@ -152,7 +152,9 @@ def test_an_image_for_responses_needs_no_detail(server, detail):
     assert answer.usage.input_tokens > 0
 
 
-@pytest.mark.parametrize("bad", [{"content": 5, "x": "y"}, {"content": [{"type": "input_image"}]}, {"type": "secret"}])
+@pytest.mark.parametrize(
+    "bad", [{"content": 5, "x": "y"}, {"content": [{"type": "input_image", "detail": "wrong"}]}, {"type": "secret"}]
+)
 def test_bad_items_for_responses_are_a_short_answer(send, bad):
     items = [{"role": "user", "content": "good"}, *[{"role": "user", "type": "message"} | bad] * 200]
     answer = send("POST", "/v1/responses", {"model": "casa-tiny-digits", "input": items})

@@ -152,6 +152,19 @@ def test_an_answer_of_no_stated_length_gets_one(body, field, length):
     assert asked == {**body, field: length}
 
 
+def test_a_length_leaves_room_for_the_prompt():
+    """A text has at most as many tokens as characters; where that leaves too little, the client must say."""
+    limits = RequestLimits(max_logprobs_values=1000)
+    chat = {"messages": [{}], "logprobs": True, "top_logprobs": 9}
+    for context, text_chars in ((500, 10), (400, 200)):
+        asked = dict(chat)
+        assert bound_logprobs(asked, text_chars, limits, context)
+        assert asked["max_tokens"] == 100
+    assert not bound_logprobs(dict(chat), 10, limits, 100)
+    with pytest.raises(RequestError, match="does not set 'max_tokens'"):
+        bound_logprobs(dict(chat), 40, limits, 200)
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -29,14 +29,16 @@ class Client:
 
     async def post(self, pieces, *, headers=(), end=True):
         """Returns status, headers and body of the answer to a body in pieces; None where there is none."""
-        sent = []
-        pieces = aiter_of(pieces)
+        sent, ended = [], []
+        pieces = aiter_of(pieces) if isinstance(pieces, list) else pieces
 
         async def receive():
             async for piece in pieces:
                 return {"type": "http.request", "body": piece, "more_body": True}
-            if end:
+            if end and not ended:
+                ended.append(True)
                 return {"type": "http.request", "body": b"", "more_body": False}
+            # As uvicorn does: nothing comes until the client leaves.
             await asyncio.sleep(3600)
 
         async def send(message):
@@ -163,6 +165,26 @@ async def test_bodies_are_taken_as_they_are(headers, status, message):
     answer = await Client().post([b"{}"], headers=headers)
     assert answer[0] == status
     assert message is None or message in message_of(answer)
+
+
+@in_loop
+async def test_a_refusal_waits_only_for_what_is_still_to_come(monkeypatch):
+    """A body that is all there is answered at once; of one that is not, a little is taken off the wire."""
+    monkeypatch.setattr("casa_serving.request_body.DISCARD_TIMEOUT_S", 3600)
+    client = Client(max_request_bytes=1000)
+    for body in (b'{"a": NaN}', b"oops", b'{"stop": "\\ud800"}'):
+        async with asyncio.timeout(30):
+            assert (await client.post([body]))[0] == 400
+    given = []
+
+    async def pieces():
+        for _ in range(1000):
+            given.append(100_000)
+            yield bytes(100_000)
+
+    async with asyncio.timeout(30):
+        assert (await client.post(pieces()))[0] == 413
+    assert sum(given) <= 1_200_000
 
 
 @in_loop
