@@ -44,10 +44,11 @@ def command(other, tmp_path):
     """Starts `casa-serve --ray` on that cluster; returns the process and its log."""
     running = []
 
-    def start(text, *options):
+    def start(text, *options, **variables):
         config, log = tmp_path / "cluster.yaml", tmp_path / "log.txt"
         config.write_text(text)
-        environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": other.address}
+        # Ray gives a cluster a token by itself, and tries it at no address that it is told.
+        environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": other.address, "RAY_AUTH_MODE": "token", **variables}
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [CASA_SERVE, "--ray", config, *options], env=environment, stdout=output, stderr=subprocess.STDOUT
@@ -97,6 +98,16 @@ def test_a_refused_command_leaves_the_others(other, tenants, command, text, opti
     process, log = command(text, *options)
     assert process.wait(TIMEOUT_S) == 1
     assert message in said(log)
+    assert other.applications() == before
+
+
+@pytest.mark.parametrize("variables", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_ADDRESS": "127.0.0.1:1"}])
+def test_a_cluster_that_does_not_answer(other, tenants, command, variables):
+    before = tenants(mine="/mine")
+    process, log = command(WAITS, **variables)
+    assert process.wait(TIMEOUT_S) == 1
+    assert "No Ray cluster answers at RAY_ADDRESS=" in said(log)
+    assert "RAY_AUTH_MODE=token" in said(log)
     assert other.applications() == before
 
 

@@ -225,12 +225,17 @@ def connect(options: argparse.Namespace) -> None:
         InputError: No cluster answers there.
     """
     import ray
+    from ray.exceptions import AuthenticationError
 
     if is_attached():
         try:
             ray.init(log_to_driver=True)
-        except (ConnectionError, ValueError) as error:
-            raise InputError(f"No Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {error}") from error
+        except (ConnectionError, ValueError, AuthenticationError) as error:
+            # Ray says nothing of its token to a client that does not try one.
+            raise InputError(
+                f"No Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {error}. One that has a token "
+                "(docs/cluster.md) answers only with RAY_AUTH_MODE=token in the environment."
+            ) from error
         return
     ray.init(
         # Without, Ray would join any cluster that it finds on this machine.
