@@ -42,7 +42,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 def tiny_config() -> CasaConfig:
     """One layer of everything: tracing takes seconds."""
-    config = preset_config("tiny-qwen")
+    config = preset_config("tiny-llama", fusion="ca")
     text = config.text_config.to_dict() | {"num_hidden_layers": 1, "layer_types": None}
     vision = config.vision_config.to_dict() | {"depth": 1, "fullatt_block_indexes": []}
     return CasaConfig(**(config.to_dict() | {"text_config": text, "vision_config": vision}))

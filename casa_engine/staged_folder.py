@@ -118,8 +118,10 @@ class StagedFolder:
         except OSError:
             drop_carried(self.target, self.path)
             return False
-        sync(self.target.parent)
-        remove_exchanged(self.path, self.target, owned)
+        # The new one is in its place: where the older one cannot be removed now, it is by the next run.
+        with suppress(OSError):
+            sync(self.target.parent)
+            remove_exchanged(self.path, self.target, owned)
         return True
 
     def _move(self, owned: frozenset[str]) -> None:
@@ -189,8 +191,7 @@ class StagedFolder:
         """Makes the work folder and locks it; the lock of a run that ended is free."""
         while True:
             self._work.mkdir(exist_ok=True)
-            strangers = {entry.name for entry in self._work.iterdir()} - {"lock", "new", self._journal.name}
-            if any(not name.startswith(".journal.") for name in strangers):  # a journal that was never finished
+            if self._work.is_symlink() or not self._is_ours():
                 raise OutputError(f"{self._work} holds files of others. Move it elsewhere: casa-engine works there.")
             try:
                 lock = os.open(self._work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -209,11 +210,17 @@ class StagedFolder:
                 pass
             os.close(lock)
 
+    def _is_ours(self) -> bool:
+        """Whether the work folder has nothing that a run of ours does not leave: the lock comes first and goes last."""
+        names = {entry.name for entry in self._work.iterdir()}
+        unfinished = {name for name in names if name.startswith(f".{self._journal.stem}.")}
+        return not names or ("lock" in names and names <= {"lock", "new", self._journal.name} | unfinished)
+
     def _release(self) -> None:
         """Drops what was not committed, finishes what was, and removes the work folder; a later run tries again."""
         with suppress(OSError):
             self._recover()
-            for entry in self._work.iterdir():
+            for entry in sorted(self._work.iterdir(), key=lambda entry: entry.name == "lock"):
                 entry.unlink()
             self._work.rmdir()
             for parent in reversed(self._made_parents):

@@ -216,7 +216,7 @@ def test_file_systems_without_exchange_or_links(target, monkeypatch):
         assert not (target.parent / ".out.casa-work").exists()
 
 
-def test_full_disk_and_files_of_others_in_the_work_folder(target):
+def test_full_disk(target):
     before = contents(target)
     with pytest.raises(OutputError, match="needs at least 1000000000000"):
         StagedFolder(target, LAST, owned, needed_bytes=10**18).__enter__()
@@ -224,10 +224,34 @@ def test_full_disk_and_files_of_others_in_the_work_folder(target):
         fill(staged.path, NEW)
         raise OSError(28, "No space left on device")
     assert contents(target) == before
-    fill(target.parent / ".out.casa-work", {"thesis.tex": "mine"})
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "new/thesis.tex", "journal.json", "new"])
+@pytest.mark.parametrize("link", [False, True])
+def test_folder_of_others_in_the_place_of_the_work_folder(target, name, link):
+    work = target.parent / ".out.casa-work"
+    if link:
+        fill(target.parent / "theirs", {name: "mine", "lock": ""})
+        work.symlink_to(target.parent / "theirs")
+    else:
+        fill(work, {name: "mine"})
     with pytest.raises(OutputError, match="holds files of others"):
         write(target)
-    assert (target.parent / ".out.casa-work/thesis.tex").read_text() == "mine"
+    assert (work / name).read_text() == "mine"
+
+
+def test_older_folder_that_cannot_be_removed(target, monkeypatch):
+    """The new one is in its place all the same, and the next run removes the older one."""
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staged_folder, "remove_exchanged", refuse)
+        write(target)
+    assert contents(target) == NEW | FOREIGN | LINK and (target.parent / ".out.casa-work").exists()
+    write(target)
+    assert contents(target) == NEW | FOREIGN | LINK and not (target.parent / ".out.casa-work").exists()
 
 
 def test_target_that_is_a_file(tmp_path):
