@@ -81,8 +81,8 @@ class Departure:
             logger.error("Shutdown: the engine has died, %s requests open.", len(self.requests))
             self._begin(ENGINE_DIED, 0)
         else:
-            # Whoever still waits for it waits in vain.
-            self.requests.end(ENGINE_DIED)
+            # It heard the same Ctrl-C, or died meanwhile: whoever still waits for it waits in vain.
+            self.requests.end(self.reason)
 
     def _begin(self, reason: str, timeout_s: float) -> None:
         self.reason = reason

@@ -10,9 +10,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 logger = logging.getLogger("vllm.casa_drain")
 # No bound is shorter than this: it is what telling everybody takes at worst.
@@ -22,11 +23,15 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
     """Returns the processes that one has started, this one by default, and those that they have started."""
+    import psutil  # Comes with vLLM, whose absence casa-serve says in a sentence.
+
     return (process or psutil.Process()).children(recursive=True)
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
     """Ends processes now, where they still run."""
+    import psutil
+
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
