@@ -13,7 +13,6 @@ the machine hardly changes. Host memory is the resident memory of this process a
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from host_use import host_use
 from PIL import Image
 from soak_plot import plot
 
@@ -56,34 +56,6 @@ class PageMeter:
     def reset(self):
         """Begins anew."""
         self.image_pages, self.usage = 0, 0.0
-
-
-def process_tree():
-    """Ids of this process and all below it."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    tree = [os.getpid()]
-    for process in tree:
-        tree += [child for child, parent in parents.items() if parent == process]
-    return tree
-
-
-def host_use():
-    """Resident MiB and processor seconds of the tree."""
-    pages, ticks = 0, 0
-    for process in process_tree():
-        try:
-            pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
-            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-        except OSError:
-            continue
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, ticks / os.sysconf("SC_CLK_TCK")
 
 
 def scene(number, num_frames):
