@@ -31,12 +31,12 @@ import numpy as np
 from health_probe import HealthProbe
 from host_use import host_use
 from PIL import Image
-from request_fuzzer import Fuzzer
 from server_soak_plot import plot
 from server_soak_requests import MODEL, Outcome, draw_files, send
 
 from casa_engine.digits.cases import READ, draw_video
 from casa_serving.live.client import ConnectionLostError, LiveClient
+from request_fuzzer import Fuzzer
 from serving_process import casa_serve
 
 SAMPLE_EVERY = 100

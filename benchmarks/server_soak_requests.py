@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import numpy as np
-from request_fuzzer import Case, fault_of
 
 from casa_engine.digits.cases import COUNT, READ
 from casa_engine.digits.data import draw_image, load_samples
+from request_fuzzer import Case, fault_of
 
 MODEL = "casa-tiny-digits"
 NUM_FILES = 300
