@@ -155,3 +155,19 @@ def test_a_signal_waits_until_what_must_be_whole_is_whole():
         done.append("all of it")
     assert done == ["all of it"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_cluster_that_is_not_there_is_found_out_at_once(capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        address.reach(f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    assert cli.run(["--ray"]) == 1
+    said = capsys.readouterr().err
+    assert "No Ray cluster answers at RAY_ADDRESS='127.0.0.1:" in said
+    assert "RAY_AUTH_MODE=token" in said
+
+
+@pytest.mark.parametrize("text", ["auto", "local", "ray://somewhere.example:10001", ""])
+def test_other_addresses_are_judged_by_ray(text):
+    address.reach(text)

@@ -8,6 +8,7 @@ import socket
 from casa_engine.errors import InputError
 
 MAX_PORT = 65_535
+REACH_TIMEOUT_S = 10.0
 
 
 def local(host: str) -> str:
@@ -56,3 +57,14 @@ def check_port(host: str, port: int) -> int:
                 "or pass another --host or --port (make serve-ray PORT=...)."
             ) from error
         return probe.getsockname()[1]
+
+
+def reach(address: str) -> None:
+    """Connects to HOST:PORT and hangs up: Ray would try for minutes. Other forms are Ray's to judge.
+
+    Raises:
+        OSError: Nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isascii() and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()

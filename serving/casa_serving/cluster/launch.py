@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from casa_engine.errors import CasaError, InputError
 from casa_serving.cluster import tenancy
-from casa_serving.cluster.address import check_port, local, port_number, url_host, whole_number
+from casa_serving.cluster.address import check_port, local, port_number, reach, url_host, whole_number
 from casa_serving.cluster.config_file import ConfigFile, read_file
 from casa_serving.cluster.first_request import first_request
 
@@ -229,8 +229,9 @@ def connect(options: argparse.Namespace) -> None:
 
     if is_attached():
         try:
+            reach(os.environ["RAY_ADDRESS"])
             ray.init(log_to_driver=True)
-        except (ConnectionError, ValueError, AuthenticationError) as error:
+        except (OSError, ValueError, AuthenticationError) as error:
             # Ray says nothing of its token to a client that does not try one.
             raise InputError(
                 f"No Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {error}. One that has a token "
