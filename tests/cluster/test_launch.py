@@ -1,10 +1,13 @@
 """`casa-serve --ray` says in one sentence why it cannot start, and takes everything with it when it ends."""
 
+import json
 import re
 import signal
 import socket
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
@@ -13,6 +16,7 @@ import pytest
 from casa_engine.errors import InputError
 from casa_serving import cli
 from casa_serving.cluster import address, launch
+from open_clients import chat, post, stream, watch
 from serving_process import CASA_SERVE, casa_serve
 
 REFUSAL_S = 120
@@ -101,8 +105,22 @@ def test_it_serves_and_takes_everything_with_it(tmp_path):
         assert (model["id"], model["metadata"]["input_modality"]) == ("casa-tiny-digits", "image")
         started = psutil.Process(server.process.pid).children(recursive=True)
         assert started
-        server.process.terminate()
-        assert server.process.wait(60) == 0
+        with ThreadPoolExecutor(3) as pool:
+            begun = [threading.Event(), threading.Event()]
+            streamed = pool.submit(stream, server.url, "/v1/chat/completions", begun[0])
+            watched = pool.submit(watch, server.live_url, begun[1])
+            answered = pool.submit(post, server.url, chat())
+            for event in begun:
+                assert event.wait(60)
+            server.process.terminate()
+            assert server.process.wait(60) == 0
+        # Every client was told before Ray took its proxies away.
+        before_last, last = streamed.result()
+        assert last == "data: [DONE]"
+        assert "shutting down" in json.loads(before_last.removeprefix("data: "))["error"]["message"]
+        message, code = watched.result()
+        assert (message["type"], code) == ("session.closed", 1012)
+        assert answered.result().status_code == 503
     _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
 

@@ -6,6 +6,7 @@ validates nothing else: the replica's application does, which is casa-serve's ow
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from argparse import Namespace
@@ -29,6 +30,7 @@ from casa_serving.cluster.answers import (
     overloaded,
     unavailable,
 )
+from casa_serving.cluster.ending import Ending, end_requests
 from casa_serving.cluster.forwarded import ForwardedRequest, ResponseHead
 from casa_serving.cluster.image_keys import request_image_keys
 from casa_serving.cluster.live_proxy import LiveProxy
@@ -72,6 +74,14 @@ class CasaIngress:
     async def health(self) -> Response:
         """Answers 200 while this ingress runs; Ray Serve checks the replicas itself."""
         return Response()
+
+    async def end(self, finish_s: float) -> None:
+        """Takes leave of all clients; called on every ingress before the cluster ends.
+
+        Args:
+            finish_s: How long requests that are under way may go on.
+        """
+        await asyncio.gather(self._live.end(), end_requests(self.app.state, finish_s))
 
     async def ping(self) -> Response:
         """See `health`; SageMaker's name for it."""
@@ -193,6 +203,7 @@ def ingress_class(limits: RequestLimits, max_prompt_chars: int, *, live: bool) -
     # The last one comes first.
     app.add_middleware(RequestGuard)
     app.add_middleware(SettingNames)
+    app.add_middleware(Ending)
     add_cluster_error_handlers(app)
     if live:
         page.attach(app)

@@ -23,12 +23,18 @@ from casa_serving.cluster import tenancy
 from casa_serving.cluster.address import check_port, local, port_number, reach, url_host, whole_number
 from casa_serving.cluster.config_file import ConfigFile, read_file
 from casa_serving.cluster.first_request import first_request
+from casa_serving.drain.processes import Deadline, SignalCounter
 
 if TYPE_CHECKING:
     from ray import serve
 
 APPLICATION = "casa"
 ROUTE_PREFIX = "/"
+SHUTDOWN_TIMEOUT_S = 30
+# What Ray takes to end its processes, out of the bound.
+LEAVING_S = 15
+# For the last words, once requests may not go on.
+GOODBYE_S = 5
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.5
@@ -57,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-cpus", type=whole_number, help="CPUs that Ray hands out on this machine; default: what it has"
     )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=whole_number,
+        default=SHUTDOWN_TIMEOUT_S,
+        help=f"seconds from SIGTERM to the exit; requests may go on until {LEAVING_S} s before (%(default)s)",
+    )
     return parser
 
 
@@ -74,6 +86,12 @@ def run(argv: list[str]) -> int:
         from casa_serving.cluster.application import check_config
 
         check_config(file.args)
+        if options.shutdown_timeout < LEAVING_S:
+            raise InputError(
+                f"--shutdown-timeout is {options.shutdown_timeout}; expected at least {LEAVING_S} seconds, which "
+                "Ray may take to end its processes."
+            )
+        SignalCounter().start()
         start(file, options)
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
@@ -119,6 +137,8 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
             signal.signal(number, lambda *_: stop.set())
         print(f"casa-serve: ready at {url}", flush=True)
         stop.wait()
+        Deadline(options.shutdown_timeout, 0).start()
+        say_goodbye(options.shutdown_timeout - LEAVING_S)
     finally:
         leave()
 
@@ -202,6 +222,26 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(number, handler)
     if received:
         raise KeyboardInterrupt
+
+
+def say_goodbye(finish_s: float) -> None:
+    """Has every ingress take leave of its clients; whatever goes wrong with that, the end comes all the same.
+
+    Args:
+        finish_s: How long requests that are under way may go on.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    client = tenancy.serve_client()
+    if client is None or not tenancy.is_own(client, APPLICATION):
+        return
+    try:
+        handle = serve.get_deployment_handle(tenancy.INGRESS, APPLICATION)
+        handle.broadcast("end", finish_s).results(timeout_s=finish_s + GOODBYE_S)
+    except (RayError, RayServeException, TimeoutError) as error:
+        print(f"casa-serve: not every client could be told: {error}", file=sys.stderr)
 
 
 def leave() -> None:

@@ -23,7 +23,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from casa_serving.cluster.live_place import TOKEN_HEADER, LivePlace
+from casa_serving.cluster.live_place import TOKEN_HEADER, Departure, LivePlace
 from casa_serving.cluster.live_search import Answers, Found, find_place
 from casa_serving.cluster.routing_note import RoutingNote
 from casa_serving.cluster.setting_names import name_keys
@@ -33,6 +33,7 @@ from casa_serving.live.protocol import ENGINE_ERROR, POLICY, SUBPROTOCOL, Fault,
 
 LOGGER = logging.getLogger("ray.serve")
 DRAIN_TIMEOUT_S = 10.0
+POLL_S = 0.05
 # For the last messages, once one side has ended.
 GOODBYE_TIMEOUT_S = 5.0
 # What a client may be ahead of its replica by.
@@ -47,6 +48,18 @@ class LiveProxy:
 
     def __init__(self) -> None:
         self._drains: dict[str, asyncio.Task[None]] = {}
+        self._departures: set[Departure] = set()
+        self._is_ending = False
+
+    async def end(self) -> None:
+        """Has the replicas say good-bye to all sessions, and waits until they have gone; no more are taken."""
+        self._is_ending = True
+        for departure in self._departures:
+            departure.tell()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                while self._departures:
+                    await asyncio.sleep(POLL_S)
 
     async def serve(self, websocket: WebSocket, ask: Callable[[RoutingNote], Answers]) -> None:
         """Serves a client from the handshake to the end.
@@ -57,13 +70,17 @@ class LiveProxy:
                 session on the replica.
         """
         try:
+            if self._is_ending:
+                raise LiveError("engine_error", "The server is shutting down; connect again and resume with `history`.")
             found = await find_place(websocket, ask)
         except LiveError as error:
             await refuse(websocket, error)
             return
+        self._departures.add(found.note.departure)
         try:
             await self._hand_on(websocket, found)
         finally:
+            self._departures.discard(found.note.departure)
             await found.upstream.close(GOING_AWAY)
             await let_go(found.answers)
 

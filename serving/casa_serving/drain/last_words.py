@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from starlette.types import Message
 
+from casa_serving.errors import error_body, error_kind
+
 SHUTTING_DOWN = "The server is shutting down. Send the request again, to another server or in a moment."
 STATUS = 503
-KIND = "ServiceUnavailableError"
 RETRY_AFTER_S = 1
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
@@ -24,7 +26,7 @@ def refusal(path: str, message: str) -> list[Message]:
         path: Of the request, which says what API it speaks.
         message: Why, in words.
     """
-    body = json.dumps(error_body(path, message)).encode()
+    body = json.dumps(body_for(path, message)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
@@ -46,24 +48,30 @@ def end_of_stream(path: str, message: str, last_event: bytes) -> Message:
         last_event: What was sent last; the events of /v1/responses are numbered.
     """
     if path.endswith("/messages"):
-        data = named_event("error", error_body(path, message))
+        data = named_event("error", body_for(path, message))
     elif path.endswith("/responses"):
         numbers = SEQUENCE_NUMBER.findall(last_event)
         number = int(numbers[-1]) + 1 if numbers else 0
-        event = {"type": "error", "code": KIND, "message": message, "param": None, "sequence_number": number}
+        event = {
+            "type": "error",
+            "code": error_kind(STATUS),
+            "message": message,
+            "param": None,
+            "sequence_number": number,
+        }
         data = named_event("error", event)
     else:
-        data = f"data: {json.dumps(error_body(path, message))}\n\ndata: [DONE]\n\n".encode()
+        data = f"data: {json.dumps(body_for(path, message))}\n\ndata: [DONE]\n\n".encode()
     return {"type": "http.response.body", "body": data}
 
 
-def error_body(path: str, message: str) -> dict[str, object]:
+def body_for(path: str, message: str) -> dict[str, Any]:
     """Returns the error object of the API: Anthropic's for its own path, OpenAI's for all others."""
     if path.endswith("/messages"):
         return {"type": "error", "error": {"type": "overloaded_error", "message": message}}
-    return {"error": {"message": message, "type": KIND, "param": None, "code": STATUS}}
+    return error_body(STATUS, message)
 
 
-def named_event(name: str, data: dict[str, object]) -> bytes:
+def named_event(name: str, data: dict[str, Any]) -> bytes:
     """Returns one server-sent event with its name."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
