@@ -25,7 +25,14 @@ from casa_serving.cluster.engine_arguments import check_engine_arguments
 from casa_serving.cluster.ingress import ingress_class
 from casa_serving.cluster.server import CasaServer
 from casa_serving.cluster.tenancy import INGRESS
-from casa_serving.defaults import EMBEDDED_NAME, embedded_checkpoint, engine_options, environment
+from casa_serving.defaults import (
+    EMBEDDED_NAME,
+    HTTP_PLUGIN,
+    embedded_checkpoint,
+    engine_options,
+    environment,
+    plugins_with,
+)
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits
 from casa_serving.register import CONNECTOR
 
@@ -128,6 +135,8 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
     if config.live.max_sessions and not on_gpu:
         options["logits_processors"] = [*options.get("logits_processors", ()), CAPTION_PROCESSOR]
     variables = {**environment(embedded=embedded, on_cpu=not on_gpu), **config.environment, **SAFETY}
+    # Errors of a replica are casa-serve's; its live sessions have a server of their own.
+    variables["VLLM_PLUGINS"] = plugins_with([HTTP_PLUGIN], variables.get("VLLM_PLUGINS"))
     return LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(checkpoint.resolve())},
         accelerator_type=config.accelerator_type if on_gpu else None,
