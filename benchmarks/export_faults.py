@@ -1,7 +1,7 @@
 """Kills `casa-export` at random moments and fills its disk; every time a good export must follow.
 
     python benchmarks/export_faults.py                      30 kills, 10 disks; about a quarter of an hour on one core
-    python benchmarks/export_faults.py --kills 5 --disks 3
+    python benchmarks/export_faults.py --trace-once         graphs are traced by the first export and copied after it
 
 Each run replaces a good export of a tiny model, with files of others in the same folder. After the fault the folder
 must hold the older export or the new one, whole (`ExportedModel.load`, which compares every hash), and all files of
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,20 +129,26 @@ def run_export(arguments: list[str], log: Path, limit: Callable[[], None] | None
     sys.exit(cli.main(arguments))
 
 
-def kill_once(folder: Folder, seconds: float, generator: random.Random) -> str:
-    """Starts an export, sends a signal at a random moment after its first step began; returns what happened."""
+def kill_once(folder: Folder, seconds: float, generator: random.Random) -> tuple[str, float]:
+    """Starts an export and sends a signal at a random moment after its first step began.
+
+    Returns:
+        What happened, "" where the export ended first; and the seconds after which it ended.
+    """
     number = generator.choice(SIGNALS)
     process = folder.start(folder.batch + 1)
     while b"[1/" not in folder.log.read_bytes() and process.is_alive():
-        time.sleep(0.01)
-    time.sleep(generator.uniform(0, 0.95 * seconds))
+        time.sleep(0.001)
+    started = time.perf_counter()
+    process.join(generator.uniform(0, seconds))
     step = folder.log.read_bytes().count(b"/6] ")
-    os.kill(process.pid, number)
+    if process.is_alive():
+        os.kill(process.pid, number)
     process.join()
     shown = folder.log.read_text()
     if process.exitcode not in (0, 1, -signal.SIGKILL) or "Traceback" in shown:
         raise SystemExit(f"{number.name}: status {process.exitcode}\n{shown}")
-    return f"{number.name} in step {step}" if process.exitcode else f"{number.name} after the end"
+    return f"{number.name} in step {step}" if process.exitcode else "", time.perf_counter() - started
 
 
 def fill_once(folder: Folder, limit: Callable[[], None] | None) -> str:
@@ -176,12 +183,18 @@ class Table:
 
 
 def kills(table: Table, work: Path, checkpoint: Path, count: int, generator: random.Random) -> None:
-    """The random moments."""
+    """The random moments; an export that ended before its signal does not count."""
     folder = Folder(work / "killed", checkpoint)
     folder.prepare()
-    seconds = folder.export()
-    for number in range(count):
-        table.add(f"{number + 1}: {kill_once(folder, seconds, generator)}", folder)
+    seconds, killed = folder.export(), 0
+    while killed < count:
+        what, after = kill_once(folder, seconds, generator)
+        if what:
+            killed += 1
+            table.add(f"{killed}: {what}", folder)
+        else:
+            seconds = after
+            folder.batch += 1
 
 
 def disks(table: Table, work: Path, checkpoint: Path, count: int) -> None:
@@ -229,16 +242,26 @@ def limit_files(table: Table, folder: Folder, rooms: list[float]) -> None:
         table.add(f"files up to {room >> 10} KiB: {what}", folder)
 
 
+def trace_once(folder: Path) -> None:
+    """Takes graphs from an export that is there: what is left is the time in which an export writes."""
+    exporter.export_graph = lambda model, spec, path: shutil.copyfile(folder / path.name, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--disks", type=int, default=10)
+    parser.add_argument("--trace-once", action="store_true", help="kill while files are written, not while tracing")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     table = Table()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         write_random_checkpoint(tiny_config(), work / "checkpoint")
+        if options.trace_once:
+            traced = Folder(work / "traced", work / "checkpoint")
+            traced.export()
+            trace_once(traced.path)
         print("| fault | found | others' files lost | after the next run | lost | leftovers |")
         print("|---|---|---:|---|---:|---:|")
         kills(table, work, work / "checkpoint", options.kills, random.Random(options.seed))
