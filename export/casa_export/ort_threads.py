@@ -2,7 +2,7 @@
 
 Threads of ONNX Runtime spin by default: they burn their core between two operations, which on a busy machine takes it
 from the very work they wait for. A small model gains nothing from a second thread anyhow: its operations end before
-another core has begun. docs/benchmarks.md has the measurements.
+another core has begun. benchmarks/export_threads.py measures both.
 """
 
 import os
