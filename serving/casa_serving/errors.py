@@ -55,9 +55,10 @@ TYPES = frozenset(
     "str int float bool bytes bytearray list tuple dict set frozenset none nullable union chain default call "
     "constrained-str constrained-int url body".split()
 )
-# What pydantic's and vLLM's exceptions add to their texts: the value that was sent.
+# What pydantic's and vLLM's exceptions add to their texts: the value that was sent. xgrammar's: the time and a line.
 NOTES = re.compile(
     r"\s*\[type=\w+, input_value=.*?(, input_type=[\w.]+)?\]|\s*For further information visit \S+"
+    r"|\[\d\d:\d\d:\d\d\] \S+:\d+: "
     r"|\s*\(parameter=[\w.]+(, value=.*)?\)?\Z",
     re.DOTALL,
 )

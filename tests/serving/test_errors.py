@@ -64,6 +64,7 @@ def test_texts_of_errors_lose_what_they_quote():
     assert "sent by" in str(error)
     assert "sent by" not in shorten(str(error))
     assert shorten("top_p is wrong. (parameter=top_p, value=sent by (the) client)") == "top_p is wrong."
+    assert shorten("No grammar: [11:41:34] <path>:4944: Unsupported type") == "No grammar: Unsupported type"
     assert shorten("a" * 10_000_000).endswith("aaa ...")
     assert len(shorten("a" * 10_000_000)) == 2000
     assert json.dumps(error_body(400, "half \ud800")).isascii()
