@@ -173,6 +173,8 @@ class Engine:
         )
         request.external_req_id = session
         self.engine.output_processor.add_request(request, None)
+        # In processes of their own the two do not share a list that both let grow.
+        request.prompt_token_ids = list(request.prompt_token_ids)
         self.engine.engine_core.add_request(request)
 
     def answer_chunk(self, session: str) -> tuple[Answer, Any]:
