@@ -90,7 +90,7 @@ def _refuse_other_doors(vllm_config: "VllmConfig") -> None:
 
 def _refuse(vllm_config: "VllmConfig") -> None:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    multimodal, events = model.multimodal_config, vllm_config.kv_events_config
+    events = vllm_config.kv_events_config
     refused = {
         "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
         "context parallelism": (
@@ -110,7 +110,6 @@ def _refuse(vllm_config: "VllmConfig") -> None:
         "prompt embeddings on Model Runner V2 (--enable-prompt-embeds)": (
             model.enable_prompt_embeds and vllm_config.use_v2_model_runner
         ),
-        "image embeddings (--enable-mm-embeds)": multimodal is not None and multimodal.enable_mm_embeds,
         "pooling (--runner pooling)": model.runner_type == "pooling",
         # Image pages have keys that no event announces.
         "KV-cache events (--kv-events-config)": events is not None and events.enable_kv_cache_events,

@@ -72,7 +72,7 @@ def test_a_prompt_whose_images_do_not_fit_in_a_row_ends_alone(checkpoints, engin
             "KV connectors",
         ),
         ({"data_parallel_size": 2}, "data parallelism"),
-        ({"enable_mm_embeds": True}, "image embeddings"),
+        ({"enable_mm_embeds": True}, "embeddings in place of images"),
         ({"runner": "pooling"}, "pooling"),
         ({"kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null")}, "KV-cache events"),
     ],
