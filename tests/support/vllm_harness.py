@@ -65,6 +65,13 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
 
 
+def answer_of(completion: Any) -> Answer:
+    """Reads one of vLLM's completions."""
+    tokens = list(completion.token_ids)
+    steps = zip(tokens, completion.logprobs or (), strict=True)
+    return Answer(tokens, [step[token].logprob for token, step in steps])
+
+
 class Eager:
     """The eager model as oracle; remembers what it was asked."""
 
@@ -125,6 +132,7 @@ class Engine:
         config.scheduler_config.async_scheduling = is_async
         self.engine = LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=True)
         self._count = 0
+        self._answers: dict[str, Answer] = {}
         self.is_priority = config.scheduler_config.policy == "priority"
         if poison:
             self._poison_taken_pages()
@@ -181,12 +189,11 @@ class Engine:
         """Steps until the session's chunk has ended; its answer and the last output's completion."""
         answer = Answer()
         for _ in range(200):
-            for output in self.engine.step():
+            for output in self._step():
                 if output.request_id == session:
                     completion = output.outputs[0]
-                    answer.tokens += completion.token_ids
-                    steps = zip(completion.token_ids, completion.logprobs or (), strict=True)
-                    answer.logprobs += [step[token].logprob for token, step in steps]
+                    part = answer_of(completion)
+                    answer = Answer(answer.tokens + part.tokens, answer.logprobs + part.logprobs)
                     if completion.finish_reason is not None:
                         return answer, completion
         raise AssertionError("200 steps without an answer")
@@ -207,20 +214,22 @@ class Engine:
         self, is_done: Callable[[dict[str, Answer]], bool], each_step: Callable[[], None] | None = None
     ) -> dict[str, Answer]:
         """Steps until the answers, by request id, are what is waited for."""
-        answers: dict[str, Answer] = {}
         for _ in range(MAX_STEPS):
-            if is_done(answers):
+            if is_done(self._answers):
+                answers, self._answers = self._answers, {}
                 return answers
-            for output in self.engine.step():
-                if output.finished and output.outputs:
-                    completion = output.outputs[0]
-                    tokens = list(completion.token_ids)
-                    steps = zip(tokens, completion.logprobs, strict=True)
-                    logprobs = [step[token].logprob for token, step in steps]
-                    answers[output.request_id] = Answer(tokens, logprobs)
+            self._step()
             if each_step is not None:
                 each_step()
         raise AssertionError(f"{MAX_STEPS} steps, and still something to do")
+
+    def _step(self) -> list[Any]:
+        """One step; answers that it ends wait for `run_until`."""
+        outputs = self.engine.step()
+        for output in outputs:
+            if output.finished and output.outputs:
+                self._answers[output.request_id] = answer_of(output.outputs[0])
+        return outputs
 
     def ask(self, prompts: list[Prompt], num_tokens: int, **options: Any) -> list[Answer]:
         """Answers of prompts that run together."""
