@@ -11,7 +11,8 @@ from other_cluster import other_cluster
 from serving_process import CASA_SERVE, ENVIRONMENT, free_port
 from waiting import until
 
-pytestmark = pytest.mark.vllm
+# Slow: each test starts a Ray cluster of its own, which takes minutes in all.
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 TIMEOUT_S = 180
 # No engine starts in these tests: this fits nowhere, and is waited for.
 WAITS = "cpus: 64\ndevice: cpu\nwait_for_nodes: true\n"
