@@ -93,6 +93,7 @@ def test_it_can_be_stopped_while_it_waits_for_a_node(tmp_path):
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_it_serves_and_takes_everything_with_it(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("device: cpu\nengine: {enforce_eager: true}\n")

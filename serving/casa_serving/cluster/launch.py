@@ -115,6 +115,9 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
     address = {"host": "127.0.0.1", "port": 8000, **asked}
     if not is_attached() or address["port"] == 0:
         address["port"] = check_port(address["host"], address["port"])
+    # Before anything is there to be taken away again.
+    if is_attached():
+        check_reachable()
     # As Ctrl-C, in place of Ray's own: Ray Serve waits without end for what may never come, such as a node. Ray sets
     # its own anew when it starts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -258,6 +261,27 @@ def leave() -> None:
     ray.shutdown()
 
 
+def check_reachable() -> None:
+    """Refuses an address in RAY_ADDRESS where nothing listens.
+
+    Raises:
+        InputError: No cluster answers there.
+    """
+    try:
+        reach(os.environ["RAY_ADDRESS"])
+    except (OSError, ValueError) as error:
+        raise no_cluster(error) from error
+
+
+def no_cluster(error: Exception) -> InputError:
+    """Returns the refusal of an address where no cluster answers."""
+    # Ray says nothing of its token to a client that does not try one.
+    return InputError(
+        f"No Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {error}. One that has a token "
+        "(docs/cluster.md) answers only with RAY_AUTH_MODE=token in the environment."
+    )
+
+
 def connect(options: argparse.Namespace) -> None:
     """Connects to the cluster in RAY_ADDRESS, or starts one on this machine.
 
@@ -269,14 +293,9 @@ def connect(options: argparse.Namespace) -> None:
 
     if is_attached():
         try:
-            reach(os.environ["RAY_ADDRESS"])
             ray.init(log_to_driver=True)
         except (OSError, ValueError, AuthenticationError) as error:
-            # Ray says nothing of its token to a client that does not try one.
-            raise InputError(
-                f"No Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {error}. One that has a token "
-                "(docs/cluster.md) answers only with RAY_AUTH_MODE=token in the environment."
-            ) from error
+            raise no_cluster(error) from error
         return
     ray.init(
         # Without, Ray would join any cluster that it finds on this machine.
