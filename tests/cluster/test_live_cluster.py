@@ -31,7 +31,8 @@ from image_files import encoded
 from live_messages import rest, take
 from waiting import until
 
-pytestmark = pytest.mark.vllm
+# Slow: sessions on a cluster of two nodes take minutes.
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CREATE = '{"type": "session.create"}'
 NUM_FRAMES = 24
 

@@ -18,7 +18,8 @@ from image_files import data_url, encoded, plain
 from open_clients import STREAMS, chat, post, stream, watch
 from serving_process import CASA_SERVE, ENVIRONMENT, casa_serve, free_port
 
-pytestmark = pytest.mark.vllm
+# Slow: each test starts a server of its own, with clients of every kind.
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 TIMEOUT_S = 8
 # A busy machine is late with everything, the end of a process too.
 SLACK_S = 4
