@@ -17,6 +17,20 @@ from PIL import Image
 
 from casa_engine.errors import InputError
 
+# Everything that Pillow is known to raise on damaged input, in opening as in decoding.
+DECODER_FAULTS = (
+    OSError,  # also UnidentifiedImageError and "image file is truncated"
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    ZeroDivisionError,
+    Image.DecompressionBombError,
+)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Pillow refuses a PNG with more than 1 MB of any of these; none of them changes what is seen here.
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")

@@ -1,6 +1,5 @@
 """Picture files of `casa-export run`: bounded and whole before the processor prepares their pixels."""
 
-import struct
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -8,25 +7,12 @@ from pathlib import Path
 from PIL import Image
 
 from casa_engine.errors import InputError
+from casa_engine.image_preparation import DECODER_FAULTS
 
 # What casa-serve takes by default, too.
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_FILE_BYTES = 20_000_000
 MAX_PIXELS = 16_777_216
-# What Pillow is known to raise on damaged files.
-DECODER_FAULTS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    TypeError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    ZeroDivisionError,
-    Image.DecompressionBombError,
-)
 
 
 def open_picture(path: Path) -> Image.Image:

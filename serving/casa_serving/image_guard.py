@@ -7,13 +7,12 @@ file stays out of the message, because such texts have leaked memory addresses b
 
 from __future__ import annotations
 
-import struct
 from io import BytesIO
 
 from PIL import Image
 
 from casa_engine.errors import InputError
-from casa_engine.image_preparation import without_texts
+from casa_engine.image_preparation import DECODER_FAULTS, without_texts
 from casa_serving.limits import ImageLimits
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -21,21 +20,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 # hundreds are a way to keep a decoder busy for minutes with a small file.
 MAX_JPEG_SCANS = 100
 JPEG_START_OF_SCAN = b"\xff\xda"
-
-# Everything that Pillow is known to raise on damaged input, in opening as in decoding.
-DECODER_FAULTS = (
-    OSError,  # also UnidentifiedImageError and "image file is truncated"
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    TypeError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    ZeroDivisionError,
-    Image.DecompressionBombError,
-)
 
 
 class ImageRefusedError(InputError):
