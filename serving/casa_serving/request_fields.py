@@ -17,6 +17,8 @@ from casa_serving.schema_bounds import check_schemas
 # Where images may be, under these names, as data URLs or base64: their bytes are bounded by the image guard.
 CONVERSATIONS = ("messages", "input")
 IMAGE_FIELDS = ("url", "image_url", "data")
+# The name that a client gives an image: never tokenised, so that the model's context does not bound it.
+IMAGE_NAME = "uuid"
 MAX_TOKEN_ID = 2**31 - 1
 # Texts that are searched for in every token of an answer, and tokens whose probability is changed.
 SAMPLING_LISTS = {"stop": 64, "stop_sequences": 64, "bad_words": 256, "stop_token_ids": 1024, "logit_bias": 1024}
@@ -83,7 +85,8 @@ class FieldChecker:
     def _check_text(self, text: str, path: str) -> int:
         """Checks a text; returns its length."""
         check_scalar(text, path)
-        if self._max_prompt_chars is not None and len(text) > self._max_prompt_chars:
+        is_prompt = not path.endswith(f".{IMAGE_NAME}")
+        if is_prompt and self._max_prompt_chars is not None and len(text) > self._max_prompt_chars:
             raise RequestError(
                 400,
                 f"The text of {path!r} cannot fit into the model's context: got {len(text)} characters, and "

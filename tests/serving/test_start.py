@@ -146,7 +146,7 @@ def test_defaults_give_way_to_the_command_line(random_checkpoint):
     assert args.max_model_len == 128
     assert args.limit_mm_per_prompt == {"image": 256, "video": 0}
     assert args.media_io_kwargs["image"]["max_image_pixels"] == 4096 * 4096
-    assert args.middleware == ["casa_serving.request_guard.RequestGuard", "casa_serving.drain.middleware.Drain"]
+    assert args.middleware == list(cli.MIDDLEWARE)
 
 
 @pytest.mark.vllm
