@@ -19,6 +19,7 @@ from casa_engine.checkpoints import check_tensors, read_config
 from casa_engine.errors import CasaError, CheckpointError, InputError
 from casa_serving.defaults import SHUTDOWN_TIMEOUT_S, embedded_checkpoint, engine_options, set_environment
 from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, leave_at_once
+from casa_serving.drain.startup_patch import keep_signals
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
 from casa_serving.live.options import LiveOptions, add_live_options
 from casa_serving.register import register
@@ -228,6 +229,7 @@ def serve_in_this(args: argparse.Namespace) -> NoReturn:
     Everybody was told and the engine has ended by then. Taking the interpreter apart, with threads that may still be
     at work on images, takes seconds that the bound on the end does not have.
     """
+    keep_signals(lambda: leave_at_once(INTERRUPTED))
     run_vllm(args)
     sys.stdout.flush()
     leave_at_once(0 if args.was_asked_to_end else 1, args.engine_processes)

@@ -19,6 +19,8 @@ logger = logging.getLogger("vllm.casa_drain")
 # No bound is shorter than this: it is what telling everybody takes at worst.
 MIN_BOUND_S = 3.0
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Python's own helper, which removes the shared memory of processes that were killed, and ends after them.
+RESOURCE_TRACKER = "multiprocessing.resource_tracker"
 
 
 def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
@@ -29,12 +31,13 @@ def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """Ends processes now, where they still run."""
+    """Ends processes now, where they still run, but for those that clean up after the others."""
     import psutil
 
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            if RESOURCE_TRACKER not in " ".join(process.cmdline()):
+                process.kill()
 
 
 def leave_at_once(status: int, others: Iterable[psutil.Process] = ()) -> NoReturn:
