@@ -18,8 +18,8 @@ from image_files import data_url, encoded, plain
 from open_clients import STREAMS, chat, post, stream, watch
 from serving_process import CASA_SERVE, ENVIRONMENT, casa_serve, free_port
 
-# Slow: each test starts a server of its own, with clients of every kind.
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+# Each test starts a server of its own, with clients of every kind, so all but the first are slow.
+pytestmark = pytest.mark.vllm
 TIMEOUT_S = 8
 # A busy machine is late with everything, the end of a process too.
 SLACK_S = 4
@@ -125,7 +125,8 @@ def test_everybody_is_told_within_the_bound(tmp_path, number, options):
         clients.check("shutting down")
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["--api-server-count", "2"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--api-server-count", "2"]])
 def test_everybody_is_told_when_the_engine_dies(tmp_path, options):
     with server_with_clients(tmp_path, *options) as (server, clients):
         children = psutil.Process(server.process.pid).children()
@@ -135,6 +136,7 @@ def test_everybody_is_told_when_the_engine_dies(tmp_path, options):
         clients.check("The engine has died")
 
 
+@pytest.mark.slow
 def test_what_is_under_way_is_finished_and_a_second_signal_ends_at_once(tmp_path):
     with casa_serve(tmp_path / "log.txt", "--enforce-eager", "--shutdown-timeout", "60") as server:
         url = f"{server.url}/v1/chat/completions"

@@ -72,7 +72,8 @@ class Departure:
             leave_at_once(128 + number, self._watch.processes)
 
     def _fault(self) -> str | None:
-        return ENGINE_DIED if self._watch.has_died else None
+        # An engine that ends because it was told to has not died.
+        return (self.reason or ENGINE_DIED) if self._watch.has_died else None
 
     def _engine_died(self) -> None:
         # Workers are slow to notice.
