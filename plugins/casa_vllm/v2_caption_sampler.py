@@ -45,7 +45,8 @@ class CaptionSampler:
         try:
             row = new_row(data.sampling_params, output_ids)
         except InputError as error:
-            # V2 asks nobody whether a client's extra arguments are in order, and must not fall over them.
+            # V2 asks nobody whether extra arguments are in order, and must not fall over them. casa-serve refuses
+            # those of a client; a program that calls the engine reads of it in the log.
             logger.warning("Request %s brings no state of a live session: %s", data.req_id, error)
             row = None
         if row is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from casa_engine.live.caption_logits import EXTRA_ARG
 from casa_serving.errors import RequestError
 from casa_serving.json_bounds import check_scalar, over_limit
 from casa_serving.request_limits import RequestLimits
@@ -49,6 +50,7 @@ class FieldChecker:
         if text_chars > self._limits.max_text_chars:
             raise over_limit(f"has {text_chars} characters of text", self._limits.max_text_chars, "max_text_chars")
         self._check_answers(body)
+        check_extra_args(body)
         check_schemas(body, self._limits)
         for name, most in SAMPLING_LISTS.items():
             value = body.get(name)
@@ -118,6 +120,26 @@ class FieldChecker:
                 f"The request has too many prompts: got {num_prompts}, at most {most} are taken (--max-n). "
                 "Send several requests.",
             )
+
+
+def check_extra_args(body: dict[str, Any]) -> None:
+    """Refuses the state of a live session, which only the server's own sessions hand to the engine.
+
+    Model Runner V2 validates no extra arguments, so that this is the one place for both runners. Nothing is lost: the
+    API's type for these arguments has no value that would be a state.
+
+    Raises:
+        RequestError: 400.
+    """
+    extra_args = body.get("vllm_xargs")
+    if isinstance(extra_args, dict) and EXTRA_ARG in extra_args:
+        name = f"vllm_xargs.{EXTRA_ARG}"
+        raise RequestError(
+            400,
+            f"{name!r} is the state of a live session, and no request can bring one: leave it out, and use /v1/live "
+            "for live sessions.",
+            param=name,
+        )
 
 
 def is_image(name: str, item: Any, parent: dict[str, Any]) -> bool:
