@@ -12,7 +12,7 @@ from casa_engine.command import run_command
 from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CheckpointError, InputError
 from casa_export.errors import ExportError
-from casa_export.pictures import open_picture
+from casa_export.pictures import PictureFile
 
 if TYPE_CHECKING:
     from casa_export.exporter import ExportPlan
@@ -173,7 +173,7 @@ def run(options: argparse.Namespace) -> None:
         options.prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"--prompt is not valid UTF-8 ({error.reason}). Give it in UTF-8.") from error
-    content = [{"type": "image", "image": open_picture(path)} for path in options.image]
+    content = [{"type": "image", "image": PictureFile(path)} for path in options.image]
     model = _load(options)
     processor = load_processor(options.folder)
     content.append({"type": "text", "text": options.prompt})

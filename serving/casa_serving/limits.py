@@ -11,29 +11,21 @@ import argparse
 from dataclasses import asdict, dataclass, fields
 
 from casa_engine.errors import InputError
+from casa_engine.image_guard import ImageFileLimits
 
 # The one other option that the connector needs: image URLs may point to this machine (tests).
 ALLOW_LOOPBACK = "allow_loopback_media"
 
 
 @dataclass(frozen=True)
-class ImageLimits:
-    """Limits on one image, checked against its header before anything is decoded.
+class ImageLimits(ImageFileLimits):
+    """Limits on one image, and on all that are decoded at one time.
 
     Attributes:
-        max_image_bytes: Size of the file, after base64 decoding or download.
-        max_image_pixels: Width times height. 4096 x 4096 fits exactly.
-        max_image_side: Width or height.
-        max_image_aspect: Longer side over shorter side. Qwen2-VL's resize, which CASA's
-            image processor is, refuses more than 200 itself.
         max_pixels_in_flight: Pixels of all images that are decoded at one time, over all
             requests and live sessions of one server process: 3 bytes of memory each.
     """
 
-    max_image_bytes: int = 20_000_000
-    max_image_pixels: int = 4096 * 4096
-    max_image_side: int = 16_384
-    max_image_aspect: int = 200
     max_pixels_in_flight: int = 512 * 1024 * 1024
 
     def __post_init__(self) -> None:
@@ -51,6 +43,10 @@ class ImageLimits:
         """Returns the limits among `options` (a namespace's or a modality's), others default."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in options.items() if name in names})
+
+    def option_note(self, name: str) -> str:
+        """See `ImageFileLimits`."""
+        return f" (--{name.replace('_', '-')})"
 
     def as_options(self) -> dict[str, int]:
         """Returns the limits as plain integers by name."""

@@ -21,10 +21,10 @@ from vllm.multimodal.media.connector import global_thread_pool
 from yarl import URL
 
 from casa_engine.errors import InputError
-from casa_engine.image_preparation import EncodedImage, read_image
+from casa_engine.image_guard import ImageRefusedError, check_image, check_size, sniff
+from casa_engine.image_preparation import DECODER_FAULTS, EncodedImage, read_image
 from casa_serving.data_url import base64_text, compact, decoded, is_data_url
 from casa_serving.fetch import GuardedConnection, check_host
-from casa_serving.image_guard import DECODER_FAULTS, ImageRefusedError, check_image, check_size, sniff
 from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits
 from casa_serving.pixel_budget import PixelBudget
 

@@ -28,15 +28,19 @@ def png_header(width: int, height: int) -> bytes:
 
 
 PICTURES = {
-    "text": (b"hello", "is not a picture"),
-    "empty": (b"", "is not a picture"),
-    "truncated JPEG": (encoded(name="JPEG")[:-900], "is not a picture"),
-    "truncated PNG": (encoded()[:2000], "is not a picture"),
-    "bomb": (png_header(60_000, 60_000), "is not a picture"),
-    "large": (png_header(6000, 6000), "6000 x 6000 pixels; expected up to 16777216"),
-    "GIF": (encoded(name="GIF"), "is not a picture"),
-    "TIFF": (encoded(name="TIFF"), "is not a picture"),
-    "long file": (encoded() + bytes(20_000_000), "larger than 20,000,000 bytes"),
+    "text": (b"hello", "neither JPEG, PNG nor WebP"),
+    "empty": (b"", "got 0 bytes"),
+    "truncated JPEG": (encoded(name="JPEG")[:-900], "damaged or cut off"),
+    "truncated PNG": (encoded()[:2000], "damaged or cut off"),
+    "cut header": (encoded()[:20], "header is damaged or cut off"),
+    "bomb": (png_header(60_000, 60_000), "too many pixels"),
+    "large": (png_header(6000, 6000), "got 6000 x 6000 = 36000000, at most 16777216 are taken. Scale"),
+    "long": (png_header(16_400, 100), "at most 16384 pixels a side are taken. Scale"),
+    "narrow": (png_header(300, 1), "at most 200 times the shorter one. Cut"),
+    "many scans": (encoded(name="JPEG") + b"\xff\xda" * 200, "too many scans"),
+    "GIF": (encoded(name="GIF"), "neither JPEG, PNG nor WebP"),
+    "TIFF": (encoded(name="TIFF"), "neither JPEG, PNG nor WebP"),
+    "long file": (encoded() + bytes(20_000_000), "at most 20000000 are taken. Compress"),
 }
 
 

@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 import pytest
 
+from casa_engine.image_guard import ImageRefusedError
 from casa_serving.data_url import base64_text, compact, decoded, is_data_url
-from casa_serving.image_guard import ImageRefusedError
 from casa_serving.limits import ImageLimits
 from image_files import encoded, plain
 from picture_files import FILES

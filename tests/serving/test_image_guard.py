@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from casa_engine.errors import InputError
-from casa_serving.image_guard import ImageRefusedError, check_image
+from casa_engine.image_guard import ImageRefusedError, check_image
 from casa_serving.limits import ImageLimits
 from image_files import data_url, encoded, plain, png_bomb
 
