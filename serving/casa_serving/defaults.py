@@ -66,6 +66,8 @@ def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
         "mm_processor_cache_gb": 0.125,
         # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
+        # Compiling takes longer than the rest of the start, and brings a tenth (docs/benchmarks.md).
+        "enforce_eager": on_cpu,
     }
 
 

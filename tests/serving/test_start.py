@@ -149,6 +149,26 @@ def test_defaults_give_way_to_the_command_line(random_checkpoint):
     assert args.middleware == list(cli.MIDDLEWARE)
 
 
+def test_the_embedded_model_is_not_compiled_on_a_cpu():
+    assert cli.parse([])[0].enforce_eager is cli.on_cpu()
+    assert not cli.parse(["--no-enforce-eager"])[0].enforce_eager
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_compiled_model_reads_the_same(server, tmp_path):
+    """On a GPU, and with a checkpoint of one's own, the model is compiled; here it takes a minute."""
+    image = {"type": "image_url", "image_url": {"url": data_url(encoded(plain(84, 84, "olive")))}}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": "Read the digits."}]}]
+    options = {"model": "casa-tiny-digits", "messages": messages, "temperature": 0, "max_tokens": 16, "logprobs": True}
+    with casa_serve(tmp_path / "log.txt", "--no-enforce-eager") as compiled:
+        expected, got = (each.client().chat.completions.create(**options).choices[0] for each in (server, compiled))
+    assert got.message.content == expected.message.content
+    for one, other in zip(got.logprobs.content, expected.logprobs.content, strict=True):
+        assert one.token == other.token
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 @pytest.mark.vllm
 def test_a_server_that_takes_no_images(random_checkpoint, tmp_path):
     limit = ["--limit-mm-per-prompt", '{"image": 0}', "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]

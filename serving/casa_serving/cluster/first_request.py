@@ -20,11 +20,14 @@ def first_request(url: str) -> None:
 
     Raises:
         OSError: It is not answered with a completion.
-        InputError: A key is set here, and the server answers without it.
+        InputError: A key is set here, and the server answers without it; or it is another server.
     """
     check_key(url)
     with send(f"{url}/v1/models", key_header()) as answer:
-        model = json.load(answer)["data"][0]["id"]
+        try:
+            model = json.load(answer)["data"][0]["id"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"Something else than casa-engine answers at {url}/v1/models.") from error
     message = {"role": "user", "content": "ok"}
     body = json.dumps({"model": model, "messages": [message], "max_tokens": 1}).encode()
     with send(f"{url}/v1/chat/completions", {"Content-Type": "application/json", **key_header()}, body):

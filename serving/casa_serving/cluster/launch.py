@@ -27,6 +27,7 @@ from casa_serving.drain.processes import Deadline, SignalCounter
 
 if TYPE_CHECKING:
     from ray import serve
+    from ray.serve._private.client import ServeControllerClient
 
 APPLICATION = "casa"
 ROUTE_PREFIX = "/"
@@ -186,19 +187,16 @@ def deploy(application: serve.Application) -> None:
         InputError: Its replicas do not start and Ray Serve has given up, or somebody has deleted or replaced it.
     """
     from ray import serve
-    from ray.serve.exceptions import RayServeException
 
     target = serve.RunTarget(application, name=APPLICATION, route_prefix=ROUTE_PREFIX)
     with signals_deferred():
         if is_attached():
             # Once more: building has taken its time.
             check_tenants({})
-        try:
-            serve.run_many([target], wait_for_applications_running=False)
-        except RayServeException as error:
-            raise InputError(f"Ray Serve does not take the application: {error}") from error
+        submit(target)
     client = tenancy.serve_client()
     while (status := client.get_serve_details()["applications"].get(APPLICATION)) is not None:
+        # Asked after the status, which is then of this application, or no longer of interest.
         if not tenancy.is_own(client, APPLICATION):
             break
         if status["status"] == "RUNNING":
@@ -207,6 +205,36 @@ def deploy(application: serve.Application) -> None:
             raise InputError(f"The application does not start. The reason is in the log above: {status['message']}")
         time.sleep(POLL_S)
     raise InputError(f"Somebody has deleted or replaced the application {APPLICATION!r} while it started.")
+
+
+def submit(target: serve.RunTarget) -> None:
+    """Hands an application to Ray Serve; returns when one of its name is there.
+
+    Ray Serve's own call waits until it sees the deployments, without end where somebody has replaced them by then: so
+    it is made in a thread that may be left behind.
+
+    Raises:
+        InputError: Ray Serve does not take it.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    refusals: list[RayError | RayServeException] = []
+
+    def run() -> None:
+        try:
+            serve.run_many([target], wait_for_applications_running=False)
+        except (RayError, RayServeException) as error:
+            refusals.append(error)
+
+    thread = threading.Thread(target=run, name="casa-submit", daemon=True)
+    thread.start()
+    client = tenancy.serve_client()
+    while thread.is_alive() and APPLICATION not in client.get_serve_details()["applications"]:
+        thread.join(POLL_S)
+    if refusals:
+        raise InputError(f"Ray Serve does not take the application: {refusals[0]}") from refusals[0]
 
 
 @contextlib.contextmanager
@@ -257,8 +285,27 @@ def leave() -> None:
     if not is_attached():
         serve.shutdown()
     elif (client := tenancy.serve_client()) is not None and tenancy.is_own(client, APPLICATION):
-        serve.delete(APPLICATION)
+        take_away(client)
     ray.shutdown()
+
+
+def take_away(client: ServeControllerClient) -> None:
+    """Has Ray Serve delete the application, and waits for it as long as leaving may take.
+
+    Ray Serve itself gives a replica that waits for a node the time that one with requests has, and its own waiting
+    ends in a TimeoutError; it goes on without this process.
+    """
+    client.delete_apps([APPLICATION], blocking=False)
+    deadline_s = time.monotonic() + LEAVING_S
+    while APPLICATION in client.get_serve_details()["applications"]:
+        if time.monotonic() > deadline_s:
+            print(
+                f"casa-serve: Ray Serve goes on to delete {APPLICATION!r}: its replicas may take replicas."
+                "drain_timeout_s to end.",
+                file=sys.stderr,
+            )
+            return
+        time.sleep(POLL_S)
 
 
 def check_reachable() -> None:

@@ -74,6 +74,10 @@ def is_own(client: ServeControllerClient, name: str) -> bool:
     """Tells whether the application of this name was deployed by this process, and by nobody since."""
     import ray
 
+    # The deployments that it is meant to have. Those of one that was replaced are found under its name for a while.
+    application = client.get_serve_details()["applications"].get(name)
+    if application is None or INGRESS not in application["deployments"]:
+        return False
     try:
         info, _ = client.get_deployment_info(INGRESS, name)
     except KeyError:
