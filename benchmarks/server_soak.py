@@ -223,7 +223,10 @@ def summarise(outcomes, samples, live, before, after):
 
 def soak(options):
     """Runs the whole soak; returns the report."""
-    with tempfile.TemporaryDirectory() as folder, casa_serve(Path(folder) / "log", *options.server) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        casa_serve(options.keep_log or Path(folder) / "log", *options.server) as server,
+    ):
         report = {}
         if options.only in (None, "mix"):
             with HealthProbe(server.url) as health:
@@ -239,8 +242,6 @@ def soak(options):
             report["exit"] = asyncio.run(terminate(server, options))
         server_log = server.log.read_text(errors="replace")
         report["tracebacks_in_log"] = server_log.count("Traceback (most recent call last)")
-        if options.keep_log:
-            options.keep_log.write_text(server_log)
     return report
 
 

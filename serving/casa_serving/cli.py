@@ -203,7 +203,7 @@ def run(argv: list[str]) -> int:
     try:
         args, embedded = parse(argv)
         has_several = check_several(args)
-        set_environment(embedded=embedded, on_cpu=on_cpu(), live=args.live_max_sessions > 0)
+        set_environment(embedded=embedded, on_cpu=on_cpu(), eager=args.enforce_eager, live=args.live_max_sessions > 0)
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1

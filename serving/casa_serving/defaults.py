@@ -71,18 +71,24 @@ def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
     }
 
 
-def environment(*, embedded: bool, on_cpu: bool) -> dict[str, str]:
+def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
     """Returns the environment variables that vLLM has no option for, with the one that the limits on images hang on.
 
     Args:
         embedded: Whether the embedded model is served.
         on_cpu: Whether vLLM will run on the CPU.
+        eager: Whether the model is not compiled.
     """
     variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": CONNECTOR}
     if on_cpu:
         # Pinning threads to cores needs the right to do so, which containers often lack, and
         # it leaves a core idle on small machines.
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if eager:
+            # vLLM compiles parts of its sampler even then, in the first request that needs them: that takes a C++
+            # compiler and seconds, and a server that is ended meanwhile leaves half a library in torch's cache, which
+            # ends the engine of every later one.
+            variables["TORCHDYNAMO_DISABLE"] = "1"
         if embedded:
             variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
             # Its matrices are too small to be shared between threads, and threads that wait
@@ -91,18 +97,19 @@ def environment(*, embedded: bool, on_cpu: bool) -> dict[str, str]:
     return variables
 
 
-def set_environment(*, embedded: bool, on_cpu: bool, live: bool) -> None:
+def set_environment(*, embedded: bool, on_cpu: bool, eager: bool, live: bool) -> None:
     """Sets these variables where they are not set; what makes the server safe is set in any case.
 
     Args:
         embedded: Whether the embedded model is served.
         on_cpu: Whether vLLM will run on the CPU.
+        eager: Whether the model is not compiled.
         live: Whether there are live sessions.
 
     Raises:
         ConfigError: the package was installed before it had its endpoints.
     """
-    for name, value in environment(embedded=embedded, on_cpu=on_cpu).items():
+    for name, value in environment(embedded=embedded, on_cpu=on_cpu, eager=eager).items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     name_endpoints([HTTP_PLUGIN, LIVE_PLUGIN] if live else [HTTP_PLUGIN])

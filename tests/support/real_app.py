@@ -14,7 +14,7 @@ def build_real_app(*arguments, live=True):
     """
     with mock.patch.dict(os.environ):
         os.environ.pop("VLLM_PLUGINS", None)
-        set_environment(embedded=True, on_cpu=True, live=live)
+        set_environment(embedded=True, on_cpu=True, eager=True, live=live)
         args, _ = cli.parse(list(arguments))
 
         from vllm.entrypoints.launchers.app import build_app

@@ -134,7 +134,9 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
     # As in casa-serve: on GPUs the plugin wraps the sampler instead.
     if config.live.max_sessions and not on_gpu:
         options["logits_processors"] = [*options.get("logits_processors", ()), CAPTION_PROCESSOR]
-    variables = {**environment(embedded=embedded, on_cpu=not on_gpu), **config.environment, **SAFETY}
+    eager = options.get("enforce_eager", False)
+    defaults = environment(embedded=embedded, on_cpu=not on_gpu, eager=eager)
+    variables = {**defaults, **config.environment, **SAFETY}
     # Errors of a replica are casa-serve's; its live sessions have a server of their own.
     variables["VLLM_PLUGINS"] = plugins_with([HTTP_PLUGIN], variables.get("VLLM_PLUGINS"))
     return LLMConfig(

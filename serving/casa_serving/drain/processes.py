@@ -21,6 +21,9 @@ MIN_BOUND_S = 3.0
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Python's own helper, which removes the shared memory of processes that were killed, and ends after them.
 RESOURCE_TRACKER = "multiprocessing.resource_tracker"
+# What torch.compile runs on a CPU. Ended halfway, one leaves half a library in torch's cache, which ends the engine of
+# every later server that loads it; left alone it is done in seconds.
+COMPILERS = frozenset({"c++", "g++", "cc1plus", "as", "collect2", "ld"})
 
 
 def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
@@ -31,12 +34,12 @@ def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """Ends processes now, where they still run, but for those that clean up after the others."""
+    """Ends processes now, where they still run, but for those that must finish and then end by themselves."""
     import psutil
 
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if RESOURCE_TRACKER not in " ".join(process.cmdline()):
+            if process.name() not in COMPILERS and RESOURCE_TRACKER not in " ".join(process.cmdline()):
                 process.kill()
 
 

@@ -32,7 +32,8 @@ async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
     embedded = checkpoint.resolve() == embedded_checkpoint().resolve()
-    set_environment(embedded=embedded, on_cpu=on_cpu(), live=False)
+    eager = options.get("enforce_eager", embedded)
+    set_environment(embedded=embedded, on_cpu=on_cpu(), eager=eager, live=False)
     # Only now: vLLM reads the environment when it is imported.
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
