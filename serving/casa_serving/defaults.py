@@ -23,6 +23,9 @@ HTTP_PLUGIN = "casa_http"
 LIVE_PLUGIN = "casa_live"
 # From the signal to the exit: below the 10 s after which `docker stop` kills.
 SHUTDOWN_TIMEOUT_S = 8
+# Of an idle connection: longer than clients and load balancers keep it (OpenAI's client 5 s, others up to 60 s). Where
+# the server closes first, as after vLLM's and Ray Serve's 5 s, the next request on it may be lost.
+KEEP_ALIVE_S = 75
 # Those whose plugins vLLM loads where nothing is said; it asks to be told about endpoints.
 PLUGIN_GROUPS = (
     "vllm.general_plugins",
@@ -79,7 +82,11 @@ def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
         on_cpu: Whether vLLM will run on the CPU.
         eager: Whether the model is not compiled.
     """
-    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": CONNECTOR}
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MEDIA_CONNECTOR": CONNECTOR,
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+    }
     if on_cpu:
         # Pinning threads to cores needs the right to do so, which containers often lack, and
         # it leaves a core idle on small machines.

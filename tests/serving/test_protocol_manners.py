@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -213,3 +214,15 @@ async def test_live_messages_are_not_compressed(server):
     """A client that offers compression is told no: 16 kB could be 16 MB."""
     async with connect(server.live_url, compression="deflate") as client:
         assert not client.protocol.extensions
+
+
+def test_an_idle_connection_is_kept_longer_than_clients_keep_it(server):
+    """OpenAI's client keeps one for 5 s; a server that closes it at that moment loses the next request."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    connection.request("GET", "/health")
+    assert connection.getresponse().read() == b""
+    used = connection.sock
+    time.sleep(6)
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    assert connection.sock is used

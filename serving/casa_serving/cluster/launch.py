@@ -23,6 +23,7 @@ from casa_serving.cluster import tenancy
 from casa_serving.cluster.address import check_port, local, port_number, reach, url_host, whole_number
 from casa_serving.cluster.config_file import ConfigFile, read_file
 from casa_serving.cluster.first_request import first_request
+from casa_serving.defaults import KEEP_ALIVE_S
 from casa_serving.drain.processes import Deadline, SignalCounter
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def start_serve(file: ConfigFile, address: dict[str, Any]) -> None:
     from ray import serve
 
     if tenancy.serve_client() is None:
-        serve.start(proxy_location=file.proxy_location, http_options={**file.http_options, **address})
+        options = {"keep_alive_timeout_s": KEEP_ALIVE_S, **file.http_options, **address}
+        serve.start(proxy_location=file.proxy_location, http_options=options)
 
 
 def deploy(application: serve.Application) -> None:
