@@ -193,18 +193,9 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         kept = self._kept if compat.keeps_items(self, inputs) else None
         with timing_ctx.record("get_mm_hashes"):
             keys = self._keys(images, names, kept)
-        # Held here from now on: what this request's own images push out of the cache is not lost to it.
-        items = {key: None if kept is None else kept.get(key) for key in keys}
-        sent = {key: image for key, image in zip(keys, images, strict=True) if image is not None}
-        missing = {key: sent.get(key) for key, item in items.items() if item is None}
-        for index, key in enumerate(keys):
-            if key in missing and key not in sent:
-                raise unknown_name(index)
         with timing_ctx.record("apply_hf_processor"):
-            items |= zip(missing, self._decoders.map(self._process, missing.values()), strict=True)
+            items = self._items(images, keys, kept)
         if kept is not None:
-            for key in missing:
-                kept.put(key, items[key])
             for name, key in zip(names, keys, strict=True):
                 if name is not None:
                     kept.name(name, key)
@@ -224,6 +215,23 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
                 raise unknown_name(index)
             keys.append(key)
         return keys
+
+    def _items(
+        self, images: Sequence[Any], keys: Sequence[str], kept: ImageItemCache | None
+    ) -> dict[str, MultiModalKwargsItem]:
+        """Processed images by content key: those that were kept, and the others, which are processed and kept now."""
+        # Held here from now on: what this request's own images push out of the cache is not lost to it.
+        found = {key: None if kept is None else kept.get(key) for key in keys}
+        sent = {key: image for key, image in zip(keys, images, strict=True) if image is not None}
+        missing = [key for key, item in found.items() if item is None]
+        for key in missing:
+            if key not in sent:
+                raise unknown_name(keys.index(key))
+        processed = dict(zip(missing, self._decoders.map(self._process, map(sent.get, missing)), strict=True))
+        if kept is not None:
+            for key, item in processed.items():
+                kept.put(key, item)
+        return {**found, **processed}
 
     def _process(self, image: Any) -> MultiModalKwargsItem:
         """One image, decoded if it is not, resized and cut. Its item shares memory with no other's."""
