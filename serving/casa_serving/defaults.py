@@ -43,6 +43,8 @@ def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[
         embedded: Whether it is the model in the package, which is known to be tiny.
         on_cpu: Whether vLLM will run on the CPU.
     """
+    from vllm.config import StructuredOutputsConfig
+
     options: dict[str, Any] = {
         "max_model_len": config.text_config.max_position_embeddings,
         "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
@@ -51,6 +53,10 @@ def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[
         "mm_processor_cache_gb": 1,
         # A page of another origin has no business here unless the operator says so.
         "allowed_origins": [],
+        # An engine has one backend, that of the first grammar. With vLLM's "auto" a client's request is checked with
+        # one that another client's first request may have replaced, and fails in the engine.
+        # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=embedded),
     }
     if embedded:
         options |= embedded_options(on_cpu=on_cpu)
@@ -59,16 +65,12 @@ def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[
 
 def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
     """Returns defaults for the embedded model alone."""
-    from vllm.config import StructuredOutputsConfig
-
     return {
         "served_model_name": [EMBEDDED_NAME],
         # vLLM would round float32 weights to 16 bits, which a 10 MB model has no use for.
         "dtype": "float32",
         # Its images are small: thousands of frames fit, and no session looks at a frame twice.
         "mm_processor_cache_gb": 0.125,
-        # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
-        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
         # Compiling takes longer than the rest of the start, and brings a tenth (docs/benchmarks.md).
         "enforce_eager": on_cpu,
     }

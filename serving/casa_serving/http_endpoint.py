@@ -16,6 +16,8 @@ from vllm.engine.protocol import EngineClient
 
 from casa_engine.errors import ConfigError
 from casa_serving.errors import add_error_handlers, error_response
+from casa_serving.generate_patch import answer_failed_grammars
+from casa_serving.messages_patch import keep_errors_of_streams
 
 
 class HttpEndpoint:
@@ -33,11 +35,15 @@ class HttpEndpoint:
         """Registers the handlers of errors, behind vLLM's own, and sets what the guard reads.
 
         Mutates:
-            state: `max_model_len`, `max_prompt_chars`, and the models' `root`, which names the server's folder.
+            state: `max_model_len`, `max_prompt_chars`, the models' `root`, which names the server's folder, and how
+                `/v1/messages` ends a stream: see `messages_patch`.
+            engine_client: See `generate_patch`.
         """
         if engine_client is None:
             raise ConfigError("casa_http needs an engine, which vLLM's render server does not have.")
         add_error_handlers(self._app)
+        answer_failed_grammars(engine_client)
+        keep_errors_of_streams(state.anthropic_serving_messages)
         # SageMaker's standards, which vLLM puts around the app, have built it already.
         self._app.middleware_stack = self._app.build_middleware_stack()
         max_chars_per_token = engine_client.renderer.get_tokenizer().max_chars_per_token

@@ -1,4 +1,4 @@
-"""What a client is told whose request ends with the server: in the shape of the API that it speaks.
+"""What a client is told whose request cannot go on: in the shape of the API that it speaks.
 
 Before an answer has begun that is a response with status 503; within a stream it is the API's own error event.
 """
@@ -11,10 +11,11 @@ from typing import Any
 
 from starlette.types import Message
 
-from casa_serving.errors import error_body, error_kind
+from casa_serving.errors import FAILED, RequestError, error_body, error_kind
 
 SHUTTING_DOWN = "The server is shutting down. Send the request again, to another server or in a moment."
 STATUS = 503
+ANTHROPIC_KINDS = {500: "api_error", STATUS: "overloaded_error"}
 RETRY_AFTER_S = 1
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
@@ -26,7 +27,7 @@ def refusal(path: str, message: str) -> list[Message]:
         path: Of the request, which says what API it speaks.
         message: Why, in words.
     """
-    body = json.dumps(body_for(path, message)).encode()
+    body = json.dumps(body_for(path, message, STATUS)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
@@ -39,37 +40,49 @@ def refusal(path: str, message: str) -> list[Message]:
     ]
 
 
-def end_of_stream(path: str, message: str, last_event: bytes) -> Message:
+def end_of_stream(path: str, message: str, last_event: bytes, status: int = STATUS) -> Message:
     """Returns the end of a stream of server-sent events.
 
     Args:
         path: Of the request.
         message: Why, in words.
         last_event: What was sent last; the events of /v1/responses are numbered.
+        status: What a response would have had that had not begun.
     """
     if path.endswith("/messages"):
-        data = named_event("error", body_for(path, message))
+        data = named_event("error", body_for(path, message, status))
     elif path.endswith("/responses"):
         numbers = SEQUENCE_NUMBER.findall(last_event)
         number = int(numbers[-1]) + 1 if numbers else 0
         event = {
             "type": "error",
-            "code": error_kind(STATUS),
+            "code": error_kind(status),
             "message": message,
             "param": None,
             "sequence_number": number,
         }
         data = named_event("error", event)
     else:
-        data = f"data: {json.dumps(body_for(path, message))}\n\ndata: [DONE]\n\n".encode()
+        data = f"data: {json.dumps(body_for(path, message, status))}\n\ndata: [DONE]\n\n".encode()
     return {"type": "http.response.body", "body": data}
 
 
-def body_for(path: str, message: str) -> dict[str, Any]:
+def failure(error: BaseException) -> tuple[int, str]:
+    """Returns status and words for an exception that has ended a stream: one for the client, or a fault."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RequestError):
+        cause = cause.__cause__ or cause.__context__
+    return (500, FAILED) if cause is None else (cause.status, str(cause))
+
+
+def body_for(path: str, message: str, status: int) -> dict[str, Any]:
     """Returns the error object of the API: Anthropic's for its own path, OpenAI's for all others."""
     if path.endswith("/messages"):
-        return {"type": "error", "error": {"type": "overloaded_error", "message": message}}
-    return error_body(STATUS, message)
+        return {
+            "type": "error",
+            "error": {"type": ANTHROPIC_KINDS.get(status, "invalid_request_error"), "message": message},
+        }
+    return error_body(status, message)
 
 
 def named_event(name: str, data: dict[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from casa_serving.drain.connections import cut
-from casa_serving.drain.last_words import end_of_stream, refusal
+from casa_serving.drain.last_words import STATUS, end_of_stream, failure, refusal
 
 logger = logging.getLogger("vllm.casa_drain")
 # For a task to notice that it is cancelled, and for a client to take its last words.
@@ -68,6 +68,10 @@ class OpenRequests:
                 await self._break_off(task, self._ended.result(), answer, scope)
             elif (task.exception() or answer.is_ended) and (fault := self._fault()):
                 await self._break_off(task, fault, answer, scope)
+            elif (error := task.exception()) is not None and answer.is_open_stream:
+                status, message = failure(error)
+                logger.error("A stream at %s ends with an error: %s", scope["path"], message, exc_info=error)
+                await self._say_last_words(answer, message, scope, status)
             else:
                 task.result()
         finally:
@@ -82,9 +86,12 @@ class OpenRequests:
         await asyncio.wait([task], timeout=LAST_WORDS_S)
         if task.done() and not task.cancelled() and task.exception() is not None:
             logger.debug("A request failed while it was ended.", exc_info=task.exception())
+        await self._say_last_words(answer, reason, scope)
+
+    async def _say_last_words(self, answer: Answer, reason: str, scope: Scope, status: int = STATUS) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
-                if await answer.say_last_words(reason):
+                if await answer.say_last_words(reason, status):
                     return
         cut(scope)
 
@@ -120,7 +127,12 @@ class Answer:
             self._is_complete = not message.get("more_body", False)
         await self._send(message)
 
-    async def say_last_words(self, reason: str) -> bool:
+    @property
+    def is_open_stream(self) -> bool:
+        """Whether it is a stream that has begun and not ended."""
+        return self._has_begun and self._is_stream and not self._is_complete
+
+    async def say_last_words(self, reason: str, status: int = STATUS) -> bool:
         """Tells the client why there is no more; returns False where that cannot be said any more."""
         if self._is_complete:
             return True
@@ -128,7 +140,7 @@ class Answer:
             for message in refusal(self._path, reason):
                 await self._send(message)
         elif self._is_stream:
-            await self._send(end_of_stream(self._path, reason, self._last_body))
+            await self._send(end_of_stream(self._path, reason, self._last_body, status))
         else:
             return False
         return True
