@@ -35,6 +35,8 @@ def server(tmp_path_factory):
         "--limit-mm-per-prompt": json.dumps({"image": IMAGE_LIMIT}),
         "--max-image-bytes": 2_000_000,
         "--max-request-bytes": 12_000_000,
+        "--max-request-bytes-in-flight": 40_000_000,
+        "--request-read-timeout": 5,
         "--middleware": "server_probe.Probe",
     }
     arguments = [part for option in options.items() for part in option]
