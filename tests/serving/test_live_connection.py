@@ -198,6 +198,17 @@ async def test_a_bad_create_is_refused_and_a_good_one_taken_after_it(name):
 
 
 @in_loop
+async def test_a_history_that_is_too_long():
+    """Our own client would have cut it."""
+    async with scripted_server() as server, connect(server.url) as socket:
+        for length, kind in ((4097, "error"), (4096, "session.created")):
+            await socket.send(json.dumps({"type": "session.create", "history": [{"caption": "a"}] * length}))
+            answer = json.loads(await socket.recv())
+            assert answer["type"] == kind
+            assert kind != "error" or (answer["code"] == "bad_settings" and "at most 4096 items" in answer["message"])
+
+
+@in_loop
 async def test_what_only_the_engine_can_see_ends_the_session():
     async with scripted_server() as server, connect(server.url) as socket:
         await socket.send(json.dumps({"type": "session.create", "instruction": "<bad>"}))

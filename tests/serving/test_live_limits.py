@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import re
 import struct
 from urllib.parse import urlsplit
@@ -12,8 +13,9 @@ from websockets.exceptions import InvalidStatus
 
 from casa_serving.live.client import LiveClient
 from event_loop import in_loop
-from image_files import encoded, plain
-from live_messages import rest
+from image_files import data_url, encoded, plain
+from live_messages import rest, take
+from posting import post
 from serving_process import casa_serve
 
 pytestmark = pytest.mark.vllm
@@ -34,6 +36,8 @@ def strict(tmp_path_factory):
         "--live-create-timeout": 2,
         "--live-send-timeout": 1,
         "--live-max-frame-bytes": 10_000,
+        "--max-image-pixels": 40_000,
+        "--max-pixels-in-flight": 40_000,
     }
     arguments = [part for option in options.items() for part in option]
     with casa_serve(tmp_path_factory.mktemp("strict") / "log.txt", *arguments, "--enforce-eager") as running:
@@ -99,6 +103,28 @@ async def test_one_session_too_many_is_told_at_once(strict):
         assert (await first.stop()).frames == 1
     async with LiveClient(strict.live_url, api_key=KEY) as client:
         await client.create()
+
+
+@in_loop
+async def test_a_session_and_a_chat_share_the_pixels_in_flight(strict):
+    async def chat():
+        picture = {"type": "image_url", "image_url": {"url": data_url(encoded(plain(150, 150, "red")))}}
+        body = {"model": "casa-tiny-digits", "messages": [{"role": "user", "content": [picture]}], "max_tokens": 2}
+        return await asyncio.to_thread(post, strict, "/v1/chat/completions", body, **HEADERS)
+
+    await all_have_left(strict)
+    async with LiveClient(strict.live_url, api_key=KEY) as client:
+        await client.create()
+        await client.send_frame(encoded(plain(150, 150)), 0.0)
+        assert await take(client, "frame.done")
+        status, text = await chat()
+        assert status == 429, text
+        assert "--max-pixels-in-flight" in json.loads(text)["error"]["message"]
+        await client.stop()
+    await all_have_left(strict)
+    async with asyncio.timeout(30):
+        while (await chat())[0] != 200:  # The frame has gone with its session, once nothing refers to either.
+            await asyncio.sleep(0.1)
 
 
 @in_loop

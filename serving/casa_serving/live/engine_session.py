@@ -280,6 +280,8 @@ class LiveSession:
     async def close(self) -> None:
         """Releases everything in the engine, also in the middle of a frame. Safe to call twice."""
         self._is_closed = True
+        # Its pixels count for the whole process, and the session may be referred to for a while.
+        self._latest = None
         await self._drop_request()
 
     async def _answer(
