@@ -5,7 +5,7 @@ import glob
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,26 +28,60 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 @contextmanager
 def replaced_atomically(path: Path) -> Iterator[Path]:
-    """Gives the path of a new file beside `path` and of its suffix; once it is written, it takes the place of `path`.
-
-    A file that a killed run left is removed: nobody holds its lock.
+    """Gives the path of a new file beside `path`; once it is written, it takes the place of `path`.
 
     Raises:
         OSError: It cannot be written; what was there is unchanged.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.????????.part{glob.escape(path.suffix)}"):
+    with staged_beside(path) as part:
+        yield part
+        publish({part: path})
+
+
+@contextmanager
+def staged_beside(path: Path) -> Iterator[Path]:
+    """Gives the path of a new file beside `path` and of its suffix, for `publish`; where it is not moved, it goes.
+
+    A file that a killed run left is removed: nobody holds its lock.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.{'[0-9a-f]' * 8}.part{glob.escape(path.suffix)}"):
         with suppress(BlockingIOError, FileNotFoundError), _locked(leftover, os.O_RDWR):
             leftover.unlink()
     part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
     with _locked(part, os.O_RDWR | os.O_CREAT | os.O_EXCL):
         try:
             yield part
-            sync(part)
-            part.replace(path)
-        except BaseException:
+        finally:
             part.unlink(missing_ok=True)
-            raise
-    sync(path.parent)
+
+
+def publish(staged: Mapping[Path, Path]) -> None:
+    """Puts finished files into their places: all of them are on the disk before the first one is moved.
+
+    Args:
+        staged: Places by the files of `staged_beside`; a place is a path in the same folder.
+
+    Raises:
+        OSError: They cannot be written; where it is one of several places that cannot be, the others may be new.
+    """
+    for part in staged:
+        sync(part)
+    try:
+        _move(staged)
+    except KeyboardInterrupt:
+        _move(staged)  # those that are left: it takes no time
+        raise
+    for folder in {path.parent for path in staged.values()}:
+        sync(folder)
+
+
+def _move(staged: Mapping[Path, Path]) -> None:
+    for part, path in staged.items():
+        if part.exists():
+            part.replace(path)
 
 
 @contextmanager

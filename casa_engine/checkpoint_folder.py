@@ -51,7 +51,7 @@ def owned_files(folder: Path) -> frozenset[str]:
 def _listed(folder: Path) -> dict[str, str]:
     try:
         return dict(json.loads((folder / LIST_FILE).read_bytes())["files"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # nothing is ours then
 
 

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from types import FrameType
 
 from casa_engine.errors import CasaError
@@ -19,13 +20,18 @@ def run_command(program: str, work: Callable[[], None]) -> int:
     Returns:
         The exit status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names of files and words of a model may not fit the terminal
+            stream.reconfigure(errors="backslashreplace")
     try:
-        with _sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             work()
     except CasaError as error:
         return _fail(program, str(error))
     except OSError as error:
         return _fail(program, f"{error}.")
+    except UnicodeEncodeError as error:
+        return _fail(program, f"{error.object!r} is not valid UTF-8. Use another name.")
     except KeyboardInterrupt:
         return _fail(program, "interrupted.")
     return 0
@@ -37,7 +43,9 @@ def _fail(program: str, sentence: str) -> int:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Meanwhile SIGTERM ends the command as Ctrl-C does: what is half done is put away."""
+
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 

@@ -65,10 +65,14 @@ class StagedFolder:
     def __enter__(self) -> Self:
         with self._refusals():
             self._check_target()
-            self._make_parents()
-            self._work = _work_folder(self.target)
-            self.path = self._work / "new"
-            self._lock = self._acquire()
+            try:
+                self._make_parents()
+                self._work = _work_folder(self.target)
+                self.path = self._work / "new"
+                self._lock = self._acquire()
+            except BaseException:
+                self._remove_parents()
+                raise
         try:
             with self._refusals():
                 self._recover()
@@ -132,7 +136,8 @@ class StagedFolder:
             sync(self.target / folder)
 
     def _finish_move(self) -> None:
-        move_into(self.path, self.target, self._read_journal()["outdated"], self.last)
+        outdated = [path for path in self._read_journal()["outdated"] if _is_file_within(self.target, path)]
+        move_into(self.path, self.target, outdated, self.last)
 
     def _recover(self) -> None:
         """Finishes or drops what a run left that ended early."""
@@ -141,7 +146,7 @@ class StagedFolder:
             state = journal.get("state")
             if state == "move":
                 self._finish_move()
-            elif state == "exchange" and self.target.exists() and self.target.stat().st_ino == journal["inode"]:
+            elif state == "exchange" and self.target.exists() and self.target.stat().st_ino == journal.get("inode"):
                 remove_exchanged(self.path, self.target, frozenset(journal["owned"]))
         if self.path.exists():
             shutil.rmtree(self.path)
@@ -153,7 +158,16 @@ class StagedFolder:
         return frozenset(path for path in self._owned_files(self.target) if _is_file_within(self.target, path))
 
     def _check_target(self) -> None:
+        try:
+            str(self.target).encode()
+        except UnicodeEncodeError as error:
+            raise OutputError(
+                f"{self._shown} is not valid UTF-8, and the libraries that write models take no other names. Name "
+                "another folder."
+            ) from error
         if not self.target.exists():
+            if os.path.lexists(self.target):
+                raise OutputError(f"{self._shown} is a symbolic link that leads to itself. Name another folder.")
             return
         if not self.target.is_dir():
             raise OutputError(f"{self._shown} is a file; expected a folder. Name a new or empty one.")
@@ -187,6 +201,11 @@ class StagedFolder:
             parent.mkdir(exist_ok=True)
             self._made_parents.append(parent)
 
+    def _remove_parents(self) -> None:
+        with suppress(OSError):  # meanwhile somebody else's files are in it
+            for parent in reversed(self._made_parents):
+                parent.rmdir()
+
     def _acquire(self) -> int:
         """Makes the work folder and locks it; the lock of a run that ended is free."""
         while True:
@@ -218,13 +237,12 @@ class StagedFolder:
 
     def _release(self) -> None:
         """Drops what was not committed, finishes what was, and removes the work folder; a later run tries again."""
-        with suppress(OSError):
+        with suppress(OSError, OutputError):
             self._recover()
             for entry in sorted(self._work.iterdir(), key=lambda entry: entry.name == "lock"):
                 entry.unlink()
             self._work.rmdir()
-            for parent in reversed(self._made_parents):
-                parent.rmdir()
+        self._remove_parents()
         os.close(self._lock)
 
     @property
@@ -235,7 +253,16 @@ class StagedFolder:
         write_atomically(self._journal, json.dumps(fields).encode())
 
     def _read_journal(self) -> dict:
-        return json.loads(self._journal.read_bytes()) if self._journal.exists() else {}
+        if not self._journal.exists():
+            return {}
+        try:
+            journal = json.loads(self._journal.read_bytes())
+            paths = journal["outdated"] if journal["state"] == "move" else journal["owned"]
+            if not all(isinstance(path, str) for path in paths):
+                raise TypeError("a path is no text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise OutputError(f"{self._journal} is damaged: {error!r}. Move {self._work} elsewhere.") from error
+        return journal
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -247,6 +274,17 @@ class StagedFolder:
     def _refusal(self, error: OSError) -> OutputError:
         reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
         return OutputError(f"{self._shown} was not written: {reason}. What was there is as before.")
+
+
+def check_apart(folder: Path, other: Path) -> None:
+    """Raises OutputError where one of two folders is, or is within, the other: each would carry the other's files."""
+    if is_within(folder, other) or is_within(other, folder):
+        raise OutputError(f"{folder} and {other} are the same or within each other. Name a folder elsewhere.")
+
+
+def is_within(folder: Path, other: Path) -> bool:
+    """Whether a folder is the other one or in it, links followed; neither has to exist."""
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(other))
 
 
 def as_os_error(error: BaseException | None) -> OSError | None:

@@ -37,6 +37,7 @@ from casa_engine.digits.vision_warmup import read_exactly, warm_up
 from casa_engine.errors import InputError
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
+from casa_engine.staged_folder import check_apart
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -94,8 +95,12 @@ def check_options(options: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more.")
     if options.keep_vision and not options.keep_vision.parent.is_dir():
         raise InputError(f"the folder of --keep-vision {options.keep_vision} does not exist. Make it first.")
-    if options.snapshots and options.snapshots.resolve() == options.output.resolve():
-        raise InputError("--snapshots and --output are the same folder. Name another one.")
+    if options.keep_vision and options.keep_vision.is_dir():
+        raise InputError(f"--keep-vision {options.keep_vision} is a folder. Name a file.")
+    if options.snapshots:
+        check_apart(options.snapshots, options.output)
+        with stage_checkpoint(options.snapshots):
+            pass  # it can be written, or says why not
 
 
 def load_vision(tower: torch.nn.Module, path: Path) -> None:

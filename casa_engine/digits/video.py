@@ -21,7 +21,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from casa_engine.atomic_files import replaced_atomically, write_atomically
+from casa_engine.atomic_files import publish, staged_beside
 from casa_engine.digits.data import DigitImage, Grid, draw_image, load_samples
 
 GRID = Grid(rows=4, columns=8)
@@ -149,11 +149,11 @@ def make_video(path: Path, seconds: float, fps: int, seed: int = 0, scale: int =
     scenes_rng, noise_rng = np.random.default_rng(seed).spawn(2)
     scenes = draw_scenes(scenes_rng, max(1, round(seconds * fps)), fps)
     truth = spans(scenes, fps)
-    with replaced_atomically(path) as part:
-        write_video(part, frames(scenes, scale, noise, noise_rng), fps)
-        write_atomically(
-            path.with_suffix(".json"), (json.dumps([asdict(span) for span in truth], indent=1) + "\n").encode()
-        )
+    truth_path = path.with_suffix(".json")
+    with staged_beside(path) as video, staged_beside(truth_path) as texts:
+        write_video(video, frames(scenes, scale, noise, noise_rng), fps)
+        texts.write_text(json.dumps([asdict(span) for span in truth], indent=1) + "\n")
+        publish({video: path, texts: truth_path})
     return truth
 
 

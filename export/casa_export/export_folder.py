@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from casa_engine.errors import OutputError
-from casa_engine.staged_folder import StagedFolder
+from casa_engine.staged_folder import StagedFolder, check_apart
 from casa_export.errors import ExportError, ManifestError
 from casa_export.manifest import FILE_NAME, read_manifest
 from casa_export.trt_manifest import FOLDER_NAME, engine_files
@@ -20,9 +19,7 @@ def stage_export(source: Path, folder: Path, needed_bytes: int) -> StagedFolder:
     Raises:
         OutputError: One of the two folders is within the other.
     """
-    one, other = source.resolve(), folder.resolve()
-    if one.is_relative_to(other) or other.is_relative_to(one):
-        raise OutputError(f"{folder} and the checkpoint {source} are within each other. Name a folder outside of it.")
+    check_apart(folder, source)
     return StagedFolder(folder, FILE_NAME, owned_files, needed_bytes)
 
 

@@ -18,6 +18,7 @@ from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CheckpointError
 from casa_engine.presets import preset_config
 from casa_engine.processing_casa import CasaProcessor
+from killing import ended_at
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +212,31 @@ def test_interrupted_checkpoint_leaves_the_old(tmp_path, error, capsys, monkeypa
             assert last.startswith("casa-checkpoint: ") and last.endswith(".")
     assert tree(folder) == before and list(tmp_path.iterdir()) == [folder]
     assert main(["random", "tiny-llama", str(folder)]) == 0
+
+
+def test_killed_checkpoint_leaves_the_old_or_the_new(tmp_path) -> None:
+    folder = tmp_path / "model"
+    arguments = ["random", "tiny-llama", str(folder)]
+
+    def write_other() -> None:
+        torch.set_num_threads(1)  # a forked process has none of the others
+        main([*arguments, "--seed", "1"])
+
+    assert main(arguments) == 0
+    old = tree(folder)
+    write_other()
+    new = tree(folder)
+    assert main(arguments) == 0
+    (folder / "notes.txt").write_text("mine")
+    step, seen = 0, set()
+    while ended_at(step, tmp_path, write_other):
+        found = tree(folder)
+        assert found.pop("notes.txt") == b"mine"
+        seen.add("old" if found == old else "new" if found == new else f"neither at step {step}")
+        step += 1
+    assert main(arguments) == 0
+    assert tree(folder) == old | {"notes.txt": b"mine"} and list(tmp_path.iterdir()) == [folder]
+    assert seen == {"old", "new"}
 
 
 def test_full_disk_of_every_library(tmp_path) -> None:

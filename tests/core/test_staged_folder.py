@@ -1,18 +1,22 @@
 """A folder is the old one or the new one, whenever its writer is killed, and files of others stay."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from casa_engine import staged_folder
-from casa_engine.atomic_files import replaced_atomically, write_atomically
+from casa_engine.atomic_files import publish, replaced_atomically, staged_beside, write_atomically
 from casa_engine.errors import CasaError, OutputError
 from casa_engine.staged_folder import StagedFolder
+from killing import ended_at
 
 LAST = "list.txt"
 FOREIGN = {"notes.txt": "mine", "pictures/cat.png": "meow", "engines/timing.cache": "fast"}
@@ -23,7 +27,6 @@ OLD = {
     LAST: "a.txt gone.txt engines/one.engine",
 }
 NEW = {"a.txt": "new a", "b/c.txt": "new c", LAST: "a.txt b/c.txt"}
-FILE_EVENTS = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "open"}
 
 
 def owned(folder: Path) -> frozenset[str]:
@@ -47,26 +50,6 @@ def write(target: Path) -> None:
     with StagedFolder(target, LAST, owned) as staged:
         fill(staged.path, NEW)
         staged.commit()
-
-
-def killed_at(step: int, target: Path) -> bool:
-    """Runs `write` in a process that gets SIGKILL at its `step`-th change of the file system; False: it ended first."""
-    child = os.fork()
-    if child == 0:
-        left = [step]
-
-        def count(event: str, arguments: tuple) -> None:
-            if event in FILE_EVENTS:
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        try:
-            write(target)
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture
@@ -97,7 +80,7 @@ def test_killed_at_every_step(target, way, monkeypatch):
     if way == "move":
         monkeypatch.setattr(staged_folder, "_is_mount_point", lambda path: path == target)
     step, seen = 0, set()
-    while killed_at(step, target if way != "new" else target / f"{step}/out"):
+    while ended_at(step, target.parent, partial(write, target if way != "new" else target / f"{step}/out")):
         found = contents(target)
         if way == "new":
             assert not (target / f"{step}/out").exists() or contents(target / f"{step}/out") == NEW
@@ -292,6 +275,48 @@ for path in (target, target / "new"):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("name", [b"\xff", b"long/" + b"x" * 250, b"loop", b"loop/deeper"])
+def test_names_that_cannot_be_written(tmp_path, name):
+    """Said at once, and no parent folder is left behind."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = list(tmp_path.iterdir())
+    with pytest.raises(OutputError, match=r"UTF-8|too long|leads to itself|File exists|symbolic links"):
+        StagedFolder(tmp_path / os.fsdecode(name), LAST, owned).__enter__()
+    assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        "",
+        "{",
+        "[]",
+        "5",
+        "null",
+        "[" * 100_000,
+        '{"state": "move"}',
+        '{"state": "move", "outdated": [5]}',
+        '{"state": 5}',
+    ],
+)
+def test_damaged_journal(target, journal):
+    before = contents(target)
+    work = target.parent / ".out.casa-work"
+    fill(work, {"lock": "", "journal.json": journal, "new/half.txt": "half"})
+    with pytest.raises(OutputError, match=r"journal.json is damaged.*Move .*casa-work elsewhere"):
+        write(target)
+    assert contents(target) == before and contents(work)["new/half.txt"] == "half"
+
+
+def test_journal_reaches_nothing_outside(target):
+    fill(target.parent / ".out.casa-work", {"lock": "", "new/a.txt": "new a"})
+    journal = {"state": "move", "outdated": ["../elsewhere.txt", "/etc/hostname", "gone.txt"]}
+    (target.parent / ".out.casa-work" / "journal.json").write_text(json.dumps(journal))
+    write(target)
+    assert (target.parent / "elsewhere.txt").read_text() == "theirs" and Path("/etc/hostname").exists()
+    assert contents(target) == NEW | FOREIGN | LINK
+
+
 def test_lock_of_a_dead_run_is_free(target):
     work = target.parent / ".out.casa-work"
     fill(work, {"lock": "", "new/half.txt": "half"})
@@ -318,3 +343,40 @@ def test_atomic_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_atomically(tmp_path / "file", b"two")
     assert contents(tmp_path) == {"file": "first"}
+
+
+TOGETHER = ("film.srt", "film.vtt", "film.jsonl")
+
+
+def write_together(folder: Path, text: str) -> None:
+    with ExitStack() as stack:
+        parts = {stack.enter_context(staged_beside(folder / name)): folder / name for name in TOGETHER}
+        for part in parts:
+            part.write_text(text)
+        publish(parts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_files_that_take_their_places_together(tmp_path, number):
+    """Every file is the old or the new; whoever is not killed puts all of them there, or none."""
+    fill(tmp_path, {".film.01234567.part.txt": "mine", ".film.notes123.part.srt": "mine too"})
+    others, step, seen = contents(tmp_path), 0, set()
+    write_together(tmp_path, "old")
+    while ended_at(step, tmp_path, lambda: write_together(tmp_path, "new"), number):
+        found = contents(tmp_path)
+        assert others.items() <= found.items()
+        texts = {found[name] for name in TOGETHER}
+        assert texts <= {"old", "new"} and (number == signal.SIGKILL or len(texts) == 1)
+        seen |= texts
+        write_together(tmp_path, "old")
+        assert contents(tmp_path) == others | dict.fromkeys(TOGETHER, "old")
+        step += 1
+    assert step > 8 and seen == {"old", "new"}
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    write_together(tmp_path, "old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        write_together(tmp_path, "new")
+    assert contents(tmp_path) == dict.fromkeys(TOGETHER, "old")

@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path, train
 from casa_engine.digits.evaluate import Report, Score
+from killing import ended_at
 
 SHORT = ["--vision-steps=1", "--language-steps=1", "--families=1"]
 
@@ -71,13 +73,43 @@ def test_interrupted_run_leaves_the_old(output, where, error, capsys, monkeypatc
         ("--vision-weights=none.pt", "No such file"),
         ("--vision-weights=model/notes.txt", "no file of --keep-vision"),
         ("--vision-weights=model/model.safetensors", "no file of --keep-vision"),
-        ("--snapshots=model", "the same folder"),
+        ("--keep-vision=model", "is a folder"),
+        ("--snapshots=model", "within each other"),
+        ("--snapshots=model/snapshots", "within each other"),
+        ("--snapshots=.", "within each other"),
+        ("--snapshots=others", "others holds model.safetensors"),
+        ("--snapshots=model.txt", "is a file"),
         ("--output=model/notes.txt", "is a file"),
     ],
 )
 def test_bad_options_are_refused_before_the_training(output, option, words, capsys, monkeypatch):
     monkeypatch.chdir(output.parent)
     monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("trained"))
-    before = tree(output)
+    (output.parent / "others").mkdir()
+    (output.parent / "others" / "model.safetensors").write_text("somebody's")
+    (output.parent / "model.txt").write_text("somebody's")
+    before = tree(output.parent)
     assert train.main([*SHORT, "--output=model", option]) == 1
-    assert words in capsys.readouterr().err and tree(output) == before
+    assert words in capsys.readouterr().err and tree(output.parent) == before
+
+
+def test_killed_run_leaves_the_old_or_the_new(output, tmp_path, monkeypatch):
+    """Weights of stage 1, snapshots and the model itself: each is whole at every moment."""
+    monkeypatch.setattr(train, "warm_up", lambda *arguments: None)
+    monkeypatch.setattr(train, "load_samples", lambda held_out: None)
+    monkeypatch.setattr(train, "Writer", lambda *arguments: None)
+    monkeypatch.setattr(train, "teach_language", lambda *arguments, save, **options: save())
+    options = [f"--output={output}", f"--snapshots={tmp_path / 'half'}", f"--keep-vision={tmp_path / 'vision.pt'}"]
+    assert train.main([*SHORT, *options, "--seed=1"]) == 0
+    step, seen = 0, set()
+    while ended_at(step, tmp_path, lambda: train.main([*SHORT, *options])):
+        found = tree(output)
+        assert found.pop("notes.txt") == b"mine"
+        load_model(output)
+        load_model(tmp_path / "half")
+        assert torch.load(tmp_path / "vision.pt", weights_only=True)
+        seen.add(json.loads(found["accuracy.json"])["command"].endswith("--seed=1"))
+        step += 9
+    assert seen == {True, False}
+    assert train.main([*SHORT, *options]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "half", "vision.pt"}

@@ -20,6 +20,7 @@ from casa_serving.live.caption_cli import main
 from casa_serving.live.captioners import ctrl_c_stays_here
 from casa_serving.live.subtitles import FrameRecord
 from odd_videos import OddVideos
+from scripted_caption import scripted
 from serving_process import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -118,19 +119,6 @@ def pictures(path):
     """Every frame, (N, H, W, 3)."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def scripted(monkeypatch, caption):
-    """Puts a function of the sample in the place of the model."""
-
-    @asynccontextmanager
-    async def open_scripted(*args):
-        async def captioner(sample):
-            return FrameRecord(sample.timestamp, caption(sample), 2, 1.0, 2.0, 3, 1)
-
-        yield captioner
-
-    monkeypatch.setattr(caption_cli, "engine_captioner", open_scripted)
 
 
 def test_ctrl_c_writes_what_is_there(video, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -42,12 +41,12 @@ def find_ffmpeg() -> str:
 
 
 def burn(info: VideoInfo, captions: pysubs2.SSAFile, output: Path) -> None:
-    """Writes a copy of a video with its sound and the captions in the picture; it is there whole or not at all.
+    """Writes a copy of a video with its sound and the captions in the picture.
 
     Args:
         info: The video.
         captions: Timed from what a player calls its beginning.
-        output: Where to.
+        output: Where to; half of it is there while ffmpeg works, and where it fails.
 
     Mutates:
         captions: their times and styles.
@@ -56,21 +55,19 @@ def burn(info: VideoInfo, captions: pysubs2.SSAFile, output: Path) -> None:
         InputError: ffmpeg cannot do it.
     """
     ffmpeg = find_ffmpeg()
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".casa-caption-") as folder:
-        part = Path(folder).absolute() / f"burned{output.suffix}"
+    with tempfile.TemporaryDirectory(prefix="casa-caption-") as folder:
         # A filter's argument has rules of quoting of its own: a plain name in the working folder needs none.
         # ffmpeg's clock begins with the first picture or sound.
         captions.shift(s=info.zero_s - info.start_s)
         write_subtitles(styled(captions, *upright_size(info.path)), Path(folder) / "captions.ass")
         run = subprocess.run(
-            command(ffmpeg, info, part),
+            command(ffmpeg, info, output.absolute()),
             cwd=folder,
             capture_output=True,
             text=True,
             check=False,
         )
-        check(run, has_captions=bool(captions))
-        os.replace(part, output)
+    check(run, has_captions=bool(captions))
 
 
 def command(ffmpeg: str, info: VideoInfo, output: Path) -> list[str]:

@@ -20,10 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from casa_engine.command import sigterm_as_interrupt
 from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CasaError
 from casa_engine.live import LiveSettings
-from casa_serving.live.burn import burn, find_ffmpeg
+from casa_serving.live.burn import find_ffmpeg
 from casa_serving.live.camera import Camera, is_camera
 from casa_serving.live.caption_options import (
     build_parser,
@@ -120,9 +121,16 @@ async def caption_all(
         interrupted.set()
         job.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, interrupt)
-    await asyncio.wait([job])
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        loop.add_signal_handler(number, interrupt)
+    try:
+        await asyncio.wait([job])
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)  # the loop would leave the default, which for SIGTERM ends at once
     # What goes wrong while everything is put away is then no error any more.
     if not interrupted.is_set():
         job.result()
@@ -163,7 +171,7 @@ def run(options: argparse.Namespace) -> int:
     if options.burn is not None:
         find_ffmpeg()
     captioner = open_captioner(options)
-    with open_source(options) as source, building(options) as outputs:
+    with sigterm_as_interrupt(), open_source(options) as source, building(options) as outputs:
         records: list[FrameRecord] = []
         complete, captions = False, None
         try:
@@ -171,20 +179,9 @@ def run(options: argparse.Namespace) -> int:
         finally:
             if records:
                 captions = outputs.publish(records, complete=complete)
-        if options.burn is not None and source.info is not None and captions is not None and complete:
-            with sigterm_as_ctrl_c():
-                burn(source.info, captions, options.burn)
+        if source.info is not None and captions is not None and complete:
+            outputs.publish_burned(source.info, captions)
     return 0 if complete else INTERRUPTED
-
-
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Meanwhile SIGTERM ends the command as Ctrl-C does: what is half done is put away."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: list[str] | None = None) -> int:

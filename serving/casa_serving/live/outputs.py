@@ -7,29 +7,38 @@ beside it, as PREFIX.partial.srt and so on.
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from casa_engine.atomic_files import publish, staged_beside
+from casa_serving.live.burn import burn
 from casa_serving.live.caption_options import chosen_formats, output_path
 from casa_serving.live.subtitles import FrameRecord, JsonLines, subtitles, write_subtitles
 
 if TYPE_CHECKING:
     from pysubs2 import SSAFile
 
+    from casa_serving.live.video import VideoInfo
+
 JSONL = "jsonl"
 
 
 @contextmanager
 def building(options: argparse.Namespace) -> Iterator[Outputs]:
-    """Opens a folder for the files beside their places, which is gone afterwards with whatever is left in it."""
-    beside = output_path(options, JSONL).parent
+    """Makes the files beside their places; those that are not published are gone afterwards.
+
+    Raises:
+        OSError: They cannot be written there.
+    """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=beside, prefix=".casa-caption-")))
-        outputs = Outputs(options, folder)
+        parts = {
+            suffix: stack.enter_context(staged_beside(output_path(options, suffix)))
+            for suffix in chosen_formats(options)
+        }
+        burned = stack.enter_context(staged_beside(options.burn)) if options.burn is not None else None
+        outputs = Outputs(options, parts, burned)
         stack.callback(outputs.close)
         yield outputs
 
@@ -39,13 +48,13 @@ class Outputs:
 
     Args:
         options: The command line, which names them.
-        folder: Where they are built.
+        parts: Where the files of captions are built, by suffix.
+        burned: Where the copy with captions in it is built, if it is wanted.
     """
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self._options, self._folder = options, folder
-        self._formats = chosen_formats(options)
-        self._lines = JsonLines(self._built(JSONL)) if JSONL in self._formats else None
+    def __init__(self, options: argparse.Namespace, parts: dict[str, Path], burned: Path | None) -> None:
+        self._options, self._parts, self._burned = options, parts, burned
+        self._lines = JsonLines(parts[JSONL]) if JSONL in parts else None
 
     def write(self, record: FrameRecord) -> None:
         """Appends a frame to the JSON lines, if they are wanted."""
@@ -66,18 +75,27 @@ class Outputs:
         """
         captions = subtitles(records, end_s=records[-1].timestamp + 1 / self._options.fps)
         self.close()
-        for suffix in self._formats:
+        for suffix, part in self._parts.items():
             if suffix != JSONL:
-                write_subtitles(captions, self._built(suffix))
-        places = {suffix: self._place(suffix, complete) for suffix in self._formats}
-        for suffix, place in places.items():
-            os.replace(self._built(suffix), place)
+                write_subtitles(captions, part)
+        places = {part: self._place(suffix, complete) for suffix, part in self._parts.items()}
+        publish(places)
         if not self._options.quiet:
             print(f"{len(records)} frames, {len(captions)} captions: {', '.join(map(str, places.values()))}")
         return captions
 
-    def _built(self, suffix: str) -> Path:
-        return self._folder / f"captions.{suffix}"
+    def publish_burned(self, info: VideoInfo, captions: SSAFile) -> None:
+        """Burns the captions into a copy of the video, if it is wanted, and puts it in its place.
+
+        Mutates:
+            captions: their times and styles.
+
+        Raises:
+            InputError: ffmpeg cannot do it.
+        """
+        if self._burned is not None:
+            burn(info, captions, self._burned)
+            publish({self._burned: self._options.burn})
 
     def _place(self, suffix: str, complete: bool) -> Path:
         path = output_path(self._options, suffix)
