@@ -11,6 +11,7 @@ from casa_engine.checkpoints import load_processor
 from casa_engine.command import run_command
 from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CheckpointError, InputError
+from casa_engine.staged_folder import is_within
 from casa_export.errors import ExportError
 from casa_export.pictures import PictureFile
 
@@ -150,6 +151,10 @@ def _check(options: argparse.Namespace) -> "ExportPlan":
     if options.trt:
         engine_targets(options.trt, tuple(options.compute_capability))
         if options.engine_cache:
+            if is_within(options.engine_cache, options.out):
+                raise ExportError(
+                    f"--engine-cache {options.engine_cache} is in {options.out}. Name a folder elsewhere."
+                )
             EngineCache(options.engine_cache)
     return plan
 

@@ -28,7 +28,7 @@ class EngineCache:
 
     def find(self, key: str) -> Path | None:
         """The engine of a key; damaged ones are removed."""
-        for path in sorted(self.folder.glob(f"{key}-*.engine")):
+        for path in sorted(filter(Path.is_file, self.folder.glob(f"{key}-*.engine"))):
             if file_hash(path) == path.stem.removeprefix(f"{key}-"):
                 return path
             path.unlink(missing_ok=True)

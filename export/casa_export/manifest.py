@@ -11,6 +11,7 @@ versions         what made it
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from casa_engine.atomic_files import file_hash, write_atomically
 from casa_export.errors import ExportError, ManifestError
 from casa_export.graph_spec import GraphSpec, TensorSpec
+from casa_export.json_fields import FAULTS, expect, read_object
 from casa_export.limits import Limits
 
 FORMAT_VERSION = 1
@@ -56,7 +58,7 @@ def folder_hash(folder: Path) -> str:
     """SHA-256 over names and contents of a folder's files, in order of their names."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+        digest.update(os.fsencode(f"{path.name} {file_hash(path)}\n"))
     return digest.hexdigest()
 
 
@@ -70,9 +72,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise ManifestError(f"{folder} has no {FILE_NAME}; expected a folder that casa-export wrote.")
     try:
-        content = json.loads(path.read_bytes())
-        version = int(content["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
+        content = read_object(path)
+        version = expect(content["format_version"], int, "format_version")
+    except FAULTS as error:
         raise ManifestError(f"{path} is not a manifest of casa-export: {error}. Export the model again.") from error
     if version > FORMAT_VERSION:
         raise ManifestError(
@@ -81,7 +83,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     try:
         manifest = _from_json(content)
-    except (KeyError, TypeError, ValueError, AttributeError, ExportError) as error:
+    except (*FAULTS, ExportError) as error:
         raise ManifestError(f"{path} lacks or misnames a field: {error}. Export the model again.") from error
     missing = [graph for graph in manifest.graphs if graph_file(graph) not in manifest.files]
     if missing or not manifest.graphs:
@@ -122,23 +124,38 @@ def check_files(folder: str | Path, manifest: Manifest, names: list[str] | None 
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
-    axes = {graph: {name: tuple(sizes) for name, sizes in ranges.items()} for graph, ranges in content["axes"].items()}
+    model = expect(content["model"], dict, "model")
+    expect(model["dtype"], str, "dtype")
     return Manifest(
-        model=content["model"],
-        source=content["source"],
-        limits=Limits(**content["limits"]),
-        axes=axes,
+        model=model,
+        source=expect(content["source"], dict, "source"),
+        limits=Limits(**{name: expect(value, int, name) for name, value in content["limits"].items()}),
+        axes={
+            graph: {name: _range(sizes, name) for name, sizes in ranges.items()}
+            for graph, ranges in content["axes"].items()
+        },
         graphs={
             name: GraphSpec(name, *map(_tensors, (g["inputs"], g["outputs"]))) for name, g in content["graphs"].items()
         },
-        versions=content["versions"],
+        versions=expect(content["versions"], dict, "versions"),
         files={
-            name: {"sha256": entry["sha256"], "size_bytes": entry["size_bytes"]}
+            name: {
+                "sha256": expect(entry["sha256"], str, "sha256"),
+                "size_bytes": expect(entry["size_bytes"], int, "size_bytes"),
+            }
             for name, entry in content["files"].items()
         },
         format_version=content["format_version"],
     )
 
 
+def _range(sizes: list[int], name: str) -> tuple[int, int]:
+    smallest, largest = sizes
+    return expect(smallest, int, name), expect(largest, int, name)
+
+
 def _tensors(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["axes"])) for entry in entries)
+    return tuple(
+        TensorSpec(expect(entry["name"], str, "name"), expect(entry["dtype"], str, "dtype"), tuple(entry["axes"]))
+        for entry in expect(entries, list, "tensors")
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from casa_engine.atomic_files import file_hash, write_atomically
 from casa_export.errors import ManifestError, RunnerError
+from casa_export.json_fields import FAULTS, expect, read_object
 from casa_export.manifest import Manifest, graph_hashes
 from casa_export.trt_profiles import Profile
 
@@ -108,10 +109,11 @@ def read_engine_manifest(folder: str | Path) -> EngineManifest:
     if not path.is_file():
         raise ManifestError(f"{folder} has no {FILE_NAME}; build the engines with casa-export --trt.")
     try:
-        content = json.loads(path.read_bytes())
+        content = read_object(path)
         engines = {graph: _engine(entry) for graph, entry in content["engines"].items()}
-        return EngineManifest(content["package"], content["version"], tuple(content["compute_capabilities"]), engines)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        package, version = (expect(content[name], str, name) for name in ("package", "version"))
+        return EngineManifest(package, version, tuple(content["compute_capabilities"]), engines)
+    except FAULTS as error:
         raise ManifestError(f"{path} cannot be read: {error}. Build the engines again with --trt.") from error
 
 
@@ -128,4 +130,7 @@ def _engine(entry: dict) -> Engine:
         Profile(one["name"], {name: tuple(map(tuple, shapes)) for name, shapes in one["shapes"].items()})
         for one in entry["profiles"]
     )
-    return Engine(entry["file"], entry["key"], entry["sha256"], entry["graph"], profiles)
+    file, key, digest = (expect(entry[name], str, name) for name in ("file", "key", "sha256"))
+    if Path(file).name != file:
+        raise ValueError(f"file {file!r} is not in the folder")
+    return Engine(file, key, digest, expect(entry["graph"], dict, "graph"), profiles)

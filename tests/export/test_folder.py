@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from casa_engine.errors import OutputError
 from casa_engine.staged_folder import StagedFolder
 from casa_export import cli, exporter, trt_builder, trt_package, validation
+from casa_export.engine_cache import EngineCache
 from casa_export.errors import ExportError, ManifestError
 from casa_export.export_folder import owned_files, stage_export
 from casa_export.exported_model import ExportedModel
-from casa_export.manifest import read_manifest
+from casa_export.manifest import folder_hash, read_manifest
 from casa_export.trt_manifest import Engine, EngineManifest
 from casa_export.trt_runner import load_trt_model
 from casa_export.validation import Comparison
@@ -106,7 +107,7 @@ def test_gpu_that_tensorrt_does_not_know_is_refused_at_once(source, out, capsys)
     options = [source, out, "--trt", "tensorrt_rtx", "--compute-capability"]
     assert "'9.0'" in refused([*options, "9.0"], out.parent, capsys)
     assert "'x'" in refused([*options, "x"], out.parent, capsys)
-    cache = out / "notes.txt" / "cache"
+    cache = out.parent / "thesis.tex" / "cache"
     assert "cannot be made" in refused([*options, "8.9", "--engine-cache", cache], out.parent, capsys)
 
 
@@ -233,6 +234,20 @@ def test_second_export_at_the_same_time(source, out, capsys):
         (lambda m: m.update(format_version="two"), "is not a manifest"),
         (lambda m: m.update(axes=[]), "lacks or misnames"),
         (lambda m: m["limits"].update(batch=0), "lacks or misnames"),
+        (lambda m: m["limits"].update(batch=True), "lacks or misnames"),
+        (lambda m: m["limits"].update(batch="4"), "lacks or misnames"),
+        (lambda m: m.update(format_version=True), "is not a manifest"),
+        (lambda m: m.update(format_version=float("inf")), "is not a manifest"),
+        (lambda m: m.update(model=["fp32"]), "lacks or misnames"),
+        (lambda m: m["model"].update(dtype=["fp32"]), "lacks or misnames"),
+        (lambda m: m.update(source="x", versions=5), "lacks or misnames"),
+        (lambda m: m["axes"]["decoder"].update(batch=[1]), "lacks or misnames"),
+        (lambda m: m["axes"]["decoder"].update(batch=[1, "4"]), "lacks or misnames"),
+        (lambda m: m["graphs"]["decoder"].update(inputs={"name": 5}), "lacks or misnames"),
+        (lambda m: m["graphs"]["decoder"]["inputs"][0].update(dtype=5), "lacks or misnames"),
+        (lambda m: m["files"]["decoder.onnx"].update(size_bytes="1"), "lacks or misnames"),
+        (lambda m: m["files"].update({"/etc/hostname": {"sha256": "", "size_bytes": 9}}), "which is not in"),
+        (lambda m: m["files"].update(engines={"sha256": "", "size_bytes": 9}), "is missing"),
     ],
 )
 def test_manifests_that_do_not_fit(out, change, words):
@@ -274,3 +289,84 @@ def test_read_only_folder(source, out):
 def test_needed_space_is_checked_first(source, out):
     with pytest.raises(OutputError, match="Free some space"):
         stage_export(source, out, 10**18).__enter__()
+
+
+@pytest.mark.parametrize("text", ["5", "null", "[]", "[" * 100_000, "\xff"])
+def test_manifest_that_is_none(source, out, text, capsys):
+    (out / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ManifestError, match="is not a manifest"):
+        read_manifest(out)
+    assert "did not write" in refused([source, out], out.parent, capsys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["engines"]["decoder"].update(file=["decoder.engine"]),
+        lambda m: m["engines"]["decoder"].update(file=5),
+        lambda m: m["engines"]["decoder"].update(file="../notes.txt"),
+        lambda m: m["engines"]["decoder"].update(key={}),
+        lambda m: m["engines"]["decoder"].update(sha256=None),
+        lambda m: m["engines"]["decoder"].update(graph="x"),
+        lambda m: m["engines"]["decoder"].update(profiles=[{"name": "x", "shapes": 5}]),
+        lambda m: m["engines"].update(decoder=5),
+        lambda m: m.update(engines=["decoder"]),
+        lambda m: m.update(package=None),
+    ],
+)
+def test_engine_manifest_of_other_types(out, change):
+    """Its engines are nobody's then: they stay where they are, and are not loaded."""
+    path = out / "engines" / "engines.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match="cannot be read"):
+        load_trt_model(out)
+    before = tree(out)
+    with StagedFolder(out, "manifest.json", owned_files) as staged:
+        (staged.path / "manifest.json").write_text("{}")
+        staged.commit()
+    assert tree(out / "engines") == {
+        name.removeprefix("engines/"): data for name, data in before.items() if name.startswith("engines/")
+    }
+
+
+def test_names_that_are_no_text_or_lead_nowhere(source, out, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in (b"\xff", b"\xff/deeper", b"loop", b"new/" + b"x" * 250, b"x" * 300):
+        refused([source, tmp_path / os.fsdecode(name)], tmp_path, capsys)
+    assert "no checkpoint folder" in refused([tmp_path / "loop", out], tmp_path, capsys)
+
+
+def test_checkpoint_of_a_name_that_is_no_text(source, tmp_path, capsys):
+    """Read, or refused in a sentence; a file of such a name in it is hashed like all others."""
+    odd = shutil.copytree(source, tmp_path / os.fsdecode(b"model \xff"))
+    refused([odd, tmp_path / "new"], tmp_path, capsys)
+    plain = shutil.copytree(source, tmp_path / "model")
+    before = folder_hash(plain)
+    (plain / os.fsdecode(b"\xff.txt")).write_text("mine")
+    assert folder_hash(plain) != before
+
+
+def test_link_to_an_export(source, out, tmp_path):
+    """The link stays a link; what it leads to is replaced."""
+    (tmp_path / "link").symlink_to(out)
+    with stage_export(source, tmp_path / "link", 0) as staged:
+        shutil.copytree(export("qwen", "ca_tv"), staged.path, dirs_exist_ok=True)
+        staged.commit()
+    assert (tmp_path / "link").is_symlink() and os.path.samefile(tmp_path / "link", out)
+    assert FOREIGN <= tree(out).keys() and "engines/engines.json" not in tree(out)
+    ExportedModel.load(tmp_path / "link")
+
+
+def test_engine_cache_and_export_are_apart(source, out, capsys, monkeypatch):
+    monkeypatch.setattr(trt_builder, "engine_targets", lambda *arguments: None)
+    for cache in (out, out / "cache"):
+        assert "Name a folder elsewhere" in refused([source, out, "--trt", "--engine-cache", cache], out.parent, capsys)
+    refused([source, out, "--trt", "--engine-cache", out.parent / "thesis.tex"], out.parent, capsys)
+
+
+def test_folder_in_the_place_of_a_cached_engine(tmp_path):
+    cache = EngineCache(tmp_path)
+    (tmp_path / "key-0123.engine").mkdir()
+    assert cache.find("key") is None and (tmp_path / "key-0123.engine").is_dir()
