@@ -1,38 +1,49 @@
 """Decode of exported models by threads of ONNX Runtime, spinning or not, beside eager, on one and two cores.
 
-    python benchmarks/export_threads.py --work DIR         keeps the exports in DIR for the next time
-    python benchmarks/export_threads.py --models embedded
+    python benchmarks/export_threads.py --work DIR                       keeps the exports in DIR for the next time
+    python benchmarks/export_threads.py --models embedded --seconds 0.2  a try
 
-Each row is a process of its own, bound to the cores; "busy" has one more process that computes on each of them. The
-rows of a model go round several times and the median counts, so that other load falls on all of them.
+Prints a Markdown table for docs/benchmarks.md, each row as soon as it is measured. A row is a process of its own, bound
+to the cores; "busy" has one more process that computes on each of them. Of each way the median of short bursts counts.
+What is not measured within the time limit of its row is "-".
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
 import onnxruntime
 import torch
-from export_decode import measure, random_200m
+from export_decode import GRID, NUM_TEXT_TOKENS, random_200m
 
 from casa_engine.checkpoints import load_model, write_random_checkpoint
 from casa_engine.configuration import CasaConfig
 from casa_engine.digits import checkpoint_path
 from casa_engine.presets import preset_config
+from casa_engine.streaming import CasaStream
 from casa_export import ort_backend
 from casa_export.exported_model import ExportedModel
 from casa_export.exporter import export_checkpoint
 
-NUM_TOKENS = {"embedded": 48, "20m": 24, "200m": 8}
-WAYS = ("eager", "default", "1", "2", "chosen")
+MODELS = ("embedded", "20m", "200m")
+WAYS = {
+    "eager": "eager",
+    "default": "ONNX Runtime's default",
+    "1": "1 thread",
+    "2": "2 threads",
+    "chosen": "chosen by size",
+}
+BURST_TOKENS = 4
+# Each row is forked from here, where no library has started threads yet.
+PROCESSES = multiprocessing.get_context("fork")
 
 
 def random_20m() -> CasaConfig:
@@ -55,11 +66,20 @@ def prepare(model: str, work: Path) -> tuple[Path, Path]:
     checkpoint, folder = work / model, work / f"{model}-onnx"
     if model == "embedded":
         checkpoint = checkpoint_path()
-    elif not checkpoint.is_dir():
-        write_random_checkpoint(random_20m() if model == "20m" else random_200m(), checkpoint)
     if not folder.is_dir():
-        export_checkpoint(checkpoint, folder)
+        maker = PROCESSES.Process(target=make, args=(model, checkpoint, folder))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise SystemExit(f"{model}: the export failed, see above.")
     return checkpoint, folder
+
+
+def make(model: str, checkpoint: Path, folder: Path) -> None:
+    """Writes what `prepare` lacks."""
+    if not checkpoint.is_dir():
+        write_random_checkpoint(random_20m() if model == "20m" else random_200m(), checkpoint)
+    export_checkpoint(checkpoint, folder)
 
 
 def load(checkpoint: Path, folder: Path, way: str):
@@ -73,15 +93,27 @@ def load(checkpoint: Path, folder: Path, way: str):
     return ExportedModel.load(folder, num_threads=0 if way == "chosen" else int(way), check_hashes=False)
 
 
-def decode(checkpoint: Path, folder: Path, num_tokens: int) -> list[float]:
-    """Tokens per second of each way, one after the other, in this process."""
-    speeds = []
+def decode_speed(model, seconds: float) -> float:
+    """Decoded tokens per second after one image and a prompt: the median of bursts, at least one."""
+    pixels = torch.randn(int(GRID.prod()), 1176, generator=torch.Generator().manual_seed(0))
+    stream = CasaStream(model, stop_token_ids=[])
+    stream.feed([5 + index % 200 for index in range(NUM_TEXT_TOKENS)], pixels, GRID, [8])
+    stream.generate(2)
+    speeds, started = [], time.perf_counter()
+    while not speeds or time.perf_counter() - started < seconds:
+        before = time.perf_counter()
+        stream.generate(BURST_TOKENS)
+        speeds.append(BURST_TOKENS / (time.perf_counter() - before))
+    return statistics.median(speeds)
+
+
+def measure_row(result: Connection, checkpoint: Path, folder: Path, cores: list[int], seconds: float) -> None:
+    """Sends the speed of each way, one after the other."""
+    os.sched_setaffinity(0, cores)
     for way in WAYS:
         model = load(checkpoint, folder, way)
-        measure(model, 2)
-        speeds.append(measure(model, num_tokens)[1])
+        result.send(decode_speed(model, seconds))
         del model  # and its threads
-    return speeds
 
 
 def compute_for_ever(core: int) -> None:
@@ -91,44 +123,50 @@ def compute_for_ever(core: int) -> None:
         pass
 
 
-def run(arguments: list[str], cores: list[int], busy: bool) -> list[float]:
-    """All ways once, in a process of its own on these cores."""
+def row(checkpoint: Path, folder: Path, cores: list[int], busy: bool, seconds: float, limit_s: float) -> list[float]:
+    """Speeds of the ways, in order, as far as the time limit lets them come."""
+    receiver, sender = PROCESSES.Pipe(duplex=False)
     with ExitStack() as stack:
         for core in cores if busy else []:
-            other = multiprocessing.get_context("fork").Process(target=compute_for_ever, args=(core,), daemon=True)
+            other = PROCESSES.Process(target=compute_for_ever, args=(core,), daemon=True)
             other.start()
             stack.callback(other.kill)
-        command = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, __file__, "--run", *arguments]
-        return json.loads(
-            subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
-        )
+        worker = PROCESSES.Process(target=measure_row, args=(sender, checkpoint, folder, cores, seconds), daemon=True)
+        worker.start()
+        sender.close()
+        stack.callback(worker.kill)
+        end, speeds = time.monotonic() + limit_s, []
+        try:
+            while len(speeds) < len(WAYS) and receiver.poll(max(0.0, end - time.monotonic())):
+                speeds.append(receiver.recv())
+        except EOFError:
+            print("this row ended early, see above", file=sys.stderr)
+        return speeds
 
 
 def main() -> None:
+    """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=NUM_TOKENS, default=list(NUM_TOKENS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["embedded", "20m"])
+    parser.add_argument("--seconds", type=float, default=1.5, help="of decoding for each number (%(default)s)")
+    parser.add_argument("--row-limit", type=float, default=60.0, help="most seconds for a row (%(default)s)")
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        checkpoint, folder, num_tokens = options.run
-        print(json.dumps(decode(Path(checkpoint), Path(folder), int(num_tokens))))
-        return
     cores = sorted(os.sched_getaffinity(0))[:2]
-    print(f"load of this machine: {os.getloadavg()[0]:.1f}; tokens per second")
-    print(f"| model | cores | load | {' | '.join(WAYS)} |\n|---|---:|---|{'---:|' * len(WAYS)}", flush=True)
+    print(
+        f"`benchmarks/export_threads.py`, ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}, tokens "
+        f"per second while decoding; load of the machine before it began: {os.getloadavg()[0]:.1f}.\n"
+    )
+    print(f"| model | cores | load | {' | '.join(WAYS.values())} |\n|---|---:|---|{'---:|' * len(WAYS)}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for model in options.models:
             checkpoint, folder = prepare(model, options.work or Path(temporary))
-            arguments = [str(checkpoint), str(folder), str(NUM_TOKENS[model])]
-            found = {(count, busy): [] for count in (1, 2) for busy in (False, True)}
-            for _ in range(options.rounds):
-                for count, busy in found:
-                    found[count, busy].append(run(arguments, cores[:count], busy))
-            for (count, busy), rounds in found.items():
-                speeds = [f"{statistics.median(column):.1f}" for column in zip(*rounds, strict=True)]
-                print(f"| {model} | {count} | {'busy' if busy else 'quiet'} | {' | '.join(speeds)} |", flush=True)
+            for count in range(1, len(cores) + 1):
+                for busy in (False, True):
+                    speeds = row(checkpoint, folder, cores[:count], busy, options.seconds, options.row_limit)
+                    cells = [f"{speed:.1f}" for speed in speeds] + ["-"] * (len(WAYS) - len(speeds))
+                    load_name = "busy" if busy else "quiet"
+                    print(f"| {model} | {count} | {load_name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
