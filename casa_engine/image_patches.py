@@ -46,7 +46,7 @@ class PatchValues:
         options = {"images": [Image.fromarray(ramp).convert("RGB")], "do_resize": False, "return_tensors": "pt"}
         levels = image_processor(**options, do_rescale=False, do_normalize=False)["pixel_values"].long()
         values = image_processor(**options)["pixel_values"]
-        self._table = torch.zeros(CHANNELS, LEVELS)
+        self._table = torch.zeros(CHANNELS, LEVELS, dtype=torch.float32)
         for channel, (of_levels, of_values) in enumerate(
             zip(levels.chunk(CHANNELS, dim=1), values.chunk(CHANNELS, dim=1), strict=True)
         ):

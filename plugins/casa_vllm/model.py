@@ -32,6 +32,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.image_patches import PatchValues
@@ -325,9 +326,9 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
 
 def _patch_values(vllm_config: VllmConfig) -> PatchValues:
-    """Made on the CPU, wherever the model is built."""
+    """Made on the CPU in float32, wherever and in whatever type the model is built."""
     processor = MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config).info.get_hf_processor()
-    with torch.device("cpu"):
+    with torch.device("cpu"), set_default_torch_dtype(torch.float32):
         return PatchValues(processor.image_processor)
 
 

@@ -61,3 +61,15 @@ def test_all_prompts_in_one_batch(model, checkpoints, eager, engine):
     prompts = list(PROMPTS.values())
     answers = engine(folder).ask(prompts, NUM_TOKENS)
     assert_same(answers, [eager(folder)(prompt, NUM_TOKENS) for prompt in prompts])
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("float16", 0.002)])
+def test_in_16_bits(dtype, tolerance, checkpoints, eager, engine):
+    """As on GPUs: the engine is built while PyTorch's default is this type; pixels stay float32."""
+    folder = checkpoints("tiny-llama", fusion="ca_tv")
+    prompts = [PROMPTS["image-first"], PROMPTS["six-images-interleaved"]]
+    answers = engine(folder, dtype=dtype).ask(prompts, 1)
+    for answer, expected in zip(answers, (eager(folder)(prompt, 1) for prompt in prompts), strict=True):
+        assert answer.tokens == expected.tokens
+        assert answer.logprobs == pytest.approx(expected.logprobs, abs=tolerance)
