@@ -9,7 +9,8 @@ and live sessions are open. Written: OUTPUT.json and OUTPUT.svg (memory and late
 
     PYTHONPATH=tests/support python benchmarks/server_soak.py --only health --clients 16 --seconds 60
 
-asks `/health` while that many clients post images of 1024 x 1024 pixels as fast as they are answered.
+asks `/health` while that many clients post images of 1024 x 1024 pixels as fast as they are answered; with `--pause`
+each waits before its next one, which leaves a machine of two cores something to spare.
 """
 
 import argparse
@@ -189,6 +190,7 @@ async def post_images(server, options):
             )
             answer.raise_for_status()
             done += 1
+            await asyncio.sleep(options.pause)
 
     limits = httpx.Limits(max_connections=options.clients)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
@@ -253,6 +255,7 @@ def main():
     parser.add_argument("--live", type=int, default=2, help="live sessions beside them (%(default)s)")
     parser.add_argument("--clients", type=int, default=16, help="that post large images (%(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="for which they do (%(default)s)")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between a client's images (%(default)s)")
     parser.add_argument("--last-tokens", type=int, default=4000, help="of answers that are open at SIGTERM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["mix", "health", "exit"], help="one part instead of all")

@@ -56,6 +56,11 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         check_version()
         config: CasaConfig = vllm_config.model_config.hf_config
         _refuse_other_doors(vllm_config)
+        grammars = vllm_config.structured_outputs_config
+        if grammars.backend == "auto":
+            # An engine has one backend, that of the first grammar. With vLLM's "auto" a client's request is checked
+            # with one that another client's first request may have replaced, and fails in the engine.
+            grammars.backend = "xgrammar"
         if not config.is_cross_attention:
             return
         _refuse(vllm_config)

@@ -24,7 +24,7 @@ LIVE_PLUGIN = "casa_live"
 # From the signal to the exit: below the 10 s after which `docker stop` kills.
 SHUTDOWN_TIMEOUT_S = 8
 # Of an idle connection: longer than clients and load balancers keep it (OpenAI's client 5 s, others up to 60 s). Where
-# the server closes first, as after vLLM's and Ray Serve's 5 s, the next request on it may be lost.
+# the server closes first, as vLLM does after 5 s, the next request on it may be lost.
 KEEP_ALIVE_S = 75
 # Those whose plugins vLLM loads where nothing is said; it asks to be told about endpoints.
 PLUGIN_GROUPS = (
@@ -53,8 +53,6 @@ def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[
         "mm_processor_cache_gb": 1,
         # A page of another origin has no business here unless the operator says so.
         "allowed_origins": [],
-        # An engine has one backend, that of the first grammar. With vLLM's "auto" a client's request is checked with
-        # one that another client's first request may have replaced, and fails in the engine.
         # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=embedded),
     }
@@ -72,8 +70,13 @@ def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
         # Its images are small: thousands of frames fit, and no session looks at a frame twice.
         "mm_processor_cache_gb": 0.125,
         # Compiling takes longer than the rest of the start, and brings a tenth (docs/benchmarks.md).
-        "enforce_eager": on_cpu,
+        "enforce_eager": is_eager(embedded=True, on_cpu=on_cpu),
     }
+
+
+def is_eager(*, embedded: bool, on_cpu: bool) -> bool:
+    """Returns the default of `enforce_eager`."""
+    return embedded and on_cpu
 
 
 def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:

@@ -68,7 +68,9 @@ class FieldChecker:
             if isinstance(value, dict):
                 for name, item in value.items():
                     yield path, name
-                    if not (root in CONVERSATIONS and is_image(name, item, value)):
+                    if root in CONVERSATIONS and is_image_name(name, item, value):
+                        yield IMAGE_NAME, item
+                    elif not (root in CONVERSATIONS and is_image(name, item, value)):
                         pending.append((f"{path}.{name[:40]}" if len(path) < 100 else path, item))
             elif isinstance(value, list):
                 if not are_token_ids(value):
@@ -87,8 +89,7 @@ class FieldChecker:
     def _check_text(self, text: str, path: str) -> int:
         """Checks a text; returns its length."""
         check_scalar(text, path)
-        is_prompt = not path.endswith(f".{IMAGE_NAME}")
-        if is_prompt and self._max_prompt_chars is not None and len(text) > self._max_prompt_chars:
+        if path != IMAGE_NAME and self._max_prompt_chars is not None and len(text) > self._max_prompt_chars:
             raise RequestError(
                 400,
                 f"The text of {path!r} cannot fit into the model's context: got {len(text)} characters, and "
@@ -140,6 +141,12 @@ def check_extra_args(body: dict[str, Any]) -> None:
             "for live sessions.",
             param=name,
         )
+
+
+def is_image_name(name: str, item: Any, parent: dict[str, Any]) -> bool:
+    """Tells whether a field in a conversation is the name of an image."""
+    kind = parent.get("type")
+    return name == IMAGE_NAME and isinstance(item, str) and isinstance(kind, str) and "image" in kind
 
 
 def is_image(name: str, item: Any, parent: dict[str, Any]) -> bool:

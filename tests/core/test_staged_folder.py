@@ -310,10 +310,12 @@ def test_damaged_journal(target, journal):
 
 def test_journal_reaches_nothing_outside(target):
     fill(target.parent / ".out.casa-work", {"lock": "", "new/a.txt": "new a"})
-    journal = {"state": "move", "outdated": ["../elsewhere.txt", "/etc/hostname", "gone.txt"]}
+    absolute = target.parent / "absolute.txt"
+    absolute.write_text("theirs")
+    journal = {"state": "move", "outdated": ["../elsewhere.txt", str(absolute), "gone.txt"]}
     (target.parent / ".out.casa-work" / "journal.json").write_text(json.dumps(journal))
     write(target)
-    assert (target.parent / "elsewhere.txt").read_text() == "theirs" and Path("/etc/hostname").exists()
+    assert (target.parent / "elsewhere.txt").read_text() == absolute.read_text() == "theirs"
     assert contents(target) == NEW | FOREIGN | LINK
 
 

@@ -169,6 +169,7 @@ def test_a_server_that_is_not_ready_leaves_at_once(tmp_path, number, after_s):
     time.sleep(after_s)
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    assert process.wait(20) in (0, 130, -number)
+    # Python itself has no handler yet in its first moments.
+    assert process.wait(20) in ((130, -number) if after_s < 1 else (130,))
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive

@@ -87,6 +87,16 @@ def test_options_that_cannot_work_are_refused(options, words, checkpoints):
         arguments.create_engine_config()
 
 
+@pytest.mark.vllm
+def test_one_backend_for_grammars(checkpoints):
+    """With vLLM's "auto" the first client's grammar would choose it for all others."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = checkpoints("tiny-llama", fusion="insertion")
+    config = EngineArgs(model=str(folder), dtype="float32", max_model_len=256).create_engine_config()
+    assert config.structured_outputs_config.backend == "xgrammar"
+
+
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "has shape"])
 def test_damaged_checkpoints_are_refused(damage, checkpoints, tmp_path):
     folder = tmp_path / "damaged"

@@ -37,6 +37,7 @@ from casa_serving.cluster.live_proxy import LiveProxy
 from casa_serving.cluster.routing_note import RoutingNote
 from casa_serving.cluster.setting_names import SettingNames
 from casa_serving.defaults import MAX_IMAGES
+from casa_serving.drain.last_words import end_of_stream
 from casa_serving.errors import FAILED, error_response
 from casa_serving.live import page
 from casa_serving.live.protocol import PATH as LIVE_PATH
@@ -142,18 +143,19 @@ class CasaIngress:
         call = self._handle_for(headers).http
         try:
             for attempt in range(1, MAX_ATTEMPTS + 1):
-                head = None
+                head, last = None, b""
                 try:
                     answers = call.remote(request, note)
                     async for part in answers:
                         head = head or part
+                        last = last if part is head else part
                         yield part
                     return
                 except BackPressureError as error:
                     raise overloaded(error) from error
                 except (RayActorError, ObjectLostError, RayServeException) as error:
                     if head is not None:
-                        yield broken_off(head, REPLICA_LOST, "ReplicaLostError", 503)
+                        yield broken_off(request.path, head, last, REPLICA_LOST, "ReplicaLostError", 503)
                         return
                     if attempt == MAX_ATTEMPTS or isinstance(error, RayServeException):
                         raise unavailable(error) from error
@@ -162,20 +164,22 @@ class CasaIngress:
                     if head is None:
                         raise
                     LOGGER.exception("A replica failed in the middle of an answer")
-                    yield broken_off(head, FAILED, "InternalServerError", 500)
+                    yield broken_off(request.path, head, last, FAILED, "InternalServerError", 500)
                     return
         finally:
             note.finished = True
 
 
-def broken_off(head: ResponseHead, message: str, kind: str, status: int) -> bytes:
-    """Returns what ends an answer whose replica has failed after it had begun.
+def broken_off(path: str, head: ResponseHead, last: bytes, message: str, kind: str, status: int) -> bytes:
+    """Returns what ends an answer whose replica has failed after it had begun, in the words of the path's API.
 
     Raises:
         UnavailableError: It is no stream of events, and has no place for an error; the connection is cut.
     """
     if not dict(head.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
         raise UnavailableError(message, kind, status, None)
+    if path.endswith(("/messages", "/responses")):
+        return end_of_stream(path, message, last or head.body, status)["body"]
     return error_event(message, kind, status).encode()
 
 

@@ -23,7 +23,6 @@ from casa_serving.cluster import tenancy
 from casa_serving.cluster.address import check_port, local, port_number, reach, url_host, whole_number
 from casa_serving.cluster.config_file import ConfigFile, read_file
 from casa_serving.cluster.first_request import first_request
-from casa_serving.defaults import KEEP_ALIVE_S
 from casa_serving.drain.processes import Deadline, SignalCounter
 
 if TYPE_CHECKING:
@@ -35,8 +34,9 @@ ROUTE_PREFIX = "/"
 SHUTDOWN_TIMEOUT_S = 30
 # What Ray takes to end its processes, out of the bound.
 LEAVING_S = 15
-# For the last words, once requests may not go on.
+# Of which: for the last words, once requests may not go on, and for Ray Serve to delete the application.
 GOODBYE_S = 5
+TAKING_AWAY_S = 8
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.5
@@ -178,8 +178,7 @@ def start_serve(file: ConfigFile, address: dict[str, Any]) -> None:
     from ray import serve
 
     if tenancy.serve_client() is None:
-        options = {"keep_alive_timeout_s": KEEP_ALIVE_S, **file.http_options, **address}
-        serve.start(proxy_location=file.proxy_location, http_options=options)
+        serve.start(proxy_location=file.proxy_location, http_options={**file.http_options, **address})
 
 
 def deploy(application: serve.Application) -> None:
@@ -210,7 +209,7 @@ def deploy(application: serve.Application) -> None:
 
 
 def submit(target: serve.RunTarget) -> None:
-    """Hands an application to Ray Serve; returns when one of its name is there.
+    """Hands an application to Ray Serve; returns when one of its name is there, with deployments.
 
     Ray Serve's own call waits until it sees the deployments, without end where somebody has replaced them by then: so
     it is made in a thread that may be left behind.
@@ -222,21 +221,24 @@ def submit(target: serve.RunTarget) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    refusals: list[RayError | RayServeException] = []
+    refusals: list[BaseException] = []
 
     def run() -> None:
         try:
             serve.run_many([target], wait_for_applications_running=False)
-        except (RayError, RayServeException) as error:
+        # Raised again below, in the caller's thread.
+        except BaseException as error:  # noqa: BLE001
             refusals.append(error)
 
     thread = threading.Thread(target=run, name="casa-submit", daemon=True)
     thread.start()
     client = tenancy.serve_client()
-    while thread.is_alive() and APPLICATION not in client.get_serve_details()["applications"]:
+    while thread.is_alive() and not tenancy.deployments(client, APPLICATION):
         thread.join(POLL_S)
-    if refusals:
+    if refusals and isinstance(refusals[0], RayError | RayServeException | TimeoutError):
         raise InputError(f"Ray Serve does not take the application: {refusals[0]}") from refusals[0]
+    if refusals:
+        raise refusals[0]
 
 
 @contextlib.contextmanager
@@ -281,13 +283,18 @@ def leave() -> None:
     """Takes away what this process has put there: its application alone where the cluster is somebody else's."""
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     if not ray.is_initialized():
         return
     if not is_attached():
         serve.shutdown()
-    elif (client := tenancy.serve_client()) is not None and tenancy.is_own(client, APPLICATION):
-        take_away(client)
+    else:
+        try:
+            if (client := tenancy.serve_client()) is not None and tenancy.is_own(client, APPLICATION):
+                take_away(client)
+        except RayError as error:
+            print(f"casa-serve: the cluster does not say whether {APPLICATION!r} is gone: {error}", file=sys.stderr)
     ray.shutdown()
 
 
@@ -298,7 +305,7 @@ def take_away(client: ServeControllerClient) -> None:
     ends in a TimeoutError; it goes on without this process.
     """
     client.delete_apps([APPLICATION], blocking=False)
-    deadline_s = time.monotonic() + LEAVING_S
+    deadline_s = time.monotonic() + TAKING_AWAY_S
     while APPLICATION in client.get_serve_details()["applications"]:
         if time.monotonic() > deadline_s:
             print(

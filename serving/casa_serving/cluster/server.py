@@ -28,6 +28,7 @@ from casa_serving.cluster.live_server import LiveServer
 from casa_serving.cluster.replica_metrics import ReplicaMetrics, last_step_s
 from casa_serving.cluster.routing_note import RoutingNote
 from casa_serving.defaults import HTTP_PLUGIN, name_endpoints
+from casa_serving.drain.open_requests import BrokenStreams
 from casa_serving.limits import ImageLimits
 from casa_serving.live.connection import LiveService
 from casa_serving.live.endpoint import open_service
@@ -66,7 +67,7 @@ class CasaServer(LLMServer):
         self._metrics = ReplicaMetrics(serve.get_replica_context().replica_id.unique_id)
         await super().start()
         # The application that casa-serve runs, without the guard of its door, which the ingress has.
-        self._app = await self.engine.build_asgi_app()
+        self._app = BrokenStreams(await self.engine.build_asgi_app())
         for name, request in warm_up_requests(self._llm_config.model_id).items():
             started = time.monotonic()
             await self._probe(request)

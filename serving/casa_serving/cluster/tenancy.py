@@ -70,13 +70,17 @@ def check_address(running: HTTPOptions, asked: Mapping[str, Any]) -> None:
         )
 
 
+def deployments(client: ServeControllerClient, name: str) -> Mapping[str, Any]:
+    """Returns the deployments that an application is meant to have, as far as they are there; empty without it."""
+    return client.get_serve_details()["applications"].get(name, {}).get("deployments", {})
+
+
 def is_own(client: ServeControllerClient, name: str) -> bool:
     """Tells whether the application of this name was deployed by this process, and by nobody since."""
     import ray
 
-    # The deployments that it is meant to have. Those of one that was replaced are found under its name for a while.
-    application = client.get_serve_details()["applications"].get(name)
-    if application is None or INGRESS not in application["deployments"]:
+    # Those of one that was replaced are found under its name for a while.
+    if INGRESS not in deployments(client, name):
         return False
     try:
         info, _ = client.get_deployment_info(INGRESS, name)

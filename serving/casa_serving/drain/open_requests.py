@@ -96,6 +96,34 @@ class OpenRequests:
         cut(scope)
 
 
+class BrokenStreams:
+    """ASGI middleware where no `OpenRequests` are, in a cluster's replica: what a client has caused ends its stream.
+
+    Other failures are passed on: the ingress tells one replica's end from another's.
+
+    Args:
+        app: vLLM's.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Has the application answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = Answer(send, scope["path"], lambda: None)
+        try:
+            await self._app(scope, receive, answer.pass_on)
+        except Exception as error:
+            status, message = failure(error)
+            if status >= INTERNAL_ERROR or not answer.is_open_stream:
+                raise
+            logger.error("A stream at %s ends with an error: %s", scope["path"], message)
+            await answer.say_last_words(message, status)
+
+
 class Answer:
     """The response to one request on its way to the client.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -23,7 +24,7 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RESOURCE_TRACKER = "multiprocessing.resource_tracker"
 # What torch.compile runs on a CPU. Ended halfway, one leaves half a library in torch's cache, which ends the engine of
 # every later server that loads it; left alone it is done in seconds.
-COMPILERS = frozenset({"c++", "g++", "cc1plus", "as", "collect2", "ld"})
+COMPILER = re.compile(r"(.*-)?(c\+\+|g\+\+|clang|clang\+\+|cc1plus|as|collect2|ld)([-.][\w.]+)?")
 
 
 def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
@@ -38,8 +39,8 @@ def kill(processes: Iterable[psutil.Process]) -> None:
     import psutil
 
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name() not in COMPILERS and RESOURCE_TRACKER not in " ".join(process.cmdline()):
+        with contextlib.suppress(psutil.Error):
+            if not COMPILER.fullmatch(process.name()) and RESOURCE_TRACKER not in " ".join(process.cmdline()):
                 process.kill()
 
 
@@ -50,9 +51,11 @@ def leave_at_once(status: int, others: Iterable[psutil.Process] = ()) -> NoRetur
         status: Of the exit.
         others: Started by one of them that may have gone before.
     """
-    kill(others)
-    kill(descendants())
-    os._exit(status)
+    try:
+        kill(others)
+        kill(descendants())
+    finally:
+        os._exit(status)
 
 
 class Deadline(threading.Thread):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from casa_engine.checkpoints import check_tensors, read_config
 from casa_serving.cli import CAPTION_PROCESSOR, check_folder, on_cpu
-from casa_serving.defaults import embedded_checkpoint, engine_options, set_environment
+from casa_serving.defaults import embedded_checkpoint, engine_options, is_eager, set_environment
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -32,7 +32,7 @@ async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
     embedded = checkpoint.resolve() == embedded_checkpoint().resolve()
-    eager = options.get("enforce_eager", embedded)
+    eager = options.get("enforce_eager", is_eager(embedded=embedded, on_cpu=on_cpu()))
     set_environment(embedded=embedded, on_cpu=on_cpu(), eager=eager, live=False)
     # Only now: vLLM reads the environment when it is imported.
     from vllm.engine.arg_utils import AsyncEngineArgs
