@@ -163,7 +163,7 @@ def test_picture_that_is_none(copy, tmp_path, capsys):
     (tmp_path / "picture.png").write_text("hello")
     arguments = ["run", str(copy), "--prompt", "What?", "--image", str(tmp_path / "picture.png")]
     assert cli.main(arguments) == 1
-    assert "is not a picture" in capsys.readouterr().err
+    assert "its content is neither JPEG, PNG nor WebP" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"batch": 0}, {"call_image_tokens": 10}])
