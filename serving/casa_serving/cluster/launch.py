@@ -93,8 +93,8 @@ def run(argv: list[str]) -> int:
                 f"--shutdown-timeout is {options.shutdown_timeout}; expected at least {LEAVING_S} seconds, which "
                 "Ray may take to end its processes."
             )
-        SignalCounter().start()
-        start(file, options)
+        with SignalCounter():
+            start(file, options)
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1

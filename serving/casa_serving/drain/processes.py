@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Self
 
 if TYPE_CHECKING:
     import psutil
@@ -95,6 +95,15 @@ class SignalCounter(threading.Thread):
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self.started: list[psutil.Process] = []
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops counting: a process forked later shares the socket, and its signals would count here."""
+        signal.set_wakeup_fd(-1)
+        self._writer.close()
 
     def run(self) -> None:
         """Reads the numbers of signals until there were two that end the process."""
