@@ -45,7 +45,7 @@ class FieldChecker:
         text_chars = 0
         for name, value in body.items():
             num_chars = self._check_text(name, "body")
-            num_chars += sum(self._check_text(text, path) for path, text in self._walk(name[:40], value, name))
+            num_chars += sum(self._check_text(*found) for found in self._walk(name[:40], value, name))
             text_chars += num_chars
         if text_chars > self._limits.max_text_chars:
             raise over_limit(f"has {text_chars} characters of text", self._limits.max_text_chars, "max_text_chars")
@@ -60,18 +60,23 @@ class FieldChecker:
                 )
         return text_chars
 
-    def _walk(self, path: str, value: Any, root: str) -> Iterator[tuple[str, str]]:
-        """Yields every text in `value` with the way to it, names of fields too; checks everything else."""
+    def _walk(self, path: str, value: Any, root: str) -> Iterator[tuple[str, str, bool]]:
+        """Yields every text in `value`, names of fields too; checks everything else.
+
+        Yields:
+            The text, the way to it, and whether it may become a part of the prompt.
+        """
         pending = [(path, value)]
         while pending:
             path, value = pending.pop()
             if isinstance(value, dict):
                 for name, item in value.items():
-                    yield path, name
+                    yield name, path, True
+                    way = f"{path}.{name[:40]}" if len(path) < 100 else path
                     if root in CONVERSATIONS and is_image_name(name, item, value):
-                        yield IMAGE_NAME, item
+                        yield item, way, False
                     elif not (root in CONVERSATIONS and is_image(name, item, value)):
-                        pending.append((f"{path}.{name[:40]}" if len(path) < 100 else path, item))
+                        pending.append((way, item))
             elif isinstance(value, list):
                 if not are_token_ids(value):
                     if len(value) > self._limits.max_list_items:
@@ -82,14 +87,14 @@ class FieldChecker:
                         (f"{path}.{index}" if len(path) < 100 else path, item) for index, item in enumerate(value)
                     )
             elif isinstance(value, str):
-                yield path, value
+                yield value, path, True
             else:
                 check_scalar(value, path)
 
-    def _check_text(self, text: str, path: str) -> int:
+    def _check_text(self, text: str, path: str, is_prompt: bool = True) -> int:
         """Checks a text; returns its length."""
         check_scalar(text, path)
-        if path != IMAGE_NAME and self._max_prompt_chars is not None and len(text) > self._max_prompt_chars:
+        if is_prompt and self._max_prompt_chars is not None and len(text) > self._max_prompt_chars:
             raise RequestError(
                 400,
                 f"The text of {path!r} cannot fit into the model's context: got {len(text)} characters, and "
