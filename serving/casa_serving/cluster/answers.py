@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 from fastapi import FastAPI, Request
@@ -10,14 +9,9 @@ from fastapi.responses import JSONResponse
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 
-from casa_serving.errors import add_error_handlers, error_body, error_response, handle_internal_error
+from casa_serving.errors import add_error_handlers, error_response, handle_internal_error
 
 REPLICA_LOST = "The replica that was answering has died. Send the request again; another one will answer."
-
-
-def error_event(message: str, kind: str, status: int) -> str:
-    """Returns an error as the last events of a stream that has begun."""
-    return f"data: {json.dumps(error_body(status, message, kind))}\n\ndata: [DONE]\n\n"
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:

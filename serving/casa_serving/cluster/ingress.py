@@ -26,7 +26,6 @@ from casa_serving.cluster.answers import (
     REPLICA_LOST,
     UnavailableError,
     add_cluster_error_handlers,
-    error_event,
     overloaded,
     unavailable,
 )
@@ -148,7 +147,7 @@ class CasaIngress:
                     answers = call.remote(request, note)
                     async for part in answers:
                         head = head or part
-                        last = last if part is head else part
+                        last = head.body if part is head else part
                         yield part
                     return
                 except BackPressureError as error:
@@ -178,9 +177,7 @@ def broken_off(path: str, head: ResponseHead, last: bytes, message: str, kind: s
     """
     if not dict(head.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
         raise UnavailableError(message, kind, status, None)
-    if path.endswith(("/messages", "/responses")):
-        return end_of_stream(path, message, last or head.body, status)["body"]
-    return error_event(message, kind, status).encode()
+    return end_of_stream(path, message, last, status, kind)["body"]
 
 
 async def body_of(head: ResponseHead, parts: AsyncIterator[ResponseHead | bytes]) -> AsyncIterator[bytes]:

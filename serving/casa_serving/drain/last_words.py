@@ -40,7 +40,7 @@ def refusal(path: str, message: str) -> list[Message]:
     ]
 
 
-def end_of_stream(path: str, message: str, last_event: bytes, status: int = STATUS) -> Message:
+def end_of_stream(path: str, message: str, last_event: bytes, status: int = STATUS, kind: str | None = None) -> Message:
     """Returns the end of a stream of server-sent events.
 
     Args:
@@ -48,6 +48,7 @@ def end_of_stream(path: str, message: str, last_event: bytes, status: int = STAT
         message: Why, in words.
         last_event: What was sent last; the events of /v1/responses are numbered.
         status: What a response would have had that had not begun.
+        kind: The error's type in OpenAI's APIs; default: that of the status.
     """
     if path.endswith("/messages"):
         data = named_event("error", body_for(path, message, status))
@@ -56,14 +57,14 @@ def end_of_stream(path: str, message: str, last_event: bytes, status: int = STAT
         number = int(numbers[-1]) + 1 if numbers else 0
         event = {
             "type": "error",
-            "code": error_kind(status),
+            "code": kind or error_kind(status),
             "message": message,
             "param": None,
             "sequence_number": number,
         }
         data = named_event("error", event)
     else:
-        data = f"data: {json.dumps(body_for(path, message, status))}\n\ndata: [DONE]\n\n".encode()
+        data = f"data: {json.dumps(error_body(status, message, kind))}\n\ndata: [DONE]\n\n".encode()
     return {"type": "http.response.body", "body": data}
 
 
