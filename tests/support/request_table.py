@@ -20,6 +20,8 @@ MODEL = "casa-tiny-digits"
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 JSON = {"content-type": "application/json"}
+# A character that is none: vLLM's check of the expression does not see that no text satisfies it.
+UNSATISFIABLE = {"regex": "[^\\x00-\\U0010ffff]"}
 # Differ from one answer to the next of the same server; the last one from one start to the next.
 VOLATILE = frozenset({"id", "created", "created_at", "completed_at", "request_id", "item_id", "system_fingerprint"})
 # Of the Responses API: a piece of text, of which there are as many as there were steps, and their numbers.
@@ -172,6 +174,10 @@ def good_cases() -> list[Case]:
         chat("cache salt", read, cache_salt="salt", status=200),
         chat("priority 0", read, priority=0, status=200),
         chat("chat template arguments", read, chat_template_kwargs={"a": 1}),
+        # No text satisfies the grammar, which shows in the engine only: of a stream the head has been sent by then.
+        chat("stream of a grammar that fails", read, stream=True, structured_outputs=UNSATISFIABLE, status=200),
+        completion("completion stream of such", stream=True, structured_outputs=UNSATISFIABLE, status=200),
+        responses("responses stream of such", stream=True, structured_outputs=UNSATISFIABLE, status=200),
         chat("request id", read, request_id="mine", status=200),
         chat("system, user, assistant", messages=conversation(), status=200),
         chat("developer", messages=[message("developer", "Be short."), message("user", read)]),
@@ -251,6 +257,7 @@ def bad_cases() -> list[Case]:
         "n -1": {"n": -1},
         "n text": {"n": "many"},
         "n 100000": {"n": 100_000},
+        "a grammar that fails": {"structured_outputs": UNSATISFIABLE},
         "n 2 without sampling and stream": {"n": 2, "stream": True, "best_of": 1},
         "max_tokens 0": {"max_tokens": 0},
         "max_tokens -1": {"max_tokens": -1},
