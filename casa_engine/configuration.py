@@ -1,29 +1,28 @@
 """`CasaConfig`: one configuration for every CASA fusion, placement and backbone.
 
 Each decision that the paper (arXiv 2512.19535) leaves open is one field here or one place in `windows.py`;
-`docs/configuration.md` lists them. The backbone is a stock transformers config: `LlamaConfig` for models of the
-Helium-1 kind, `Qwen2Config` for models of the Qwen2.5-VL kind (qkv bias, M-RoPE through `mrope_section`).
+`docs/configuration.md` lists them. The backbone is a stock transformers config of a kind that `backbones.py` lists.
 """
 
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+from casa_engine.backbones import Backbone, backbone_of, build_text_config
 from casa_engine.errors import ConfigError
 
 FUSIONS = ("ca", "ca_tv", "insertion")
 CA_WEIGHTS = ("own", "shared")
 CA_PLACEMENTS = ("parallel", "replace")
 IMAGE_ROPES = ("frozen", "grid")
-BACKBONES = (LlamaConfig, Qwen2Config)
 
 
 class CasaConfig(PreTrainedConfig):
     """Configuration of a CASA vision-language model.
 
     Attributes:
-        text_config: Backbone, a `LlamaConfig` or a `Qwen2Config` (or a dict of one).
+        text_config: Backbone, a configuration of one of `casa_engine.backbones` (or a dict of one).
         vision_config: Vision encoder of Qwen2.5-VL; its `out_hidden_size` is the backbone's `hidden_size`.
         fusion: How images reach the text. `ca`: each text token attends to the images of its window (paper Eq. 2).
             `ca_tv`: to the images and, causally, to the text of its window (Eq. 4). `insertion`: image tokens stand
@@ -65,7 +64,7 @@ class CasaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.text_config = _text_config(self.text_config)
+        self.text_config = build_text_config(self.text_config)
         if not isinstance(self.vision_config, PreTrainedConfig):
             defaults = {"out_hidden_size": self.text_config.hidden_size}
             self.vision_config = Qwen2_5_VLVisionConfig(**(defaults | (self.vision_config or {})))
@@ -113,6 +112,11 @@ class CasaConfig(PreTrainedConfig):
             raise ConfigError("image_rope 'grid' needs mrope_section; without M-RoPE use image_rope 'frozen'.")
 
     @property
+    def backbone(self) -> Backbone:
+        """What kind of decoder `text_config` describes."""
+        return backbone_of(self.text_config)
+
+    @property
     def head_dim(self) -> int:
         """Size of one attention head of the backbone."""
         text = self.text_config
@@ -120,13 +124,21 @@ class CasaConfig(PreTrainedConfig):
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether query, key and value projections have a bias (Qwen2 always, Llama by its config)."""
-        return getattr(self.text_config, "attention_bias", True)
+        """Whether query, key and value projections have a bias."""
+        fixed = self.backbone.qkv_bias
+        return self.text_config.attention_bias if fixed is None else fixed
 
     @property
     def output_bias(self) -> bool:
-        """Whether the attention output projection has a bias (Qwen2 never, Llama by its config)."""
-        return getattr(self.text_config, "attention_bias", False)
+        """Whether the attention output projection has a bias."""
+        fixed = self.backbone.output_bias
+        return self.text_config.attention_bias if fixed is None else fixed
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether the projections of the MLPs have a bias."""
+        fixed = self.backbone.mlp_bias
+        return self.text_config.mlp_bias if fixed is None else fixed
 
     @property
     def is_cross_attention(self) -> bool:
@@ -152,18 +164,3 @@ class CasaConfig(PreTrainedConfig):
     def has_sa(self, layer: int) -> bool:
         """Whether decoder layer `layer` has self-attention."""
         return self.ca_placement == "parallel" or not self.has_ca(layer)
-
-
-def _text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-    """Builds the backbone's config from a dict (by its `model_type`) and checks its kind."""
-    if value is None:
-        value = LlamaConfig()
-    if isinstance(value, dict):
-        kinds = {kind.model_type: kind for kind in BACKBONES}
-        kind = kinds.get(value.get("model_type", "llama"))
-        if kind is None:
-            raise ConfigError(f"text_config.model_type is {value['model_type']!r}; expected one of {', '.join(kinds)}.")
-        value = kind(**value)
-    if not isinstance(value, BACKBONES):
-        raise ConfigError(f"text_config is a {type(value).__name__}; expected LlamaConfig or Qwen2Config.")
-    return value

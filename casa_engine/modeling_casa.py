@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
@@ -68,15 +66,15 @@ class CasaDecoderLayer(nn.Module):
 
     def __init__(self, config: CasaConfig, layer: int) -> None:
         super().__init__()
-        text = config.text_config
+        text, backbone = config.text_config, config.backbone
         self.layer, self.fusion = layer, config.fusion
         self.normalize_image_tokens = config.normalize_image_tokens
         self.has_ca, self.has_sa = config.has_ca(layer), config.has_sa(layer)
         self.self_attn = CasaProjections(config) if self.has_sa else None
         self.cross_attn = CasaProjections(config) if self.has_ca and config.ca_weights == "own" else None
-        self.mlp = LlamaMLP(text) if text.model_type == "llama" else Qwen2MLP(text)
-        self.input_layernorm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.mlp = backbone.mlp_class(text)
+        self.input_layernorm = backbone.norm_class(text.hidden_size, eps=text.rms_norm_eps)
+        self.post_attention_layernorm = backbone.norm_class(text.hidden_size, eps=text.rms_norm_eps)
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """(B, T, C) -> (B, T, C). Mutates `inputs.cache`."""
@@ -148,11 +146,11 @@ class CasaTextModel(nn.Module):
 
     def __init__(self, config: CasaConfig) -> None:
         super().__init__()
-        text = config.text_config
+        text, backbone = config.text_config, config.backbone
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(CasaDecoderLayer(config, layer) for layer in range(text.num_hidden_layers))
-        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(text)
+        self.norm = backbone.norm_class(text.hidden_size, eps=text.rms_norm_eps)
+        self.rotary_emb = backbone.rotary_class(text)
 
 
 class CasaPreTrainedModel(PreTrainedModel):

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -91,7 +90,7 @@ class CasaDecoderLayer(nn.Module):
             text.intermediate_size,
             text.hidden_act,
             quant_config=vllm_config.quant_config,
-            bias=getattr(text, "mlp_bias", False),
+            bias=config.mlp_bias,
             prefix=f"{prefix}.mlp",
         )
         self.self_attn = self.cross_attn = None
@@ -115,7 +114,7 @@ class CasaDecoderLayer(nn.Module):
             shared=shared,
             limits=limits,
             rotary_emb=_rotary_embedding(config, vllm_config),
-            inv_freq=LlamaRotaryEmbedding(config.text_config).inv_freq.float(),
+            inv_freq=config.backbone.rotary_class(config.text_config).inv_freq.float(),
             prefix=prefix,
         )
 

@@ -1,0 +1,103 @@
+"""The text decoders that CASA can be built on: everything in which they differ, one entry each.
+
+Eager model, vLLM plugin and export ask this table and never compare names of backbones. To add one, write its entry
+here and a preset (`presets.py`); `docs/checkpoints.md`, "Adding a backbone", lists what follows by itself.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
+
+from casa_engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One kind of text decoder: pre-norm blocks of rotary attention and a gated MLP.
+
+    A bias of None is a choice of the checkpoint: the configuration's own field decides.
+
+    Attributes:
+        config_class: Its configuration; the `model_type` names the backbone in a checkpoint's `text_config`.
+        mlp_class: Built from the configuration.
+        norm_class: Built from a size and `eps`; norms of blocks, the final one and those of queries and keys.
+        rotary_class: Built from the configuration; gives `inv_freq`, the frequencies of half-split rotation.
+        has_qk_norm: Whether each head of queries and keys is normed before it is rotated.
+        qkv_bias: Whether query, key and value projections have a bias; None: as `attention_bias` says.
+        output_bias: Whether the output projection of attention has one; None: as `attention_bias` says.
+        mlp_bias: Whether the MLP's projections have one; None: as `mlp_bias` says.
+    """
+
+    config_class: type[PreTrainedConfig]
+    mlp_class: type[nn.Module]
+    norm_class: type[nn.Module]
+    rotary_class: type[nn.Module]
+    has_qk_norm: bool
+    qkv_bias: bool | None
+    output_bias: bool | None
+    mlp_bias: bool | None
+
+
+BACKBONES = {
+    backbone.config_class.model_type: backbone
+    for backbone in (
+        # Helium-1's kind.
+        Backbone(
+            config_class=LlamaConfig,
+            mlp_class=LlamaMLP,
+            norm_class=LlamaRMSNorm,
+            rotary_class=LlamaRotaryEmbedding,
+            has_qk_norm=False,
+            qkv_bias=None,
+            output_bias=None,
+            mlp_bias=None,
+        ),
+        # Qwen2.5-VL's kind: M-RoPE is not the backbone's but the model's (`CasaConfig.mrope_section`).
+        Backbone(
+            config_class=Qwen2Config,
+            mlp_class=Qwen2MLP,
+            norm_class=Qwen2RMSNorm,
+            rotary_class=Qwen2RotaryEmbedding,
+            has_qk_norm=False,
+            qkv_bias=True,
+            output_bias=False,
+            mlp_bias=False,
+        ),
+    )
+}
+DEFAULT = LlamaConfig.model_type
+
+
+def backbone_of(config: PreTrainedConfig) -> Backbone:
+    """Returns the entry of a text configuration.
+
+    Raises:
+        ConfigError: It is of no kind in the table.
+    """
+    backbone = BACKBONES.get(config.model_type)
+    if backbone is None or not isinstance(config, backbone.config_class):
+        expected = ", ".join(entry.config_class.__name__ for entry in BACKBONES.values())
+        raise ConfigError(f"text_config is a {type(config).__name__}; expected one of {expected}.")
+    return backbone
+
+
+def build_text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    """Returns a backbone's configuration.
+
+    Args:
+        value: The configuration itself, or its fields (by `model_type`, a Llama without one); None for a default one.
+
+    Raises:
+        ConfigError: It is of no kind in the table.
+    """
+    if not isinstance(value, PreTrainedConfig):
+        fields = value or {}
+        kind = fields.get("model_type", DEFAULT)
+        if kind not in BACKBONES:
+            raise ConfigError(f"text_config.model_type is {kind!r}; expected one of {', '.join(BACKBONES)}.")
+        return BACKBONES[kind].config_class(**fields)
+    backbone_of(value)
+    return value
