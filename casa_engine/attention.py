@@ -24,7 +24,10 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
 
 
 class CasaProjections(nn.Module):
-    """Query, key, value and output projections of one attention layer (self-attention's or CA's own)."""
+    """Query, key, value and output projections of one attention layer (self-attention's or CA's own).
+
+    With a backbone that has q/k norms they are part of both: keys of image tokens are normed as those of text are.
+    """
 
     def __init__(self, config: CasaConfig) -> None:
         super().__init__()
@@ -34,14 +37,22 @@ class CasaProjections(nn.Module):
         self.k_proj = nn.Linear(text.hidden_size, text.num_key_value_heads * size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(text.hidden_size, text.num_key_value_heads * size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(text.num_attention_heads * size, text.hidden_size, bias=config.output_bias)
+        self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def query(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, H, T, D)."""
-        return self._heads(self.q_proj(x))
+        return self.q_norm(self._heads(self.q_proj(x)))
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, C) -> two (B, Hkv, T, D)."""
-        return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        return self.k_norm(self._heads(self.k_proj(x))), self._heads(self.v_proj(x))
+
+
+def _head_norm(config: CasaConfig) -> nn.Module:
+    """The norm of each head of queries or keys; the identity where the backbone has none."""
+    if not config.backbone.has_qk_norm:
+        return nn.Identity()
+    return config.backbone.norm_class(config.head_dim, eps=config.text_config.rms_norm_eps)

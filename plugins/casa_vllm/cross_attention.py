@@ -14,7 +14,6 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
@@ -29,6 +28,7 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.rope import rotate
 from casa_vllm.image_cache_spec import ImageCacheSpec, ImageLimits
 from casa_vllm.ops import WindowAttentionMetadata, window_attention, write_pages
+from casa_vllm.projections import AttentionProjections
 
 
 @dataclass
@@ -132,9 +132,7 @@ class CrossAttention(CacheLayer):
     Args:
         config: The model's configuration.
         vllm_config: The engine's configuration.
-        num_heads: H on this rank.
-        num_kv_heads: Hkv on this rank.
-        shared: Self-attention's (qkv_proj, o_proj) with shared weights, else None.
+        shared: Self-attention's projections with shared weights, else None.
         limits: How many images a request may hold.
         rotary_emb: The backbone's rotary embedding for text.
         inv_freq: float32 (D / 2,), the same for image keys.
@@ -145,29 +143,26 @@ class CrossAttention(CacheLayer):
         self,
         config: CasaConfig,
         vllm_config: VllmConfig,
-        num_heads: int,
-        num_kv_heads: int,
-        shared: tuple[nn.Module, nn.Module] | None,
+        shared: AttentionProjections | None,
         limits: ImageLimits,
         rotary_emb: nn.Module,
         inv_freq: torch.Tensor,
         prefix: str,
     ) -> None:
-        super().__init__(vllm_config, prefix, num_kv_heads, config.head_dim)
+        projections = shared or AttentionProjections(config, vllm_config, prefix)
+        super().__init__(vllm_config, prefix, projections.num_kv_heads, config.head_dim)
         self.config, self.limits = config, limits
         self.scale = config.head_dim**-0.5
         self.sees_text, self.is_shared = config.sees_window_text, shared is not None
-        self.sizes = [heads * self.head_size for heads in (num_heads, num_kv_heads, num_kv_heads)]
         if shared is None:
-            qkv_proj, o_proj = own_projections(config, vllm_config, prefix)
-            self.qkv_proj, self.o_proj = qkv_proj, o_proj
-            shared = (qkv_proj, o_proj)
-        # A tuple, so that shared modules are not registered (and loaded) a second time.
-        self._projections = (*shared, rotary_emb)
+            for name, module in projections.named_children():  # the checkpoint has no level between
+                self.add_module(name, module)
+        # A tuple, so that nothing in it is registered (and loaded) a second time.
+        self._projections = (projections, rotary_emb)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.text_cache = None
         if self.sees_text:
-            self.text_cache = TextCache(vllm_config, f"{prefix}.text", num_kv_heads, config.head_dim)
+            self.text_cache = TextCache(vllm_config, f"{prefix}.text", self.num_kv_heads, config.head_dim)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """Pages of images, in a group of their own."""
@@ -178,7 +173,7 @@ class CrossAttention(CacheLayer):
 
         Args:
             x: (T, C) normed hidden states, or with shared weights their (T, (H + 2 Hkv) D)
-                projections before rotation.
+                projections, neither normed nor rotated.
             hidden_size: C.
 
         Returns:
@@ -193,9 +188,9 @@ class CrossAttention(CacheLayer):
         if metadata is None or not (self.sees_text or metadata.windows.has_image):
             output.zero_()
             return
-        qkv_proj, o_proj, rotary_emb = self._projections
+        projections, rotary_emb = self._projections
         windows = metadata.windows
-        query, key, value = (x if self.is_shared else qkv_proj(x)[0]).split(self.sizes, dim=-1)
+        query, key, value = projections.split(x if self.is_shared else projections.qkv_proj(x)[0])
         query = query.contiguous()
         if self.sees_text:
             # Copies: self-attention rotates the same projections in place by other positions.
@@ -218,7 +213,7 @@ class CrossAttention(CacheLayer):
             attended,
             use_triton=HAS_TRITON,
         )
-        result = o_proj(attended.flatten(1))[0]
+        result = projections.o_proj(attended.flatten(1))[0]
         if self.config.output_bias and not self.sees_text:
             # Without an image CA contributes exactly zero, not the projection's bias.
             tokens = torch.arange(len(x), dtype=torch.int32, device=x.device)
@@ -243,7 +238,8 @@ class CrossAttention(CacheLayer):
         Mutates:
             The image cache.
         """
-        _, key, value = self._projections[0](images)[0].split(self.sizes, dim=-1)
+        projections, _ = self._projections
+        _, key, value = projections.split(projections.qkv_proj(images)[0])
         key, value = self._heads(key), self._heads(value)
         if rope is not None:
             key = rotate(key, rope[0][:, None], rope[1][:, None])
@@ -251,35 +247,6 @@ class CrossAttention(CacheLayer):
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_size))
-
-
-def own_projections(
-    config: CasaConfig, vllm_config: VllmConfig, prefix: str
-) -> tuple[QKVParallelLinear, RowParallelLinear]:
-    """Query/key/value and output projection of one attention layer (self-attention's or CA's).
-
-    The output is summed over ranks by the caller, once for both attentions; a bias has to be
-    added before that and forbids it.
-    """
-    text, quant_config = config.text_config, vllm_config.quant_config
-    qkv_proj = QKVParallelLinear(
-        text.hidden_size,
-        config.head_dim,
-        text.num_attention_heads,
-        text.num_key_value_heads,
-        bias=config.qkv_bias,
-        quant_config=quant_config,
-        prefix=f"{prefix}.qkv_proj",
-    )
-    o_proj = RowParallelLinear(
-        text.num_attention_heads * config.head_dim,
-        text.hidden_size,
-        bias=config.output_bias,
-        reduce_results=config.output_bias,
-        quant_config=quant_config,
-        prefix=f"{prefix}.o_proj",
-    )
-    return qkv_proj, o_proj
 
 
 def _casa_cross_attention(x: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:

@@ -41,21 +41,19 @@ from casa_engine.rope import (
     image_token_counts,
     insertion_positions,
 )
-from casa_vllm.cross_attention import CrossAttention, own_projections
+from casa_vllm.cross_attention import CrossAttention
 from casa_vllm.image_cache_spec import ImageLimits
 from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
+from casa_vllm.projections import AttentionProjections
 from casa_vllm.vision import vision_encoder
 from casa_vllm.weights import load_stacked, load_strictly
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(AttentionProjections):
     """Self-attention over the text stream, before the sum over ranks."""
 
     def __init__(self, config: CasaConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        self.qkv_proj, self.o_proj = own_projections(config, vllm_config, prefix)
-        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        self.sizes = [heads * config.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        super().__init__(config, vllm_config, prefix)
         self.rotary_emb = _rotary_embedding(config, vllm_config)
         self.attn = Attention(
             self.num_heads,
@@ -69,7 +67,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """(T, (H + 2 Hkv) D) projections -> (T, C)."""
-        query, key, value = qkv.split(self.sizes, dim=-1)
+        query, key, value = self.split(qkv)
         query, key = self.rotary_emb(positions, query, key)
         return self.o_proj(self.attn(query, key, value))[0]
 
@@ -102,16 +100,10 @@ class CasaDecoderLayer(nn.Module):
     def _cross_attention(
         self, config: CasaConfig, vllm_config: VllmConfig, limits: ImageLimits, prefix: str
     ) -> CrossAttention:
-        shared = None
-        if config.ca_weights == "shared":
-            shared = (self.self_attn.qkv_proj, self.self_attn.o_proj)
-        tp_size = get_tensor_model_parallel_world_size()
         return CrossAttention(
             config,
             vllm_config,
-            num_heads=config.text_config.num_attention_heads // tp_size,
-            num_kv_heads=max(config.text_config.num_key_value_heads // tp_size, 1),
-            shared=shared,
+            shared=self.self_attn if config.ca_weights == "shared" else None,
             limits=limits,
             rotary_emb=_rotary_embedding(config, vllm_config),
             inv_freq=config.backbone.rotary_class(config.text_config).inv_freq.float(),
