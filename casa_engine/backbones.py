@@ -7,9 +7,10 @@ here and a preset (`presets.py`); `docs/checkpoints.md`, "Adding a backbone", li
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from casa_engine.errors import ConfigError
 
@@ -64,6 +65,18 @@ BACKBONES = {
             has_qk_norm=False,
             qkv_bias=True,
             output_bias=False,
+            mlp_bias=False,
+        ),
+        # The dense text decoders of Qwen3. No CASA model on one is published: that its norms of queries and keys are
+        # part of CA's attention as well is decided here.
+        Backbone(
+            config_class=Qwen3Config,
+            mlp_class=Qwen3MLP,
+            norm_class=Qwen3RMSNorm,
+            rotary_class=Qwen3RotaryEmbedding,
+            has_qk_norm=True,
+            qkv_bias=None,
+            output_bias=None,
             mlp_bias=False,
         ),
     )

@@ -7,7 +7,7 @@ is chosen here and marked as such; a real checkpoint's own config always wins.
 from collections.abc import Callable
 from typing import Any
 
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import ConfigError
@@ -105,6 +105,12 @@ def _tiny_qwen(**fields: Any) -> CasaConfig:
     )
 
 
+def _tiny_qwen3(**fields: Any) -> CasaConfig:
+    # As in the real ones the heads together are wider than the hidden states.
+    text = Qwen3Config(**TINY_TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32})
+    return CasaConfig(text_config=text, vision_config=dict(TINY_VISION), **(TINY_IDS | fields))
+
+
 # Which published checkpoints are `ca` and which `ca_tv` is not stated; the paper's main model is `ca`.
 PRESETS: dict[str, tuple[Callable[..., CasaConfig], dict[str, Any]]] = {
     "CASA-Helium1-VL-2B": (_helium, {"fusion": "ca"}),
@@ -115,6 +121,7 @@ PRESETS: dict[str, tuple[Callable[..., CasaConfig], dict[str, Any]]] = {
     "CASA-Qwen2_5-VL-3B-LiveCC": (_qwen, {"fusion": "ca_tv"}),
     "tiny-llama": (_tiny_llama, {}),
     "tiny-qwen": (_tiny_qwen, {}),
+    "tiny-qwen3": (_tiny_qwen3, {}),
 }
 
 

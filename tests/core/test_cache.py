@@ -5,11 +5,12 @@ import torch
 
 from casa_engine.cache import CasaCache
 from casa_engine.image_inputs import padded_points
+from tiny_presets import TINY_PRESETS
 
 IDS = torch.randint(3, 300, (1, 14), generator=torch.Generator().manual_seed(3))
 MODELS = [
     (preset, fields)
-    for preset in ("tiny-llama", "tiny-qwen")
+    for preset in TINY_PRESETS
     for fields in (
         {"fusion": "ca"},
         {"fusion": "ca_tv"},
@@ -92,7 +93,7 @@ def test_row_of_a_batch_equals_the_row_alone(tiny, images, preset: str, fields: 
         torch.testing.assert_close(step[row], feed(model, alone, torch.tensor([[42]]))[0], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("preset", ["tiny-llama", "tiny-qwen"])
+@pytest.mark.parametrize("preset", TINY_PRESETS)
 def test_insertion_piece_by_piece(tiny, images, preset: str) -> None:
     model = tiny(preset, fusion="insertion")
     image = model.config.image_token_id

@@ -19,6 +19,7 @@ from casa_engine.errors import CheckpointError
 from casa_engine.presets import preset_config
 from casa_engine.processing_casa import CasaProcessor
 from killing import ended_at
+from tiny_presets import TINY_PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,17 @@ def edit(folder, change) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_round_trip(good) -> None:
-    model = load_model(good)
-    stored = load_file(good / "model.safetensors")
-    for name, tensor in model.state_dict().items():
+@pytest.mark.parametrize("weights", ["own", "shared"])
+@pytest.mark.parametrize("preset", TINY_PRESETS)
+def test_round_trip(tmp_path, preset: str, weights: str) -> None:
+    config = preset_config(preset, ca_weights=weights)
+    write_random_checkpoint(config, tmp_path / "model")
+    loaded = load_model(tmp_path / "model").state_dict()
+    if config.tie_word_embeddings:
+        assert torch.equal(loaded.pop("lm_head.weight"), loaded["model.language_model.embed_tokens.weight"])
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert loaded.keys() == stored.keys()
+    for name, tensor in loaded.items():
         assert torch.equal(tensor, stored[name])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2Config
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import ConfigError
@@ -40,6 +40,7 @@ def test_layers() -> None:
         ({"mrope_section": None}, "image_rope 'grid' needs mrope_section"),
         ({"vision_config": {"out_hidden_size": 32}}, "expected the backbone's hidden_size, 64"),
         ({"text_config": {"model_type": "gpt2"}}, "expected one of llama, qwen2"),
+        ({"text_config": GPT2Config()}, "text_config is a GPT2Config; expected one of LlamaConfig, Qwen2Config"),
     ],
 )
 def test_contradictions_are_refused(fields: dict, words: str) -> None:

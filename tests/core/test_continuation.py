@@ -11,6 +11,7 @@ from casa_engine.errors import InputError
 from casa_engine.presets import preset_config
 from chats import picture, prepare, user
 from snapshots import snapshot
+from tiny_presets import TINY_PRESETS
 
 POINTS = "insertion_points"
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -25,7 +26,7 @@ LATER = [
     [user(picture(28, 56), "?")],
     [user("Thanks for all that you said about them")],
 ]
-PRESETS = [(preset, fusion) for preset in ("tiny-llama", "tiny-qwen") for fusion in ("ca", "ca_tv", "insertion")]
+PRESETS = [(preset, fusion) for preset in TINY_PRESETS for fusion in ("ca", "ca_tv", "insertion")]
 
 
 @pytest.fixture(scope="module", params=PRESETS, ids="-".join)

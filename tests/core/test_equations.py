@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import equations
+from tiny_presets import TINY_PRESETS
 
 IDS = torch.randint(3, 300, (1, 14), generator=torch.Generator().manual_seed(2))
 POINTS = {
@@ -54,19 +55,19 @@ def run_both(model, ids: torch.Tensor, points: list[int], images) -> float:
 
 @pytest.mark.parametrize("points", POINTS.values(), ids=POINTS)
 @pytest.mark.parametrize("fusion", ["ca", "ca_tv"])
-@pytest.mark.parametrize("preset", ["tiny-llama", "tiny-qwen"])
+@pytest.mark.parametrize("preset", TINY_PRESETS)
 def test_windows(tiny, images, preset: str, fusion: str, points: list[int]) -> None:
     assert run_both(tiny(preset, fusion=fusion), IDS, points, images) < 1e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("fusion", ["ca", "ca_tv"])
-@pytest.mark.parametrize("preset", ["tiny-llama", "tiny-qwen"])
+@pytest.mark.parametrize("preset", TINY_PRESETS)
 def test_variants(tiny, images, preset: str, fusion: str, variant: dict) -> None:
     assert run_both(tiny(preset, fusion=fusion, **variant), IDS, [2, 6, 6, 11], images) < 1e-5
 
 
-@pytest.mark.parametrize("preset", ["tiny-llama", "tiny-qwen"])
+@pytest.mark.parametrize("preset", TINY_PRESETS)
 @pytest.mark.parametrize("points", POINTS.values(), ids=POINTS)
 def test_insertion(tiny, images, preset: str, points: list[int]) -> None:
     model = tiny(preset, fusion="insertion")

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from casa_engine.streaming import CasaStream
+from tiny_presets import TINY_PRESETS
 
 
 @pytest.mark.parametrize("fusion", ["ca", "ca_tv"])
-@pytest.mark.parametrize("preset", ["tiny-llama", "tiny-qwen"])
+@pytest.mark.parametrize("preset", TINY_PRESETS)
 def test_frames_equal_one_growing_prompt(tiny, images, preset: str, fusion: str) -> None:
     model = tiny(preset, fusion=fusion)
     pixels, grids = images

@@ -47,8 +47,12 @@ def attend(query: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray]) 
     return out.reshape(-1)
 
 
-def heads(x: np.ndarray, config) -> np.ndarray:
-    return x.reshape(len(x), -1, config.head_dim)
+def heads(x: np.ndarray, weights: Weights, name: str, part: str, config) -> np.ndarray:
+    """Queries, keys or values (`part` q, k or v): (T, heads, D). Qwen3 norms each head of queries and keys."""
+    projected = linear(x, weights, f"{name}.{part}_proj").reshape(len(x), -1, config.head_dim)
+    if config.text_config.model_type == "qwen3" and part != "v":
+        return rms_norm(projected, weights[f"{name}.{part}_norm.weight"], config.text_config.rms_norm_eps)
+    return projected
 
 
 def mlp(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:
@@ -57,7 +61,7 @@ def mlp(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:
 
 
 def self_attention(h: np.ndarray, weights: Weights, name: str, positions, config) -> np.ndarray:
-    query, key, value = (heads(linear(h, weights, f"{name}.{p}_proj"), config) for p in "qkv")
+    query, key, value = (heads(h, weights, name, part, config) for part in "qkv")
     query = [rotate(query[t], positions[t], config) for t in range(len(h))]
     key = [rotate(key[t], positions[t], config) for t in range(len(h))]
     out = [attend(query[t], key[: t + 1], list(value[: t + 1])) for t in range(len(h))]
@@ -66,7 +70,7 @@ def self_attention(h: np.ndarray, weights: Weights, name: str, positions, config
 
 def cross_attention(h, images, points, grids, weights: Weights, name: str, config) -> np.ndarray:
     """CA and CA_t+v. `images`: (N, C) normed tokens of each image; `points`: its K; `grids`: its (rows, columns)."""
-    query, text_key, text_value = (heads(linear(h, weights, f"{name}.{p}_proj"), config) for p in "qkv")
+    query, text_key, text_value = (heads(h, weights, name, part, config) for part in "qkv")
     turn = config.fusion == "ca_tv"
     out = np.zeros((len(h), config.text_config.hidden_size))
     for t in range(len(h)):
@@ -76,8 +80,8 @@ def cross_attention(h, images, points, grids, weights: Weights, name: str, confi
         for image, k, (rows, columns) in zip(images, points, grids, strict=True):
             if k != latest:
                 continue
-            image_key = heads(linear(image, weights, f"{name}.k_proj"), config)
-            image_value = heads(linear(image, weights, f"{name}.v_proj"), config)
+            image_key = heads(image, weights, name, "k", config)
+            image_value = heads(image, weights, name, "v", config)
             place = k + config.image_position_offset
             for n in range(len(image)):
                 row, column = divmod(n, columns)

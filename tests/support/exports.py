@@ -11,7 +11,7 @@ from casa_export.exporter import export_checkpoint
 
 # Small limits, so that tests can exceed them and engines build fast.
 LIMITS = {"batch": 3, "text_tokens": 160, "call_tokens": 48, "image_tokens": 64, "call_image_tokens": 128}
-KINDS = [(backbone, fusion) for backbone in ("llama", "qwen") for fusion in ("ca", "ca_tv")]
+KINDS = [("llama", "ca"), ("llama", "ca_tv"), ("qwen", "ca"), ("qwen", "ca_tv"), ("qwen3", "ca_tv")]
 
 
 @functools.cache
@@ -30,6 +30,7 @@ VARIANTS = {
         "fields": {"ca_weights": "shared"},
     },
     ("qwen", "ca_tv"): {"layers": 1, "vision": {"depth": 1, "fullatt_block_indexes": []}, "fields": {}},
+    ("qwen3", "ca_tv"): {"layers": 1, "vision": {"depth": 1, "fullatt_block_indexes": [0]}, "fields": {}},
 }
 
 

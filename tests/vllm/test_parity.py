@@ -33,6 +33,9 @@ MODELS = {
     "qwen-ca": ("tiny-qwen", {"fusion": "ca"}),
     "qwen-ca_tv-grid": ("tiny-qwen", {"fusion": "ca_tv"}),
     "qwen-insertion": ("tiny-qwen", {"fusion": "insertion"}),
+    "qwen3-ca": ("tiny-qwen3", {"fusion": "ca"}),
+    "qwen3-ca_tv": ("tiny-qwen3", {"fusion": "ca_tv"}),
+    "qwen3-ca_tv-shared": ("tiny-qwen3", {"fusion": "ca_tv", "ca_weights": "shared"}),
     "llama-ca-shared": ("tiny-llama", {"fusion": "ca", "ca_weights": "shared"}),
     "qwen-ca_tv-shared-before": (
         "tiny-qwen",

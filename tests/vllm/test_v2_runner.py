@@ -31,6 +31,7 @@ MODELS = [
     pytest.param(("tiny-qwen", "ca_tv"), id="qwen-ca_tv"),
     pytest.param(("tiny-llama", "ca_tv"), id="llama-ca_tv", marks=pytest.mark.slow),
     pytest.param(("tiny-qwen", "ca"), id="qwen-ca", marks=pytest.mark.slow),
+    pytest.param(("tiny-qwen3", "ca_tv"), id="qwen3-ca_tv", marks=pytest.mark.slow),
 ]
 
 in_v2 = pytest.mark.skipif(not IS_V2, reason="runs in the process that test_in_a_process_of_their_own starts")
