@@ -11,6 +11,7 @@ from casa_engine.cache_argument import CACHE_ARGUMENT, take_cache
 from casa_engine.call_inputs import CallInputs, left_padded
 from casa_engine.continuation import find_continuation, select_images, with_points
 from casa_engine.errors import InputError
+from casa_engine.token_ids import list_token_ids
 
 IMAGE_CONTENT = ("pixel_values", "image_embeds", "image_grid_thw")
 IMAGE_ARGUMENTS = (*IMAGE_CONTENT, "insertion_points")
@@ -133,7 +134,4 @@ def _given(arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 def _padding_ids(generation_config: GenerationConfig) -> set[int]:
     """Ids that `generate` writes behind the end of a row: the padding token, or a stop token in its place."""
-    ids: set[int] = set()
-    for value in (generation_config.pad_token_id, generation_config.eos_token_id):
-        ids.update(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
-    return ids
+    return {*list_token_ids(generation_config.pad_token_id), *list_token_ids(generation_config.eos_token_id)}

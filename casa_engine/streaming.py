@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.token_ids import list_token_ids
 
 # Changes logits (1, V) in place or returns new ones, given all ids of the conversation so far.
 LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
@@ -29,8 +30,8 @@ class CasaStream:
 
     def __init__(self, model: CasaForConditionalGeneration, stop_token_ids: Sequence[int] | None = None) -> None:
         self.model = model
-        eos = model.generation_config.eos_token_id if stop_token_ids is None else list(stop_token_ids)
-        self.stop_token_ids = set([eos] if isinstance(eos, int) else eos or [])
+        stop = model.generation_config.eos_token_id if stop_token_ids is None else stop_token_ids
+        self.stop_token_ids = set(list_token_ids(stop))
         self.cache = model.new_cache()
         self.token_ids: list[int] = []
         self._logits: Tensor | None = None

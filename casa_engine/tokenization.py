@@ -11,6 +11,7 @@ from tokenizers.models import BPE
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from casa_engine.configuration import CasaConfig
+from casa_engine.token_ids import list_token_ids
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE, IMAGE_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
@@ -29,9 +30,9 @@ def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:
         config: Gives the vocabulary's size and the ids of end, image and image delimiters.
 
     Returns:
-        A fast tokenizer; `<|im_end|>` has the configured end id (1 where none is configured).
+        A fast tokenizer; `<|im_end|>` has the first configured end id (1 where none is configured).
     """
-    end = config.text_config.eos_token_id if isinstance(config.text_config.eos_token_id, int) else 1
+    end = next(iter(list_token_ids(config.text_config.eos_token_id)), 1)
     special = {TURN_END: end, IMAGE: config.image_token_id}
     for token, ids in ((IMAGE_START, config.pre_image_tokens), (IMAGE_END, config.post_image_tokens)):
         if ids:

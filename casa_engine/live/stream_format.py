@@ -18,6 +18,7 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.errors import CheckpointError, InputError
 from casa_engine.live.settings import LiveSettings
 from casa_engine.processing_casa import CasaProcessor
+from casa_engine.token_ids import list_token_ids
 
 # Stands for an assistant's words where the chat template is asked what follows them.
 ANYTHING = "@@"
@@ -51,7 +52,7 @@ class StreamFormat:
         stop = config.text_config.eos_token_id
         if (Path(folder) / "generation_config.json").is_file():
             stop = GenerationConfig.from_pretrained(folder).eos_token_id
-        return cls(load_processor(folder), config, [stop] if isinstance(stop, int) else list(stop or ()))
+        return cls(load_processor(folder), config, list_token_ids(stop))
 
     def opening(self, settings: LiveSettings) -> list[int]:
         """System prompt, instruction and the beginning of the assistant's turn."""

@@ -26,6 +26,7 @@ from casa_engine.checkpoints import read_config
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
 from casa_engine.rope import image_positions
+from casa_engine.token_ids import list_token_ids
 from casa_export.backend import Backend
 from casa_export.exported_cache import ExportedCache, SeenImage
 from casa_export.graph_spec import cache_names
@@ -171,7 +172,7 @@ class ExportedModel:
         """Yields the new tokens (B, 1) of each step of `generate` as they come."""
         generation = self.generation_config
         end = generation.eos_token_id if eos_token_id is None else eos_token_id
-        end = torch.tensor([end] if isinstance(end, int) else list(end or []), dtype=torch.long)
+        end = torch.tensor(list_token_ids(end), dtype=torch.long)
         pad = generation.pad_token_id if pad_token_id is None else pad_token_id
         inputs = check_inputs(self.config, self.device, input_ids, attention_mask, None, **images)
         self.limits.check_text(int(inputs.real.sum(dim=1).max()) + max_new_tokens)

@@ -17,6 +17,7 @@ from casa_engine.checkpoints import check_tensors, load_model, load_processor, r
 from casa_engine.configuration import CasaConfig
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
+from casa_engine.token_ids import list_token_ids
 from casa_export.errors import ExportError
 from casa_export.export_folder import stage_export
 from casa_export.graph_spec import GraphSpec, TensorSpec, axis_size, graph_specs
@@ -197,7 +198,6 @@ def _largest_image(processor: CasaProcessor) -> int:
 
 
 def _describe(config: CasaConfig, model: CasaForConditionalGeneration, dtype: str) -> dict:
-    end = model.generation_config.eos_token_id
     return {
         "fusion": config.fusion,
         "ca_weights": config.ca_weights,
@@ -205,7 +205,7 @@ def _describe(config: CasaConfig, model: CasaForConditionalGeneration, dtype: st
         "backbone": config.text_config.model_type,
         "dtype": dtype,
         "opset": OPSET,
-        "stop_token_ids": [end] if isinstance(end, int) else list(end or []),
+        "stop_token_ids": list_token_ids(model.generation_config.eos_token_id),
         "image_token_id": config.image_token_id,
     }
 

@@ -18,6 +18,7 @@ from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CheckpointError
 from casa_engine.presets import preset_config
 from casa_engine.processing_casa import CasaProcessor
+from casa_engine.tokenization import byte_tokenizer
 from killing import ended_at
 from tiny_presets import TINY_PRESETS
 
@@ -52,6 +53,13 @@ def test_round_trip(tmp_path, preset: str, weights: str) -> None:
     assert loaded.keys() == stored.keys()
     for name, tensor in loaded.items():
         assert torch.equal(tensor, stored[name])
+
+
+def test_first_of_several_end_ids_ends_a_turn() -> None:
+    """A tokenizer whose end of a turn is none of the stop tokens would never stop."""
+    config = preset_config("tiny-llama")
+    config.text_config.eos_token_id = [300, 1]
+    assert byte_tokenizer(config).eos_token_id == 300
 
 
 NORM = "model.language_model.norm.weight"
