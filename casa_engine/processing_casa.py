@@ -16,6 +16,7 @@ from casa_engine.errors import InputError
 from casa_engine.image_inputs import padded_points
 from casa_engine.image_patches import byte_patches
 from casa_engine.image_preparation import EncodedImage, as_image
+from casa_engine.rope import image_token_counts
 from casa_engine.windows import split_image_markers
 
 MAX_ASPECT_RATIO = 200
@@ -45,6 +46,12 @@ class CasaProcessor(ProcessorMixin):
         self.fusion = fusion
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+
+    @property
+    def max_image_tokens(self) -> int:
+        """Image tokens of the largest image that the image processor makes; larger ones are shrunk to it."""
+        images = self.image_processor
+        return images.size["longest_edge"] // (images.patch_size * images.merge_size) ** 2
 
     @property
     def model_input_names(self) -> list[str]:
@@ -106,7 +113,7 @@ class CasaProcessor(ProcessorMixin):
             self._check_counts_of_prompts(num_markers, [len(_flatten(of_prompt)) for of_prompt in images])
         vision = self.process_images(flat) if flat else {}
         if self.fusion == "insertion":
-            counts = iter(self.num_image_tokens(vision["image_grid_thw"]) if flat else ())
+            counts = iter(image_token_counts(vision["image_grid_thw"], self.image_processor.merge_size) if flat else ())
             prompts = [self._expand(ids, counts) for ids in prompts]
             return BatchFeature(_left_padded(prompts, self._pad_id()) | vision)
         split = [split_image_markers(ids, self.image_token_id) for ids in prompts]
@@ -150,10 +157,6 @@ class CasaProcessor(ProcessorMixin):
                 f"{MAX_ASPECT_RATIO}: crop or pad it."
             )
         return prepared
-
-    def num_image_tokens(self, grids: torch.Tensor) -> list[int]:
-        """Image tokens of each image; `grids` is int64 (I, 3)."""
-        return (torch.as_tensor(grids).prod(dim=-1) // self.image_processor.merge_size**2).tolist()
 
     @staticmethod
     def check_counts(num_markers: int, num_images: int) -> None:

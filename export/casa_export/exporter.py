@@ -87,7 +87,7 @@ def plan_export(source: str | Path, dtype: str = "fp32", limits: dict[str, int |
     check_exportable(config)
     check_tensors(source, config)
     processor = load_processor(source)
-    chosen = default_limits(config, _largest_image(processor), **(limits or {}))
+    chosen = default_limits(config, processor.max_image_tokens, **(limits or {}))
     specs = graph_specs(config, str(DTYPES[dtype]).removeprefix("torch."))
     weight_bytes = sum(map(math.prod, stored_shapes(source).values())) * DTYPES[dtype].itemsize
     return ExportPlan(source, dtype, config, processor, chosen, specs, weight_bytes)
@@ -189,12 +189,6 @@ def _dim(axis: str, dims: dict[str, Dim]) -> Dim:
 def _example(tensor: TensorSpec) -> Tensor:
     shape = [axis_size(axis, TRACE_SIZES) for axis in tensor.axes]
     return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
-
-
-def _largest_image(processor: CasaProcessor) -> int:
-    """Image tokens of the largest image that the processor makes."""
-    images = processor.image_processor
-    return images.size["longest_edge"] // (images.patch_size * images.merge_size) ** 2
 
 
 def _describe(config: CasaConfig, model: CasaForConditionalGeneration, dtype: str) -> dict:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from casa_engine.checkpoints import load_model
 from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.rope import image_token_counts
 from casa_export.errors import ExportError
 from casa_export.exported_model import ExportedModel
 from casa_export.exporter import DTYPES, ExportPlan
@@ -53,7 +54,7 @@ def check_limits(plan: ExportPlan, num_prompts: int) -> None:
     """Raises ExportError if `validate` could not run on an export with these limits."""
     if num_prompts < 0:
         raise ExportError(f"number of prompts to validate with is {num_prompts}; expected a whole number from 0.")
-    tokens = [int(np.prod(grid)) // plan.config.vision_config.spatial_merge_size**2 for grid in PROMPT_GRIDS]
+    tokens = image_token_counts(torch.tensor(PROMPT_GRIDS), plan.config.vision_config.spatial_merge_size)
     answer = NUM_GREEDY_TOKENS if plan.dtype == "fp32" and num_prompts else len(DECODED_TOKENS)
     needed = {
         "text_tokens": PROMPT_TOKENS + answer,
@@ -140,7 +141,7 @@ def greedy(model, ids: Tensor, images: dict[str, Tensor], num_tokens: int = NUM_
 
 
 def _tokens(exported: ExportedModel, grid: tuple[int, ...]) -> int:
-    return int(np.prod(grid)) // exported.config.vision_config.spatial_merge_size**2
+    return image_token_counts(torch.tensor([grid]), exported.config.vision_config.spatial_merge_size)[0]
 
 
 def _images(exported: ExportedModel, grids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

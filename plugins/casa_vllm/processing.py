@@ -36,6 +36,7 @@ from vllm.multimodal.processing import (
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.processing_casa import CasaProcessor
+from casa_engine.rope import image_token_counts
 from casa_engine.windows import split_image_markers
 from casa_vllm import compat
 from casa_vllm.image_cache_spec import ImageLimits
@@ -74,7 +75,7 @@ class CasaProcessingInfo(BaseProcessingInfo):
 
     def get_max_image_tokens(self) -> int:
         """Tokens of the largest image that the image processor lets through."""
-        return self._max_pixels() // self._token_side() ** 2
+        return self.get_hf_processor().max_image_tokens
 
     def get_max_image_size(self) -> tuple[int, int]:
         """(width, height) in pixels of an image with that many tokens."""
@@ -98,9 +99,6 @@ class CasaProcessingInfo(BaseProcessingInfo):
     def _token_side(self) -> int:
         vision = self.get_hf_config().vision_config
         return vision.patch_size * vision.spatial_merge_size
-
-    def _max_pixels(self) -> int:
-        return self.get_hf_processor().image_processor.size["longest_edge"]
 
 
 class CasaDummyInputs(BaseDummyInputsBuilder[CasaProcessingInfo]):
@@ -256,10 +254,10 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
     ) -> Sequence[PromptUpdate]:
         """A marker becomes the image's N tokens; the CA fusions only take N from it."""
         config = self.info.get_hf_config()
-        merge = config.vision_config.spatial_merge_size
 
         def image_tokens(item: int) -> list[int]:
             grid = out_mm_kwargs["image"][item]["image_grid_thw"].data
-            return [config.image_token_id] * (int(grid.prod()) // merge**2)
+            (count,) = image_token_counts(grid[None], config.vision_config.spatial_merge_size)
+            return [config.image_token_id] * count
 
         return [PromptReplacement(modality="image", target=[config.image_token_id], replacement=image_tokens)]
