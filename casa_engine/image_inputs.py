@@ -17,6 +17,7 @@ from torch import Tensor
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
+from casa_engine.padding import pad_rows
 from casa_engine.rope import image_token_counts
 from casa_engine.tensor_checks import check_tensor
 
@@ -52,9 +53,7 @@ class ImageInputs:
 
 def padded_points(rows: Sequence[Sequence[int]]) -> Tensor:
     """int64 (B, M): insertion points of B rows, padded as the model takes them."""
-    longest = max(map(len, rows), default=0)
-    padded = [[*row, *[NO_IMAGE] * (longest - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.long).reshape(len(rows), longest)
+    return torch.from_numpy(pad_rows(rows, NO_IMAGE))
 
 
 def check_images(

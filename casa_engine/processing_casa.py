@@ -7,7 +7,6 @@ For the CA fusions the marker is taken out of the stream and remembered as the i
 
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
@@ -16,6 +15,7 @@ from casa_engine.errors import InputError
 from casa_engine.image_inputs import padded_points
 from casa_engine.image_patches import byte_patches
 from casa_engine.image_preparation import EncodedImage, as_image
+from casa_engine.padding import pad_rows
 from casa_engine.rope import image_token_counts
 from casa_engine.windows import split_image_markers
 
@@ -211,10 +211,5 @@ def _flatten(images: Any) -> list[Any]:
 
 
 def _left_padded(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    longest = max(map(len, rows), default=0)
-    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = row
-        mask[index, longest - len(row) :] = 1
+    ids, mask = pad_rows(rows, pad_id, left=True), pad_rows([[1] * len(row) for row in rows], 0, left=True)
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}

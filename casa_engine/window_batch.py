@@ -13,6 +13,7 @@ from torch import Tensor
 from casa_engine.cache import CasaCache
 from casa_engine.call_inputs import CallInputs
 from casa_engine.configuration import CasaConfig
+from casa_engine.padding import pad_rows
 from casa_engine.rope import image_positions
 from casa_engine.windows import check_insertion_points, last_window, plan_windows
 
@@ -43,11 +44,7 @@ class WindowBatch:
 
 
 def _pad(rows: list[np.ndarray], fill: int, device: torch.device) -> Tensor:
-    """Stacks int rows of unequal length into one (B, longest) tensor."""
-    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
-    for index, row in enumerate(rows):
-        out[index, : len(row)] = row
-    return torch.from_numpy(out).to(device)
+    return torch.from_numpy(pad_rows(rows, fill)).to(device)
 
 
 def build_window_batch(

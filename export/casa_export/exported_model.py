@@ -25,6 +25,7 @@ from casa_engine.call_inputs import CallInputs, check_inputs, check_logits_to_ke
 from casa_engine.checkpoints import read_config
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
+from casa_engine.padding import pad_rows
 from casa_engine.rope import image_positions
 from casa_engine.token_ids import list_token_ids
 from casa_export.backend import Backend
@@ -293,7 +294,7 @@ class ExportedModel:
             "input_ids": np.ascontiguousarray(ids),
             "positions": np.ascontiguousarray(positions),
             "window_starts": np.stack([plan.starts for plan in plans]),
-            "image_starts": _padded([_starts_of(images) for images in seen]),
+            "image_starts": pad_rows([_starts_of(images) for images in seen], PADDING),
             "past_positions": cache.positions,
             "logits_indices": keep if len(keep) else np.zeros(1, dtype=np.int64),
         }
@@ -361,10 +362,3 @@ def _in_piece(columns: list[int], piece: slice, num_tokens: int) -> slice:
 def _starts_of(images: list[SeenImage]) -> np.ndarray:
     """int64 (N,): for each image token the start of its window, which is its image's insertion point."""
     return np.concatenate([np.full(len(i.embeds), i.point, dtype=np.int64) for i in images] or [np.zeros(0, np.int64)])
-
-
-def _padded(rows: list[np.ndarray]) -> np.ndarray:
-    out = np.full((len(rows), max(map(len, rows))), PADDING, dtype=np.int64)
-    for index, row in enumerate(rows):
-        out[index, : len(row)] = row
-    return out
