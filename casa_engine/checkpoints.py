@@ -16,6 +16,7 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.errors import CheckpointError
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
+from casa_engine.strict_weights import check_shapes, model_shapes
 from casa_engine.tokenization import byte_tokenizer, chat_template
 from casa_engine.weight_files import share_files, stored_shapes
 
@@ -46,25 +47,7 @@ def check_tensors(folder: str | Path, config: CasaConfig) -> None:
     Raises:
         CheckpointError: Tensors are missing, extra or of another shape; the message names them.
     """
-    with torch.device("meta"):
-        model = CasaForConditionalGeneration(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    stored = stored_shapes(folder)
-    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - stored.keys())]
-    problems += [f"unexpected {name} {stored[name]}" for name in sorted(stored.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {stored[name]}, expected {expected[name]}"
-        for name in sorted(expected.keys() & stored.keys())
-        if stored[name] != expected[name]
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(
-            f"{folder} does not hold the model of its config.json: {shown}. "
-            "Check that config and weights belong together."
-        )
+    check_shapes(str(folder), model_shapes(config), stored_shapes(folder))
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> CasaForConditionalGeneration:

@@ -7,8 +7,8 @@ from torch import nn
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from casa_engine.configuration import CasaConfig
-from casa_engine.errors import CheckpointError
-from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.strict_weights import check_shapes, model_shapes
+from casa_engine.weight_files import Shapes
 
 STACKED = WeightsMapper(
     orig_to_new_stacked={
@@ -19,7 +19,6 @@ STACKED = WeightsMapper(
         "mlp.up_proj.": ("mlp.gate_up_proj.", 1),
     }
 )
-SHOWN = 5
 
 
 def load_stacked(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -41,40 +40,18 @@ def load_strictly(model: nn.Module, config: CasaConfig, weights: Iterable[tuple[
     Raises:
         CheckpointError: Tensors are missing, unknown or misshapen; the message names them.
     """
-    with torch.device("meta"):
-        expected = {
-            name: tuple(tensor.shape) for name, tensor in CasaForConditionalGeneration(config).state_dict().items()
-        }
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    problems: list[str] = []
-    seen: set[str] = set()
-    checked = _checked(weights, expected, seen, problems)
-    loaded = AutoWeightsLoader(model).load_weights(checked)
-    problems += [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - seen)]
-    if problems:
-        shown = "; ".join(problems[:SHOWN])
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise CheckpointError(
-            f"the checkpoint does not hold the model of its config.json: {shown}{more}. "
-            "Check that config and weights belong together."
-        )
+    expected = model_shapes(config)
+    found: Shapes = {}
+    loaded = AutoWeightsLoader(model).load_weights(_matching(weights, expected, found))
+    check_shapes("the checkpoint", expected, found)
     return loaded
 
 
-def _checked(
-    weights: Iterable[tuple[str, torch.Tensor]],
-    expected: dict[str, tuple[int, ...]],
-    seen: set[str],
-    problems: list[str],
+def _matching(
+    weights: Iterable[tuple[str, torch.Tensor]], expected: Shapes, found: Shapes
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Passes on the right tensors. Mutates `seen` and `problems`."""
+    """Passes on the right tensors, and notes all of them. Mutates `found`."""
     for name, tensor in weights:
-        shape = tuple(tensor.shape)
-        seen.add(name)
-        if name not in expected:
-            problems.append(f"unexpected {name} {shape}")
-        elif shape != expected[name]:
-            problems.append(f"{name} has shape {shape}, expected {expected[name]}")
-        else:
+        found[name] = tuple(tensor.shape)
+        if found[name] == expected.get(name):
             yield name, tensor
