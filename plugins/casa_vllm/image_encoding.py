@@ -6,6 +6,7 @@ Knows no runner. Keys and values are computed and written eagerly, before the st
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
@@ -17,12 +18,16 @@ class ImageToEncode:
     Attributes:
         data: The image's processed inputs (vLLM's `MultiModalKwargsItem`).
         num_tokens: N.
-        pages: For each image group, the image's cache pages in order.
+        pages: For each image group, int (pages,): the image's cache pages in order.
     """
 
     data: Any
     num_tokens: int
-    pages: list[list[int]]
+    pages: list[np.ndarray]
+
+    def slots(self, group: int, block_size: int) -> torch.Tensor:
+        """Its cache slots in an image group; see `image_slots`."""
+        return image_slots(torch.from_numpy(self.pages[group]), block_size, self.num_tokens)
 
 
 def encode_images(
@@ -51,7 +56,7 @@ def encode_images(
         start += num_items
         encoded = torch.cat(list(model.embed_multimodal(**inputs)))
         slots = [
-            torch.cat([_slots(image, group, size) for image in batch]).to(device)
+            torch.cat([image.slots(group, size) for image in batch]).to(device)
             for group, size in enumerate(block_sizes)
         ]
         model.write_images(
@@ -61,8 +66,16 @@ def encode_images(
         )
 
 
-def _slots(image: ImageToEncode, group: int, block_size: int) -> torch.Tensor:
-    """(N,) int64 cache slots of the image's tokens; an image starts at a page's beginning."""
-    pages = torch.tensor(image.pages[group], dtype=torch.int64)
-    slots = pages[:, None] * block_size + torch.arange(block_size)
-    return slots.flatten()[: image.num_tokens]
+def image_slots(pages: torch.Tensor, block_size: int, num_tokens: int) -> torch.Tensor:
+    """Cache slots of an image's tokens; an image starts at a page's beginning.
+
+    Args:
+        pages: int (pages of the image,), in order.
+        block_size: Image tokens of a page.
+        num_tokens: N.
+
+    Returns:
+        (N,) int64, on the device of the pages.
+    """
+    slots = pages.long()[:, None] * block_size + torch.arange(block_size, device=pages.device)
+    return slots.flatten()[:num_tokens]

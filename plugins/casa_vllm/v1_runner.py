@@ -63,8 +63,7 @@ class CasaCPUModelRunner(CPUModelRunner):
             for index in indexes:
                 feature = self.requests[request_id].mm_features[index]
                 pages = [
-                    row[windows.pages_of(request_id, index)].tolist()
-                    for row, windows in zip(rows, self.windows, strict=True)
+                    row[windows.pages_of(request_id, index)] for row, windows in zip(rows, self.windows, strict=True)
                 ]
                 images.append(ImageToEncode(feature.data, feature.mm_position.get_num_embeds(), pages))
         if images:

@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
 from casa_vllm.image_cache_spec import register_image_cache
+from casa_vllm.image_encoding import image_slots
 from casa_vllm.ops import WindowAttentionMetadata
 from casa_vllm.v2_caption_sampler import CaptionSampler
 from casa_vllm.window_table import SegmentPlan, WindowTable
@@ -280,15 +281,14 @@ class CasaModelState(DefaultModelState):
         """
         features = [self.encoder_cache.mm_features[request_id][image] for _, request_id, image in scheduled]
         images = self.encoder_runner.execute_mm_encoder([(feature.modality, feature.data) for feature in features])
-        offsets = torch.arange(self._block_size, device=self.device)
         slots_by_table: dict[int, torch.Tensor] = {}
         for table in self._image_block_tables.values():
             if table.data_ptr() in slots_by_table:
                 continue
             slots = []
             for (row, request_id, image), tokens in zip(scheduled, images, strict=True):
-                pages = table[row, self._table.pages_of(request_id, image)].long()
-                slots.append((pages[:, None] * self._block_size + offsets).flatten()[: len(tokens)])
+                pages = table[row, self._table.pages_of(request_id, image)]
+                slots.append(image_slots(pages, self._block_size, len(tokens)))
             slots_by_table[table.data_ptr()] = torch.cat(slots)
         self.model.write_images(
             torch.cat(list(images)),
