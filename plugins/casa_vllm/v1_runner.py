@@ -16,7 +16,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
 from casa_vllm.image_cache_spec import ImageCacheSpec
 from casa_vllm.image_encoding import ImageToEncode, encode_images
-from casa_vllm.window_table import SegmentPlan, WindowTable, attention_metadata
+from casa_vllm.segment_tensors import SegmentTensors
+from casa_vllm.window_table import SegmentPlan, WindowTable
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -102,14 +103,16 @@ class CasaCPUModelRunner(CPUModelRunner):
     def _casa_metadata(
         self, plan: SegmentPlan, image_group: int, text: CommonAttentionMetadata | None
     ) -> CasaAttentionMetadata:
-        windows = attention_metadata(
-            plan,
-            self._image_tables()[image_group],
-            None if text is None else text.block_table_tensor,
-            None if text is None else text.slot_mapping,
+        step = SegmentTensors.from_plan(plan, plan.num_tokens, self.device)
+        return step.attention_metadata(
+            torch.from_numpy(plan.query_start_loc),
+            step.image_blocks(torch.from_numpy(self._image_tables()[image_group])),
+            text,
+            max_query_len=plan.max_query_len,
+            max_text_len=plan.max_text_len,
+            has_image=plan.has_image,
+            num_tokens=plan.num_tokens,
         )
-        relative = None if text is None else torch.from_numpy(plan.relative_positions)
-        return CasaAttentionMetadata(windows, relative)
 
     def _image_tables(self) -> list[np.ndarray]:
         """Rows of image pages in batch order, for each image group."""

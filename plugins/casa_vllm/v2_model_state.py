@@ -12,11 +12,10 @@ reads is ever allocated anew, and it knows no length as a number.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -28,7 +27,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
 from casa_vllm.image_cache_spec import register_image_cache
 from casa_vllm.image_encoding import image_slots
-from casa_vllm.ops import WindowAttentionMetadata
+from casa_vllm.segment_tensors import SegmentTensors
 from casa_vllm.v2_caption_sampler import CaptionSampler
 from casa_vllm.window_table import SegmentPlan, WindowTable
 
@@ -36,80 +35,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
-
-
-@dataclass
-class SegmentTensors:
-    """A plan's arrays on the device; V segments, T tokens, P pages of the widest segment.
-
-    Attributes:
-        fields: (5, V) int32: rows, first positions, text starts, numbers of pages, first pages.
-        page_lens: (V, P) int32.
-        relative_positions: (T or more,) int64; 0 for padding.
-    """
-
-    fields: torch.Tensor
-    page_lens: torch.Tensor
-    relative_positions: torch.Tensor
-
-    @classmethod
-    def zeros(cls, num_segments: int, num_pages: int, device: torch.device) -> "SegmentTensors":
-        """Segments of one token, without an image, in a window that starts at 0."""
-        return cls(
-            torch.zeros(5, num_segments, dtype=torch.int32, device=device),
-            torch.zeros(num_segments, num_pages, dtype=torch.int32, device=device),
-            torch.zeros(num_segments, dtype=torch.int64, device=device),
-        )
-
-    @classmethod
-    def from_plan(cls, plan: SegmentPlan, num_tokens: int, device: torch.device) -> "SegmentTensors":
-        """Copies without waiting for the device.
-
-        Args:
-            plan: Segments of T tokens.
-            num_tokens: T, or more where the batch is padded for a piecewise graph.
-            device: Where to.
-        """
-        positions = np.zeros(num_tokens, dtype=np.int64)
-        positions[: len(plan.relative_positions)] = plan.relative_positions
-        fields = (
-            plan.rows,
-            plan.first_positions,
-            plan.text_starts,
-            plan.num_pages,
-            plan.first_pages,
-        )
-        return cls(
-            async_tensor_h2d(np.stack(fields).astype(np.int32), device=device),
-            async_tensor_h2d(plan.page_lens, device=device),
-            async_tensor_h2d(positions, device=device),
-        )
-
-    def first(self, num_segments: int) -> "SegmentTensors":
-        """The first V segments of V tokens, as views."""
-        return SegmentTensors(
-            self.fields[:, :num_segments],
-            self.page_lens[:num_segments],
-            self.relative_positions[:num_segments],
-        )
-
-    def overwrite(self, step: "SegmentTensors | None") -> None:
-        """Puts a step's segments in front and empties the rest. Mutates the buffers."""
-        for buffer in (self.fields, self.page_lens, self.relative_positions):
-            buffer.zero_()
-        if step is not None:
-            num_segments, num_pages = step.page_lens.shape
-            self.fields[:, :num_segments].copy_(step.fields)
-            self.page_lens[:num_segments, :num_pages].copy_(step.page_lens)
-            self.relative_positions[:num_segments].copy_(step.relative_positions)
-
-    def image_blocks(self, block_table: torch.Tensor) -> torch.Tensor:
-        """(V, P) int32: each segment's pages, from its request's row of (R, row width) pages."""
-        rows, first_pages = self.fields[0].long(), self.fields[4].long()
-        columns = torch.arange(self.page_lens.shape[1], device=block_table.device)
-        # Columns beyond a segment's pages hold anything; nobody reads them.
-        columns = (first_pages[:, None] + columns).clamp_(max=block_table.shape[1] - 1)
-        return block_table[rows[:, None], columns]
 
 
 class CasaModelState(DefaultModelState):
@@ -231,31 +156,27 @@ class CasaModelState(DefaultModelState):
         text: Any,
         in_graph: bool,
     ) -> CasaAttentionMetadata:
-        if in_graph:
-            # One token a request: the runner's own persistent buffer, padded, says it all.
-            query_start_loc, max_query_len = input_batch.query_start_loc, 1
-            num_tokens, has_image = input_batch.num_tokens_after_padding, True
-        else:
-            query_start_loc = async_tensor_h2d(plan.query_start_loc, device=self.device)
-            max_query_len, num_tokens = plan.max_query_len, int(plan.query_start_loc[-1])
-            has_image = bool(plan.num_pages.any())
         max_text_len = self.max_model_len if plan is None else plan.max_text_len
-        windows = WindowAttentionMetadata(
-            query_start_loc=query_start_loc,
-            first_positions=step.fields[1],
-            image_block_table=image_blocks,
-            image_page_lens=step.page_lens,
-            num_image_pages=step.fields[3],
-            text_starts=step.fields[2],
-            text_rows=step.fields[0],
-            text_block_table=None if text is None else text.block_table_tensor,
-            text_slot_mapping=None if text is None else text.slot_mapping,
-            max_query_len=max_query_len,
-            max_text_len=0 if text is None else max_text_len,
-            has_image=has_image,
-            num_tokens=num_tokens,
+        if in_graph:
+            # One token a request: the runner's own persistent buffer, padded, has it all.
+            return step.attention_metadata(
+                input_batch.query_start_loc,
+                image_blocks,
+                text,
+                max_query_len=1,
+                max_text_len=max_text_len,
+                has_image=True,
+                num_tokens=input_batch.num_tokens_after_padding,
+            )
+        return step.attention_metadata(
+            async_tensor_h2d(plan.query_start_loc, device=self.device),
+            image_blocks,
+            text,
+            max_query_len=plan.max_query_len,
+            max_text_len=max_text_len,
+            has_image=plan.has_image,
+            num_tokens=plan.num_tokens,
         )
-        return CasaAttentionMetadata(windows, None if text is None else step.relative_positions)
 
     def prepare_inputs_embeds(
         self,

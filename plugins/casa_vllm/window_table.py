@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from casa_engine.windows import plan_windows
 from casa_vllm.images import RequestImages
-from casa_vllm.ops import WindowAttentionMetadata
 
 # Distance between two requests on the long stream; beyond any text position.
 STRIDE = 1 << 40
@@ -79,16 +77,15 @@ class SegmentPlan:
     max_query_len: int
     max_text_len: int
 
-    def image_blocks(self, block_table: np.ndarray) -> np.ndarray:
-        """(V, P) int32: image pages of each segment.
+    @property
+    def has_image(self) -> bool:
+        """Whether any segment sees an image."""
+        return bool(self.num_pages.any())
 
-        Args:
-            block_table: (R, row width) int32, rows of image pages in batch order.
-        """
-        columns = np.arange(self.page_lens.shape[1])
-        used = columns < self.num_pages[:, None]
-        pages = np.where(used, self.first_pages[:, None] + columns, 0)
-        return np.where(used, block_table[self.rows[:, None], pages], 0).astype(np.int32)
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.relative_positions)
 
 
 class WindowTable:
@@ -175,34 +172,3 @@ class WindowTable:
         )
         self._batch = (list(request_ids), arrays)
         return arrays
-
-
-def attention_metadata(
-    plan: SegmentPlan,
-    image_block_table: np.ndarray,
-    text_block_table: torch.Tensor | None,
-    text_slot_mapping: torch.Tensor | None,
-) -> WindowAttentionMetadata:
-    """The plan as CPU tensors.
-
-    Args:
-        plan: Segments of the step.
-        image_block_table: (R, row width) int32.
-        text_block_table: (R, text pages) int32; None for `ca`.
-        text_slot_mapping: (T or more,) int64; None for `ca`.
-    """
-    return WindowAttentionMetadata(
-        query_start_loc=torch.from_numpy(plan.query_start_loc),
-        first_positions=torch.from_numpy(plan.first_positions),
-        image_block_table=torch.from_numpy(plan.image_blocks(image_block_table)),
-        image_page_lens=torch.from_numpy(plan.page_lens),
-        num_image_pages=torch.from_numpy(plan.num_pages.astype(np.int32)),
-        text_starts=torch.from_numpy(plan.text_starts),
-        text_rows=torch.from_numpy(plan.rows),
-        text_block_table=text_block_table,
-        text_slot_mapping=text_slot_mapping,
-        max_query_len=plan.max_query_len,
-        max_text_len=plan.max_text_len if text_block_table is not None else 0,
-        has_image=bool(plan.num_pages.any()),
-        num_tokens=int(plan.query_start_loc[-1]),
-    )
