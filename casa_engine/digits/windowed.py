@@ -2,14 +2,16 @@
 
 The eager reference masks one large attention over all images of a row. In a stream of a hundred frames nearly all of
 that is masked away, and on a CPU it is most of a step. Here each window is a row of a small batch, of its own few
-tokens and its one image:
+tokens and its images:
 
     rows of text      a a|b b b|c c     d d d|e e           | = an image before this token
     rows of windows   a a .   b b b   c c .   d d d   e e . , the last four with an image's tokens before them
 
-An image shown often is projected once. A test holds the result to that of `CasaForConditionalGeneration`.
+`casa_engine.windows` decides which tokens and images a window has. An image shown often is projected once. A test holds
+the result to that of `CasaForConditionalGeneration`.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +22,24 @@ from torch.nn import functional
 from casa_engine.digits.conversations import IGNORED, Conversation
 from casa_engine.digits.frames import FramePool
 from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.padding import pad_rows
 from casa_engine.rope import axes_rotary_tables, image_positions, rotary_tables, rotate
+from casa_engine.windows import plan_windows
 
 WINDOW_LENGTHS = (4, 8, 16, 32, 64, 4096)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of a row.
+
+    Attributes:
+        tokens: int64 (L,), index of each of its tokens in the flattened (B * T) text.
+        images: int64 (N,), index of each token of its images among the image tokens.
+    """
+
+    tokens: np.ndarray
+    images: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -66,29 +83,31 @@ def build_batch(
     model: CasaForConditionalGeneration, conversations: list[Conversation], pool: FramePool
 ) -> TrainingBatch:
     """Puts conversations and their encoded images together."""
-    longest = max(len(talk.ids) for talk in conversations)
-    input_ids = np.full((len(conversations), longest), model.config.text_config.pad_token_id)
-    labels = np.full_like(input_ids, IGNORED)
+    input_ids = pad_rows([talk.ids for talk in conversations], model.config.text_config.pad_token_id)
+    labels = pad_rows([talk.labels for talk in conversations], IGNORED)
     relative = np.zeros_like(input_ids)
     distinct = sorted({image for talk in conversations for image in talk.images})
-    sizes = [len(pool.tokens[image]) for image in distinct]
-    first = dict(zip(distinct, np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
-    windows: list[tuple[int, int, int, int]] = []  # first token, number of tokens, first image token, number of those
+    ends = np.cumsum([len(pool.tokens[image]) for image in distinct]).tolist()
+    image_tokens = {
+        image: np.arange(end - len(pool.tokens[image]), end) for image, end in zip(distinct, ends, strict=True)
+    }
+    windows: list[Window] = []
     for row, talk in enumerate(conversations):
-        input_ids[row, : len(talk.ids)], labels[row, : len(talk.ids)] = talk.ids, talk.labels
-        starts = [0, *talk.points]
-        spans = [(0, 0), *((first[image], len(pool.tokens[image])) for image in talk.images)]
-        for start, end, (image, size) in zip(starts, [*talk.points, len(talk.ids)], spans, strict=True):
-            relative[row, start:end] = np.arange(end - start)
-            windows.append((row * longest + start, end - start, image, size))
-    positions = [_positions(model, pool, image) for image in distinct]
+        positions = np.arange(len(talk.ids))
+        plan = plan_windows(positions, np.array(talk.points))
+        relative[row, : len(positions)] = positions - plan.starts
+        for start, end in itertools.pairwise([*np.flatnonzero(np.diff(plan.starts, prepend=-1)), len(positions)]):
+            shown = [image_tokens[image] for image in talk.images[plan.first_images[start] : plan.end_images[start]]]
+            tokens = row * input_ids.shape[1] + positions[start:end]
+            windows.append(Window(tokens, np.concatenate(shown or [tokens[:0]])))
+    image_rope = [_positions(model, pool, image) for image in distinct]
     return TrainingBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
         torch.from_numpy(relative),
         torch.cat([pool.tokens[image] for image in distinct] or [torch.zeros(0, model.config.text_config.hidden_size)]),
-        torch.cat(positions or [torch.zeros(3, 0, dtype=torch.long)], dim=1),
-        _group(np.array([window for window in windows if window[1]])),
+        torch.cat(image_rope or [torch.zeros(3, 0, dtype=torch.long)], dim=1),
+        _group(windows),
     )
 
 
@@ -97,22 +116,22 @@ def _positions(model: CasaForConditionalGeneration, pool: FramePool, image: int)
     return image_positions(torch.tensor([1, grid.rows * merge, grid.columns * merge]), model.config)
 
 
-def _group(windows: np.ndarray) -> list[WindowGroup]:
-    """Splits (W, 4) windows by length and lays out each group."""
+def _group(windows: list[Window]) -> list[WindowGroup]:
+    """Splits windows by length and lays out each group."""
     groups, shortest = [], 0
     for length in WINDOW_LENGTHS:
-        chosen = windows[(windows[:, 1] > shortest) & (windows[:, 1] <= length)]
+        chosen = [window for window in windows if shortest < len(window.tokens) <= length]
         shortest = length
-        if not len(chosen):
+        if not chosen:
             continue
-        token, image = np.arange(chosen[:, 1].max()), np.arange(chosen[:, 3].max())
-        real, shown = token < chosen[:, 1:2], image < chosen[:, 3:4]
-        causal = np.broadcast_to(token[:, None] >= token, (len(chosen), len(token), len(token)))
-        sees = np.concatenate([np.broadcast_to(shown[:, None], (*real.shape, len(image))), causal], axis=2)
+        tokens, images = pad_rows([each.tokens for each in chosen], -1), pad_rows([each.images for each in chosen], -1)
+        real, shown = tokens >= 0, images >= 0
+        causal = np.broadcast_to(np.tri(tokens.shape[1], dtype=bool), (*tokens.shape, tokens.shape[1]))
+        sees = np.concatenate([np.broadcast_to(shown[:, None], (*real.shape, images.shape[1])), causal], axis=2)
         groups.append(
             WindowGroup(
-                torch.from_numpy(np.where(real, chosen[:, :1] + token, 0)),
-                torch.from_numpy(np.where(shown, chosen[:, 2:3] + image, 0)),
+                torch.from_numpy(tokens.clip(min=0)),
+                torch.from_numpy(images.clip(min=0)),
                 torch.from_numpy(np.where(sees, 0.0, -np.inf).astype(np.float32))[:, None],
                 torch.from_numpy(real),
             )

@@ -45,6 +45,18 @@ def test_training_and_eager_losses_agree(parts, kind):
     torch.testing.assert_close(loss_of(model, batch), eager_loss(model, talks, pool, batch), rtol=1e-5, atol=1e-5)
 
 
+def test_adjacent_images_share_a_window(parts):
+    """At the start, inside and at the end of a row, the same image twice too."""
+    model, pool, writer = parts
+    talks = [writer.chat(pool) for _ in range(3)]
+    end = len(talks[2].ids)
+    shown = [([0, 0], [3, 3]), ([2, 5, 5, 5], [1, 7, 2, 7]), ([4, end, end], [5, 6, 5])]
+    for talk, (points, images) in zip(talks, shown, strict=True):
+        talk.points, talk.images = points, images
+    batch = build_batch(model, talks, pool)
+    torch.testing.assert_close(loss_of(model, batch), eager_loss(model, talks, pool, batch), rtol=1e-5, atol=1e-5)
+
+
 def test_rows_without_images(parts):
     model, pool, writer = parts
     talks = [talk for talk in (writer.stream(pool, 40) for _ in range(50)) if not talk.images] or [writer._begin()]
