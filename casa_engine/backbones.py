@@ -82,6 +82,8 @@ BACKBONES = {
     )
 }
 DEFAULT = LlamaConfig.model_type
+# Angles that are a position times a frequency. Other types scale attention besides, or change with the text's length.
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def backbone_of(config: PreTrainedConfig) -> Backbone:
@@ -90,7 +92,7 @@ def backbone_of(config: PreTrainedConfig) -> Backbone:
     Raises:
         ConfigError: It is of no kind in the table.
     """
-    backbone = BACKBONES.get(config.model_type)
+    backbone = BACKBONES.get(getattr(config, "model_type", None))
     if backbone is None or not isinstance(config, backbone.config_class):
         expected = ", ".join(entry.config_class.__name__ for entry in BACKBONES.values())
         raise ConfigError(f"text_config is a {type(config).__name__}; expected one of {expected}.")
@@ -104,13 +106,30 @@ def build_text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig
         value: The configuration itself, or its fields (by `model_type`, a Llama without one); None for a default one.
 
     Raises:
-        ConfigError: It is of no kind in the table.
+        ConfigError: It is of no kind in the table, or has attention or rotary positions of another kind.
     """
-    if not isinstance(value, PreTrainedConfig):
+    if value is None or isinstance(value, dict):
         fields = value or {}
         kind = fields.get("model_type", DEFAULT)
         if kind not in BACKBONES:
             raise ConfigError(f"text_config.model_type is {kind!r}; expected one of {', '.join(BACKBONES)}.")
-        return BACKBONES[kind].config_class(**fields)
+        value = BACKBONES[kind].config_class(**fields)
     backbone_of(value)
+    _check_attention(value)
     return value
+
+
+def _check_attention(config: PreTrainedConfig) -> None:
+    """Raises ConfigError unless every layer sees all earlier text, at positions that only turn queries and keys."""
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others:
+        raise ConfigError(
+            f"text_config has layers of {', '.join(sorted(others))}; expected full_attention in all: set "
+            "use_sliding_window to false, if the model was trained without."
+        )
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"text_config.rope_parameters has rope_type {rope_type!r}; expected one of {', '.join(ROPE_TYPES)}. "
+            "M-RoPE is CasaConfig's own field, mrope_section."
+        )

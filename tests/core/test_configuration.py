@@ -40,6 +40,12 @@ def test_layers() -> None:
         ({"mrope_section": None}, "image_rope 'grid' needs mrope_section"),
         ({"vision_config": {"out_hidden_size": 32}}, "expected the backbone's hidden_size, 64"),
         ({"text_config": {"model_type": "gpt2"}}, "expected one of llama, qwen2"),
+        ({"text_config": {"model_type": "qwen3", "use_sliding_window": True}}, "has layers of sliding_attention"),
+        (
+            {"text_config": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}},
+            "rope_type 'yarn'; expected one of default, linear, llama3",
+        ),
+        ({"text_config": "qwen3"}, "text_config is a str; expected one of LlamaConfig"),
         ({"text_config": GPT2Config()}, "text_config is a GPT2Config; expected one of LlamaConfig, Qwen2Config"),
     ],
 )
