@@ -29,8 +29,8 @@ serve: setup
 serve-ray: setup
 	@exec $(BIN)/casa-serve --ray $(ARGS) --port $(PORT)
 
-# The console script, not `python -m pytest`, which would make the folders plugins, export
-# and serving importable by their bare names.
+# The console script, not `python -m pytest`, which would make the folders models, plugins,
+# export and serving importable by their bare names.
 test: setup browser
 	@$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 

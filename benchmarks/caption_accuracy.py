@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from casa_engine.digits.video import Span, read_truth
+from casa_digits.video import Span, read_truth
 
 MIN_CAUGHT, MAX_REPEATED = 0.90, 0.05
 CLOCK_TOLERANCE_S = 1e-3

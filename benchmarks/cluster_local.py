@@ -24,7 +24,7 @@ from PIL import Image
 
 from casa_serving.cluster import launch
 from casa_serving.cluster.address import check_port
-from casa_serving.cluster.first_request import first_request
+from casa_serving.cluster.warmup import first_request
 
 HOST = "127.0.0.1"
 # Ray reserves a third of the memory for each node otherwise; nothing here passes objects.

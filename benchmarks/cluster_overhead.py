@@ -74,7 +74,7 @@ def through_handle(handle, body):
     """Seconds until the replica's first piece of text, and until the end, asked without HTTP."""
     from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
-    from casa_serving.cluster.routing_note import RoutingNote
+    from casa_serving.cluster.routing_context import RoutingNote
 
     started = time.perf_counter()
     first = None

@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from casa_engine.digits.cases import READ, draw_video
+from casa_digits.cases import READ, draw_video
 from serving_process import casa_serve
 
 NUM_TOKENS = 512

@@ -7,10 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from casa_digits.cases import draw_suites
+from casa_digits.evaluate import Report, run_suites
+from casa_digits.runners import EagerRunner
 from casa_engine.checkpoints import load_processor
-from casa_engine.digits.cases import draw_suites
-from casa_engine.digits.evaluate import Report, run_suites
-from casa_engine.digits.runners import EagerRunner
 from casa_export.exported_model import ExportedModel
 
 

@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-from casa_engine.digits.cases import draw_video
+from casa_digits.cases import draw_video
 from casa_serving.live.client import DEFAULT_URL, LiveClient
 
 WARMUP_FRAMES = 4  # Of every session, not counted.

@@ -24,13 +24,13 @@ from host_use import host_use
 from PIL import Image
 from soak_plot import plot
 
+from casa_digits.cases import draw_video
+from casa_digits.live import write_live_settings
 from casa_engine.checkpoints import load_processor, random_model, read_config, save_checkpoint
 from casa_engine.digits import checkpoint_path
-from casa_engine.digits.cases import draw_video
-from casa_engine.digits.live import write_live_settings
 from casa_serving.cli import on_cpu
-from casa_serving.defaults import set_environment
-from casa_serving.live.engine_session import FrameResult, LiveEngine, start_engine
+from casa_serving.engine_defaults import set_environment
+from casa_serving.live.session import FrameResult, LiveEngine, start_engine
 
 INSERTION_CAPTION_TOKENS = 2
 

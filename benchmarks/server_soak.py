@@ -35,7 +35,7 @@ from PIL import Image
 from server_soak_plot import plot
 from server_soak_requests import MODEL, Outcome, draw_files, send
 
-from casa_engine.digits.cases import READ, draw_video
+from casa_digits.cases import READ, draw_video
 from casa_serving.live.client import ConnectionLostError, LiveClient
 from request_fuzzer import Fuzzer
 from serving_process import casa_serve

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from casa_engine.digits.cases import COUNT, READ
-from casa_engine.digits.data import draw_image, load_samples
+from casa_digits.cases import COUNT, READ
+from casa_digits.data import draw_image, load_samples
 from request_fuzzer import Case, fault_of
 
 MODEL = "casa-tiny-digits"

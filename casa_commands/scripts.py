@@ -26,7 +26,7 @@ def caption() -> int:
     """Run `casa-caption`."""
 
     def load() -> Main:
-        from casa_serving.live.caption_cli import main
+        from casa_serving.caption.cli import main
 
         return main
 
@@ -59,7 +59,7 @@ def train_digits() -> int:
     """Run `casa-train-digits`."""
 
     def load() -> Main:
-        from casa_engine.digits.train import main
+        from casa_digits.train import main
 
         return main
 
@@ -70,7 +70,7 @@ def eval_digits() -> int:
     """Run `casa-eval-digits`."""
 
     def load() -> Main:
-        from casa_engine.digits.evaluate import main
+        from casa_digits.evaluate import main
 
         return main
 
@@ -81,7 +81,7 @@ def digits_video() -> int:
     """Run `casa-digits-video`."""
 
     def load() -> Main:
-        from casa_engine.digits.video import main
+        from casa_digits.video import main
 
         return main
 

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     "casa_engine": ROOT / "casa_engine",
+    "casa_digits": ROOT / "models" / "casa_digits",
     "casa_vllm": ROOT / "plugins" / "casa_vllm",
     "casa_export": ROOT / "export" / "casa_export",
     "casa_serving": ROOT / "serving" / "casa_serving",

@@ -1,7 +1,4 @@
-"""casa-tiny-digits: a small CASA model that reads handwritten digits, with its data, training and evaluation.
-
-Only `checkpoint_path` is needed to use it; nothing here is imported by the rest of the package.
-"""
+"""casa-tiny-digits, the embedded checkpoint: a small CASA model that reads handwritten digits (models/casa_digits)."""
 
 from pathlib import Path
 

@@ -27,7 +27,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from casa_vllm.image_cache_spec import ImageCacheSpec
-from casa_vllm.images import RequestImages
+from casa_vllm.request_images import RequestImages
 
 
 @dataclass

@@ -17,10 +17,10 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from casa_vllm import compat
+from casa_vllm.encoder_cache import ImageResidency
 from casa_vllm.image_manager import ImageCacheManager
-from casa_vllm.images import RequestImages
 from casa_vllm.metrics import attach_image_stats
-from casa_vllm.residency import ImageResidency
+from casa_vllm.request_images import RequestImages
 from casa_vllm.sessions import SessionScheduling
 
 if TYPE_CHECKING:

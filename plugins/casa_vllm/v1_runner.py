@@ -16,8 +16,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
 from casa_vllm.image_cache_spec import ImageCacheSpec
 from casa_vllm.image_encoding import ImageToEncode, encode_images
+from casa_vllm.segment_planner import SegmentPlan, WindowTable
 from casa_vllm.segment_tensors import SegmentTensors
-from casa_vllm.window_table import SegmentPlan, WindowTable
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

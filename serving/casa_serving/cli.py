@@ -17,13 +17,13 @@ from typing import NoReturn
 
 from casa_engine.checkpoints import check_tensors, read_config
 from casa_engine.errors import CasaError, CheckpointError, InputError
-from casa_serving.defaults import SHUTDOWN_TIMEOUT_S, embedded_checkpoint, engine_options, set_environment
 from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, leave_at_once
 from casa_serving.drain.startup_patch import keep_signals
-from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
-from casa_serving.live.options import LiveOptions, add_live_options
-from casa_serving.register import register
-from casa_serving.request_limits import RequestLimits, add_request_options
+from casa_serving.endpoint.plugin_entry import register
+from casa_serving.engine_defaults import SHUTDOWN_TIMEOUT_S, embedded_checkpoint, engine_options, set_environment
+from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
+from casa_serving.options.live_options import LiveOptions, add_live_options
+from casa_serving.options.request_limits import RequestLimits, add_request_options
 
 DESCRIPTION = """Serves a CASA model behind an OpenAI-compatible HTTP endpoint.
 
@@ -32,8 +32,8 @@ taken; --help=CASA shows those that are added, --help=all shows all.
 """
 # The last one is the outermost.
 MIDDLEWARE = [
-    "casa_serving.image_owner.ImageOwner",
-    "casa_serving.request_guard.RequestGuard",
+    "casa_serving.endpoint.image_owner.ImageOwner",
+    "casa_serving.endpoint.request_guard.RequestGuard",
     "casa_serving.drain.middleware.Drain",
 ]
 INTERRUPTED = 130

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from casa_engine.digits.video import make_video
+from casa_digits.video import make_video
 from live_page import IDLE_TIMEOUT_S, KEY, MAX_SESSIONS
 from serving_process import casa_serve
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from casa_engine.digits.video import make_video
+from casa_digits.video import make_video
 from live_page import ask, begin, wait_until
 
 PICTURE = Path(__file__).parents[2] / "docs" / "live.png"

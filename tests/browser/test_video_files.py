@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from casa_serving.live.video import sample, scan
+from casa_serving.caption.video import sample, scan
 from odd_videos import RECIPES, OddVideos
 
 FPS = 2

@@ -13,8 +13,8 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from casa_serving.cluster import build_app
-from casa_serving.cluster.first_request import first_request
 from casa_serving.cluster.launch import APPLICATION, set_environment
+from casa_serving.cluster.warmup import first_request
 from serving_process import free_port
 
 # One replica fits on each node.

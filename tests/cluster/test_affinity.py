@@ -1,7 +1,7 @@
 """Which replica a request prefers, without Ray."""
 
 from casa_serving.cluster.affinity import Affinity, preference
-from casa_serving.cluster.image_keys import image_keys
+from casa_serving.cluster.image_digests import image_keys
 
 
 def remembering(**images):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from casa_engine.digits.cases import draw_suites
-from casa_engine.digits.endpoint import EndpointRunner
-from casa_engine.digits.evaluate import play
+from casa_digits.cases import draw_suites
+from casa_digits.endpoint import EndpointRunner
+from casa_digits.evaluate import play
 from casa_engine.errors import InputError
 from dashboard import dashboard_metrics
 from image_files import data_url, encoded

@@ -4,8 +4,8 @@ import pytest
 
 from casa_engine.errors import InputError
 from casa_serving.cluster.config import parse_config
-from casa_serving.limits import ImageLimits
-from casa_serving.live.options import LiveOptions
+from casa_serving.options.image_limits import ImageLimits
+from casa_serving.options.live_options import LiveOptions
 
 
 def test_an_empty_configuration_serves_the_embedded_model():

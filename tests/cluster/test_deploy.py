@@ -20,7 +20,7 @@ from casa_serving.cluster import launch
 from casa_serving.cluster.config import parse_config
 from casa_serving.cluster.config_file import read_file
 from casa_serving.cluster.replica_metrics import casa_samples
-from casa_serving.live.statistics import LiveMetrics
+from casa_serving.live.metrics import LiveMetrics
 from casa_vllm import metrics as image_metrics
 from dashboard import board, dashboard_metrics, metric_names, panels, queries
 

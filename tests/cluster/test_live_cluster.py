@@ -17,9 +17,9 @@ from ray import serve
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
+from casa_digits.cases import draw_video
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
-from casa_engine.digits.cases import draw_video
 from casa_engine.live import LiveSettings
 from casa_engine.live.eager_stream import EagerStream
 from casa_engine.live.stream_format import StreamFormat

@@ -12,8 +12,8 @@ from ray.serve.exceptions import BackPressureError
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from casa_serving.cluster import live_proxy, live_search, live_server
-from casa_serving.cluster.live_place import TOKEN_HEADER, LiveRefusal
+from casa_serving.cluster.live import placement, proxy, replica_server
+from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LiveRefusal
 from casa_serving.live.client import LiveClient
 from event_loop import in_loop
 from image_files import encoded, plain
@@ -74,7 +74,7 @@ async def test_late_and_dropped_frames_count_for_the_last_seconds(monkeypatch):
             await client.stop()
         assert replica.server.frames.sample() == (3, 3)
         # They are forgotten when the window has passed.
-        monkeypatch.setattr(live_server, "WINDOW_S", 0.0)
+        monkeypatch.setattr(replica_server, "WINDOW_S", 0.0)
         assert replica.server.frames.sample() == (0, 0)
 
 
@@ -127,7 +127,7 @@ async def test_fifty_clients_vanish_in_the_middle_of_a_frame():
 
 @in_loop
 async def test_a_client_that_never_reads_holds_nothing_for_long(monkeypatch):
-    monkeypatch.setattr(live_proxy, "GOODBYE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(proxy, "GOODBYE_TIMEOUT_S", 0.5)
     # Each of them is answered by a longer error, which fills all buffers between here and the replica.
     faulty = json.dumps({"type": "question", "text": "?"} | {f"{number}" * 60: 0 for number in range(4)}).encode()
     message = b"\x81\xfe" + struct.pack(">H", len(faulty)) + bytes(4) + faulty
@@ -158,14 +158,14 @@ async def test_a_client_that_never_reads_holds_nothing_for_long(monkeypatch):
 @pytest.mark.parametrize("message", [b"?" * 100_000, "?"])
 @in_loop
 async def test_a_client_that_is_far_ahead_of_its_replica_is_sent_away(monkeypatch, message):
-    monkeypatch.setattr(live_proxy, "MAX_WAITING_BYTES", 1_000_000)
-    monkeypatch.setattr(live_proxy, "MAX_WAITING_MESSAGES", 100)
+    monkeypatch.setattr(proxy, "MAX_WAITING_BYTES", 1_000_000)
+    monkeypatch.setattr(proxy, "MAX_WAITING_MESSAGES", 100)
     taken = asyncio.Event()
 
     async def slow(inflow, upstream):
         await taken.wait()
 
-    monkeypatch.setattr(live_proxy, "to_replica", slow)
+    monkeypatch.setattr(proxy, "to_replica", slow)
     async with ingress_over("a") as ingress:
         async with connect(ingress.url) as socket:
             for _ in range(101):
@@ -216,13 +216,13 @@ async def test_full_replicas_are_passed_over_and_when_all_are_full_the_client_is
 @in_loop
 async def test_a_replica_that_leaves_tells_its_sessions_and_is_asked_once(monkeypatch):
     drains = []
-    post = live_proxy.post_drain
+    post = proxy.post_drain
 
     async def counted(place):
         drains.append(place.drain_url)
         await post(place)
 
-    monkeypatch.setattr(live_proxy, "post_drain", counted)
+    monkeypatch.setattr(proxy, "post_drain", counted)
     async with ingress_over("a", "b") as ingress:
         leaving, staying = ingress.replicas
         async with LiveClient(ingress.url) as first, LiveClient(ingress.url) as second:
@@ -282,13 +282,13 @@ async def test_a_session_without_a_token_or_with_a_used_one_is_refused():
                     await connect(place.url, additional_headers={TOKEN_HEADER: token})
         with pytest.raises(StopAsyncIteration):
             await anext(places)
-        with pytest.raises(live_proxy.aiohttp.ClientResponseError, match="403"):
-            await live_proxy.post_drain(live_proxy.LivePlace(place.url, "", place.drain_url, place.token))
+        with pytest.raises(proxy.aiohttp.ClientResponseError, match="403"):
+            await proxy.post_drain(proxy.LivePlace(place.url, "", place.drain_url, place.token))
 
 
 @in_loop
 async def test_a_place_that_nobody_comes_for_is_free_again(monkeypatch):
-    monkeypatch.setattr(live_server, "CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(replica_server, "CONNECT_TIMEOUT_S", 0.1)
     async with ingress_over("a", max_sessions=1) as ingress:
         server = ingress.replicas[0].server
         places = server.hold()
@@ -336,7 +336,7 @@ async def test_a_router_that_finds_no_replica(error, code, close_code):
 
 @in_loop
 async def test_a_router_that_never_answers(monkeypatch):
-    monkeypatch.setattr(live_search, "PLACE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(placement, "PLACE_TIMEOUT_S", 0.1)
     async with ingress_over("a") as ingress:
 
         async def ask(note):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from ray.serve.request_router import RequestRouter
 
-from casa_serving.cluster.live_place import Departure
+from casa_serving.cluster.live.session_ticket import Departure
 from casa_serving.cluster.router import CasaRequestRouter
-from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.cluster.routing_context import RoutingNote
 from event_loop import in_loop
 
 

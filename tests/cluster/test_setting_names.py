@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from casa_serving.cluster.config import parse_config
 from casa_serving.cluster.setting_names import KEYS, SettingNames, name_keys
-from casa_serving.live.options import LiveOptions
+from casa_serving.options.live_options import LiveOptions
 
 
 def error(message):

@@ -53,7 +53,7 @@ def run(tmp_path, blocked, command, *arguments):
 @pytest.fixture(scope="session")
 def video(tmp_path_factory):
     """A second of digits."""
-    from casa_engine.digits.video import make_video
+    from casa_digits.video import make_video
 
     path = tmp_path_factory.mktemp("video") / "digits.mp4"
     make_video(path, 1.0, 2, scale=1)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from casa_digits.cases import draw_video
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
-from casa_engine.digits.cases import draw_video
 from casa_engine.live import LiveSettings
 from casa_engine.live.caption_logits import CaptionState, caption_logits
 from casa_engine.live.eager_stream import EagerStream

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from casa_digits.live import LIVE_SETTINGS
 from casa_engine.checkpoints import default_processor
 from casa_engine.digits import checkpoint_path
-from casa_engine.digits.live import LIVE_SETTINGS
 from casa_engine.errors import CheckpointError, InputError
 from casa_engine.live import HistoryItem, LiveSettings, Transcript
 from casa_engine.live.settings import SETTINGS_FILE

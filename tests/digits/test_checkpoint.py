@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from casa_digits.evaluate import evaluate_eager
 from casa_engine.digits import checkpoint_path
-from casa_engine.digits.evaluate import evaluate_eager
 
 MAX_BYTES = 10_000_000
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from casa_engine.digits.conversations import IGNORED, Writer
-from casa_engine.digits.data import Grid
-from casa_engine.digits.frames import FramePool
-from casa_engine.digits.model import MAX_POSITIONS, build_processor
-from casa_engine.digits.tokenizer import build_tokenizer
+from casa_digits.conversations import IGNORED, Writer
+from casa_digits.data import Grid
+from casa_digits.frames import FramePool
+from casa_digits.model import MAX_POSITIONS, build_processor
+from casa_digits.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from casa_engine.digits.augment import draw_training_colours, linear_luminance, make_bank
-from casa_engine.digits.batches import NOTHING, draw_scenes, edit_scenes
-from casa_engine.digits.data import (
+from casa_digits.augment import draw_training_colours, linear_luminance, make_bank
+from casa_digits.batches import NOTHING, draw_scenes, edit_scenes
+from casa_digits.data import (
     CELL_PX,
     MIN_LUMINANCE_DIFFERENCE,
     Grid,

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from casa_engine.digits import evaluate
+from casa_digits import evaluate
 
 MODELS = {"object": "list", "data": [{"id": "served", "object": "model"}]}
 ANSWER = {"choices": [{"message": {"role": "assistant", "content": "1"}}]}

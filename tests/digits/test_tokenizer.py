@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from casa_engine.digits.phrases import COUNT, FIRST, READ, SYSTEM, WATCH
-from casa_engine.digits.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from casa_digits.phrases import COUNT, FIRST, READ, SYSTEM, WATCH
+from casa_digits.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 
 @pytest.fixture(scope="module")

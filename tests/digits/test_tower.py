@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from casa_engine.digits.data import Grid, draw_image, load_samples
-from casa_engine.digits.model import MAX_POSITIONS, build_model, build_processor, cosine_filters
-from casa_engine.digits.tokenizer import build_tokenizer
-from casa_engine.digits.tower import encode, patchify
+from casa_digits.data import Grid, draw_image, load_samples
+from casa_digits.model import MAX_POSITIONS, build_model, build_processor, cosine_filters
+from casa_digits.tokenizer import build_tokenizer
+from casa_digits.tower import encode, patchify
 
 
 @torch.inference_mode()

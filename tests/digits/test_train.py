@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
+from casa_digits import train
+from casa_digits.evaluate import Report, Score
 from casa_engine.checkpoints import load_model
-from casa_engine.digits import checkpoint_path, train
-from casa_engine.digits.evaluate import Report, Score
+from casa_engine.digits import checkpoint_path
 from killing import ended_at
 
 SHORT = ["--vision-steps=1", "--language-steps=1", "--families=1"]

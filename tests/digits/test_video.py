@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from casa_engine.digits.data import load_samples
-from casa_engine.digits.video import HOLD_S, draw_scenes, frames, main, make_video, read_truth, spans
+from casa_digits.data import load_samples
+from casa_digits.video import HOLD_S, draw_scenes, frames, main, make_video, read_truth, spans
 
 FPS = 10
 
@@ -111,7 +111,7 @@ def test_bad_options_are_named(tmp_path, monkeypatch, capsys, arguments, words):
 def test_without_pyav_the_extra_is_named(tmp_path):
     code = (
         "import sys; sys.modules['av'] = None\n"
-        "from casa_engine.digits.video import main\n"
+        "from casa_digits.video import main\n"
         f"sys.exit(main([{str(tmp_path / 'v.mp4')!r}, '--seconds', '1']))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

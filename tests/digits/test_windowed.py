@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from casa_engine.digits.augment import make_bank
-from casa_engine.digits.conversations import Writer
-from casa_engine.digits.data import load_samples
-from casa_engine.digits.frames import fill_pool
-from casa_engine.digits.model import MAX_POSITIONS, build_model
-from casa_engine.digits.tokenizer import build_tokenizer
-from casa_engine.digits.windowed import build_batch, loss_of
+from casa_digits.augment import make_bank
+from casa_digits.conversations import Writer
+from casa_digits.data import load_samples
+from casa_digits.frames import fill_pool
+from casa_digits.model import MAX_POSITIONS, build_model
+from casa_digits.tokenizer import build_tokenizer
+from casa_digits.windowed import build_batch, loss_of
 from casa_engine.image_inputs import padded_points
 
 

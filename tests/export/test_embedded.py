@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from casa_digits.cases import draw_suites
+from casa_digits.data import draw_image, load_samples
+from casa_digits.runners import EagerRunner
 from casa_engine.checkpoints import load_processor
 from casa_engine.digits import checkpoint_path
-from casa_engine.digits.cases import draw_suites
-from casa_engine.digits.data import draw_image, load_samples
-from casa_engine.digits.runners import EagerRunner
 from casa_export import cli
 from casa_export.exported_model import ExportedModel
 from casa_export.validation import table, validate

@@ -8,8 +8,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from casa_serving.api_key import VARIABLE, key_header
-from casa_serving.request_guard import RequestGuard
+from casa_serving.endpoint.api_key import VARIABLE, key_header
+from casa_serving.endpoint.request_guard import RequestGuard
 
 PATHS = ("/v1/models", "/tokenize", "/health", "/web/app.js", "/webs", "/inference/v1/generate")
 

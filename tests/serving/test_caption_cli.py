@@ -14,11 +14,11 @@ import numpy as np
 import pysubs2
 import pytest
 
-from casa_engine.digits.video import make_video, read_truth
-from casa_serving.live import caption_cli
-from casa_serving.live.caption_cli import main
-from casa_serving.live.captioners import ctrl_c_stays_here
-from casa_serving.live.subtitles import FrameRecord
+from casa_digits.video import make_video, read_truth
+from casa_serving.caption import cli as caption_cli
+from casa_serving.caption.captioners import ctrl_c_stays_here
+from casa_serving.caption.cli import main
+from casa_serving.caption.subtitles import FrameRecord
 from odd_videos import OddVideos
 from scripted_caption import scripted
 from serving_process import ENVIRONMENT

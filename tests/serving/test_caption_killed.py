@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from casa_engine.digits.video import make_video
-from casa_serving.live.caption_cli import main
+from casa_digits.video import make_video
+from casa_serving.caption.cli import main
 from killing import ended_at
 from scripted_caption import scripted
 

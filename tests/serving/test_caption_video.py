@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from casa_engine.errors import InputError
-from casa_serving.live.burn import burn
-from casa_serving.live.camera import Camera
-from casa_serving.live.captioners import encode, fit, live_url
-from casa_serving.live.download import download
+from casa_serving.caption.burn import burn
+from casa_serving.caption.camera import Camera
+from casa_serving.caption.captioners import encode, fit, live_url
+from casa_serving.caption.download import download
+from casa_serving.caption.subtitles import MAX_CAPTION_S, FrameRecord, subtitles, write_subtitles
+from casa_serving.caption.video import check_complete, sample, scan, upright_size
 from casa_serving.live.protocol import Limits
-from casa_serving.live.subtitles import MAX_CAPTION_S, FrameRecord, subtitles, write_subtitles
-from casa_serving.live.video import check_complete, sample, scan, upright_size
 from odd_videos import OddVideos, ffmpeg
 from web import site
 

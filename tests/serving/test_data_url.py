@@ -7,8 +7,8 @@ from urllib.parse import quote
 import pytest
 
 from casa_engine.image_guard import ImageRefusedError
-from casa_serving.data_url import base64_text, compact, decoded, is_data_url
-from casa_serving.limits import ImageLimits
+from casa_serving.endpoint.data_url import base64_text, compact, decoded, is_data_url
+from casa_serving.options.image_limits import ImageLimits
 from image_files import encoded, plain
 from picture_files import FILES
 
@@ -34,7 +34,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.vllm
 def test_forms_of_a_data_url(form):
-    from casa_serving.media import GuardedMediaConnector
+    from casa_serving.endpoint.media import GuardedMediaConnector
 
     image = GuardedMediaConnector().fetch_image(FORMS[form])
     assert image.data == DATA
@@ -69,7 +69,7 @@ def test_what_is_no_base64_url(url):
 
 @pytest.mark.vllm
 def test_the_size_counts_without_blanks_and_before_decoding():
-    from casa_serving.media import GuardedFileIO
+    from casa_serving.endpoint.media import GuardedFileIO
 
     image_io = GuardedFileIO(ImageLimits(max_image_bytes=len(DATA)))
     assert image_io.load_base64("", "\n".join(TEXT)).data == DATA
@@ -80,7 +80,7 @@ def test_the_size_counts_without_blanks_and_before_decoding():
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.vllm
 def test_files_of_every_kind_pass_the_guard(name):
-    from casa_serving.media import GuardedFileIO, GuardedImageIO
+    from casa_serving.endpoint.media import GuardedFileIO, GuardedImageIO
 
     data, _, expected = FILES[name]
     image = GuardedFileIO(ImageLimits()).load_bytes(data).decode()
@@ -93,7 +93,7 @@ def test_files_of_every_kind_pass_the_guard(name):
 def test_a_url_is_text(url):
     from vllm.exceptions import VLLMValidationError
 
-    from casa_serving.media import GuardedMediaConnector
+    from casa_serving.endpoint.media import GuardedMediaConnector
 
     connector = GuardedMediaConnector()
     with pytest.raises(VLLMValidationError, match="expected text"):
@@ -108,7 +108,7 @@ def test_embeddings_have_no_door():
     from vllm.exceptions import VLLMValidationError
     from vllm.multimodal.media import MediaConnector
 
-    from casa_serving.media import GuardedMediaConnector
+    from casa_serving.endpoint.media import GuardedMediaConnector
 
     ways = {name for name in dir(MediaConnector) if name.startswith(("fetch_", "load_"))}
     images = {"fetch_image", "fetch_image_async", "load_from_url", "load_from_url_async"}

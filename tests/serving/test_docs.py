@@ -127,9 +127,9 @@ def test_every_link_in_the_docs_leads_somewhere():
 
 def test_every_option_in_the_limits_page_exists():
     """The options that casa-serve adds, and no others, are explained with their defaults."""
-    from casa_serving.limits import ImageLimits
-    from casa_serving.live.options import LiveOptions
-    from casa_serving.request_limits import RequestLimits
+    from casa_serving.options.image_limits import ImageLimits
+    from casa_serving.options.live_options import LiveOptions
+    from casa_serving.options.request_limits import RequestLimits
 
     text = (ROOT / "docs" / "limits.md").read_text()
     options = ImageLimits().as_options() | asdict(LiveOptions()) | asdict(RequestLimits())

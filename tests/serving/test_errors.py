@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from casa_serving.error_shape import MAX_KEPT_BYTES, ErrorShape
+from casa_serving.endpoint.error_shape import MAX_KEPT_BYTES, ErrorShape
 from casa_serving.errors import describe_validation, error_body, shorten
 
 SECRET = "sent by the client" * 100

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from casa_serving.generate_patch import answer_failed_grammars
-from casa_serving.messages_patch import keep_errors_of_streams
+from casa_serving.endpoint.generate_patch import answer_failed_grammars
+from casa_serving.endpoint.messages_patch import keep_errors_of_streams
 from posting import post
 
 pytestmark = pytest.mark.vllm

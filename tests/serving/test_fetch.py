@@ -3,7 +3,7 @@
 import pytest
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 
-from casa_serving.fetch import GuardedConnection, is_public
+from casa_serving.endpoint.fetch import GuardedConnection, is_public
 from image_files import encoded, plain
 from web import site
 

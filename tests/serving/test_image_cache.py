@@ -157,8 +157,8 @@ def test_a_name_that_looks_like_a_content_key(keyed):
     """Both vLLM's digest of a file and our own are no names of its content."""
     from vllm.multimodal.hasher import MultiModalHasher
 
-    from casa_serving.limits import ImageLimits
-    from casa_serving.media import GuardedFileIO
+    from casa_serving.endpoint.media import GuardedFileIO
+    from casa_serving.options.image_limits import ImageLimits
     from casa_vllm.image_items import content_key
 
     lime, file = image("lime"), encoded(plain(56, 56, "maroon"))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from casa_engine.errors import InputError
 from casa_engine.image_guard import ImageRefusedError, check_image
-from casa_serving.limits import ImageLimits
+from casa_serving.options.image_limits import ImageLimits
 from image_files import data_url, encoded, plain, png_bomb
 
 LIMITS = ImageLimits()
@@ -121,7 +121,7 @@ def test_damaged_files_are_refused_and_nothing_else_happens():
 
 def loader(**limits):
     """Returns the decoder with given limits; vLLM is only imported by the tests that need it."""
-    from casa_serving.media import GuardedImageIO
+    from casa_serving.endpoint.media import GuardedImageIO
 
     return GuardedImageIO(ImageLimits(**limits))
 
@@ -175,7 +175,7 @@ def test_base64_is_measured_before_it_is_decoded():
 def test_requests_cannot_change_how_images_are_loaded():
     from vllm.exceptions import VLLMValidationError
 
-    from casa_serving.media import GuardedImageIO
+    from casa_serving.endpoint.media import GuardedImageIO
 
     assert GuardedImageIO.merge_kwargs({"max_image_pixels": 5}, None) == {"max_image_pixels": 5}
     with pytest.raises(VLLMValidationError, match="media_io_kwargs"):
@@ -185,7 +185,7 @@ def test_requests_cannot_change_how_images_are_loaded():
 def test_pixels_in_flight_are_limited_and_given_back():
     from vllm.exceptions import GracefulHTTPError
 
-    from casa_serving.media import PIXELS
+    from casa_serving.endpoint.media import PIXELS
 
     decoder = loader(max_pixels_in_flight=2 * 100 * 100)
     data = encoded(plain(100, 100))
@@ -216,7 +216,7 @@ def test_the_connector_takes_images_only():
     from vllm.exceptions import VLLMValidationError
     from vllm.multimodal.media import AudioMediaIO
 
-    from casa_serving.media import GuardedMediaConnector
+    from casa_serving.endpoint.media import GuardedMediaConnector
 
     connector = GuardedMediaConnector()
     url = data_url(encoded(plain()))
@@ -243,7 +243,7 @@ def test_the_connector_takes_images_only():
 def test_urls_that_are_refused(url, message):
     from vllm.exceptions import VLLMClientError
 
-    from casa_serving.media import GuardedMediaConnector
+    from casa_serving.endpoint.media import GuardedMediaConnector
 
     with pytest.raises(VLLMClientError, match=message):
         GuardedMediaConnector().fetch_image(url)

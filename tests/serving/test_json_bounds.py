@@ -5,9 +5,9 @@ import tracemalloc
 
 import pytest
 
+from casa_serving.endpoint.json_bounds import StructureCounter, parse_json
 from casa_serving.errors import RequestError
-from casa_serving.json_bounds import StructureCounter, parse_json
-from casa_serving.request_limits import RequestLimits
+from casa_serving.options.request_limits import RequestLimits
 
 SMALL = RequestLimits(max_json_depth=4, max_json_values=20, max_json_containers=10)
 

@@ -8,10 +8,10 @@ from starlette.datastructures import Headers
 from casa_engine.errors import InputError
 from casa_engine.live import LiveSettings
 from casa_serving import cli
-from casa_serving.defaults import plugins_with
+from casa_serving.endpoint.request_guard import is_own_origin
+from casa_serving.engine_defaults import plugins_with
 from casa_serving.live import endpoint
-from casa_serving.live.options import MAX_FRAME_BYTES, LiveOptions
-from casa_serving.request_guard import is_own_origin
+from casa_serving.options.live_options import MAX_FRAME_BYTES, LiveOptions
 
 
 def test_every_plugin_that_would_be_loaded_still_is():

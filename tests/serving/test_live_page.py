@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from casa_serving.live.page import CONTENT_TYPES, attach, read_files
+from casa_serving.live.web_files import CONTENT_TYPES, attach, read_files
 
 ROOT = Path(__file__).parents[2]
 WEB = ROOT / "serving" / "casa_serving" / "web"

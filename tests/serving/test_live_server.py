@@ -12,7 +12,7 @@ from PIL import Image
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from casa_engine.digits.cases import draw_video
+from casa_digits.cases import draw_video
 from casa_serving.live.client import LiveClient
 from event_loop import in_loop
 from image_files import encoded, plain

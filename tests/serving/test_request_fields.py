@@ -2,10 +2,10 @@
 
 import pytest
 
+from casa_serving.endpoint.logprobs_bound import bound_logprobs
+from casa_serving.endpoint.request_fields import FieldChecker
 from casa_serving.errors import RequestError
-from casa_serving.logprobs_bound import bound_logprobs
-from casa_serving.request_fields import FieldChecker
-from casa_serving.request_limits import RequestLimits
+from casa_serving.options.request_limits import RequestLimits
 
 LIMITS = RequestLimits(max_list_items=10, max_text_chars=1000, max_n=8, max_schema_chars=100, max_logprobs_values=100)
 CHECKER = FieldChecker(LIMITS, max_prompt_chars=500)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from casa_serving.request_guard import RequestGuard
+from casa_serving.endpoint.request_guard import RequestGuard
 from event_loop import in_loop
 
 JSON = [(b"content-type", b"application/json")]
@@ -170,7 +170,7 @@ async def test_bodies_are_taken_as_they_are(headers, status, message):
 @in_loop
 async def test_a_refusal_waits_only_for_what_is_still_to_come(monkeypatch):
     """A body that is all there is answered at once; of one that is not, a little is taken off the wire."""
-    monkeypatch.setattr("casa_serving.request_body.DISCARD_TIMEOUT_S", 3600)
+    monkeypatch.setattr("casa_serving.endpoint.request_body.DISCARD_TIMEOUT_S", 3600)
     client = Client(max_request_bytes=1000)
     for body in (b'{"a": NaN}', b"oops", b'{"stop": "\\ud800"}'):
         async with asyncio.timeout(30):

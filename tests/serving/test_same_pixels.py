@@ -13,8 +13,8 @@ from casa_engine.digits import checkpoint_path
 from casa_engine.image_patches import PatchValues
 from casa_engine.registration import register_auto_classes
 from casa_export import cli
-from casa_serving.limits import ImageLimits
-from casa_serving.media import GuardedFileIO, GuardedImageIO
+from casa_serving.endpoint.media import GuardedFileIO, GuardedImageIO
+from casa_serving.options.image_limits import ImageLimits
 from picture_files import FILES
 
 # More than Pillow opens by itself: a program that opens files has to take the texts out first.

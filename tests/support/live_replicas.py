@@ -9,15 +9,15 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
-from casa_serving.cluster.live_proxy import LiveProxy
-from casa_serving.cluster.live_server import LiveServer
-from casa_serving.limits import ImageLimits
+from casa_serving.cluster.live.proxy import LiveProxy
+from casa_serving.cluster.live.replica_server import LiveServer
+from casa_serving.endpoint.media import GuardedImageIO
 from casa_serving.live.connection import LiveService
-from casa_serving.live.options import LiveOptions
+from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import PATH
-from casa_serving.live.registry import Registry
-from casa_serving.live.statistics import LiveMetrics
-from casa_serving.media import GuardedImageIO
+from casa_serving.live.session_slots import Registry
+from casa_serving.options.image_limits import ImageLimits
+from casa_serving.options.live_options import LiveOptions
 from scripted_live import ScriptedEngine
 
 

@@ -5,7 +5,7 @@ Each shows four coloured quarters, red, lime, blue and yellow as read, and their
 
 import subprocess
 
-from casa_serving.live.burn import find_ffmpeg
+from casa_serving.caption.burn import find_ffmpeg
 
 SECONDS = 4
 QUARTERS = [f"color={name}:s=80x60:d={SECONDS}:r=10" for name in ("red", "lime", "blue", "yellow")]

@@ -4,7 +4,7 @@ import os
 from unittest import mock
 
 from casa_serving import cli
-from casa_serving.defaults import set_environment
+from casa_serving.engine_defaults import set_environment
 
 
 def build_real_app(*arguments, live=True):

@@ -27,9 +27,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from casa_engine.windows import last_window
 from casa_vllm.image_cache_spec import ImageCacheSpec
-from casa_vllm.images import RequestImages
+from casa_vllm.request_images import RequestImages
 from casa_vllm.scheduler import create_scheduler
-from casa_vllm.window_table import WindowTable
+from casa_vllm.segment_planner import WindowTable
 
 BLOCK_SIZE = 8
 MAX_MODEL_LEN = 128

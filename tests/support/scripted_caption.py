@@ -2,8 +2,8 @@
 
 from contextlib import asynccontextmanager
 
-from casa_serving.live import caption_cli
-from casa_serving.live.subtitles import FrameRecord
+from casa_serving.caption import cli as caption_cli
+from casa_serving.caption.subtitles import FrameRecord
 
 
 def scripted(monkeypatch, caption) -> None:

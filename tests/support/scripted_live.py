@@ -11,15 +11,15 @@ from prometheus_client import CollectorRegistry
 
 from casa_engine.errors import InputError
 from casa_engine.live import LiveSettings
-from casa_serving.limits import ImageLimits
+from casa_serving.endpoint.media import GuardedImageIO
 from casa_serving.live.connection import LiveService
 from casa_serving.live.endpoint import live
-from casa_serving.live.engine_session import AnswerResult, FrameResult, TextDelta
-from casa_serving.live.options import LiveOptions
+from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import PATH
-from casa_serving.live.registry import Registry
-from casa_serving.live.statistics import LiveMetrics
-from casa_serving.media import GuardedImageIO
+from casa_serving.live.session import AnswerResult, FrameResult, TextDelta
+from casa_serving.live.session_slots import Registry
+from casa_serving.options.image_limits import ImageLimits
+from casa_serving.options.live_options import LiveOptions
 
 
 class ScriptedEngine:

@@ -10,7 +10,7 @@ from vllm.config.kv_events import KVEventsConfig
 from vllm.multimodal.inputs import PlaceholderRange
 
 from casa_vllm.image_cache_spec import MAX_IMAGES_PER_WINDOW
-from casa_vllm.images import RequestImages
+from casa_vllm.request_images import RequestImages
 from vllm_harness import BARE_IMAGE, IMAGE, Engine, Prompt, picture
 
 pytestmark = pytest.mark.vllm

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from casa_digits.cases import draw_video
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
-from casa_engine.digits.cases import draw_video
 from casa_engine.errors import InputError
 from casa_engine.live.eager_stream import EagerStream
 
@@ -51,7 +51,7 @@ class Rig:
     """The engine, its meter, and one event loop for all tests."""
 
     def __init__(self):
-        from casa_serving.live.engine_session import LiveEngine, start_engine
+        from casa_serving.live.session import LiveEngine, start_engine
 
         self.runner = asyncio.Runner()
         self.meter = Meter()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from casa_digits.cases import draw_video
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
-from casa_engine.digits.cases import draw_video
 from casa_engine.live import LiveSettings, Transcript
 from casa_engine.live.caption_logits import to_plain
 from casa_engine.live.eager_stream import EagerStream

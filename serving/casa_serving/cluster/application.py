@@ -19,13 +19,14 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from casa_engine.checkpoints import check_tensors, read_config
 from casa_engine.errors import InputError
 from casa_serving.cli import CAPTION_PROCESSOR, check_folder
-from casa_serving.cluster.capacity import check_capacity, cluster_has_gpu, count_fitting
 from casa_serving.cluster.config import ClusterConfig, parse_config
 from casa_serving.cluster.engine_arguments import check_engine_arguments
 from casa_serving.cluster.ingress import ingress_class
-from casa_serving.cluster.server import CasaServer
+from casa_serving.cluster.replica import CasaServer
+from casa_serving.cluster.resources import check_capacity, cluster_has_gpu, count_fitting
 from casa_serving.cluster.tenancy import INGRESS
-from casa_serving.defaults import (
+from casa_serving.endpoint.plugin_entry import CONNECTOR
+from casa_serving.engine_defaults import (
     EMBEDDED_NAME,
     HTTP_PLUGIN,
     embedded_checkpoint,
@@ -33,8 +34,7 @@ from casa_serving.defaults import (
     environment,
     plugins_with,
 )
-from casa_serving.limits import ALLOW_LOOPBACK, ImageLimits
-from casa_serving.register import CONNECTOR
+from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits
 
 ROUTER = "casa_serving.cluster.router:CasaRequestRouter"
 POLICY = "casa_serving.cluster.autoscaling:LoadPolicy"

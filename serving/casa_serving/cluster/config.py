@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model, model_validator
 
 from casa_engine.errors import InputError
-from casa_serving.limits import ImageLimits
-from casa_serving.live.options import MAX_FRAME_BYTES, LiveOptions
-from casa_serving.request_limits import RequestLimits
+from casa_serving.options.image_limits import ImageLimits
+from casa_serving.options.live_options import MAX_FRAME_BYTES, LiveOptions
+from casa_serving.options.request_limits import RequestLimits
 
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Set by the cluster itself; naming them under `engine` would contradict it.

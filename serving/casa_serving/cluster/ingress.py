@@ -22,26 +22,26 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import make_fastapi_ingress
 
-from casa_serving.cluster.answers import (
+from casa_serving.cluster.error_responses import (
     REPLICA_LOST,
     UnavailableError,
     add_cluster_error_handlers,
     overloaded,
     unavailable,
 )
-from casa_serving.cluster.ending import Ending, end_requests
 from casa_serving.cluster.forwarded import ForwardedRequest, ResponseHead
-from casa_serving.cluster.image_keys import request_image_keys
-from casa_serving.cluster.live_proxy import LiveProxy
-from casa_serving.cluster.routing_note import RoutingNote
+from casa_serving.cluster.image_digests import request_image_keys
+from casa_serving.cluster.live.proxy import LiveProxy
+from casa_serving.cluster.routing_context import RoutingNote
 from casa_serving.cluster.setting_names import SettingNames
-from casa_serving.defaults import MAX_IMAGES
-from casa_serving.drain.last_words import end_of_stream
+from casa_serving.cluster.shutdown import Ending, end_requests
+from casa_serving.drain.final_messages import end_of_stream
+from casa_serving.endpoint.request_guard import RequestGuard
+from casa_serving.engine_defaults import MAX_IMAGES
 from casa_serving.errors import FAILED, error_response
-from casa_serving.live import page
+from casa_serving.live import web_files
 from casa_serving.live.protocol import PATH as LIVE_PATH
-from casa_serving.request_guard import RequestGuard
-from casa_serving.request_limits import RequestLimits
+from casa_serving.options.request_limits import RequestLimits
 
 LOGGER = logging.getLogger("ray.serve")
 # A request that met a dying replica is given to another, once: it may be what killed the first.
@@ -207,7 +207,7 @@ def ingress_class(limits: RequestLimits, max_prompt_chars: int, *, live: bool) -
     app.add_middleware(Ending)
     add_cluster_error_handlers(app)
     if live:
-        page.attach(app)
+        web_files.attach(app)
     # The last route takes all that no other does.
     endpoints = {**(LIVE_ENDPOINTS if live else {}), **ENDPOINTS}
     return make_fastapi_ingress(CasaIngress, endpoint_map=endpoints, app=app)

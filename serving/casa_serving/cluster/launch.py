@@ -22,7 +22,7 @@ from casa_engine.errors import CasaError, InputError
 from casa_serving.cluster import tenancy
 from casa_serving.cluster.address import check_port, local, port_number, reach, url_host, whole_number
 from casa_serving.cluster.config_file import ConfigFile, read_file
-from casa_serving.cluster.first_request import first_request
+from casa_serving.cluster.warmup import first_request
 from casa_serving.drain.processes import Deadline, SignalCounter
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 vLLM's metrics go there by themselves (`log_engine_metrics`). CASA's are kept in the process's
 prometheus_client registry (image pages in `casa_vllm.metrics`, live sessions in
-`casa_serving.live.statistics`), which nobody reads in a replica. Every series is copied under its
+`casa_serving.live.metrics`), which nobody reads in a replica. Every series is copied under its
 own name, with `:` turned into `_`.
 
 All of them are gauges to Ray, whatever they are: its counters and histograms take only events,

@@ -21,9 +21,9 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 from ray.util.metrics import Counter
 
 from casa_serving.cluster.affinity import Affinity, preference
-from casa_serving.cluster.image_keys import digest
-from casa_serving.cluster.in_work import InWork
-from casa_serving.cluster.routing_note import RoutingNote, note_in
+from casa_serving.cluster.image_digests import digest
+from casa_serving.cluster.inflight import InWork
+from casa_serving.cluster.routing_context import RoutingNote, note_in
 
 
 class CasaRequestRouter(RequestRouter):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from casa_serving.drain.departure import Departure
-from casa_serving.drain.last_words import refusal
+from casa_serving.drain.final_messages import refusal
+from casa_serving.drain.shutdown import Departure
 
 # What is still answered while the server ends.
 OPEN_PATHS = ("/metrics",)

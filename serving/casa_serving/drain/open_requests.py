@@ -15,7 +15,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from casa_serving.drain.connections import cut
-from casa_serving.drain.last_words import STATUS, end_of_stream, failure, refusal
+from casa_serving.drain.final_messages import STATUS, end_of_stream, failure, refusal
 
 logger = logging.getLogger("vllm.casa_drain")
 # For a task to notice that it is cancelled, and for a client to take its last words.

@@ -1,1 +1,1 @@
-"""Live captioning in the engine: sessions, the WebSocket that carries them, and the command for files."""
+"""Live captioning in the engine: sessions, the WebSocket that carries them, and its client."""

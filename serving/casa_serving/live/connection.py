@@ -25,9 +25,9 @@ from vllm.exceptions import GracefulHTTPError
 from casa_engine.errors import InputError
 from casa_engine.live import HistoryItem, LiveSettings
 from casa_serving.drain.connections import cut
-from casa_serving.live.engine_session import FrameResult, LiveEngine, LiveSession, TextDelta
-from casa_serving.live.inbox import Asked, Inbox
-from casa_serving.live.options import LiveOptions
+from casa_serving.endpoint.media import GuardedImageIO
+from casa_serving.live.frame_queue import Asked, Inbox
+from casa_serving.live.metrics import LiveMetrics, SessionStatistics
 from casa_serving.live.protocol import (
     ENGINE_ERROR,
     IDLE,
@@ -54,9 +54,9 @@ from casa_serving.live.protocol import (
     read_frame,
     read_text,
 )
-from casa_serving.live.registry import Registry
-from casa_serving.live.statistics import LiveMetrics, SessionStatistics
-from casa_serving.media import GuardedImageIO
+from casa_serving.live.session import FrameResult, LiveEngine, LiveSession, TextDelta
+from casa_serving.live.session_slots import Registry
+from casa_serving.options.live_options import LiveOptions
 
 logger = logging.getLogger("vllm.casa_live")
 GOODBYE_TIMEOUT_S = 5.0

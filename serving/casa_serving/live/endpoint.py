@@ -17,16 +17,16 @@ from starlette.websockets import WebSocket
 from vllm.engine.protocol import EngineClient
 
 from casa_engine.errors import ConfigError
-from casa_serving.limits import ImageLimits
-from casa_serving.live import page
+from casa_serving.endpoint.media import GuardedImageIO
+from casa_serving.endpoint.plugin_entry import CONNECTOR
+from casa_serving.live import web_files
 from casa_serving.live.connection import Connection, LiveService
-from casa_serving.live.engine_session import LiveEngine
-from casa_serving.live.options import LiveOptions
+from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import PATH
-from casa_serving.live.registry import Registry
-from casa_serving.live.statistics import LiveMetrics
-from casa_serving.media import GuardedImageIO
-from casa_serving.register import CONNECTOR
+from casa_serving.live.session import LiveEngine
+from casa_serving.live.session_slots import Registry
+from casa_serving.options.image_limits import ImageLimits
+from casa_serving.options.live_options import LiveOptions
 
 
 class LiveEndpoint:
@@ -42,7 +42,7 @@ class LiveEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes. Mutates `app`."""
         app.add_api_websocket_route(PATH, live)
-        page.attach(app)
+        web_files.attach(app)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Sets `state.live`, which the route reads, and has the sessions told when the server ends. Mutates `state`."""

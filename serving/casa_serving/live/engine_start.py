@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from casa_engine.checkpoints import check_tensors, read_config
 from casa_serving.cli import CAPTION_PROCESSOR, check_folder, on_cpu
-from casa_serving.defaults import embedded_checkpoint, engine_options, is_eager, set_environment
+from casa_serving.engine_defaults import embedded_checkpoint, engine_options, is_eager, set_environment
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM

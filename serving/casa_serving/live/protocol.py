@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from casa_engine.errors import CasaError, InputError
 from casa_engine.live import LiveSettings
 from casa_engine.live.settings import MAX_TEXT_CHARACTERS
-from casa_serving.limits import ImageLimits
-from casa_serving.live.options import MAX_MESSAGE_BYTES, LiveOptions
+from casa_serving.options.image_limits import ImageLimits
+from casa_serving.options.live_options import MAX_MESSAGE_BYTES, LiveOptions
 
 PATH = "/v1/live"
 SUBPROTOCOL = "casa-live"

@@ -1,0 +1,174 @@
+"""`casa-eval-digits`: how well casa-tiny-digits reads held-out digits, in process or through an endpoint."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from casa_digits.cases import Suite, Turn, draw_suites, draw_video
+from casa_digits.endpoint import EndpointRunner
+from casa_digits.phrases import WATCH
+from casa_digits.runners import EagerRunner, EagerStream, Message, Runner
+from casa_engine.digits import checkpoint_path
+from casa_engine.errors import CasaError
+
+MIN_CHANGES_CAPTIONED = 0.90
+MAX_UNCHANGED_CAPTIONED = 0.05
+TEXT_BUDGETS = (256, 512)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the result: how many of how many, and what is demanded.
+
+    Attributes:
+        limit: The share demanded: the smallest allowed, or the largest where `at_most`.
+    """
+
+    name: str
+    right: int
+    total: int
+    limit: float
+    at_most: bool = False
+
+    @property
+    def share(self) -> float:
+        """Of 1."""
+        return self.right / max(1, self.total)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the demand is met."""
+        return self.share <= self.limit if self.at_most else self.share >= self.limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """All scores of one evaluation."""
+
+    scores: list[Score]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every demand is met."""
+        return all(score.passed for score in self.scores)
+
+    def as_dict(self) -> dict[str, float]:
+        """Share by name."""
+        return {score.name: round(score.share, 4) for score in self.scores}
+
+    def table(self) -> str:
+        """For people."""
+        lines = [f"{'':24}{'right':>12}{'share':>9}{'demanded':>11}"]
+        for score in self.scores:
+            sign = "<=" if score.at_most else ">="
+            mark = "" if score.passed else "  MISSED"
+            amount = f"{score.right}/{score.total}"
+            lines.append(f"{score.name:24}{amount:>12}{score.share:>9.1%}{sign:>5}{score.limit:>6.0%}{mark}")
+        return "\n".join(lines)
+
+
+def play(runner: Runner, turns: list[Turn]) -> bool:
+    """Plays one conversation with the model's own answers as its history; True if the last answer is right."""
+    messages: list[Message] = []
+    answers: list[str] = []
+    for turn in turns:
+        content = [] if turn.image is None else [{"type": "image", "image": turn.image.to_pil()}]
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
+        answers.append(runner.answer(messages))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    expected = answers[0] if turns[-1].expected is None else turns[-1].expected
+    return answers[-1] == expected
+
+
+def run_suites(runner: Runner, suites: list[Suite]) -> list[Score]:
+    """One score for each suite."""
+    scores = []
+    for suite in suites:
+        # Closed on the way out of an error, so that what is said about it has a line of its own.
+        with tqdm(suite.conversations, desc=suite.name, mininterval=2.0) as conversations:
+            right = [play(runner, turns) for turns in conversations]
+        scores.append(Score(suite.name, sum(right), len(right), suite.threshold))
+    return scores
+
+
+def run_streams(runner: EagerRunner, num_videos: int, num_frames: int, seed: int = 0) -> list[Score]:
+    """Captions videos of held-out digits under different text budgets."""
+    changes: list[bool] = []
+    unchanged: list[bool] = []
+    for number in tqdm(range(num_videos), desc="streams", mininterval=2.0):
+        video = draw_video(np.random.default_rng([seed, number]), num_frames)
+        stream = EagerStream(runner, WATCH[number % len(WATCH)], TEXT_BUDGETS[number % len(TEXT_BUDGETS)])
+        before = None
+        for frame, text in zip(video.frames, video.texts, strict=True):
+            said = stream.caption(Image.fromarray(frame))
+            if text == before:
+                unchanged.append(said != "")
+            else:
+                changes.append(said == text)
+            before = text
+    return [
+        Score("stream: changes", sum(changes), len(changes), MIN_CHANGES_CAPTIONED),
+        Score("stream: repeated", sum(unchanged), len(unchanged), MAX_UNCHANGED_CAPTIONED, at_most=True),
+    ]
+
+
+def evaluate_eager(checkpoint: Path, scale: float = 1.0, seed: int = 0) -> Report:
+    """All suites and the streams, with the eager model."""
+    runner = EagerRunner(checkpoint)
+    scores = run_suites(runner, draw_suites(seed, scale))
+    return Report(scores + run_streams(runner, max(1, round(8 * scale)), 120, seed))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="casa-eval-digits", description=__doc__)
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=checkpoint_path(), help="folder (%(default)s)")
+    parser.add_argument("--base-url", help="asks this OpenAI-compatible server instead (http://127.0.0.1:8000/v1)")
+    parser.add_argument("--model", help="the model's name at the server; default: the first it serves")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of the server ($OPENAI_API_KEY)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="1: 200 single images, 100 conversations of each kind")
+    for name, default in (("read", 0.90), ("second", 0.90), ("count", 0.95), ("first", 0.95)):
+        parser.add_argument(f"--min-{name}", type=float, default=default, help="smallest share right (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; return the exit status: 1 if a demand is missed or the model cannot be asked."""
+    options = parse_arguments(arguments)
+    try:
+        report = evaluate(options)
+    except CasaError as error:
+        print(f"casa-eval-digits: {error}", file=sys.stderr)
+        return 1
+    print(report.table())
+    return 0 if report.passed else 1
+
+
+def evaluate(options: argparse.Namespace) -> Report:
+    """Ask the server or the eager model, as the command line says.
+
+    Raises:
+        CasaError: The checkpoint is none, or the server does not answer as it should.
+    """
+    # First, so that a server that is not there is seen at once.
+    endpoint = EndpointRunner(options.base_url, options.model, options.api_key) if options.base_url else None
+    suites = [
+        Suite(suite.name, suite.conversations, getattr(options, f"min_{suite.name}"))
+        for suite in draw_suites(options.seed, options.scale)
+    ]
+    if endpoint is not None:
+        return Report(run_suites(endpoint, suites))
+    runner = EagerRunner(options.checkpoint)
+    streams = run_streams(runner, max(1, round(8 * options.scale)), 120, options.seed)
+    return Report(run_suites(runner, suites) + streams)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

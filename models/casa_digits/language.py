@@ -1,0 +1,94 @@
+"""Stage 2: teaches the whole conversation, on images encoded beforehand by the frozen tower."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from casa_digits.augment import make_bank
+from casa_digits.conversations import Conversation, Writer
+from casa_digits.data import DigitSamples
+from casa_digits.frames import FramePool, fill_pool
+from casa_digits.schedule import cosine_rate
+from casa_digits.windowed import build_batch, loss_of
+from casa_engine.modeling_casa import CasaForConditionalGeneration
+
+KINDS = ("chat", "memory", "stream")
+KIND_SHARES = (0.25, 0.35, 0.4)
+ROWS_DRAWN = {"chat": 160, "memory": 80, "stream": 32}
+STREAM_TOKENS = (120, 240, 400, 680)
+STREAM_TOKEN_SHARES = (0.55, 0.3, 0.1, 0.05)
+BATCH_TOKENS = 1600
+
+
+def draw_batches(rng: np.random.Generator, writer: Writer, pool: FramePool) -> Iterator[list[Conversation]]:
+    """Batches without end. Rows are drawn in plenty and sorted, so that those of a batch have similar lengths."""
+    while True:
+        kind = str(rng.choice(KINDS, p=KIND_SHARES))
+        if kind == "stream":
+            lengths = rng.choice(STREAM_TOKENS, ROWS_DRAWN[kind], p=STREAM_TOKEN_SHARES)
+            rows = [writer.stream(pool, int(length)) for length in lengths]
+        else:
+            rows = [getattr(writer, kind)(pool) for _ in range(ROWS_DRAWN[kind])]
+        yield from _split(sorted(rows, key=lambda row: len(row.ids)))
+
+
+def _split(rows: list[Conversation]) -> Iterator[list[Conversation]]:
+    """Cuts rows of ascending length into batches of at most `BATCH_TOKENS`, padding included."""
+    while rows:
+        count = 1
+        while count < len(rows) and (count + 1) * len(rows[count].ids) <= BATCH_TOKENS:
+            count += 1
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def teach_language(
+    model: CasaForConditionalGeneration,
+    writer: Writer,
+    rng: np.random.Generator,
+    samples: DigitSamples,
+    num_steps: int,
+    num_families: int = 1600,
+    steps_per_pool: int = 1500,
+    peak_rate: float = 2e-3,
+    save: Callable[[], None] | None = None,
+) -> None:
+    """Trains everything but the vision tower.
+
+    Args:
+        model: What is trained; its tower stays as it is.
+        writer: Writes the conversations.
+        rng: Source of the randomness of images and batches.
+        samples: The digits to draw.
+        num_steps: Optimiser steps; the learning rate falls in a cosine over them.
+        num_families: Size of the pool of encoded images, in families of eight.
+        steps_per_pool: After so many steps the pool is filled anew.
+        peak_rate: Highest learning rate.
+        save: Called now and then, so that a usable model exists early.
+
+    Mutates:
+        model: its weights.
+    """
+    parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, num_steps))
+    progress = tqdm(range(num_steps), desc="language", mininterval=5.0)
+    recent: deque[float] = deque(maxlen=200)
+    for step in progress:
+        if step % steps_per_pool == 0:
+            pool = fill_pool(rng, model.model.visual, make_bank(rng, samples, 20), num_families)
+            batches = draw_batches(rng, writer, pool)
+            if step and save is not None:
+                save()
+        loss = loss_of(model, build_batch(model, next(batches), pool))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        recent.append(loss.item())
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{np.mean(recent):.4f}")

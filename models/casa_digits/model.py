@@ -1,0 +1,111 @@
+"""The shape of casa-tiny-digits, and how its weights start."""
+
+import math
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from casa_digits.data import CELL_PX, MAX_COLUMNS, MAX_ROWS
+from casa_digits.tower import MERGE, PATCH_PX
+from casa_engine.configuration import CasaConfig
+from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.processing_casa import CasaProcessor
+from casa_engine.tokenization import IMAGE, IMAGE_END, IMAGE_START, TURN_END, chat_template
+
+HIDDEN = 128
+VOCABULARY_ROWS = 512
+MAX_POSITIONS = 4096
+
+
+def vision_config() -> Qwen2_5_VLVisionConfig:
+    """Three blocks: one looks inside each 28-px cell (which digit?), two over the whole image (in which order?)."""
+    return Qwen2_5_VLVisionConfig(
+        depth=3,
+        hidden_size=HIDDEN,
+        intermediate_size=256,
+        num_heads=4,
+        patch_size=PATCH_PX,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=CELL_PX,
+        fullatt_block_indexes=[1, 2],
+        out_hidden_size=HIDDEN,
+        initializer_range=0.05,
+    )
+
+
+def text_config(end_id: int, pad_id: int) -> Qwen2Config:
+    """Three layers; the vocabulary has some unused rows at its end."""
+    return Qwen2Config(
+        vocab_size=VOCABULARY_ROWS,
+        hidden_size=HIDDEN,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+    )
+
+
+def cosine_filters(count: int) -> torch.Tensor:
+    """The `count` lowest two-dimensional cosine waves on a patch, (count, 14, 14), each of unit length."""
+    steps = (torch.arange(PATCH_PX) + 0.5) * math.pi / PATCH_PX
+    waves = torch.stack([torch.cos(steps * frequency) for frequency in range(PATCH_PX)])
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    pairs = sorted(
+        ((row, column) for row in range(PATCH_PX) for column in range(PATCH_PX)), key=lambda pair: (sum(pair), pair)
+    )
+    return torch.stack([torch.outer(waves[row], waves[column]) for row, column in pairs[:count]])
+
+
+@torch.no_grad()
+def start_with_cosines(tower: Qwen2_5_VisionTransformerPretrainedModel, share: float = 0.75) -> None:
+    """Lets most patch filters start as smooth grey waves: pen strokes are smooth, so learning starts further on.
+
+    Mutates:
+        tower: its patch embedding.
+    """
+    weight = tower.patch_embed.proj.weight
+    count = int(weight.shape[0] * share)
+    waves = cosine_filters(count) / (2 * 3)
+    weight[:count] = waves[:, None, None].expand(-1, 3, 2, -1, -1)
+
+
+def casa_config(tokenizer: PreTrainedTokenizerFast) -> CasaConfig:
+    """CA_t+v in every layer, in parallel, with its own weights; Qwen2.5-VL's kind of backbone and delimiters."""
+    image, before, after, end = tokenizer.convert_tokens_to_ids([IMAGE, IMAGE_START, IMAGE_END, TURN_END])
+    return CasaConfig(
+        text_config=text_config(end, tokenizer.pad_token_id),
+        vision_config=vision_config(),
+        fusion="ca_tv",
+        ca_weights="own",
+        image_rope="grid",
+        mrope_section=[4, 6, 6],
+        image_token_id=image,
+        pre_image_tokens=[before],
+        post_image_tokens=[after],
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> CasaProcessor:
+    """Images up to 8x4 cells keep their size; larger ones are made to fit, so a screenshot of one can be read too."""
+    images = Qwen2VLImageProcessorPil(
+        min_pixels=CELL_PX**2, max_pixels=MAX_ROWS * MAX_COLUMNS * CELL_PX**2, patch_size=PATCH_PX, merge_size=MERGE
+    )
+    return CasaProcessor(images, tokenizer, chat_template=chat_template())
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> CasaForConditionalGeneration:
+    """The untrained model."""
+    torch.manual_seed(seed)
+    model = CasaForConditionalGeneration(casa_config(tokenizer))
+    start_with_cosines(model.model.visual)
+    return model

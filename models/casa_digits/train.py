@@ -1,0 +1,145 @@
+"""`casa-train-digits`: trains casa-tiny-digits from nothing.
+
+    stage 1   the vision tower, with the truth of every cell         vision_warmup.py
+    stage 2   everything else, on conversations and streams          language.py
+    then      measured on held-out digits; accuracy.json beside the weights; the output folder is replaced last
+
+With the defaults it takes less than an hour on one core, and at most about 3 on a busy machine. One thread is the
+default: the model is so small that a second one gains little, and loses a lot on a busy machine. The same seed gives
+the same weights on the same machine and versions.
+"""
+
+import argparse
+import json
+import pickle
+import shlex
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from casa_digits.conversations import Writer
+from casa_digits.data import load_samples
+from casa_digits.evaluate import evaluate_eager
+from casa_digits.language import teach_language
+from casa_digits.live import write_live_settings
+from casa_digits.model import MAX_POSITIONS, build_model, build_processor
+from casa_digits.tokenizer import build_tokenizer
+from casa_digits.vision_warmup import read_exactly, warm_up
+from casa_engine.atomic_files import write_atomically
+from casa_engine.checkpoint_folder import list_files, stage_checkpoint
+from casa_engine.checkpoints import save_checkpoint, weight_bytes, write_checkpoint
+from casa_engine.command import run_command
+from casa_engine.digits import checkpoint_path
+from casa_engine.errors import InputError
+from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.processing_casa import CasaProcessor
+from casa_engine.staged_folder import check_apart
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="casa-train-digits", description="Trains casa-tiny-digits from nothing.")
+    parser.add_argument("--output", type=Path, default=checkpoint_path(), help="checkpoint folder (%(default)s)")
+    parser.add_argument("--snapshots", type=Path, help="folder for the unfinished model, written now and then")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vision-steps", type=int, default=4000)
+    parser.add_argument("--language-steps", type=int, default=5000)
+    parser.add_argument("--families", type=int, default=1600, help="families of 8 images encoded at a time")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
+    parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
+    parser.add_argument("--keep-vision", type=Path, help="writes the tower after stage 1 to this file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains, measures, and then replaces the output folder; returns the exit status."""
+    options = parse_arguments(arguments)
+    options.command = shlex.join(["casa-train-digits", *(sys.argv[1:] if arguments is None else arguments)])
+    return run_command("casa-train-digits", lambda: train(options))
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains a model; its folder appears whole, with the accuracy that was measured on it."""
+    check_options(options)
+    torch.set_num_threads(options.threads)
+    started = time.monotonic()
+    tokenizer = build_tokenizer(MAX_POSITIONS)
+    model, processor = build_model(tokenizer, options.seed), build_processor(tokenizer)
+    if options.vision_weights:
+        load_vision(model.model.visual, options.vision_weights)
+    with stage_checkpoint(options.output, weight_bytes(model)) as staged:
+        teach(model, processor, options)
+        write_checkpoint(model, processor, staged.path)
+        write_live_settings(staged.path)
+        record = {
+            "command": options.command,
+            "torch": torch.__version__,
+            "minutes": round((time.monotonic() - started) / 60, 1),
+            "held_out": evaluate_eager(staged.path).as_dict(),
+        }
+        (staged.path / "accuracy.json").write_text(json.dumps(record, indent=2) + "\n")
+        list_files(staged.path)
+        staged.commit()
+    print(json.dumps(record, indent=2))
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises InputError for an option that would end the run only later."""
+    for name, least in (("vision_steps", 0), ("language_steps", 0), ("families", 1), ("threads", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more.")
+    if options.keep_vision and not options.keep_vision.parent.is_dir():
+        raise InputError(f"the folder of --keep-vision {options.keep_vision} does not exist. Make it first.")
+    if options.keep_vision and options.keep_vision.is_dir():
+        raise InputError(f"--keep-vision {options.keep_vision} is a folder. Name a file.")
+    if options.snapshots:
+        check_apart(options.snapshots, options.output)
+        with stage_checkpoint(options.snapshots):
+            pass  # it can be written, or says why not
+
+
+def load_vision(tower: torch.nn.Module, path: Path) -> None:
+    """Reads a file that `--keep-vision` wrote."""
+    try:
+        tower.load_state_dict(torch.load(path, weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError) as error:
+        raise InputError(f"{path} is no file of --keep-vision: {error}. Leave --vision-weights out.") from error
+
+
+def keep_vision(tower: torch.nn.Module, path: Path) -> None:
+    """Writes the tower's weights."""
+    content = BytesIO()  # torch.save does not say why when a disk is full
+    torch.save(tower.state_dict(), content)
+    write_atomically(path, content.getbuffer())
+
+
+def teach(model: CasaForConditionalGeneration, processor: CasaProcessor, options: argparse.Namespace) -> None:
+    """Runs both stages. Mutates `model`."""
+    vision_rng, language_rng = np.random.default_rng(options.seed).spawn(2)
+    samples = load_samples(held_out=False)
+    if not options.vision_weights:
+        head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
+        right = read_exactly(model.model.visual, head, np.random.default_rng(1), load_samples(held_out=True), 1000)
+        print("vision tower on held-out digits:", json.dumps(right))
+    if options.keep_vision:
+        keep_vision(model.model.visual, options.keep_vision)
+    model.model.visual.requires_grad_(False)
+    teach_language(
+        model,
+        Writer(processor.tokenizer, language_rng),
+        language_rng,
+        samples,
+        options.language_steps,
+        options.families,
+        peak_rate=options.peak_rate,
+        save=(lambda: save_checkpoint(model, processor, options.snapshots)) if options.snapshots else None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Burns captions into a copy of a video, with the ffmpeg command."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from casa_engine.errors import InputError
+from casa_serving.caption.subtitles import styled, write_subtitles
+from casa_serving.caption.video import OPEN_OPTIONS, VideoInfo, upright_size
+
+if TYPE_CHECKING:
+    import pysubs2
+
+SUFFIXES = (".mp4", ".mkv", ".mov", ".webm")
+# libass draws nothing where it finds no font, and ffmpeg calls that a success.
+NO_FONT = "failed to find any fallback"
+MAX_MESSAGE_CHARACTERS = 300
+
+
+def find_ffmpeg() -> str:
+    """The ffmpeg of the PATH, or else the one in the package imageio-ffmpeg.
+
+    Raises:
+        InputError: neither is there.
+    """
+    found = shutil.which("ffmpeg")
+    if found is not None:
+        return found
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        return get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            "--burn needs ffmpeg, and there is none: install ffmpeg, or pip install 'casa-engine[live]'."
+        ) from error
+
+
+def burn(info: VideoInfo, captions: pysubs2.SSAFile, output: Path) -> None:
+    """Writes a copy of a video with its sound and the captions in the picture.
+
+    Args:
+        info: The video.
+        captions: Timed from what a player calls its beginning.
+        output: Where to; half of it is there while ffmpeg works, and where it fails.
+
+    Mutates:
+        captions: their times and styles.
+
+    Raises:
+        InputError: ffmpeg cannot do it.
+    """
+    ffmpeg = find_ffmpeg()
+    with tempfile.TemporaryDirectory(prefix="casa-caption-") as folder:
+        # A filter's argument has rules of quoting of its own: a plain name in the working folder needs none.
+        # ffmpeg's clock begins with the first picture or sound.
+        captions.shift(s=info.zero_s - info.start_s)
+        write_subtitles(styled(captions, *upright_size(info.path)), Path(folder) / "captions.ass")
+        run = subprocess.run(
+            command(ffmpeg, info, output.absolute()),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    check(run, has_captions=bool(captions))
+
+
+def command(ffmpeg: str, info: VideoInfo, output: Path) -> list[str]:
+    """The call of ffmpeg: only real containers are opened, all sound is kept, browsers can play the result."""
+    guards = [word for name, value in OPEN_OPTIONS.items() for word in (f"-{name}", value)]
+    # Letters are drawn on square pixels; 4:2:0 wants even sides.
+    square = "scale=max(iw\\,iw*sar):max(ih\\,ih/sar),setsar=1"
+    filters = f"{square},ass=captions.ass,pad=ceil(iw/2)*2:ceil(ih/2)*2"
+    words = [ffmpeg, "-hide_banner", "-loglevel", "warning", "-nostdin", "-y", *guards, "-i", str(info.path.absolute())]
+    words += ["-map", f"0:{info.stream}", "-map", "0:a?", "-vf", filters, "-pix_fmt", "yuv420p"]
+    if output.suffix in (".mp4", ".mov"):
+        words += ["-movflags", "+faststart"]
+    return [*words, str(output)]
+
+
+def check(run: subprocess.CompletedProcess[str], *, has_captions: bool) -> None:
+    """Refuses what ffmpeg did not do, or did without letters."""
+    if run.returncode:
+        last = run.stderr.strip()[-MAX_MESSAGE_CHARACTERS:] or "no reason given"
+        raise InputError(f"ffmpeg could not burn the captions in (status {run.returncode}): {last}")
+    if has_captions and NO_FONT in run.stderr:
+        raise InputError("ffmpeg found no font to burn the captions in with: install one, for example DejaVu Sans.")

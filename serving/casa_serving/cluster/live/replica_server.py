@@ -1,0 +1,223 @@
+"""Live sessions on a replica: a small WebSocket server inside the replica's process, beside its engine client.
+
+    ingress -- handle call `live` -->  hold()   a place and a token; stays open as long as the session lives
+            -- WebSocket, token  -->  /v1/live  casa-serve's own connection code
+            -- POST, drain token -->  /drain    every session is told and ends
+
+A client's frames cannot come through Ray's handle calls: those give no order among calls, and each would take one of
+the replica's places for requests. The one call that does stay open is what Ray counts, for load and for draining.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+
+import uvicorn
+from prometheus_client import Counter
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LivePlace, LiveRefusal
+from casa_serving.drain.connections import cut
+from casa_serving.live.connection import Connection, LiveService
+from casa_serving.live.metrics import LiveMetrics
+from casa_serving.live.protocol import PATH, POLICY, max_message_bytes
+
+LOGGER = logging.getLogger("ray.serve")
+DRAIN_PATH = "/drain"
+CONNECT_TIMEOUT_S = 10.0
+DRAIN_TIMEOUT_S = 5.0
+WINDOW_S = 10.0
+
+
+class OwnServer(uvicorn.Server):
+    """uvicorn inside somebody else's process, whose signals are not its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone."""
+        yield
+
+
+@dataclass
+class Held:
+    """A place that is taken.
+
+    Attributes:
+        begun: The WebSocket has come.
+        ended: It has gone, and everything of its session with it.
+        websocket: While it is there.
+    """
+
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    websocket: WebSocket | None = None
+
+
+class LiveServer:
+    """The live sessions of one replica; `start` makes it listen.
+
+    Args:
+        service: What its sessions share.
+    """
+
+    def __init__(self, service: LiveService) -> None:
+        self._service = service
+        self._held: dict[str, Held] = {}
+        self._drain_token = secrets.token_urlsafe(32)
+        self.frames = FrameWindow(service.metrics)
+        routes = [WebSocketRoute(PATH, self._live), Route(DRAIN_PATH, self._drain, methods=["POST"])]
+        app = Starlette(routes=routes)
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            ws_max_size=max_message_bytes(service.options),
+            # Frames are compressed images already.
+            ws_per_message_deflate=False,
+            timeout_graceful_shutdown=1,
+        )
+        # `cut` looks for connections there.
+        self._server = app.state.server = OwnServer(config)
+
+    @property
+    def num_sessions(self) -> int:
+        """Places that are taken, which is also how many calls of `hold` are under way."""
+        return len(self._held)
+
+    async def start(self, host: str) -> None:
+        """Listens on a free port.
+
+        Args:
+            host: This node's address as the others reach it.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.bind((host, 0))
+        name = f"[{host}]" if family == socket.AF_INET6 else host
+        self._address = f"{name}:{listener.getsockname()[1]}"
+        self._task = asyncio.create_task(self._server.serve([listener]))
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+            if self._task.done():
+                await self._task
+                raise RuntimeError(f"The server of live sessions on {self._address} ended at its start.")
+
+    async def stop(self) -> None:
+        """Tells the sessions and stops listening."""
+        await self._service.registry.close(DRAIN_TIMEOUT_S)
+        self._server.should_exit = True
+        await self._task
+
+    async def hold(self) -> AsyncGenerator[LivePlace | LiveRefusal, None]:
+        """Holds a place for one session until it ends, or does not come.
+
+        Yields:
+            One item: the place, or why there is none. After a place nothing comes until the session has ended; a
+            caller that goes away before ends the session.
+        """
+        if self._service.registry.closing.is_set():
+            yield LiveRefusal("this replica is leaving")
+            return
+        most = self._service.options.live_max_sessions
+        if len(self._held) >= most:
+            yield LiveRefusal(f"all {most} places of this replica are taken")
+            return
+        token = secrets.token_urlsafe(32)
+        held = self._held[token] = Held()
+        try:
+            yield LivePlace(
+                url=f"ws://{self._address}{PATH}",
+                token=token,
+                drain_url=f"http://{self._address}{DRAIN_PATH}",
+                drain_token=self._drain_token,
+            )
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await held.begun.wait()
+            await held.ended.wait()
+        except TimeoutError:
+            LOGGER.warning("Live session: its WebSocket did not come within %s s.", CONNECT_TIMEOUT_S)
+        finally:
+            if not held.begun.is_set():
+                del self._held[token]
+            elif held.websocket is not None:
+                cut(held.websocket.scope)
+
+    async def _live(self, websocket: WebSocket) -> None:
+        """The WebSocket of a place that is held."""
+        token = websocket.headers.get(TOKEN_HEADER, "")
+        held = self._held.get(token)
+        if held is None or held.begun.is_set():
+            await websocket.close(POLICY)
+            return
+        held.websocket = websocket
+        held.begun.set()
+        try:
+            await Connection(websocket, self._service).run()
+        finally:
+            held.websocket = None
+            del self._held[token]
+            held.ended.set()
+
+    async def _drain(self, request: Request) -> Response:
+        """Sends all sessions away; answers when they have gone.
+
+        Afterwards sessions are taken again. Nobody brings any to a replica that really leaves, and a replica that the
+        controller has merely lost sight of, as when it was restarted itself, must not refuse them for ever.
+        """
+        given = request.headers.get(TOKEN_HEADER, "")
+        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._drain_token.encode()):
+            return Response(status_code=403)
+        registry = self._service.registry
+        await registry.close(DRAIN_TIMEOUT_S)
+        registry.closing.clear()
+        return Response(status_code=204)
+
+
+class FrameWindow:
+    """Frames of the last seconds over all sessions of a process, and how many of them were late.
+
+    A frame that was dropped counts as late: it was, because the model was not done with the one before.
+
+    Args:
+        metrics: The process's counters.
+    """
+
+    def __init__(self, metrics: LiveMetrics) -> None:
+        self._metrics = metrics
+        self._samples: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)])
+
+    def sample(self) -> tuple[float, float]:
+        """Returns frames and late frames since the sample before the window; to be called every few seconds."""
+        now = time.monotonic()
+        seen, late = self._totals()
+        while len(self._samples) > 1 and now - self._samples[1][0] >= WINDOW_S:
+            self._samples.popleft()
+        _, seen_before, late_before = self._samples[0]
+        self._samples.append((now, seen, late))
+        return seen - seen_before, late - late_before
+
+    def _totals(self) -> tuple[float, float]:
+        results = totals(self._metrics.frames)
+        dropped = results.get("dropped", 0.0)
+        seen = results.get("captioned", 0.0) + results.get("silent", 0.0)
+        return seen + dropped, totals(self._metrics.late)[""] + dropped
+
+
+def totals(counter: Counter) -> dict[str, float]:
+    """Returns a counter's values by its label `result`; "" where it has none."""
+    samples = [sample for metric in counter.collect() for sample in metric.samples if sample.name.endswith("_total")]
+    return {sample.labels.get("result", ""): sample.value for sample in samples}

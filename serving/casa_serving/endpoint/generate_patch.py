@@ -1,0 +1,74 @@
+"""Wraps `generate` of vLLM's engine client, for vLLM 0.29.0: a grammar that fails in the engine is a bad request.
+
+The engine compiles a request's grammar and checks each token against it. A regular expression that takes too long to
+compile, a grammar that no text satisfies, or one that leaves only forbidden tokens is found there and nowhere before.
+All that comes back is the finish reason "error", which vLLM answers with 500 on every path. There is no hook between
+the two.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
+
+from casa_serving.errors import RequestError
+
+PARAMETERS = ["prompt", "sampling_params", "request_id"]
+UNANSWERABLE = (
+    "No answer can be given that fits the grammar of the request (structured_outputs, response_format, text.format or "
+    "tools): it could not be compiled in time, no text satisfies it, or what it demands is forbidden by other "
+    "settings, such as bad_words or allowed_token_ids. Send a simpler one, or fewer settings beside it."
+)
+
+
+class FailedGrammarError(RequestError, VLLMValidationError):
+    """A request with a grammar to which no answer was found; a bad request to vLLM too, which ends its streams so."""
+
+    def __init__(self) -> None:
+        super().__init__(400, UNANSWERABLE)
+
+
+def answer_failed_grammars(engine_client: EngineClient) -> None:
+    """Has `generate` raise a client's error where a request with a grammar has failed. Safe to call twice.
+
+    Mutates:
+        engine_client: Its `generate`.
+
+    Raises:
+        RuntimeError: vLLM's function is not the one that this was written for.
+    """
+    generate = engine_client.generate
+    if generate.__module__ == __name__:
+        return
+    if not inspect.isasyncgenfunction(generate) or list(inspect.signature(generate).parameters)[:3] != PARAMETERS:
+        raise RuntimeError(
+            "vLLM's EngineClient.generate has changed: see what casa_serving.endpoint.generate_patch does to it."
+        )
+
+    def generate_or_refuse(
+        prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        outputs = generate(prompt, sampling_params, request_id, **options)
+        return outputs if sampling_params.structured_outputs is None else refuse_failed(outputs)
+
+    engine_client.generate = generate_or_refuse
+
+
+async def refuse_failed(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+    """Yields the outputs of a request with a grammar.
+
+    Raises:
+        FailedGrammarError: It has failed.
+    """
+    async with aclosing(outputs):
+        async for output in outputs:
+            if any(answer.finish_reason == "error" for answer in output.outputs):
+                raise FailedGrammarError
+            yield output

@@ -1,0 +1,62 @@
+"""Entry point `vllm.endpoint_plugins`: errors in OpenAI's shape, and what the request guard must know of the model.
+
+vLLM loads it in each API server process if `VLLM_PLUGINS` names it, which `casa-serve` takes
+care of (defaults.py).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from vllm.engine.protocol import EngineClient
+
+from casa_engine.errors import ConfigError
+from casa_serving.endpoint.generate_patch import answer_failed_grammars
+from casa_serving.endpoint.messages_patch import keep_errors_of_streams
+from casa_serving.errors import add_error_handlers, error_response
+
+
+class HttpEndpoint:
+    """See vLLM's `EndpointPlugin`."""
+
+    name = "casa_http"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds a route, and keeps the app. Mutates `app`."""
+        self._app = app
+        app.add_api_route("/v1/models/{model_id:path}", show_model, methods=["GET"])
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Registers the handlers of errors, behind vLLM's own, and sets what the guard reads.
+
+        Mutates:
+            state: `max_model_len`, `max_prompt_chars`, the models' `root`, which names the server's folder, and how
+                `/v1/messages` ends a stream: see `messages_patch`.
+            engine_client: See `generate_patch`.
+        """
+        if engine_client is None:
+            raise ConfigError("casa_http needs an engine, which vLLM's render server does not have.")
+        add_error_handlers(self._app)
+        answer_failed_grammars(engine_client)
+        keep_errors_of_streams(state.anthropic_serving_messages)
+        # SageMaker's standards, which vLLM puts around the app, have built it already.
+        self._app.middleware_stack = self._app.build_middleware_stack()
+        max_chars_per_token = engine_client.renderer.get_tokenizer().max_chars_per_token
+        state.max_model_len = engine_client.model_config.max_model_len
+        state.max_prompt_chars = state.max_model_len * max_chars_per_token
+        for model in state.openai_serving_models.base_model_paths:
+            model.model_path = model.name
+
+
+async def show_model(request: Request, model_id: str) -> JSONResponse:
+    """One model, as OpenAI's API shows it."""
+    models = await request.app.state.openai_serving_models.show_available_models()
+    for model in models.data:
+        if model.id == model_id:
+            return JSONResponse(model.model_dump())
+    return error_response(404, f"There is no model {model_id[:100]!r} here: GET /v1/models names what there is.")

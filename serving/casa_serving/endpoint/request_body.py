@@ -1,0 +1,142 @@
+"""Reading a request's body: in bounded time and memory, measured while it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.types import Message, Receive
+
+from casa_serving.errors import RequestError
+from casa_serving.options.request_limits import RequestLimits
+
+MAX_DISCARDED_BYTES = 1_000_000
+DISCARD_TIMEOUT_S = 2.0
+
+
+class ClientGoneError(Exception):
+    """The client left before its body was read."""
+
+
+async def discard(receive: Receive) -> None:
+    """Reads and forgets the rest of a body, if it is short.
+
+    A connection that is closed with bytes unread is reset, and the client may never see the answer.
+    """
+    num_bytes, more = 0, True
+    try:
+        async with asyncio.timeout(DISCARD_TIMEOUT_S):
+            while more and num_bytes < MAX_DISCARDED_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                more = message.get("more_body", False)
+    except TimeoutError:
+        return
+
+
+class BytesInFlight:
+    """Counts the bytes of all bodies that are held now, in one process.
+
+    Args:
+        limit: How many may be.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+
+    def acquire(self, num_bytes: int) -> None:
+        """Counts more bytes as held.
+
+        Raises:
+            RequestError: 429: the limit is reached.
+        """
+        if self.held + num_bytes > self.limit:
+            message = (
+                f"The server holds {self.held} bytes of other requests, at most {self.limit} are held at once "
+                "(--max-request-bytes-in-flight). Try again after the time in the Retry-After header."
+            )
+            raise RequestError(429, message, headers={"Retry-After": "1"})
+        self.held += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        """Counts bytes as gone."""
+        self.held -= num_bytes
+
+
+class BodyReader:
+    """Reads one body; what it holds is counted until `release`.
+
+    Args:
+        limits: How much is taken.
+        in_flight: Counts the bytes of all bodies.
+
+    Attributes:
+        is_complete: Whether all of it has come.
+    """
+
+    def __init__(self, limits: RequestLimits, in_flight: BytesInFlight) -> None:
+        self._limits, self._in_flight = limits, in_flight
+        self._num_bytes = 0
+        self.is_complete = False
+
+    async def read(self, receive: Receive, look_at: Callable[[bytes], None]) -> bytes:
+        """Reads the body.
+
+        Args:
+            receive: ASGI's.
+            look_at: Is given every piece as it comes; what it raises ends the reading.
+
+        Raises:
+            RequestError: 408, 413, 429: too slow, too large, or too much is held already.
+            ClientGoneError: The client has left.
+        """
+        pieces = []
+        timeout_s = self._limits.request_read_timeout
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.is_complete:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    piece = message.get("body", b"")
+                    self.is_complete = not message.get("more_body", False)
+                    self._count(len(piece))
+                    look_at(piece)
+                    pieces.append(piece)
+        except TimeoutError as error:
+            message = (
+                f"The body did not come in time: got {self._num_bytes} bytes in {timeout_s:g} s "
+                "(--request-read-timeout). Send less, or over a faster connection."
+            )
+            raise RequestError(408, message) from error
+        return b"".join(pieces)
+
+    def _count(self, num_bytes: int) -> None:
+        if self._num_bytes + num_bytes > self._limits.max_request_bytes:
+            raise too_large(f"more than {self._limits.max_request_bytes}", self._limits.max_request_bytes)
+        self._in_flight.acquire(num_bytes)
+        self._num_bytes += num_bytes
+
+    def release(self) -> None:
+        """Gives back what was counted."""
+        self._in_flight.release(self._num_bytes)
+        self._num_bytes = 0
+
+
+def too_large(got: str, limit: int) -> RequestError:
+    """Returns the error about a body over the limit."""
+    message = (
+        f"The request is too large: got {got} bytes, at most {limit} are taken "
+        "(--max-request-bytes). Send fewer or smaller images in one request."
+    )
+    return RequestError(413, message)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Returns a `receive` that gives the body that was read, then what comes after."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return again

@@ -1,0 +1,168 @@
+"""What `casa-serve` sets where the user does not: vLLM's options and environment for CASA.
+
+Every value here is a default of vLLM's own option or variable of that name, so that naming
+it on the command line, or setting it in the environment, wins.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from casa_engine.configuration import CasaConfig
+from casa_engine.errors import ConfigError
+from casa_serving.endpoint.plugin_entry import CONNECTOR
+
+EMBEDDED_NAME = "casa-tiny-digits"
+# A conversation's old images cost a CASA model nothing but their encoding, so the count is
+# bounded by what one request may reasonably carry, not by the context.
+MAX_IMAGES = 256
+HTTP_PLUGIN = "casa_http"
+LIVE_PLUGIN = "casa_live"
+# From the signal to the exit: below the 10 s after which `docker stop` kills.
+SHUTDOWN_TIMEOUT_S = 8
+# Of an idle connection: longer than clients and load balancers keep it (OpenAI's client 5 s, others up to 60 s). Where
+# the server closes first, as vLLM does after 5 s, the next request on it may be lost.
+KEEP_ALIVE_S = 75
+# Those whose plugins vLLM loads where nothing is said; it asks to be told about endpoints.
+PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[str, Any]:
+    """Returns defaults for vLLM's options, by argument name.
+
+    Args:
+        config: The checkpoint's configuration.
+        embedded: Whether it is the model in the package, which is known to be tiny.
+        on_cpu: Whether vLLM will run on the CPU.
+    """
+    from vllm.config import StructuredOutputsConfig
+
+    options: dict[str, Any] = {
+        "max_model_len": config.text_config.max_position_embeddings,
+        "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+        "enable_prefix_caching": True,
+        # The default of 4 GiB is kept twice, in the server and in the engine.
+        "mm_processor_cache_gb": 1,
+        # A page of another origin has no business here unless the operator says so.
+        "allowed_origins": [],
+        # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=embedded),
+    }
+    if embedded:
+        options |= embedded_options(on_cpu=on_cpu)
+    return options
+
+
+def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
+    """Returns defaults for the embedded model alone."""
+    return {
+        "served_model_name": [EMBEDDED_NAME],
+        # vLLM would round float32 weights to 16 bits, which a 10 MB model has no use for.
+        "dtype": "float32",
+        # Its images are small: thousands of frames fit, and no session looks at a frame twice.
+        "mm_processor_cache_gb": 0.125,
+        # Compiling takes longer than the rest of the start, and brings a tenth (docs/benchmarks.md).
+        "enforce_eager": is_eager(embedded=True, on_cpu=on_cpu),
+    }
+
+
+def is_eager(*, embedded: bool, on_cpu: bool) -> bool:
+    """Returns the default of `enforce_eager`."""
+    return embedded and on_cpu
+
+
+def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
+    """Returns the environment variables that vLLM has no option for, with the one that the limits on images hang on.
+
+    Args:
+        embedded: Whether the embedded model is served.
+        on_cpu: Whether vLLM will run on the CPU.
+        eager: Whether the model is not compiled.
+    """
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MEDIA_CONNECTOR": CONNECTOR,
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+    }
+    if on_cpu:
+        # Pinning threads to cores needs the right to do so, which containers often lack, and
+        # it leaves a core idle on small machines.
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if eager:
+            # vLLM compiles parts of its sampler even then, in the first request that needs them: that takes a C++
+            # compiler and seconds, and a server that is ended meanwhile leaves half a library in torch's cache, which
+            # ends the engine of every later one.
+            variables["TORCHDYNAMO_DISABLE"] = "1"
+        if embedded:
+            variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
+            # Its matrices are too small to be shared between threads, and threads that wait
+            # for each other on a busy machine make it many times slower.
+            variables["OMP_NUM_THREADS"] = "1"
+    return variables
+
+
+def set_environment(*, embedded: bool, on_cpu: bool, eager: bool, live: bool) -> None:
+    """Sets these variables where they are not set; what makes the server safe is set in any case.
+
+    Args:
+        embedded: Whether the embedded model is served.
+        on_cpu: Whether vLLM will run on the CPU.
+        eager: Whether the model is not compiled.
+        live: Whether there are live sessions.
+
+    Raises:
+        ConfigError: the package was installed before it had its endpoints.
+    """
+    for name, value in environment(embedded=embedded, on_cpu=on_cpu, eager=eager).items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
+    name_endpoints([HTTP_PLUGIN, LIVE_PLUGIN] if live else [HTTP_PLUGIN])
+
+
+def name_endpoints(endpoints: list[str]) -> None:
+    """Names endpoints of this package to vLLM, in the environment.
+
+    Args:
+        endpoints: Names of entry points.
+
+    Raises:
+        ConfigError: the package was installed before it had them.
+    """
+    for name in endpoints:
+        if name not in entry_points(group="vllm.endpoint_plugins").names:
+            raise ConfigError(
+                f"The installed package does not name its endpoint {name!r}: it was installed before its code was "
+                "changed. Install it again (pip install -e .)."
+            )
+    os.environ["VLLM_PLUGINS"] = plugins_with(endpoints, os.environ.get("VLLM_PLUGINS"))
+
+
+def plugins_with(endpoints: list[str], allowed: str | None) -> str:
+    """Returns a value of `VLLM_PLUGINS` that loads these endpoints beside what is loaded anyway.
+
+    vLLM loads a plugin that adds routes only if this variable names it, and loads no plugin at
+    all that the variable does not name once it is set.
+
+    Args:
+        endpoints: Names of entry points.
+        allowed: The variable's value, or None where it is not set.
+    """
+    if allowed is None:
+        installed = {plugin.name for group in PLUGIN_GROUPS for plugin in entry_points(group=group)}
+        allowed = ",".join(sorted(installed))
+    return ",".join([*filter(None, allowed.split(",")), *endpoints])
+
+
+def embedded_checkpoint() -> Path:
+    """Returns the folder of the model that comes with the package."""
+    from casa_engine.digits import checkpoint_path
+
+    return Path(checkpoint_path())

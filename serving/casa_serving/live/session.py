@@ -1,0 +1,358 @@
+"""Live sessions in vLLM's engine: one request whose prompt grows by a frame, begun again from text where it must be.
+
+    frame -> room in the text budget? -- no --> the oldest captions leave, the request ends with all its pages
+          -> chunk: pending stop token, delimiters, image  -> request (a new one reads the whole text first)
+          -> tokens -> transcript
+
+The session is its transcript (`casa_engine.live`); what the engine holds is only a copy that can be made again. That is
+done when the budget is reached, and when the engine has lost it: a session that is preempted cannot be recomputed from
+its past frames, whose pixels are gone, and does not have to be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from casa_engine.checkpoints import read_config
+from casa_engine.errors import InputError
+from casa_engine.live import HistoryItem, LiveSettings, Transcript
+from casa_engine.live.caption_logits import EXTRA_ARG, to_plain
+from casa_engine.live.stream_format import StreamFormat
+from casa_engine.live.transcript import Chunk, Entry
+from casa_serving.cli import CAPTION_PROCESSOR
+from casa_serving.live.engine_request import EngineRequest, RequestLostError
+from casa_serving.live.engine_start import start_engine
+from casa_serving.live.kv_budget import PageCosts
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from vllm import SamplingParams
+    from vllm.engine.protocol import EngineClient
+
+__all__ = [
+    "AnswerResult",
+    "FrameResult",
+    "HistoryItem",
+    "LiveEngine",
+    "LiveSession",
+    "RequestLostError",
+    "TextDelta",
+    "start_engine",
+]
+# How often a chunk is tried anew after the engine has lost the session.
+MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More words of the caption or answer under way."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """The end of a frame.
+
+    Attributes:
+        caption: All that was said; "" is silence.
+        num_tokens: Tokens generated, the stop token included.
+        truncated: The caption was cut at its limit.
+        ttft_ms: From the frame's arrival here to its first token.
+        total_ms: To its last token.
+        text_tokens: Text KV of the session.
+        image_tokens: Image tokens of this frame.
+        image_pages: KV-cache pages that hold them, over all image groups.
+        trimmed: The text budget was reached before this frame: the oldest captions left.
+        restarted: The engine had lost the session; it was begun again from its text.
+    """
+
+    caption: str
+    num_tokens: int
+    truncated: bool
+    ttft_ms: float
+    total_ms: float
+    text_tokens: int
+    image_tokens: int
+    image_pages: int
+    trimmed: bool
+    restarted: bool
+
+
+@dataclass(frozen=True)
+class AnswerResult:
+    """The end of an answer; the attributes are those of `FrameResult`."""
+
+    answer: str
+    num_tokens: int
+    truncated: bool
+    ttft_ms: float
+    total_ms: float
+    text_tokens: int
+    trimmed: bool
+    restarted: bool
+
+
+class LiveEngine:
+    """Opens sessions in one engine; one for each server or command.
+
+    Args:
+        engine: vLLM's client (`AsyncLLM`).
+        checkpoint: Folder of the model that it serves.
+        allow_insertion: For benchmarks, which stop before the image tokens have filled the context.
+
+    Attributes:
+        defaults: Settings that fit the checkpoint.
+    """
+
+    def __init__(self, engine: EngineClient, checkpoint: Path, *, allow_insertion: bool = False) -> None:
+        self.engine, self.checkpoint = engine, Path(checkpoint)
+        self._allow_insertion = allow_insertion
+        self.config = read_config(self.checkpoint)
+        self.format = StreamFormat.from_checkpoint(self.checkpoint)
+        self.defaults = LiveSettings.for_checkpoint(self.checkpoint)
+        self.pages = PageCosts.of_engine(self.config, engine.vllm_config)
+
+    def capacity(self, settings: LiveSettings) -> int:
+        """Number of such sessions whose pages fit into the engine at once."""
+        images = self.format.processor.image_processor
+        max_image_tokens = images.size["longest_edge"] // (images.patch_size * images.merge_size) ** 2
+        per_session = self.pages.session_pages(settings.text_budget, max_image_tokens)
+        # One page is vLLM's null page.
+        num_pages = (self.engine.vllm_config.cache_config.num_gpu_blocks or 1) - 1
+        return min(num_pages // per_session, self.engine.vllm_config.scheduler_config.max_num_seqs)
+
+    async def open(self, settings: LiveSettings, history: Sequence[HistoryItem] = ()) -> LiveSession:
+        """Begins a session; nothing runs before its first frame.
+
+        Raises:
+            InputError: The settings or the history cannot be.
+        """
+        if not self.config.is_cross_attention and not self._allow_insertion:
+            raise InputError(
+                "this checkpoint inserts image tokens into the text, which no text budget bounds; expected one with "
+                "cross-attention: live sessions are for CASA models."
+            )
+        longest = self.engine.model_config.max_model_len
+        if settings.text_budget > longest:
+            raise InputError(
+                f"text_budget is {settings.text_budget}; expected at most {longest}, the model's context "
+                "(--max-model-len)."
+            )
+        transcript = Transcript(self.format, settings, history)
+        if not transcript.rules.is_neutral and not self._applies_rules():
+            raise InputError(
+                "repetition_penalty, stop_bias and ngram_size are set, and this engine was started without the "
+                f"captioner's logits processor: start it with --logits-processors {CAPTION_PROCESSOR}, or set "
+                "repetition_penalty 1, stop_bias 1 and ngram_size 0."
+            )
+        return LiveSession(self, transcript)
+
+    def _applies_rules(self) -> bool:
+        # Model Runner V2 takes no logits processors; there CASA's model state brings the rules.
+        is_v2 = self.config.is_cross_attention and self.engine.vllm_config.use_v2_model_runner
+        return is_v2 or CAPTION_PROCESSOR in (self.engine.model_config.logits_processors or ())
+
+    async def render(self, chunk: Chunk, images: list[Image.Image]) -> Any:
+        """What vLLM's renderer makes of a chunk; images are resized and cut in a thread.
+
+        Raises:
+            InputError: The image cannot be.
+        """
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        prompt: dict[str, Any] = {"prompt_token_ids": list(chunk.token_ids)}
+        for point in reversed(chunk.insertion_points):
+            prompt["prompt_token_ids"].insert(point, self.format.image_token_id)
+        if images:
+            prompt["multi_modal_data"] = {"image": images}
+        renderer = self.engine.renderer
+        try:
+            parsed = parse_model_prompt(self.engine.model_config, prompt)
+            (rendered,) = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return rendered
+
+
+@dataclass
+class Progress:
+    """A chunk's answer under way; times are of the monotonic clock."""
+
+    started: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    token_ids: list[int] = field(default_factory=list)
+    shown: str = ""
+    trimmed: bool = False
+    restarts: int = 0
+    image_tokens: int = 0
+    entry: Entry | None = None
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """More tokens came."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.token_ids += token_ids
+
+    def delta(self, text: str) -> str:
+        """What of the words so far was not shown yet; nothing while a character is incomplete.
+
+        After a restart the words may turn out otherwise; what was shown stays, and the result says what is true.
+        """
+        if text.endswith("\ufffd") or not text.startswith(self.shown):
+            return ""
+        before, self.shown = self.shown, text
+        return text[len(before) :]
+
+    def outcome(self, stop_ids: Sequence[int]) -> dict[str, Any]:
+        """The fields that frames and answers share."""
+        ended = time.monotonic()
+        return {
+            "num_tokens": len(self.token_ids),
+            "truncated": self.token_ids[-1] not in stop_ids,
+            "ttft_ms": 1000 * ((self.first_token or ended) - self.started),
+            "total_ms": 1000 * (ended - self.started),
+            "trimmed": self.trimmed,
+            "restarted": self.restarts > 0,
+        }
+
+
+class LiveSession:
+    """One session; not concurrent: one frame or question at a time.
+
+    Args:
+        engine: Where it runs.
+        transcript: What it has said.
+    """
+
+    def __init__(self, engine: LiveEngine, transcript: Transcript) -> None:
+        self.engine, self.transcript = engine, transcript
+        self.settings = transcript.settings
+        self._request: EngineRequest | None = None
+        self._num_requests = 0
+        self._latest: Image.Image | None = None
+        self._is_unfinished = False
+        self._is_closed = False
+
+    async def caption(self, image: Image.Image, timestamp: float) -> AsyncIterator[TextDelta | FrameResult]:
+        """Shows a frame; the last item is the `FrameResult`.
+
+        Raises:
+            InputError: The image cannot be; the session goes on without it.
+            RequestLostError: The engine lost the session again and again.
+        """
+
+        def next_chunk() -> Chunk:
+            self.transcript.make_room(self.transcript.frame_tokens)
+            return self.transcript.frame_chunk()
+
+        progress = Progress()
+        async for text in self._answer(next_chunk, image, timestamp, progress):
+            yield TextDelta(text)
+        yield FrameResult(
+            caption=progress.entry.text,
+            text_tokens=self.transcript.num_tokens,
+            image_tokens=progress.image_tokens,
+            image_pages=self.engine.pages.image_pages(progress.image_tokens),
+            **progress.outcome(self.engine.format.stop_ids),
+        )
+
+    async def ask(self, question: str) -> AsyncIterator[TextDelta | AnswerResult]:
+        """Asks a question; the last item is the `AnswerResult`.
+
+        Raises:
+            InputError: The question is too long or no plain text; the session goes on without it.
+            RequestLostError: The engine lost the session again and again.
+        """
+        progress = Progress()
+        async for text in self._answer(lambda: self.transcript.question_chunk(question), None, None, progress):
+            yield TextDelta(text)
+        yield AnswerResult(
+            answer=progress.entry.text,
+            text_tokens=self.transcript.num_tokens,
+            **progress.outcome(self.engine.format.stop_ids),
+        )
+
+    async def close(self) -> None:
+        """Releases everything in the engine, also in the middle of a frame. Safe to call twice."""
+        self._is_closed = True
+        # Its pixels count for the whole process, and the session may be referred to for a while.
+        self._latest = None
+        await self._drop_request()
+
+    async def _answer(
+        self,
+        next_chunk: Callable[[], Chunk],
+        image: Image.Image | None,
+        timestamp: float | None,
+        progress: Progress,
+    ) -> AsyncIterator[str]:
+        """Words as they come; where the engine loses the session, it reads the text again and goes on."""
+        if self._is_closed:
+            raise InputError("the session is closed; expected an open one: open another with its history.")
+        if self._is_unfinished:
+            # Whoever asked last went away before the end.
+            self.transcript.start_anew()
+            progress.restarts += 1
+        num_known = self.transcript.num_known
+        while True:
+            chunk = next_chunk()
+            progress.trimmed |= self.transcript.num_known < num_known
+            try:
+                async for text in self._generate(chunk, image, progress):
+                    yield text
+                break
+            except RequestLostError:
+                progress.restarts += 1
+                if self._is_closed or progress.restarts > MAX_RESTARTS:
+                    raise
+                self.transcript.start_anew()
+                num_known = 0
+                progress.token_ids.clear()
+        progress.entry = self.transcript.record(chunk, progress.token_ids, timestamp)
+        self._latest = image or self._latest
+
+    async def _generate(self, chunk: Chunk, image: Image.Image | None, progress: Progress) -> AsyncIterator[str]:
+        rendered = await self.engine.render(chunk, chunk.images(self._latest, image))
+        for placed in rendered.get("mm_placeholders", {}).get("image", ()):
+            progress.image_tokens = placed.get_num_embeds()
+        if self.transcript.num_known == 0:
+            await self._drop_request()
+        params = self._sampling_params(chunk)
+        if self._request is None:
+            self._request = EngineRequest(self.engine.engine, params)
+            self._num_requests += 1
+        self._is_unfinished = True
+        async for completion in self._request.generate(rendered, params):
+            progress.add(completion.token_ids)
+            if text := progress.delta(self.transcript.text_of(chunk, progress.token_ids)):
+                yield text
+        self._is_unfinished = False
+
+    def _sampling_params(self, chunk: Chunk) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings, transcript = self.settings, self.transcript
+        neutral = transcript.rules.is_neutral
+        return SamplingParams(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            # A request begins its random numbers anew: begun again, it must not repeat them.
+            seed=None if settings.seed is None else (settings.seed + self._num_requests) % 2**63,
+            max_tokens=chunk.max_tokens,
+            stop_token_ids=list(self.engine.format.stop_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=None if neutral else {EXTRA_ARG: to_plain(chunk.state, transcript.rules)},
+        )
+
+    async def _drop_request(self) -> None:
+        self._is_unfinished = False
+        if self._request is not None:
+            request, self._request = self._request, None
+            await request.close()
