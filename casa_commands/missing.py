@@ -15,6 +15,7 @@ from importlib.util import find_spec
 EXTRA_OF_MODULE = {
     "vllm": "cpu",
     "openai": "serving",
+    "sklearn": "digits",
     "av": "live",
     "imageio_ffmpeg": "live",
     "pydantic": "live",

@@ -63,7 +63,7 @@ def train_digits() -> int:
 
         return main
 
-    return run("casa-train-digits", load)
+    return run("casa-train-digits", load, "digits")
 
 
 def eval_digits() -> int:
@@ -74,7 +74,7 @@ def eval_digits() -> int:
 
         return main
 
-    return run("casa-eval-digits", load, "serving")
+    return run("casa-eval-digits", load, "digits", "serving")
 
 
 def digits_video() -> int:
@@ -85,4 +85,4 @@ def digits_video() -> int:
 
         return main
 
-    return run("casa-digits-video", load, "live")
+    return run("casa-digits-video", load, "digits")

@@ -139,7 +139,7 @@ def import_av() -> ModuleType:
         import av
     except ImportError as error:
         raise ImportError(
-            "videos are written with PyAV, which is not installed: pip install 'casa-engine[live]'"
+            "videos are written with PyAV, which is not installed: pip install 'casa-engine[digits]'"
         ) from error
     return av
 

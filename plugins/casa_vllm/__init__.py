@@ -6,7 +6,7 @@ Installing the distribution is enough: vLLM calls `register` (entry point group
     prompt -> renderer.py: names of images bound to the client
            -> processing.py: markers out of the stream, images attached to text positions
            -> image_items.py: pixels in at one door, processed images kept by content
-           -> scheduler.py, residency.py, image_manager.py: pages of images, shared by content
+           -> scheduler.py, encoder_cache.py, image_manager.py: pages of images, shared by content
               sessions.py: prompts that grow by chunks, and that no mix of them stops the engine
            -> v1_runner.py (CPU) or v2_model_state.py (GPU): encode images, write their K/V
            -> model.py, cross_attention.py, ops/: self-attention + window attention
@@ -23,7 +23,7 @@ def register() -> None:
 
     import casa_engine  # noqa: F401 (teaches transformers' AutoConfig the model_type "casa")
     from casa_vllm.config_hook import CasaConfigHook
-    from casa_vllm.image_cache_spec import register_image_cache
+    from casa_vllm.image_manager import register_image_cache
     from casa_vllm.renderer import register_renderer
 
     for architecture, path in MODELS:

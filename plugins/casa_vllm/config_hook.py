@@ -66,7 +66,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         _refuse(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = "casa_vllm.scheduler.create_scheduler"
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
-        vllm_config.ec_manager_config.encoder_cache_manager_cls = "casa_vllm.encoder_cache.ImageResidency"
+        vllm_config.ec_manager_config.encoder_cache_manager_cls = "casa_vllm.encoder_cache.ImageEncoderCacheManager"
         config.vllm_encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         if current_platform.is_cpu():
             vllm_config.parallel_config.worker_cls = "casa_vllm.v1_runner.CasaCPUWorker"

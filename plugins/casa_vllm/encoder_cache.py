@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-class ImageResidency(EncoderCacheManager):
+class ImageEncoderCacheManager(EncoderCacheManager):
     """Answers from the image pages; keeps nothing of its own."""
 
     @classmethod
-    def create_manager(cls, *, cache_size: int, vllm_config: "VllmConfig") -> "ImageResidency":
+    def create_manager(cls, *, cache_size: int, vllm_config: "VllmConfig") -> "ImageEncoderCacheManager":
         """VLLM's constructor hook."""
         return cls(cache_size)
 

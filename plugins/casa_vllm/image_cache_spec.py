@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import CircularBufferSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -107,12 +106,3 @@ class ImageCacheSpec(CircularBufferSpec):
     def is_uniform_with_collection(self, kv_cache_specs: dict) -> bool:
         """Image layers form a group with image layers only."""
         return all(isinstance(spec, ImageCacheSpec) for spec in kv_cache_specs.values())
-
-
-def register_image_cache() -> None:
-    """Registers spec and manager with vLLM. Safe to call twice."""
-    from casa_vllm.image_manager import ImageCacheManager
-
-    # Registering first would make vLLM believe that its own specs are registered already.
-    KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(ImageCacheSpec, ImageCacheManager, ImageCacheSpec)

@@ -24,6 +24,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, RequestStatus
 
 from casa_vllm.image_cache_spec import ImageCacheSpec
@@ -88,7 +89,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self._share_unwritten = share_unwritten
         self._max_held_pages = self.kv_cache_spec.max_held_pages(max_concurrent_batches)
 
-    # Questions of the scheduler and of residency.
+    # Questions of the scheduler and of the encoder cache manager.
 
     def images(self, request: Request) -> RequestImages:
         """The request's images; sessions grow."""
@@ -357,3 +358,10 @@ class ImageCacheManager(SingleTypeKVCacheManager):
 def _page_key(content_key: bytes, page: int) -> BlockHash:
     """Key of one page of an image in vLLM's block pool."""
     return BlockHash(content_key + page.to_bytes(4, "big"))
+
+
+def register_image_cache() -> None:
+    """Registers spec and manager with vLLM. Safe to call twice."""
+    # Registering first would make vLLM believe that its own specs are registered already.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(ImageCacheSpec, ImageCacheManager, ImageCacheSpec)

@@ -14,24 +14,12 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
+from casa_vllm.metric_names import COUNTERS, GAUGES, LAST_STEP, LAST_STEP_TEXT, PREFIX
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from casa_vllm.image_manager import ImageCounters
-
-PREFIX = "casa:"
-GAUGES = {
-    "image_pages_in_use": "Image pages that running requests read or are about to read.",
-    "image_pages_free": "Cache pages that can be taken (shared with text).",
-}
-LAST_STEP = "last_step_timestamp_seconds"
-LAST_STEP_TEXT = "Unix time of the engine's last step: now while it works, older while it has nothing to do."
-COUNTERS = {
-    "image_pages_shared": "Image pages found in the cache instead of being written.",
-    "image_pages_released": "Image pages given back because their window had passed.",
-    "vision_encoder_runs": "Images that the vision encoder encoded.",
-    "vision_encoder_runs_saved": "Images whose pages were found, so that no encoding was needed.",
-}
 
 
 def attach_image_stats(stats: SchedulerStats, groups: Sequence["ImageCounters"], num_free_pages: int) -> None:

@@ -17,7 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from casa_vllm import compat
-from casa_vllm.encoder_cache import ImageResidency
+from casa_vllm.encoder_cache import ImageEncoderCacheManager
 from casa_vllm.image_manager import ImageCacheManager
 from casa_vllm.metrics import attach_image_stats
 from casa_vllm.request_images import RequestImages
@@ -43,7 +43,7 @@ class ImageScheduling(SessionScheduling):
                 share_unwritten=self.policy != SchedulingPolicy.PRIORITY,
                 max_concurrent_batches=self.vllm_config.max_concurrent_batches,
             )
-        assert isinstance(self.encoder_cache_manager, ImageResidency)
+        assert isinstance(self.encoder_cache_manager, ImageEncoderCacheManager)
         self.encoder_cache_manager.bind(self.image_managers)
 
     def add_request(self, request: Request) -> None:

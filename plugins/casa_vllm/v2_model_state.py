@@ -25,8 +25,8 @@ from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
-from casa_vllm.image_cache_spec import register_image_cache
 from casa_vllm.image_encoding import image_slots
+from casa_vllm.image_manager import register_image_cache
 from casa_vllm.segment_planner import SegmentPlan, WindowTable
 from casa_vllm.segment_tensors import SegmentTensors
 from casa_vllm.v2_caption_sampler import CaptionSampler

@@ -15,12 +15,19 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from casa_engine.checkpoints import check_tensors, read_config
-from casa_engine.errors import CasaError, CheckpointError, InputError
+from casa_engine.errors import CasaError, InputError
 from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, leave_at_once
 from casa_serving.drain.startup_patch import keep_signals
 from casa_serving.endpoint.plugin_entry import register
-from casa_serving.engine_defaults import SHUTDOWN_TIMEOUT_S, embedded_checkpoint, engine_options, set_environment
+from casa_serving.engine_defaults import (
+    SHUTDOWN_TIMEOUT_S,
+    embedded_checkpoint,
+    engine_options,
+    logits_processors,
+    read_checkpoint,
+    runs_on_cpu,
+    set_environment,
+)
 from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
 from casa_serving.options.live_options import LiveOptions, add_live_options
 from casa_serving.options.request_limits import RequestLimits, add_request_options
@@ -39,7 +46,6 @@ MIDDLEWARE = [
 INTERRUPTED = 130
 # Where several API servers count together; vLLM makes it, and leaves it to the interpreter to take it away.
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-CAPTION_PROCESSOR = "casa_vllm.caption_processor:CaptionLogitsProcessor"
 
 
 def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
@@ -84,10 +90,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
     named = named_checkpoint(argv)
     embedded = named is None
     checkpoint = embedded_checkpoint() if named is None else Path(named)
-    check_folder(checkpoint)
-    config = read_config(checkpoint)
-    check_tensors(checkpoint, config)
-    defaults = engine_options(config, embedded=embedded, on_cpu=on_cpu())
+    defaults = engine_options(read_checkpoint(checkpoint), embedded=embedded, on_cpu=runs_on_cpu())
     if embedded:
         argv = [str(checkpoint), *argv]
     args = build_parser(defaults).parse_args(["serve", *argv])
@@ -111,23 +114,6 @@ def named_checkpoint(argv: list[str]) -> str | None:
     # vLLM's own default is a model on a hub.
     args = build_parser({"model": None}).parse_args(["serve", *argv])
     return args.model_tag or args.model
-
-
-def on_cpu() -> bool:
-    """Tells whether vLLM will run on the CPU."""
-    import torch
-
-    return not torch.cuda.is_available()
-
-
-def check_folder(checkpoint: Path) -> None:
-    """Refuses what is not a folder; names on a hub are not looked up."""
-    if not checkpoint.is_dir():
-        got = "is a file" if checkpoint.exists() else "does not exist"
-        raise CheckpointError(
-            f"The checkpoint {str(checkpoint)!r} {got}: expected a folder with config.json and "
-            "*.safetensors. Download it first, or write a random one with casa-checkpoint."
-        )
 
 
 def guarded(args: argparse.Namespace) -> argparse.Namespace:
@@ -156,9 +142,8 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
     # Set by whoever hears the signal, in this process (drain.departure).
     args.was_asked_to_end, args.engine_processes = False, []
     args.middleware = [*args.middleware, *MIDDLEWARE]
-    # Model Runner V2, which runs on GPUs, has no logits processors; there the plugin wraps the sampler.
-    if LiveOptions.from_arguments(vars(args)).live_max_sessions and on_cpu():
-        args.logits_processors = [*(args.logits_processors or []), CAPTION_PROCESSOR]
+    has_live = LiveOptions.from_arguments(vars(args)).live_max_sessions > 0
+    args.logits_processors = logits_processors(args.logits_processors, live=has_live, on_cpu=runs_on_cpu())
     return args
 
 
@@ -203,7 +188,9 @@ def run(argv: list[str]) -> int:
     try:
         args, embedded = parse(argv)
         has_several = check_several(args)
-        set_environment(embedded=embedded, on_cpu=on_cpu(), eager=args.enforce_eager, live=args.live_max_sessions > 0)
+        set_environment(
+            embedded=embedded, on_cpu=runs_on_cpu(), eager=args.enforce_eager, live=args.live_max_sessions > 0
+        )
     except CasaError as error:
         print(f"casa-serve: {error}", file=sys.stderr)
         return 1

@@ -7,14 +7,18 @@ it on the command line, or setting it in the environment, wins.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from casa_engine.checkpoints import check_tensors, read_config
 from casa_engine.configuration import CasaConfig
-from casa_engine.errors import ConfigError
-from casa_serving.endpoint.plugin_entry import CONNECTOR
+from casa_engine.errors import CheckpointError, ConfigError
+from casa_vllm.api import CAPTION_PROCESSOR
 
+# vLLM's name of the media connector that guards images; endpoint/plugin_entry.py registers it.
+CONNECTOR = "casa_guarded"
 EMBEDDED_NAME = "casa-tiny-digits"
 # A conversation's old images cost a CASA model nothing but their encoding, so the count is
 # bounded by what one request may reasonably carry, not by the context.
@@ -166,3 +170,42 @@ def embedded_checkpoint() -> Path:
     from casa_engine.digits import checkpoint_path
 
     return Path(checkpoint_path())
+
+
+def read_checkpoint(checkpoint: Path) -> CasaConfig:
+    """Reads a checkpoint's configuration and checks that its weights fit; names on a hub are not looked up.
+
+    Args:
+        checkpoint: Its folder.
+
+    Raises:
+        CheckpointError: It is no folder, or holds no CASA model.
+    """
+    if not checkpoint.is_dir():
+        got = "is a file" if checkpoint.exists() else "does not exist"
+        raise CheckpointError(
+            f"The checkpoint {str(checkpoint)!r} {got}: expected a folder with config.json and "
+            "*.safetensors. Download it first, or write a random one with casa-checkpoint."
+        )
+    config = read_config(checkpoint)
+    check_tensors(checkpoint, config)
+    return config
+
+
+def runs_on_cpu() -> bool:
+    """Returns whether vLLM will run on the CPU."""
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def logits_processors(given: Sequence[str] | None, *, live: bool, on_cpu: bool) -> list[str] | None:
+    """Returns vLLM's option of that name: what was given, with the rules of captions where they are a processor.
+
+    Args:
+        given: The user's own.
+        live: Whether there are live sessions.
+        on_cpu: Whether vLLM will run on the CPU. On GPUs Model Runner V2 takes none, and the plugin wraps the sampler.
+    """
+    added = [CAPTION_PROCESSOR] if live and on_cpu else []
+    return [*(given or ()), *added] or None

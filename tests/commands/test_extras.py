@@ -15,16 +15,20 @@ DIGITS = ["casa-digits-video", "out.mp4", "--seconds", "1", "--scale", "1"]
 COMMANDS = {
     "": [
         (["casa-checkpoint", "random", "tiny-qwen", "tiny"], 0, "tiny: tiny-qwen"),
-        (["casa-eval-digits", "--base-url", "http://127.0.0.1:9/v1"], 1, "'casa-engine[serving]'"),
+        (["casa-eval-digits", "--base-url", "http://127.0.0.1:9/v1"], 1, "'casa-engine[digits]'"),
         (["casa-serve"], 1, "'casa-engine[cpu]'"),
         (["casa-caption", "out.mp4"], 1, "'casa-engine["),
         (["casa-export", "out"], 1, "'casa-engine[export]'"),
-        (DIGITS, 1, "'casa-engine[live]'"),
+        (DIGITS, 1, "'casa-engine[digits]'"),
     ],
-    "serving": [
+    "digits": [
+        (DIGITS, 0, "truth in out.json"),
+        (["casa-eval-digits", "--base-url", "http://127.0.0.1:9/v1"], 1, "'casa-engine[serving]'"),
+    ],
+    "digits,serving": [
         (["casa-eval-digits", "--base-url", "http://127.0.0.1:9/v1"], 1, "the connection to http://127.0.0.1:9")
     ],
-    "live": [
+    "digits,live": [
         (DIGITS, 0, "truth in out.json"),
         (["casa-caption", "out.mp4", *SERVER], 1, "The server 'http://127.0.0.1:9' cannot be used"),
         (["casa-caption", "out.mp4"], 1, "'casa-engine[cpu]'"),

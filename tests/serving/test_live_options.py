@@ -12,6 +12,7 @@ from casa_serving.endpoint.request_guard import is_own_origin
 from casa_serving.engine_defaults import plugins_with
 from casa_serving.live import endpoint
 from casa_serving.options.live_options import MAX_FRAME_BYTES, LiveOptions
+from casa_vllm.api import CAPTION_PROCESSOR
 
 
 def test_every_plugin_that_would_be_loaded_still_is():
@@ -52,9 +53,9 @@ def test_a_frame_is_never_larger_than_an_image_or_a_message():
 
 @pytest.mark.parametrize(("sessions", "on_cpu", "added"), [(0, True, False), (8, True, True), (8, False, False)])
 def test_the_logits_processor_is_for_live_sessions_on_a_cpu(random_checkpoint, monkeypatch, sessions, on_cpu, added):
-    monkeypatch.setattr(cli, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(cli, "runs_on_cpu", lambda: on_cpu)
     args, _ = cli.parse([str(random_checkpoint), "--live-max-sessions", str(sessions)])
-    assert (cli.CAPTION_PROCESSOR in (args.logits_processors or [])) is added
+    assert (CAPTION_PROCESSOR in (args.logits_processors or [])) is added
 
 
 @pytest.mark.parametrize(("asked", "in_force"), [(None, 512), (256, 256), (4096, 512)])

@@ -150,7 +150,7 @@ def test_defaults_give_way_to_the_command_line(random_checkpoint):
 
 
 def test_the_embedded_model_is_not_compiled_on_a_cpu():
-    assert cli.parse([])[0].enforce_eager is cli.on_cpu()
+    assert cli.parse([])[0].enforce_eager is cli.runs_on_cpu()
     assert not cli.parse(["--no-enforce-eager"])[0].enforce_eager
 
 

@@ -33,12 +33,12 @@ JPEG_QUALITY = 95
 @asynccontextmanager
 async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIterator[Captioner]:
     """A session in an engine of its own, which lives as long as the session."""
-    from casa_serving.cli import on_cpu
+    from casa_serving.engine_defaults import runs_on_cpu
     from casa_serving.live.session import LiveEngine, start_engine
 
     with ctrl_c_stays_here():
         # Compiling for the CPU takes longer than captioning most videos.
-        engine = await start_engine(checkpoint, enforce_eager=on_cpu())
+        engine = await start_engine(checkpoint, enforce_eager=runs_on_cpu())
     try:
         session = await LiveEngine(engine, checkpoint).open(settings)
         try:

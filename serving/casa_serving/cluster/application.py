@@ -16,23 +16,24 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
-from casa_engine.checkpoints import check_tensors, read_config
+from casa_engine.checkpoints import read_config
 from casa_engine.errors import InputError
-from casa_serving.cli import CAPTION_PROCESSOR, check_folder
 from casa_serving.cluster.config import ClusterConfig, parse_config
 from casa_serving.cluster.engine_arguments import check_engine_arguments
 from casa_serving.cluster.ingress import ingress_class
 from casa_serving.cluster.replica import CasaServer
 from casa_serving.cluster.resources import check_capacity, cluster_has_gpu, count_fitting
 from casa_serving.cluster.tenancy import INGRESS
-from casa_serving.endpoint.plugin_entry import CONNECTOR
 from casa_serving.engine_defaults import (
+    CONNECTOR,
     EMBEDDED_NAME,
     HTTP_PLUGIN,
     embedded_checkpoint,
     engine_options,
     environment,
+    logits_processors,
     plugins_with,
+    read_checkpoint,
 )
 from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits
 
@@ -90,9 +91,7 @@ def check_config(args: dict[str, Any]) -> ClusterConfig:
     """
     config = parse_config(args)
     check_engine_arguments(config.engine)
-    folder = checkpoint_folder(config)
-    check_folder(folder)
-    check_tensors(folder, read_config(folder))
+    read_checkpoint(checkpoint_folder(config))
     return config
 
 
@@ -131,9 +130,11 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
         "allowed_media_domains": list(config.images.allowed_media_domains),
         **copy.deepcopy(config.engine),
     }
-    # As in casa-serve: on GPUs the plugin wraps the sampler instead.
-    if config.live.max_sessions and not on_gpu:
-        options["logits_processors"] = [*options.get("logits_processors", ()), CAPTION_PROCESSOR]
+    processors = logits_processors(
+        options.get("logits_processors"), live=config.live.max_sessions > 0, on_cpu=not on_gpu
+    )
+    if processors:
+        options["logits_processors"] = processors
     eager = options.get("enforce_eager", False)
     defaults = environment(embedded=embedded, on_cpu=not on_gpu, eager=eager)
     variables = {**defaults, **config.environment, **SAFETY}

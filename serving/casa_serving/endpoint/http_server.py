@@ -11,7 +11,6 @@ from argparse import Namespace
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from casa_serving.live.protocol import max_message_bytes
 from casa_serving.options.live_options import LiveOptions
 
 
@@ -26,4 +25,4 @@ def configure_server(server: uvicorn.Server, args: Namespace) -> None:
     config.http_protocol_class = H11Protocol
     # Frames are compressed images; what inflates is an attack: 16 kB become 16 MB.
     config.ws_per_message_deflate = False
-    config.ws_max_size = max_message_bytes(LiveOptions.from_arguments(vars(args)))
+    config.ws_max_size = LiveOptions.from_arguments(vars(args)).max_message_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-CONNECTOR = "casa_guarded"
+from casa_serving.engine_defaults import CONNECTOR
 
 
 def register() -> None:

@@ -6,9 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from casa_engine.checkpoints import check_tensors, read_config
-from casa_serving.cli import CAPTION_PROCESSOR, check_folder, on_cpu
-from casa_serving.engine_defaults import embedded_checkpoint, engine_options, is_eager, set_environment
+from casa_serving.engine_defaults import (
+    embedded_checkpoint,
+    engine_options,
+    is_eager,
+    logits_processors,
+    read_checkpoint,
+    runs_on_cpu,
+    set_environment,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -28,19 +34,16 @@ async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
         CheckpointError: The folder holds no CASA model.
     """
     checkpoint = Path(checkpoint)
-    check_folder(checkpoint)
-    config = read_config(checkpoint)
-    check_tensors(checkpoint, config)
+    config, on_cpu = read_checkpoint(checkpoint), runs_on_cpu()
     embedded = checkpoint.resolve() == embedded_checkpoint().resolve()
-    eager = options.get("enforce_eager", is_eager(embedded=embedded, on_cpu=on_cpu()))
-    set_environment(embedded=embedded, on_cpu=on_cpu(), eager=eager, live=False)
+    eager = options.get("enforce_eager", is_eager(embedded=embedded, on_cpu=on_cpu))
+    set_environment(embedded=embedded, on_cpu=on_cpu, eager=eager, live=False)
     # Only now: vLLM reads the environment when it is imported.
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    defaults = engine_options(config, embedded=embedded, on_cpu=on_cpu())
-    arguments = {name: value for name, value in defaults.items() if name in known} | {"model": str(checkpoint)}
-    if on_cpu():
-        arguments["logits_processors"] = [CAPTION_PROCESSOR]
+    defaults = engine_options(config, embedded=embedded, on_cpu=on_cpu)
+    arguments = {name: value for name, value in defaults.items() if name in known}
+    arguments |= {"model": str(checkpoint), "logits_processors": logits_processors(None, live=True, on_cpu=on_cpu)}
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | options)))

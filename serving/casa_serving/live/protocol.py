@@ -21,12 +21,11 @@ from casa_engine.errors import CasaError, InputError
 from casa_engine.live import LiveSettings
 from casa_engine.live.settings import MAX_TEXT_CHARACTERS
 from casa_serving.options.image_limits import ImageLimits
-from casa_serving.options.live_options import MAX_MESSAGE_BYTES, LiveOptions
+from casa_serving.options.live_options import MAX_TEXT_BYTES
 
 PATH = "/v1/live"
 SUBPROTOCOL = "casa-live"
 TIMESTAMP = struct.Struct("<d")
-MAX_TEXT_BYTES = 1024 * 1024
 MAX_QUESTION_CHARACTERS = 2000
 MAX_HISTORY_ITEMS = 4096
 
@@ -212,14 +211,6 @@ def read_frame(message: bytes, number: int, arrived_s: float, max_bytes: int) ->
     if not math.isfinite(timestamp):
         raise LiveError("bad_frame", f"The frame's timestamp is {timestamp}, expected seconds (little-endian float64).")
     return Frame(number, timestamp, message[TIMESTAMP.size :], arrived_s)
-
-
-def max_message_bytes(options: LiveOptions) -> int:
-    """Returns the size of the largest WebSocket message.
-
-    Twice a frame, so that one that is somewhat too large is told so and does not end its session.
-    """
-    return min(max(2 * options.live_max_frame_bytes + TIMESTAMP.size, MAX_TEXT_BYTES), MAX_MESSAGE_BYTES)
 
 
 class Event(BaseModel):

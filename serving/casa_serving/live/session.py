@@ -23,10 +23,9 @@ from casa_engine.live import HistoryItem, LiveSettings, Transcript
 from casa_engine.live.caption_logits import EXTRA_ARG, to_plain
 from casa_engine.live.stream_format import StreamFormat
 from casa_engine.live.transcript import Chunk, Entry
-from casa_serving.cli import CAPTION_PROCESSOR
 from casa_serving.live.engine_request import EngineRequest, RequestLostError
 from casa_serving.live.engine_start import start_engine
-from casa_serving.live.kv_budget import PageCosts
+from casa_vllm.api import CAPTION_PROCESSOR, PageCosts
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,7 +10,9 @@ from casa_engine.errors import InputError
 
 # uvicorn closes a WebSocket with 1009 at a message above 16 MiB; 8 bytes of it are the timestamp.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-MAX_FRAME_BYTES = MAX_MESSAGE_BYTES - 8
+TIMESTAMP_BYTES = 8
+MAX_FRAME_BYTES = MAX_MESSAGE_BYTES - TIMESTAMP_BYTES
+MAX_TEXT_BYTES = 1024 * 1024
 # A week: nobody waits longer, and event loops refuse timers of more than some months.
 MAX_SECONDS = 604_800.0
 LOWEST = {"live_max_sessions": 0, "live_max_frame_bytes": 1, "live_text_budget": 1}
@@ -59,6 +61,14 @@ class LiveOptions:
         image_bytes = arguments.get("max_image_bytes", MAX_FRAME_BYTES)
         known["live_max_frame_bytes"] = min(known["live_max_frame_bytes"], image_bytes, MAX_FRAME_BYTES)
         return cls(**known)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Size of the largest WebSocket message.
+
+        Twice a frame, so that one that is somewhat too large gets an error event and does not end its session.
+        """
+        return min(max(2 * self.live_max_frame_bytes + TIMESTAMP_BYTES, MAX_TEXT_BYTES), MAX_MESSAGE_BYTES)
 
 
 HELP = {

@@ -33,7 +33,7 @@ from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LivePlace, Li
 from casa_serving.drain.connections import cut
 from casa_serving.live.connection import Connection, LiveService
 from casa_serving.live.metrics import LiveMetrics
-from casa_serving.live.protocol import PATH, POLICY, max_message_bytes
+from casa_serving.live.protocol import PATH, POLICY
 
 LOGGER = logging.getLogger("ray.serve")
 DRAIN_PATH = "/drain"
@@ -85,7 +85,7 @@ class LiveServer:
             lifespan="off",
             log_config=None,
             access_log=False,
-            ws_max_size=max_message_bytes(service.options),
+            ws_max_size=service.options.max_message_bytes,
             # Frames are compressed images already.
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=1,
