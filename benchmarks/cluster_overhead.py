@@ -74,11 +74,11 @@ def through_handle(handle, body):
     """Seconds until the replica's first piece of text, and until the end, asked without HTTP."""
     from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
-    from casa_serving.cluster.routing_context import RoutingNote
+    from casa_serving.cluster.routing_context import RoutingContext
 
     started = time.perf_counter()
     first = None
-    for piece in handle.chat.remote(ChatCompletionRequest(**body), RoutingNote(headers={})):
+    for piece in handle.chat.remote(ChatCompletionRequest(**body), RoutingContext(headers={})):
         text = piece if isinstance(piece, str) else "".join(map(str, piece))
         if first is None and '"content":"' in text and '"content":""' not in text:
             first = time.perf_counter() - started

@@ -26,9 +26,9 @@ from casa_engine.errors import InputError
 from casa_engine.live.settings import LiveSettings, shown
 
 # A count this small changes a logit by less than a float32 can tell (for any penalty that makes sense).
-FORGOTTEN = 1e-8
+MIN_COUNT = 1e-8
 # Largest logarithm of a penalty; a logit times e^60 is still a float32.
-LARGEST = 60.0
+MAX_LOG_PENALTY = 60.0
 # Where state and rules travel in the extra arguments of a request.
 EXTRA_ARG = "casa_live"
 # Most entries that a request may bring: a vocabulary, and the stop tokens of any model. Every token walks them.
@@ -89,7 +89,7 @@ class CaptionState:
         if rules.repetition_penalty == 1 or not self.recent:
             return self
         decay = rules.penalty_decay
-        counts = {token: count * decay for token, count in self.counts.items() if count * decay > FORGOTTEN}
+        counts = {token: count * decay for token, count in self.counts.items() if count * decay > MIN_COUNT}
         last = self.recent[-1]
         counts[last] = counts.get(last, 0.0) + 1.0
         return CaptionState(counts, self.recent)
@@ -149,7 +149,8 @@ def _penalise(logits: Tensor, state: CaptionState, rules: CaptionRules) -> None:
     clamp = rules.penalty_clamp
     strength = math.log(rules.repetition_penalty)
     # Bounded: a client's settings must not overflow, they would take the engine along.
-    factors = [math.exp(max(-LARGEST, min(LARGEST, min(state.counts[token], clamp) * strength))) for token in tokens]
+    penalties = (min(state.counts[token], clamp) * strength for token in tokens)
+    factors = [math.exp(max(-MAX_LOG_PENALTY, min(MAX_LOG_PENALTY, penalty))) for penalty in penalties]
     ids, factor = torch.tensor(tokens, device=logits.device), torch.tensor(factors, device=logits.device)
     chosen = logits[ids]
     logits[ids] = torch.where(chosen < 0, chosen * factor, chosen / factor)
@@ -160,7 +161,7 @@ def _within(token_ids: Sequence[int], logits: Tensor) -> list[int]:
     return [token for token in token_ids if 0 <= token < len(logits)]
 
 
-def to_plain(state: CaptionState, rules: CaptionRules) -> dict[str, Any]:
+def to_dict(state: CaptionState, rules: CaptionRules) -> dict[str, Any]:
     """State and rules as numbers, lists and dictionaries, to travel with a request."""
     return {
         "counts": [list(state.counts), list(state.counts.values())],
@@ -170,8 +171,8 @@ def to_plain(state: CaptionState, rules: CaptionRules) -> dict[str, Any]:
     }
 
 
-def from_plain(plain: Any) -> tuple[CaptionState, CaptionRules]:
-    """Reads what `to_plain` wrote; it may come from anywhere.
+def from_dict(plain: Any) -> tuple[CaptionState, CaptionRules]:
+    """Reads what `to_dict` wrote; it may come from anywhere.
 
     Raises:
         InputError: It is something else.

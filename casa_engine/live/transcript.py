@@ -156,7 +156,7 @@ class Transcript:
         self._seen: Entry | None = None
         self._check_budget()
         for item in history:
-            self.entries.append(self._remembered(item))
+            self.entries.append(self._entry_from_history(item))
         self.make_room(self.frame_tokens)
         self.state = CaptionState()
         self._unread = list(self.ids)
@@ -199,7 +199,7 @@ class Transcript:
         budget = self.settings.text_budget
         if self.num_tokens + num_new <= budget:
             return False
-        kept = self._worth_keeping(min(budget // 2, budget - num_new))
+        kept = self._select_entries(min(budget // 2, budget - num_new))
         num_kept = len(self.prompt) + sum(len(entry.token_ids) for entry in kept)
         if num_kept + num_new > budget:
             raise InputError(
@@ -207,10 +207,10 @@ class Transcript:
                 f"text_budget of {budget}; expected them to fit: shorten the text or raise text_budget."
             )
         self.entries = kept
-        self.start_anew()
+        self.reset()
         return True
 
-    def start_anew(self) -> None:
+    def reset(self) -> None:
         """The reader has lost everything: the next chunk holds all text."""
         self.num_known = 0
 
@@ -282,7 +282,7 @@ class Transcript:
         start = len(self.prompt) + sum(len(entry.token_ids) for entry in before)
         return (start + len(self.format.before_image),)
 
-    def _worth_keeping(self, target: int) -> list[Entry]:
+    def _select_entries(self, target: int) -> list[Entry]:
         """The entries without silent frames, and without the oldest until at most `target` tokens are left."""
         entries = [entry for entry in self.entries if not entry.is_silent or entry is self._seen]
         last = next((entry for entry in reversed(entries) if entry.is_caption), None)
@@ -298,7 +298,7 @@ class Transcript:
             kept[0] = replace(kept[0], opening=(self.last_stop, *kept[0].opening))
         return kept
 
-    def _remembered(self, item: HistoryItem) -> Entry:
+    def _entry_from_history(self, item: HistoryItem) -> Entry:
         if item.question is not None:
             first = () if self.entries else (self.last_stop,)
             opening = (*first, *self.format.question(item.question))

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from casa_engine.live.caption_logits import EXTRA_ARG, CaptionRules, CaptionState, caption_logits, from_plain
+from casa_engine.live.caption_logits import EXTRA_ARG, CaptionRules, CaptionState, caption_logits, from_dict
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +48,7 @@ class CaptionRow:
 def new_row(params: SamplingParams | None, output_ids: Sequence[int]) -> CaptionRow | None:
     """The row of a request; None where it belongs to no live session, or to one without rules."""
     plain = None if params is None else (params.extra_args or {}).get(EXTRA_ARG)
-    return None if plain is None else CaptionRow(*from_plain(plain), output_ids)
+    return None if plain is None else CaptionRow(*from_dict(plain), output_ids)
 
 
 class CaptionLogitsProcessor(LogitsProcessor):
@@ -63,7 +63,7 @@ class CaptionLogitsProcessor(LogitsProcessor):
         """
         plain = (sampling_params.extra_args or {}).get(EXTRA_ARG)
         if plain is not None:
-            from_plain(plain)
+            from_dict(plain)
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, CaptionRow] = {}

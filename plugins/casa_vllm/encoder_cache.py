@@ -36,7 +36,7 @@ class ImageEncoderCacheManager(EncoderCacheManager):
         """The weights changed: what was encoded before is worthless."""
         super().reset()
         for manager in self._managers:
-            manager.forget_contents()
+            manager.reset_cache()
 
     def check_and_update_cache(self, request: Request, input_id: int) -> bool:
         """Whether every group has the image's pages; pins them if so."""

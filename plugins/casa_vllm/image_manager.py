@@ -150,7 +150,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         if not pins:
             self._pins.pop(request_id, None)
 
-    def forget_contents(self) -> None:
+    def reset_cache(self) -> None:
         """Makes no page findable any more (the weights changed)."""
         self.block_pool.evict_blocks(
             {
@@ -271,7 +271,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         """Text positions mean nothing here; see `remove_skipped_blocks`."""
         return 0
 
-    def step_was_sent(self) -> None:
+    def on_step_scheduled(self) -> None:
         """The step is on its way, and steps run in order: its pages are as good as written."""
         self._unwritten.clear()
 

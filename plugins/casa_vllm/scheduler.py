@@ -55,7 +55,7 @@ class ImageScheduling(SessionScheduling):
         """Stock, plus the pixels of images that can still be seen."""
         output = super().schedule(*args, **kwargs)
         for manager in self.image_managers:
-            manager.step_was_sent()
+            manager.on_step_scheduled()
         for data in output.scheduled_new_reqs:
             request = self.requests[data.req_id]
             if not self.use_v2_model_runner:

@@ -96,7 +96,7 @@ class WindowTable:
         self._rows: dict[str, ImageRowLayout] = {}
         self._batch: tuple[list[str], tuple[np.ndarray, ...]] | None = None
 
-    def row_sent(self, request_id: str, features: Sequence[Any], num_computed_tokens: int) -> None:
+    def add_row(self, request_id: str, features: Sequence[Any], num_computed_tokens: int) -> None:
         """The scheduler sent the request's whole row: it is new, resumed, or a session goes on."""
         images = RequestImages.from_features(features)
         self._rows[request_id] = ImageRowLayout.of(images, num_computed_tokens, self.block_size)

@@ -54,7 +54,7 @@ class CasaCPUModelRunner(CPUModelRunner):
         for request_id in [*sent, *cached.resumed_req_ids]:
             state = self.requests[request_id]
             for windows in self.windows:
-                windows.row_sent(request_id, state.mm_features, state.num_computed_tokens)
+                windows.add_row(request_id, state.mm_features, state.num_computed_tokens)
         return result
 
     def _execute_mm_encoder(self, scheduler_output: "SchedulerOutput") -> list[torch.Tensor]:

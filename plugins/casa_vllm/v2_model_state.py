@@ -76,7 +76,7 @@ class CasaModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: "NewRequestData") -> None:
         """A request is new, resumed, or a session's next chunk: its whole row was sent."""
         super().add_request(req_index, new_req_data)
-        self._table.row_sent(new_req_data.req_id, new_req_data.mm_features, new_req_data.num_computed_tokens)
+        self._table.add_row(new_req_data.req_id, new_req_data.mm_features, new_req_data.num_computed_tokens)
         if self._captions is not None:
             self._captions.chunk_sent(new_req_data)
 
@@ -135,7 +135,7 @@ class CasaModelState(DefaultModelState):
             # A dummy batch (warm-up, graph memory profiling): requests without images.
             table = WindowTable(self._block_size)
             for request_id in request_ids:
-                table.row_sent(request_id, (), 0)
+                table.add_row(request_id, (), 0)
         return table.plan(request_ids, input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens)
 
     def _keep_blocks(self, group: int, blocks: torch.Tensor) -> torch.Tensor:

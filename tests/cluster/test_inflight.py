@@ -8,47 +8,47 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 
-from casa_serving.cluster.inflight import InWork
-from casa_serving.cluster.live.session_ticket import Departure
+from casa_serving.cluster.inflight import InflightTracker
+from casa_serving.cluster.live.session_ticket import ReplicaShutdown
 from casa_serving.cluster.router import CasaRequestRouter
-from casa_serving.cluster.routing_context import RoutingNote
+from casa_serving.cluster.routing_context import RoutingContext
 from event_loop import in_loop
 
 DEPLOYMENT = DeploymentID(name="model", app_name="app")
 
 
 def at(replica, **fields):
-    return RoutingNote(replica=replica, **fields)
+    return RoutingContext(replica=replica, **fields)
 
 
 def test_what_is_finished_or_forgotten_counts_no_longer():
-    work = InWork()
-    notes = [at("a"), at("a"), at("b")]
-    for note in notes:
-        work.add(note)
+    work = InflightTracker()
+    contexts = [at("a"), at("a"), at("b")]
+    for context in contexts:
+        work.add(context)
     assert (work.num_requests("a"), work.num_requests("b"), work.num_requests("c")) == (2, 1, 0)
-    notes[0].finished = True
+    contexts[0].finished = True
     assert work.num_requests("a") == 1
-    del notes[1], note
+    del contexts[1], context
     gc.collect()
     assert work.num_requests("a") == 0
 
 
 def test_a_request_that_starts_again_counts_where_it_is():
-    work = InWork()
-    note = at("a")
-    work.add(note)
-    note.start_again()
+    work = InflightTracker()
+    context = at("a")
+    work.add(context)
+    context.reset_for_retry()
     assert work.num_requests("a") == 0
-    note.replica = "b"
-    work.add(note)
+    context.replica = "b"
+    work.add(context)
     assert (work.num_requests("a"), work.num_requests("b")) == (0, 1)
 
 
 @in_loop
 async def test_live_sessions_are_counted_apart_and_found_when_their_replica_goes():
-    work = InWork()
-    session, request = at("a", departure=Departure()), at("b")
+    work = InflightTracker()
+    session, request = at("a", departure=ReplicaShutdown()), at("b")
     work.add(session)
     work.add(request)
     assert (work.num_requests("a"), work.num_sessions("a")) == (0, 1)
@@ -94,45 +94,45 @@ def make_router():
     return make
 
 
-def pending(note, session=""):
-    metadata = RequestMetadata(request_id="r", internal_request_id=str(id(note)), session_id=session)
-    return PendingRequest(args=[note], kwargs={}, metadata=metadata)
+def pending(context, session=""):
+    metadata = RequestMetadata(request_id="r", internal_request_id=str(id(context)), session_id=session)
+    return PendingRequest(args=[context], kwargs={}, metadata=metadata)
 
 
-async def route(router, note, session=""):
+async def route(router, context, session=""):
     """Routes a request as Ray does, and has its replica accept it."""
-    request = pending(note, session)
+    request = pending(context, session)
     replica = await router._choose_replica_for_request(request)
     router.on_request_routed(request, replica.replica_id, None)
-    return note.replica
+    return context.replica
 
 
 @in_loop
 async def test_a_full_replica_gets_no_request_but_sessions(make_router):
     router = make_router(max_waiting=64)
-    notes = [RoutingNote() for _ in range(4)]
-    homes = [await route(router, note) for note in notes]
+    contexts = [RoutingContext() for _ in range(4)]
+    homes = [await route(router, context) for context in contexts]
     assert sorted(homes) == ["a", "a", "b", "b"]
-    late = RoutingNote()
+    late = RoutingContext()
     waiting = asyncio.create_task(route(router, late))
-    live = RoutingNote(departure=Departure())
+    live = RoutingContext(departure=ReplicaShutdown())
     assert await asyncio.wait_for(route(router, live), 5) in "ab"
     await asyncio.sleep(0.2)
     assert not waiting.done()
-    notes[0].finished = True
+    contexts[0].finished = True
     assert await asyncio.wait_for(waiting, 5) == homes[0]
 
 
 @in_loop
 async def test_requests_of_a_full_session_hold_up_nobody_else(make_router):
     router = make_router(max_waiting=64)
-    held = [RoutingNote() for _ in range(2)]
-    home, again = [await route(router, note, "mine") for note in held]
+    held = [RoutingContext() for _ in range(2)]
+    home, again = [await route(router, context, "mine") for context in held]
     assert again == home
-    stuck_notes = [RoutingNote() for _ in range(30)]
-    stuck = [asyncio.create_task(route(router, note, "mine")) for note in stuck_notes]
+    stuck_notes = [RoutingContext() for _ in range(30)]
+    stuck = [asyncio.create_task(route(router, context, "mine")) for context in stuck_notes]
     await asyncio.sleep(0.1)
-    free = RoutingNote()
+    free = RoutingContext()
     assert await asyncio.wait_for(route(router, free), 5) != home
     assert not any(task.done() for task in stuck)
     for task in stuck:

@@ -274,7 +274,7 @@ async def test_a_drained_replica_that_stays_takes_sessions_again():
 async def test_a_session_without_a_token_or_with_a_used_one_is_refused():
     async with ingress_over("a") as ingress:
         server = ingress.replicas[0].server
-        places = server.hold()
+        places = server.reserve_session()
         place = await anext(places)
         async with connect(place.url, additional_headers={TOKEN_HEADER: place.token}):
             for token in ("", "wrong", place.token):
@@ -283,7 +283,7 @@ async def test_a_session_without_a_token_or_with_a_used_one_is_refused():
         with pytest.raises(StopAsyncIteration):
             await anext(places)
         with pytest.raises(proxy.aiohttp.ClientResponseError, match="403"):
-            await proxy.post_drain(proxy.LivePlace(place.url, "", place.drain_url, place.token))
+            await proxy.post_drain(proxy.SessionTicket(place.url, "", place.drain_url, place.token))
 
 
 @in_loop
@@ -291,9 +291,9 @@ async def test_a_place_that_nobody_comes_for_is_free_again(monkeypatch):
     monkeypatch.setattr(replica_server, "CONNECT_TIMEOUT_S", 0.1)
     async with ingress_over("a", max_sessions=1) as ingress:
         server = ingress.replicas[0].server
-        places = server.hold()
+        places = server.reserve_session()
         await anext(places)
-        assert isinstance(await anext(server.hold()), LiveRefusal)
+        assert isinstance(await anext(server.reserve_session()), LiveRefusal)
         with pytest.raises(StopAsyncIteration):
             await anext(places)
         assert server.num_sessions == 0
@@ -303,7 +303,7 @@ async def test_a_place_that_nobody_comes_for_is_free_again(monkeypatch):
 async def test_a_call_that_is_cancelled_ends_its_session():
     async with ingress_over("a") as ingress:
         server = ingress.replicas[0].server
-        places = server.hold()
+        places = server.reserve_session()
         place = await anext(places)
         async with connect(place.url, additional_headers={TOKEN_HEADER: place.token}) as socket:
             await socket.send(CREATE)
@@ -324,7 +324,7 @@ async def test_a_call_that_is_cancelled_ends_its_session():
 async def test_a_router_that_finds_no_replica(error, code, close_code):
     async with ingress_over("a") as ingress:
 
-        async def ask(note):
+        async def ask(context):
             raise error
             yield
 
@@ -339,7 +339,7 @@ async def test_a_router_that_never_answers(monkeypatch):
     monkeypatch.setattr(placement, "PLACE_TIMEOUT_S", 0.1)
     async with ingress_over("a") as ingress:
 
-        async def ask(note):
+        async def ask(context):
             await asyncio.sleep(60)
             yield
 

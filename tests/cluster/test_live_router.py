@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from ray.serve.request_router import RequestRouter
 
-from casa_serving.cluster.live.session_ticket import Departure
+from casa_serving.cluster.live.session_ticket import ReplicaShutdown
 from casa_serving.cluster.router import CasaRequestRouter
-from casa_serving.cluster.routing_context import RoutingNote
+from casa_serving.cluster.routing_context import RoutingContext
 from event_loop import in_loop
 
 
@@ -40,55 +40,55 @@ def router(monkeypatch):
     return made
 
 
-def pending(note, session=""):
+def pending(context, session=""):
     metadata = SimpleNamespace(session_id=session, internal_request_id="1")
-    return SimpleNamespace(args=[note], metadata=metadata, routing_context=SimpleNamespace(should_backoff=False))
+    return SimpleNamespace(args=[context], metadata=metadata, routing_context=SimpleNamespace(should_backoff=False))
 
 
-def choose(router, note, session=""):
+def choose(router, context, session=""):
     """The replicas in the order in which Ray would try them."""
-    groups = asyncio.run(router.choose_replicas(list(router.curr_replicas.values()), pending(note, session)))
+    groups = asyncio.run(router.choose_replicas(list(router.curr_replicas.values()), pending(context, session)))
     return [each.replica_id for group in groups for each in group]
 
 
 def test_replicas_to_avoid_are_taken_only_where_there_is_no_other(router):
-    assert set(choose(router, RoutingNote())) == {"a", "b"}
-    assert choose(router, RoutingNote(avoid=frozenset("a"))) == ["b"]
-    assert set(choose(router, RoutingNote(avoid=frozenset("ab")))) == {"a", "b"}
+    assert set(choose(router, RoutingContext())) == {"a", "b"}
+    assert choose(router, RoutingContext(avoid=frozenset("a"))) == ["b"]
+    assert set(choose(router, RoutingContext(avoid=frozenset("ab")))) == {"a", "b"}
 
 
 def test_a_session_moves_from_a_home_that_is_to_be_avoided(router):
-    (home, *_) = choose(router, RoutingNote(), "mine")
-    assert choose(router, RoutingNote(), "mine") == [home]
-    note = RoutingNote(avoid=frozenset([home]))
-    (other,) = choose(router, note, "mine")
-    assert (note.session, {home, other}) == ("moved", {"a", "b"})
-    assert choose(router, RoutingNote(), "mine") == [other]
+    (home, *_) = choose(router, RoutingContext(), "mine")
+    assert choose(router, RoutingContext(), "mine") == [home]
+    context = RoutingContext(avoid=frozenset([home]))
+    (other,) = choose(router, context, "mine")
+    assert (context.session, {home, other}) == ("moved", {"a", "b"})
+    assert choose(router, RoutingContext(), "mine") == [other]
 
 
 @in_loop
 async def test_sessions_of_a_replica_that_leaves_are_told(router):
-    notes = {name: RoutingNote(departure=Departure()) for name in ("a", "b")}
-    for name, note in notes.items():
-        router.on_request_routed(pending(note), Name(name), None)
+    contexts = {name: RoutingContext(departure=ReplicaShutdown()) for name in ("a", "b")}
+    for name, context in contexts.items():
+        router.on_request_routed(pending(context), Name(name), None)
     # Ray's router has a loop of its own.
     await asyncio.to_thread(router.update_replicas, [replica("b"), replica("c")])
-    await asyncio.wait_for(notes["a"].departure.wait(), 5)
+    await asyncio.wait_for(contexts["a"].departure.wait(), 5)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(notes["b"].departure.wait(), 0.1)
+        await asyncio.wait_for(contexts["b"].departure.wait(), 0.1)
 
 
 @in_loop
 async def test_a_session_that_comes_while_its_replica_leaves_is_told(router):
-    note = RoutingNote(departure=Departure())
+    context = RoutingContext(departure=ReplicaShutdown())
     router.update_replicas([replica("b")])
-    router.on_request_routed(pending(note), Name("a"), None)
-    await asyncio.wait_for(note.departure.wait(), 5)
+    router.on_request_routed(pending(context), Name("a"), None)
+    await asyncio.wait_for(context.departure.wait(), 5)
 
 
 @in_loop
 async def test_sessions_that_have_ended_are_forgotten(router):
     for _ in range(3):
-        router.on_request_routed(pending(RoutingNote(departure=Departure())), Name("a"), None)
+        router.on_request_routed(pending(RoutingContext(departure=ReplicaShutdown())), Name("a"), None)
     gc.collect()
-    assert router._in_work.num_sessions("a") == 0
+    assert router._inflight.num_sessions("a") == 0

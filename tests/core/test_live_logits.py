@@ -8,8 +8,8 @@ from casa_engine.live.caption_logits import (
     CaptionRules,
     CaptionState,
     caption_logits,
-    from_plain,
-    to_plain,
+    from_dict,
+    to_dict,
 )
 
 NUM_TOKENS = 40
@@ -102,7 +102,7 @@ def test_forgotten_counts_leave():
 
 def test_plain_values_and_back():
     state = CaptionState({3: 0.123456789012345, 8: 1.0}, (3, 8, 3))
-    assert from_plain(to_plain(state, RULES)) == (state, RULES)
+    assert from_dict(to_dict(state, RULES)) == (state, RULES)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_plain_values_and_back():
 )
 def test_broken_plain_values_are_refused(change):
     with pytest.raises(InputError):
-        from_plain({**to_plain(CaptionState({3: 1.0}, (3,)), RULES), **change})
+        from_dict({**to_dict(CaptionState({3: 1.0}, (3,)), RULES), **change})
 
 
 def test_tokens_beyond_the_logits_are_passed_over():

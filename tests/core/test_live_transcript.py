@@ -129,7 +129,7 @@ def test_a_reader_that_starts_anew_sees_the_latest_frame_again(spelling):
     assert transcript.question_chunk("How?").insertion_points == ()
     assert len(transcript.frame_chunk().insertion_points) == 1
     latest = transcript.entries[-1]
-    transcript.start_anew()
+    transcript.reset()
     again = transcript.num_tokens - len(latest.token_ids) + len(spelling.before_image)
     assert transcript.question_chunk("How?").insertion_points == (again,)
     assert transcript.question_chunk("How?").images("latest", None) == ["latest"]
@@ -148,7 +148,7 @@ def test_a_reader_that_starts_anew_sees_the_latest_frame_again(spelling):
 def test_after_a_restart_nothing_is_counted_twice(spelling):
     kept, lost = Transcript(spelling, SETTINGS), Transcript(spelling, SETTINGS)
     for number in range(5):
-        lost.start_anew()
+        lost.reset()
         assert say(kept, str(number)).state == say(lost, str(number)).state
     assert kept.ids == lost.ids
 

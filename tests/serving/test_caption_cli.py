@@ -16,7 +16,7 @@ import pytest
 
 from casa_digits.video import make_video, read_truth
 from casa_serving.caption import cli as caption_cli
-from casa_serving.caption.captioners import ctrl_c_stays_here
+from casa_serving.caption.captioners import block_sigint_in_children
 from casa_serving.caption.cli import main
 from casa_serving.caption.subtitles import FrameRecord
 from odd_videos import OddVideos
@@ -140,7 +140,7 @@ def test_ctrl_c_writes_what_is_there(video, tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_does_not_reach_processes_of_the_engine():
-    with ctrl_c_stays_here():
+    with block_sigint_in_children():
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):

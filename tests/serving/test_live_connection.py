@@ -374,7 +374,7 @@ async def test_every_session_is_told_when_the_server_ends():
         server.engine.gate.clear()
         await busy.send(frame())
         await soon(lambda: server.engine.num_in_work == 1)
-        await server.registry.close(5)
+        await server.slots.close(5)
         for socket in (busy, waiting):
             messages, close_code = await rest(socket)
             assert close_code == 1012

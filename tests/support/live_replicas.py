@@ -15,7 +15,7 @@ from casa_serving.endpoint.media import GuardedImageIO
 from casa_serving.live.connection import LiveService
 from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import PATH
-from casa_serving.live.session_slots import Registry
+from casa_serving.live.session_slots import SessionSlots
 from casa_serving.options.image_limits import ImageLimits
 from casa_serving.options.live_options import LiveOptions
 from scripted_live import ScriptedEngine
@@ -33,7 +33,7 @@ class Replica:
     def leave(self):
         """Does what Ray does to a replica that is to stop: routers hear of it, each from a thread of its own."""
         for departure in self.departures:
-            departure.tell()
+            departure.notify()
 
     def die(self):
         """Does what SIGKILL does to its sockets."""
@@ -47,8 +47,8 @@ async def start_replica(name, **options):
     chosen = LiveOptions(**{f"live_{key}": value for key, value in options.items()})
     metrics = LiveMetrics(CollectorRegistry())
     engine = ScriptedEngine()
-    registry = Registry(chosen.live_max_sessions, metrics)
-    server = LiveServer(LiveService(engine, chosen, registry, metrics, GuardedImageIO(ImageLimits())))
+    slots = SessionSlots(chosen.live_max_sessions, metrics)
+    server = LiveServer(LiveService(engine, chosen, slots, metrics, GuardedImageIO(ImageLimits())))
     await server.start("127.0.0.1")
     return Replica(name, engine, server)
 
@@ -61,12 +61,12 @@ class Ingress:
         self.asked, self.sessions = [], 0
         self.url = ""
 
-    async def ask(self, note):
-        replica = next((each for each in self.replicas if each.name not in note.avoid), self.replicas[0])
+    async def ask(self, context):
+        replica = next((each for each in self.replicas if each.name not in context.avoid), self.replicas[0])
         self.asked.append(replica.name)
-        note.replica = replica.name
-        replica.departures.append(note.departure)
-        async for answer in replica.server.hold():
+        context.replica = replica.name
+        replica.departures.append(context.departure)
+        async for answer in replica.server.reserve_session():
             yield answer
 
     async def live(self, websocket):

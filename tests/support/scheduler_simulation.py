@@ -166,7 +166,7 @@ class SymbolicWorker:
             tokens=tokens, features=features, rows=[list(row) for row in rows], computed=computed
         )
         for table in self._tables.values():
-            table.row_sent(name, features, computed)
+            table.add_row(name, features, computed)
 
     def _image_pages(self, name: str, gid: int, image: int) -> list[int]:
         return self._requests[name].rows[gid][self._tables[gid].pages_of(name, image)]

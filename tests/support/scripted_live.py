@@ -17,7 +17,7 @@ from casa_serving.live.endpoint import live
 from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import PATH
 from casa_serving.live.session import AnswerResult, FrameResult, TextDelta
-from casa_serving.live.session_slots import Registry
+from casa_serving.live.session_slots import SessionSlots
 from casa_serving.options.image_limits import ImageLimits
 from casa_serving.options.live_options import LiveOptions
 
@@ -80,7 +80,7 @@ class ScriptedSession:
 class ScriptedServer:
     url: str
     engine: ScriptedEngine
-    registry: Registry
+    slots: SessionSlots
     metrics: CollectorRegistry
 
     def metric(self, name, **labels):
@@ -93,18 +93,18 @@ async def scripted_server(**options) -> AsyncIterator[ScriptedServer]:
     prometheus = CollectorRegistry()
     metrics = LiveMetrics(prometheus)
     chosen = LiveOptions(**{f"live_{name}": value for name, value in options.items()})
-    registry = Registry(chosen.live_max_sessions, metrics)
+    slots = SessionSlots(chosen.live_max_sessions, metrics)
     engine = ScriptedEngine()
     app = FastAPI()
     app.add_api_websocket_route(PATH, live)
-    app.state.live = LiveService(engine, chosen, registry, metrics, GuardedImageIO(ImageLimits()))
+    app.state.live = LiveService(engine, chosen, slots, metrics, GuardedImageIO(ImageLimits()))
     server = app.state.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     task = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield ScriptedServer(f"ws://127.0.0.1:{port}{PATH}", engine, registry, prometheus)
+        yield ScriptedServer(f"ws://127.0.0.1:{port}{PATH}", engine, slots, prometheus)
     finally:
         engine.gate.set()
         server.should_exit = True

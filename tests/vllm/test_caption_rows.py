@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from casa_engine.live.caption_logits import CaptionRules, CaptionState, caption_logits, to_plain
+from casa_engine.live.caption_logits import CaptionRules, CaptionState, caption_logits, to_dict
 
 pytestmark = pytest.mark.vllm
 V = 32
@@ -17,7 +17,7 @@ STATE = CaptionState().read([5, 6, 7], RULES)
 def params(state=STATE):
     from vllm import SamplingParams
 
-    return SamplingParams(extra_args={"casa_live": to_plain(state, RULES)})
+    return SamplingParams(extra_args={"casa_live": to_dict(state, RULES)})
 
 
 def wanted(logits, generated):
@@ -111,7 +111,7 @@ POISON = (
 
 def poisoned_states():
     """Each field of a good state replaced by each poison, left out, or joined by another."""
-    good = to_plain(STATE, RULES)
+    good = to_dict(STATE, RULES)
     yield from POISON
     yield {**good, "x" * 10_000: 1}
     for name in good:

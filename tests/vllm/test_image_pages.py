@@ -54,7 +54,7 @@ def test_warm_text_cache_and_evicted_images(folder, oracle, engine):
     assert vllm.images.counters.images_encoded == encoded, "warm: everything is in the cache"
 
     # Pages of images evicted while the text prefix stays: the last image is encoded again.
-    vllm.images.forget_contents()
+    vllm.images.reset_cache()
     assert_same(vllm.ask([prompt], NUM_TOKENS), expected)
     assert vllm.images.counters.images_encoded == encoded + 1
 

@@ -14,7 +14,7 @@ from casa_digits.cases import draw_video
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
 from casa_engine.live import LiveSettings, Transcript
-from casa_engine.live.caption_logits import to_plain
+from casa_engine.live.caption_logits import to_dict
 from casa_engine.live.eager_stream import EagerStream
 from casa_engine.live.stream_format import StreamFormat
 
@@ -54,7 +54,7 @@ class Driver:
             stop_token_ids=list(self.transcript.format.stop_ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={"casa_live": to_plain(chunk.state, self.transcript.rules)},
+            extra_args={"casa_live": to_dict(chunk.state, self.transcript.rules)},
         )
         tasks = inner.get_supported_tasks()
         request = inner.input_processor.process_inputs(self.name, rendered, params, tasks, resumable=True)

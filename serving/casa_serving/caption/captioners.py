@@ -36,7 +36,7 @@ async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIte
     from casa_serving.engine_defaults import runs_on_cpu
     from casa_serving.live.session import LiveEngine, start_engine
 
-    with ctrl_c_stays_here():
+    with block_sigint_in_children():
         # Compiling for the CPU takes longer than captioning most videos.
         engine = await start_engine(checkpoint, enforce_eager=runs_on_cpu())
     try:
@@ -50,7 +50,7 @@ async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIte
 
 
 @contextmanager
-def ctrl_c_stays_here() -> Iterator[None]:
+def block_sigint_in_children() -> Iterator[None]:
     """Processes that are started meanwhile never get Ctrl-C, which a terminal sends to all processes of a command.
 
     It would end them before the session is closed. Here it is delivered afterwards, if it came meanwhile.
@@ -112,13 +112,13 @@ async def server_captioner(server: str, api_key: str | None, settings: dict[str,
 
 async def caption_by_server(client: LiveClient, sample: Sample) -> FrameRecord:
     """Sends one frame and waits for the end of its caption."""
-    from casa_serving.live.protocol import Fault, FrameDone, LiveError
+    from casa_serving.live.protocol import ErrorEvent, FrameDone, LiveError
 
     limits = client.created.limits if client.created else None
     file = encode(sample.image, None) if limits is None else fit(sample.image, limits)
     number = await client.send_frame(file, sample.timestamp)
     async for event in client.events():
-        if isinstance(event, Fault):
+        if isinstance(event, ErrorEvent):
             raise LiveError(event.code, event.message)
         if isinstance(event, FrameDone) and event.frame == number:
             return FrameRecord(

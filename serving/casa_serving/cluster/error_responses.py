@@ -53,7 +53,7 @@ def unavailable(error: Exception) -> UnavailableError:
     return UnavailableError(message, "ServiceUnavailableError", 503, 1)
 
 
-async def not_taken(request: Request, error: UnavailableError) -> JSONResponse:
+async def handle_unavailable(request: Request, error: UnavailableError) -> JSONResponse:
     """Nobody takes the request now."""
     return error_response(error.status, str(error), error.kind, headers=retry_after(error.retry_after_s))
 
@@ -61,5 +61,5 @@ async def not_taken(request: Request, error: UnavailableError) -> JSONResponse:
 def add_cluster_error_handlers(app: FastAPI) -> None:
     """Registers every answer of this module, and those of every server of ours. Mutates `app`."""
     add_error_handlers(app)
-    app.add_exception_handler(UnavailableError, not_taken)
+    app.add_exception_handler(UnavailableError, handle_unavailable)
     app.add_exception_handler(RayError, handle_internal_error)

@@ -32,9 +32,9 @@ from casa_serving.cluster.error_responses import (
 from casa_serving.cluster.forwarded import ForwardedRequest, ResponseHead
 from casa_serving.cluster.image_digests import request_image_keys
 from casa_serving.cluster.live.proxy import LiveProxy
-from casa_serving.cluster.routing_context import RoutingNote
+from casa_serving.cluster.routing_context import RoutingContext
 from casa_serving.cluster.setting_names import SettingNames
-from casa_serving.cluster.shutdown import Ending, end_requests
+from casa_serving.cluster.shutdown import RequestDrain, end_requests
 from casa_serving.drain.final_messages import end_of_stream
 from casa_serving.endpoint.request_guard import RequestGuard
 from casa_serving.engine_defaults import MAX_IMAGES
@@ -97,28 +97,28 @@ class CasaIngress:
         if elsewhere is not None:
             return error_response(404, elsewhere)
         body = await request.body()
-        note = RoutingNote(images=request_image_keys(request.headers, body)[:MAX_IMAGES])
-        parts = self._ask(ForwardedRequest.from_scope(request.scope, body), note, request.headers)
+        context = RoutingContext(images=request_image_keys(request.headers, body)[:MAX_IMAGES])
+        parts = self._ask(ForwardedRequest.from_scope(request.scope, body), context, request.headers)
         head = await anext(parts)
         if head.is_complete:
             await parts.aclose()
             response = Response(head.body, head.status)
         else:
             response = StreamingResponse(body_of(head, parts), head.status)
-        response.raw_headers = [*head.headers, *note.response_header_pairs()]
+        response.raw_headers = [*head.headers, *context.response_header_pairs()]
         return response
 
     async def live(self, websocket: WebSocket) -> None:
         """A live session (docs/live.md)."""
         handle = self._handle_for(websocket.headers)
 
-        async def ask(note: RoutingNote) -> AsyncGenerator[Any, None]:
-            answers = handle.live.remote(note)
+        async def ask(context: RoutingContext) -> AsyncGenerator[Any, None]:
+            answers = handle.live.remote(context)
             try:
                 async for answer in answers:
                     yield answer
             finally:
-                note.finished = True
+                context.finished = True
                 answers.cancel()
 
         await self._live.serve(websocket, ask)
@@ -129,7 +129,7 @@ class CasaIngress:
         return self._replicas.options(session_id=session) if session else self._replicas
 
     async def _ask(
-        self, request: ForwardedRequest, note: RoutingNote, headers: Any
+        self, request: ForwardedRequest, context: RoutingContext, headers: Any
     ) -> AsyncGenerator[ResponseHead | bytes, None]:
         """Calls a replica; takes another when it dies before it has answered anything.
 
@@ -144,7 +144,7 @@ class CasaIngress:
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 head, last = None, b""
                 try:
-                    answers = call.remote(request, note)
+                    answers = call.remote(request, context)
                     async for part in answers:
                         head = head or part
                         last = head.body if part is head else part
@@ -158,7 +158,7 @@ class CasaIngress:
                         return
                     if attempt == MAX_ATTEMPTS or isinstance(error, RayServeException):
                         raise unavailable(error) from error
-                    note.start_again()
+                    context.reset_for_retry()
                 except RayError:
                     if head is None:
                         raise
@@ -166,7 +166,7 @@ class CasaIngress:
                     yield broken_off(request.path, head, last, FAILED, "InternalServerError", 500)
                     return
         finally:
-            note.finished = True
+            context.finished = True
 
 
 def broken_off(path: str, head: ResponseHead, last: bytes, message: str, kind: str, status: int) -> bytes:
@@ -204,7 +204,7 @@ def ingress_class(limits: RequestLimits, max_prompt_chars: int, *, live: bool) -
     # The last one comes first.
     app.add_middleware(RequestGuard)
     app.add_middleware(SettingNames)
-    app.add_middleware(Ending)
+    app.add_middleware(RequestDrain)
     add_cluster_error_handlers(app)
     if live:
         web_files.attach(app)

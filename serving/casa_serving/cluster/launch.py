@@ -197,7 +197,7 @@ def deploy(application: serve.Application) -> None:
         submit(target)
     client = tenancy.serve_client()
     while (status := client.get_serve_details()["applications"].get(APPLICATION)) is not None:
-        # Asked after the status, which is then of this application, or no longer of interest.
+        # PendingQuestion after the status, which is then of this application, or no longer of interest.
         if not tenancy.is_own(client, APPLICATION):
             break
         if status["status"] == "RUNNING":

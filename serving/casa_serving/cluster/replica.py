@@ -23,9 +23,9 @@ from casa_serving.cluster.asgi_call import call_app
 from casa_serving.cluster.autoscaling import LIVE_FRAMES, LIVE_LATE_FRAMES, LIVE_SESSIONS
 from casa_serving.cluster.forwarded import ForwardedRequest, ResponseHead
 from casa_serving.cluster.live.replica_server import LiveServer
-from casa_serving.cluster.live.session_ticket import LivePlace, LiveRefusal
+from casa_serving.cluster.live.session_ticket import LiveRefusal, SessionTicket
 from casa_serving.cluster.replica_metrics import ReplicaMetrics, last_step_s
-from casa_serving.cluster.routing_context import RoutingNote
+from casa_serving.cluster.routing_context import RoutingContext
 from casa_serving.drain.open_requests import BrokenStreams
 from casa_serving.endpoint.api_key import key_header
 from casa_serving.engine_defaults import HTTP_PLUGIN, name_endpoints
@@ -75,11 +75,11 @@ class CasaServer(LLMServer):
         if self._live_options.live_max_sessions:
             await self._start_live()
 
-    async def live(self, note: RoutingNote) -> AsyncGenerator[LivePlace | LiveRefusal, None]:
+    async def live(self, context: RoutingContext) -> AsyncGenerator[SessionTicket | LiveRefusal, None]:
         """Holds a place for a live session; called by the ingress (`live_proxy`).
 
         Args:
-            note: For the router, which has read it already.
+            context: For the router, which has read it already.
 
         Yields:
             The place, or why there is none; ends with the session.
@@ -87,16 +87,18 @@ class CasaServer(LLMServer):
         if self._live is None:
             yield LiveRefusal("live sessions are turned off")
             return
-        async with aclosing(self._live.hold()) as places:
+        async with aclosing(self._live.reserve_session()) as places:
             async for place in places:
                 yield place
 
-    async def http(self, request: ForwardedRequest, note: RoutingNote) -> AsyncGenerator[ResponseHead | bytes, None]:
+    async def http(
+        self, request: ForwardedRequest, context: RoutingContext
+    ) -> AsyncGenerator[ResponseHead | bytes, None]:
         """Answers an HTTP request; called by the ingress.
 
         Args:
             request: As the client sent it.
-            note: For the router, which has read it already.
+            context: For the router, which has read it already.
 
         Yields:
             The head of the answer with the first piece of its body, then further pieces.
@@ -159,7 +161,7 @@ class CasaServer(LLMServer):
         pairs = tuple((name.lower().encode(), value.encode()) for name, value in headers.items())
         request = ForwardedRequest("POST", CHAT_PATH, CHAT_PATH.encode(), b"", pairs, json.dumps(body).encode())
         answer = b""
-        async for part in self.http(request, RoutingNote()):
+        async for part in self.http(request, RoutingContext()):
             if not isinstance(part, ResponseHead):
                 answer += part
                 continue

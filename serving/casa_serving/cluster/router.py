@@ -6,8 +6,8 @@
     `max_imbalance` requests more than the least loaded one.
 3.  Otherwise the least loaded replica.
 
-Replicas that a note says to avoid are passed over while there is any other. A note with a `departure` is told when its
-replica leaves, whether that is being stopped or has died.
+Replicas that a context says to avoid are passed over while there is any other. A context with a `departure` is notified
+when its replica leaves, whether that is being stopped or has died.
 
 A replica that has as many requests as it may have gets no other: Ray Serve would give it those as well that are kept
 free for live sessions, since it knows one limit for both.
@@ -22,8 +22,8 @@ from ray.util.metrics import Counter
 
 from casa_serving.cluster.affinity import Affinity, preference
 from casa_serving.cluster.image_digests import digest
-from casa_serving.cluster.inflight import InWork
-from casa_serving.cluster.routing_context import RoutingNote, note_in
+from casa_serving.cluster.inflight import InflightTracker
+from casa_serving.cluster.routing_context import RoutingContext, find_context
 
 
 class CasaRequestRouter(RequestRouter):
@@ -51,7 +51,7 @@ class CasaRequestRouter(RequestRouter):
         self._enabled = affinity
         self._max_imbalance, self._max_requests, self._max_waiting = max_imbalance, max_requests, max_waiting
         self._affinity = Affinity(max_images, max_sessions)
-        self._in_work = InWork()
+        self._inflight = InflightTracker()
         tags = {"application": self._deployment_id.app_name, "deployment": self._deployment_id.name}
         names = (*tags, "result")
         self._sessions_counter = Counter("casa_routing_sessions", "Requests of sessions: new, kept or moved.", names)
@@ -76,16 +76,16 @@ class CasaRequestRouter(RequestRouter):
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
-        note = note_in(pending_request.args) or RoutingNote()
+        context = find_context(pending_request.args) or RoutingContext()
         everywhere = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        replicas = {name: replica for name, replica in everywhere.items() if name not in note.avoid} or everywhere
+        replicas = {name: replica for name, replica in everywhere.items() if name not in context.avoid} or everywhere
         session = digest(pending_request.metadata.session_id) if self._enabled else ""
-        images = note.images if self._enabled else ()
+        images = context.images if self._enabled else ()
         hits = {replica: self._affinity.num_images_on(replica, images) for replica in replicas}
-        note.hits = hits if note.hits is None else note.hits
+        context.hits = hits if context.hits is None else context.hits
         home = self._affinity.session_home(session) if session else None
-        note.session = note.session or session_state(session, home, replicas)
-        free = [name for name in replicas if note.is_live or self._in_work.num_requests(name) < self._max_requests]
+        context.session = context.session or session_state(session, home, replicas)
+        free = [name for name in replicas if context.is_live or self._inflight.num_requests(name) < self._max_requests]
         if home in replicas:
             return [[replicas[home]]] if home in free else []
         tie_key = session or next(iter(images), pending_request.metadata.internal_request_id)
@@ -98,19 +98,19 @@ class CasaRequestRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Ray Serve when a replica has accepted a request."""
-        note = note_in(pending_request.args)
-        if note is None:
+        context = find_context(pending_request.args)
+        if context is None:
             return
-        note.replica = replica_id.unique_id
-        self._in_work.add(note)
+        context.replica = replica_id.unique_id
+        self._inflight.add(context)
         if replica_id not in self.curr_replicas:
             self._tell_departures()
-        if note.session:
-            self._sessions_counter.inc(tags={"result": note.session})
-        if note.images:
-            self._count_images(note)
+        if context.session:
+            self._sessions_counter.inc(tags={"result": context.session})
+        if context.images:
+            self._count_images(context)
         if self._enabled:
-            self._affinity.remember(note.replica, digest(pending_request.metadata.session_id), note.images)
+            self._affinity.remember(context.replica, digest(pending_request.metadata.session_id), context.images)
 
     def update_replicas(self, replicas: list[Any]) -> None:
         """Called by Ray Serve when replicas came or went."""
@@ -119,21 +119,21 @@ class CasaRequestRouter(RequestRouter):
         self._tell_departures()
 
     def _tell_departures(self) -> None:
-        for note in self._in_work.keep_only(replica_id.unique_id for replica_id in self.curr_replicas):
-            if note.departure is not None:
-                note.departure.tell()
+        for context in self._inflight.keep_only(replica_id.unique_id for replica_id in self.curr_replicas):
+            if context.departure is not None:
+                context.departure.notify()
 
     def _load(self, replica: Any) -> int:
         """Returns a replica's requests and sessions: what it said last, or what it has from here if that is more."""
         name = replica.replica_id.unique_id
-        own = self._in_work.num_requests(name) + self._in_work.num_sessions(name)
+        own = self._inflight.num_requests(name) + self._inflight.num_sessions(name)
         return max(own, self.replica_queue_len_cache.get(replica.replica_id) or 0)
 
-    def _count_images(self, note: RoutingNote) -> None:
-        hits = (note.hits or {}).get(note.replica, 0)
-        note.affinity = "hit" if hits == len(note.images) else "partial" if hits else "miss"
-        self._requests_counter.inc(tags={"result": note.affinity})
-        for result, amount in (("hit", hits), ("miss", len(note.images) - hits)):
+    def _count_images(self, context: RoutingContext) -> None:
+        hits = (context.hits or {}).get(context.replica, 0)
+        context.affinity = "hit" if hits == len(context.images) else "partial" if hits else "miss"
+        self._requests_counter.inc(tags={"result": context.affinity})
+        for result, amount in (("hit", hits), ("miss", len(context.images) - hits)):
             if amount:
                 self._images_counter.inc(amount, tags={"result": result})
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from casa_serving.cluster.live.session_ticket import Departure
+from casa_serving.cluster.live.session_ticket import ReplicaShutdown
 
 REPLICA_HEADER = "x-casa-replica"
 SESSION_HEADER = "x-casa-session"
@@ -19,7 +19,7 @@ IMAGES_HEADER = "x-casa-images"
 
 
 @dataclass
-class RoutingNote:
+class RoutingContext:
     """A request's images, and where it went.
 
     Attributes:
@@ -39,7 +39,7 @@ class RoutingNote:
     session: str = ""
     affinity: str = field(default="")
     avoid: frozenset[str] = frozenset()
-    departure: Departure | None = None
+    departure: ReplicaShutdown | None = None
     finished: bool = False
 
     @property
@@ -47,8 +47,8 @@ class RoutingNote:
         """Whether it is a live session's and not a request's."""
         return self.departure is not None
 
-    def start_again(self) -> None:
-        """Makes ready for another replica, after the one that had taken the request has died. Mutates this note.
+    def reset_for_retry(self) -> None:
+        """Makes ready for another replica, after the one that had taken the request has died. Mutates this context.
 
         The session has lost its home then, whatever the router still believes.
         """
@@ -71,6 +71,6 @@ class RoutingNote:
         return [(name.encode(), value.encode("latin-1")) for name, value in self.response_headers().items()]
 
 
-def note_in(arguments: list) -> RoutingNote | None:
-    """Returns the note among a call's arguments; calls that are no requests have none."""
-    return next((argument for argument in arguments if isinstance(argument, RoutingNote)), None)
+def find_context(arguments: list) -> RoutingContext | None:
+    """Returns the context among a call's arguments; calls that are no requests have none."""
+    return next((argument for argument in arguments if isinstance(argument, RoutingContext)), None)

@@ -12,10 +12,10 @@ from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from casa_serving.drain.final_messages import SHUTTING_DOWN, refusal
-from casa_serving.drain.open_requests import LAST_WORDS_S, OpenRequests
+from casa_serving.drain.open_requests import FINAL_MESSAGE_S, OpenRequests
 
 
-class Ending:
+class RequestDrain:
     """ASGI middleware outside all others: refuses requests once the ingress ends, and ends those that stay open."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -42,6 +42,6 @@ async def end_requests(state: State, finish_s: float) -> None:
     requests: OpenRequests | None = getattr(state, "requests", None)
     if requests is not None and not await requests.wait(finish_s):
         requests.end(SHUTTING_DOWN)
-        await requests.wait(2 * LAST_WORDS_S)
+        await requests.wait(2 * FINAL_MESSAGE_S)
     # What was written is still on its way through the proxies.
-    await asyncio.sleep(LAST_WORDS_S)
+    await asyncio.sleep(FINAL_MESSAGE_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import Scope
 
 
-def cut(scope: Scope) -> None:
+def abort_connection(scope: Scope) -> None:
     """Drops the connection of a client that reads nothing.
 
     Closing would wait until the client has taken what is in the buffer, which it never does. The connection is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from casa_serving.drain.final_messages import refusal
-from casa_serving.drain.shutdown import Departure
+from casa_serving.drain.shutdown import ServerShutdown
 
 # What is still answered while the server ends.
 OPEN_PATHS = ("/metrics",)
@@ -19,7 +19,7 @@ class Drain:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._departure: Departure | None = None
+        self._departure: ServerShutdown | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request, or the whole life of the server."""
@@ -35,7 +35,7 @@ class Drain:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         # vLLM has set its own handlers of signals before it starts the server, of which this is the first step.
-        self._departure = Departure(scope["app"].state)
+        self._departure = ServerShutdown(scope["app"].state)
         try:
             await self._app(scope, receive, send)
         finally:

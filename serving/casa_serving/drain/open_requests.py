@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from casa_serving.drain.connections import cut
+from casa_serving.drain.connections import abort_connection
 from casa_serving.drain.final_messages import STATUS, end_of_stream, failure, refusal
 
 logger = logging.getLogger("vllm.casa_drain")
 # For a task to notice that it is cancelled, and for a client to take its last words.
-LAST_WORDS_S = 0.5
+FINAL_MESSAGE_S = 0.5
 INTERNAL_ERROR = 500
 
 
@@ -83,17 +83,17 @@ class OpenRequests:
     async def _break_off(self, task: asyncio.Task[None], reason: str, answer: Answer, scope: Scope) -> None:
         answer.is_ended = True
         task.cancel()
-        await asyncio.wait([task], timeout=LAST_WORDS_S)
+        await asyncio.wait([task], timeout=FINAL_MESSAGE_S)
         if task.done() and not task.cancelled() and task.exception() is not None:
             logger.debug("A request failed while it was ended.", exc_info=task.exception())
         await self._say_last_words(answer, reason, scope)
 
     async def _say_last_words(self, answer: Answer, reason: str, scope: Scope, status: int = STATUS) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORDS_S):
+            async with asyncio.timeout(FINAL_MESSAGE_S):
                 if await answer.say_last_words(reason, status):
                     return
-        cut(scope)
+        abort_connection(scope)
 
 
 class BrokenStreams:

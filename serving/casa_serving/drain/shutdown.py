@@ -23,7 +23,7 @@ from starlette.datastructures import State
 
 from casa_serving.drain.engine_watch import EngineWatch
 from casa_serving.drain.final_messages import SHUTTING_DOWN
-from casa_serving.drain.open_requests import LAST_WORDS_S, OpenRequests
+from casa_serving.drain.open_requests import FINAL_MESSAGE_S, OpenRequests
 from casa_serving.drain.processes import ENDING_SIGNALS, MIN_BOUND_S, Deadline, kill, leave_at_once
 
 logger = logging.getLogger("vllm.casa_drain")
@@ -33,7 +33,7 @@ LEAVING_S = 3.0
 Goodbye = Callable[[float], Awaitable[None]]
 
 
-class Departure:
+class ServerShutdown:
     """The end of one server process; made when it is ready to serve, in its event loop.
 
     Args:
@@ -53,7 +53,7 @@ class Departure:
         self.requests = OpenRequests(self._fault)
         self.reason: str | None = None
         # Once everybody was told; what still holds the connection then reads nothing.
-        state.server.config.timeout_graceful_shutdown = LAST_WORDS_S
+        state.server.config.timeout_graceful_shutdown = FINAL_MESSAGE_S
         state.args.engine_processes = self._watch.processes
         for number in ENDING_SIGNALS:
             self._loop.add_signal_handler(number, self._signalled, number)
@@ -98,14 +98,15 @@ class Departure:
         # vLLM's handler of a dead engine would close the sockets before their clients are told.
         server.should_exit = False
         goodbyes = [
-            asyncio.ensure_future(goodbye(finish_s + LAST_WORDS_S)) for goodbye in getattr(self._state, "goodbyes", ())
+            asyncio.ensure_future(goodbye(finish_s + FINAL_MESSAGE_S))
+            for goodbye in getattr(self._state, "goodbyes", ())
         ]
         if not await self.requests.wait(finish_s):
             logger.warning("Shutdown: %s requests are ended before they were done.", len(self.requests))
         self.requests.end(reason)
-        await self.requests.wait(2 * LAST_WORDS_S)
+        await self.requests.wait(2 * FINAL_MESSAGE_S)
         if goodbyes:
-            await asyncio.wait(goodbyes, timeout=max(2 * LAST_WORDS_S, begun_s + finish_s - time.monotonic()))
+            await asyncio.wait(goodbyes, timeout=max(2 * FINAL_MESSAGE_S, begun_s + finish_s - time.monotonic()))
         # What vLLM gives the engine's process. Nothing is under way in it any more, but its workers would take seconds.
-        engine_client.vllm_config.shutdown_timeout = LAST_WORDS_S
+        engine_client.vllm_config.shutdown_timeout = FINAL_MESSAGE_S
         server.should_exit = True

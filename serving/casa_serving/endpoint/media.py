@@ -83,7 +83,7 @@ class GuardedImageIO(ImageMediaIO):
         """As `load_bytes`, the image alone; its pixels come from the process's budget."""
         width, height = check_image(data, self.limits)
         num_pixels = width * height
-        if not PIXELS.take(num_pixels, self.limits.max_pixels_in_flight):
+        if not PIXELS.acquire(num_pixels, self.limits.max_pixels_in_flight):
             raise GracefulHTTPError(
                 f"Too many pixels are being processed at once: {PIXELS.in_flight} and now "
                 f"{num_pixels} more, at most {self.limits.max_pixels_in_flight} are taken "
@@ -91,7 +91,7 @@ class GuardedImageIO(ImageMediaIO):
                 "again in a moment.",
                 HTTPStatus.TOO_MANY_REQUESTS,
             )
-        with PIXELS.given_back_on_error(num_pixels):
+        with PIXELS.release_on_error(num_pixels):
             try:
                 image = read_image(data, sniff(data))
             except DECODER_FAULTS as error:
@@ -99,7 +99,7 @@ class GuardedImageIO(ImageMediaIO):
                     f"The image cannot be decoded: its header says {width} x {height} pixels, but "
                     "the data behind it is damaged or cut off. Send the whole file."
                 ) from error
-            PIXELS.give_back_with(image, num_pixels)
+            PIXELS.release_with(image, num_pixels)
         return image
 
     def load_file(self, filepath: Path) -> Any:

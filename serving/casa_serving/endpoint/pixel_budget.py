@@ -26,7 +26,7 @@ class PixelBudget:
         """Pixels taken and not given back."""
         return self._in_flight
 
-    def take(self, num_pixels: int, limit: int) -> bool:
+    def acquire(self, num_pixels: int, limit: int) -> bool:
         """Takes `num_pixels`; returns False, and takes nothing, if that would exceed `limit`."""
         with self._lock:
             if self._in_flight + num_pixels > limit:
@@ -34,20 +34,20 @@ class PixelBudget:
             self._in_flight += num_pixels
             return True
 
-    def give_back(self, num_pixels: int) -> None:
+    def release(self, num_pixels: int) -> None:
         """Returns pixels that were taken."""
         with self._lock:
             self._in_flight -= num_pixels
 
     @contextmanager
-    def given_back_on_error(self, num_pixels: int) -> Iterator[None]:
+    def release_on_error(self, num_pixels: int) -> Iterator[None]:
         """Returns the pixels if the body raises; otherwise the body has found them an owner."""
         try:
             yield
         except BaseException:
-            self.give_back(num_pixels)
+            self.release(num_pixels)
             raise
 
-    def give_back_with(self, owner: object, num_pixels: int) -> None:
+    def release_with(self, owner: object, num_pixels: int) -> None:
         """Returns the pixels when `owner`, the decoded image, is no longer referenced."""
-        weakref.finalize(owner, self.give_back, num_pixels)
+        weakref.finalize(owner, self.release, num_pixels)

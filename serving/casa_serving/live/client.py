@@ -32,7 +32,7 @@ from casa_serving.live.protocol import (
     AnswerDone,
     Closed,
     Created,
-    Fault,
+    ErrorEvent,
     FrameDone,
     LiveError,
     Question,
@@ -104,7 +104,7 @@ class LiveClient:
             if isinstance(event, Created):
                 self.created = event
                 return event
-            if isinstance(event, Fault):
+            if isinstance(event, ErrorEvent):
                 raise LiveError(event.code, event.message)
         raise ConnectionLostError("The server closed the connection before it created a session.")
 

@@ -1,6 +1,6 @@
 """One WebSocket connection, which is one live session.
 
-Two tasks share it: `_read` takes in what the client sends, `_work` captions and answers, one
+Two tasks share it: `_read` takes in what the client sends, `_process_queue` captions and answers, one
 thing at a time. Whatever ends the session, ends both: a stop, a client that vanishes in the
 middle of a frame, a time-out, the server's own end. There is no queue of outgoing messages: a
 message is awaited until the socket takes it, so a client that does not read holds up its own
@@ -24,9 +24,9 @@ from vllm.exceptions import GracefulHTTPError
 
 from casa_engine.errors import InputError
 from casa_engine.live import HistoryItem, LiveSettings
-from casa_serving.drain.connections import cut
+from casa_serving.drain.connections import abort_connection
 from casa_serving.endpoint.media import GuardedImageIO
-from casa_serving.live.frame_queue import Asked, Inbox
+from casa_serving.live.frame_queue import LatestFrameQueue, PendingQuestion
 from casa_serving.live.metrics import LiveMetrics, SessionStatistics
 from casa_serving.live.protocol import (
     ENGINE_ERROR,
@@ -42,8 +42,8 @@ from casa_serving.live.protocol import (
     Closed,
     Create,
     Created,
+    ErrorEvent,
     Event,
-    Fault,
     Frame,
     FrameDone,
     FrameDropped,
@@ -55,7 +55,7 @@ from casa_serving.live.protocol import (
     read_text,
 )
 from casa_serving.live.session import FrameResult, LiveEngine, LiveSession, TextDelta
-from casa_serving.live.session_slots import Registry
+from casa_serving.live.session_slots import SessionSlots
 from casa_serving.options.live_options import LiveOptions
 
 logger = logging.getLogger("vllm.casa_live")
@@ -69,14 +69,14 @@ class LiveService:
     Attributes:
         engine: Opens sessions in the engine.
         options: The operator's limits.
-        registry: The places for sessions.
+        slots: For sessions.
         metrics: The process's counters.
         image_io: Decodes frames behind the guard for images.
     """
 
     engine: LiveEngine
     options: LiveOptions
-    registry: Registry
+    slots: SessionSlots
     metrics: LiveMetrics
     image_io: GuardedImageIO
 
@@ -106,7 +106,7 @@ class Connection:
     def __init__(self, socket: WebSocket, service: LiveService) -> None:
         self.socket, self.service = socket, service
         self.statistics = SessionStatistics(service.metrics)
-        self.inbox = Inbox()
+        self.queue = LatestFrameQueue()
         self.created = self.busy = False
 
     async def run(self) -> None:
@@ -114,35 +114,35 @@ class Connection:
         offered = self.socket.scope["subprotocols"]
         try:
             await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-            with self.service.registry.place():
-                await self._run_in_place()
+            with self.service.slots.acquire():
+                await self._run_in_slot()
         except LiveError as error:
-            await self._say_goodbye(SessionEnd("too many sessions", POLICY, error))
+            await self._send_error_and_close(SessionEnd("too many sessions", POLICY, error))
         except (WebSocketDisconnect, RuntimeError):  # Starlette's two words for a socket that is gone.
             logger.info("Live session: the client left before it was taken.")
 
-    async def _run_in_place(self) -> None:
+    async def _run_in_slot(self) -> None:
         try:
-            await first_of(self._converse(), self._wait_for_shutdown())
+            await run_until_first_completes(self._run_session(), self._wait_for_shutdown())
         except SessionEnd as end:
-            await self._say_goodbye(end)
+            await self._send_error_and_close(end)
         except WebSocketDisconnect:
             logger.info("Live session: the client has left.")
         except Exception:  # the border: no fault of the engine's may take the server along
             logger.exception("Live session: the engine failed.")
             error = LiveError("engine_error", "The engine failed; connect again and resume with `history`.")
-            await self._say_goodbye(SessionEnd("engine error", ENGINE_ERROR, error))
+            await self._send_error_and_close(SessionEnd("engine error", ENGINE_ERROR, error))
 
     async def _wait_for_shutdown(self) -> None:
-        await self.service.registry.closing.wait()
+        await self.service.slots.closing.wait()
         raise SessionEnd("server is shutting down", SHUTTING_DOWN)
 
-    async def _converse(self) -> None:
+    async def _run_session(self) -> None:
         create, settings = await self._wait_for_create()
         with contextlib.ExitStack() as held:
             session = await self._open(create, settings, held)
             try:
-                await first_of(self._read(session), self._work(session))
+                await run_until_first_completes(self._read(session), self._process_queue(session))
             finally:
                 await session.close()
 
@@ -171,7 +171,7 @@ class Connection:
                 raise LiveError("no_session", "There is no session yet: send `session.create` first.", id=asked)
             return parsed, self._settings(parsed)
         except LiveError as error:
-            await self._send(Fault(code=error.code, message=str(error), id=error.id))
+            await self._send(ErrorEvent(code=error.code, message=str(error), id=error.id))
             return None
 
     def _settings(self, create: Create) -> LiveSettings:
@@ -189,7 +189,7 @@ class Connection:
         engine, options = self.service.engine, self.service.options
         try:
             capacity = engine.capacity(settings)
-            held.enter_context(self.service.registry.share(capacity))
+            held.enter_context(self.service.slots.reserve_memory(capacity))
             session = await engine.open(settings, [HistoryItem(**item.model_dump()) for item in create.history])
         except LiveError as error:
             raise SessionEnd("too many sessions", POLICY, error) from error
@@ -220,35 +220,35 @@ class Connection:
                     continue
                 error = LiveError("idle_timeout", "Nothing was sent for too long. Connect again, with `history`.")
                 raise SessionEnd("idle", IDLE, error) from timeout
-            if not self.inbox.ended:
-                await self._take(message)
+            if not self.queue.ended:
+                await self._handle_message(message)
 
-    async def _take(self, message: str | bytes) -> None:
+    async def _handle_message(self, message: str | bytes) -> None:
         number = self.statistics.frames if isinstance(message, bytes) else None
         try:
             if isinstance(message, bytes):
-                await self._take_frame(message)
+                await self._queue_frame(message)
             else:
-                self._take_text(read_text(message))
+                self._handle_text(read_text(message))
         except LiveError as error:
-            await self._refuse(error, frame=number)
+            await self._reject(error, frame=number)
 
-    async def _take_frame(self, message: bytes) -> None:
+    async def _queue_frame(self, message: bytes) -> None:
         number = self.statistics.frames
         self.statistics.frames += 1
         frame = read_frame(message, number, time.monotonic(), self.service.options.live_max_frame_bytes)
-        replaced = self.inbox.put_frame(frame)
+        replaced = self.queue.put_frame(frame)
         if replaced is not None:
             self.statistics.count("dropped")
             await self._send(
                 FrameDropped(frame=replaced.number, timestamp=replaced.timestamp, replaced_by=frame.number)
             )
 
-    def _take_text(self, message: Create | Question | Stop) -> None:
+    def _handle_text(self, message: Create | Question | Stop) -> None:
         if isinstance(message, Stop):
-            self.inbox.end()
+            self.queue.end()
         elif isinstance(message, Question):
-            self.inbox.put_question(Asked(self.statistics.questions, message.text, message.id))
+            self.queue.put_question(PendingQuestion(self.statistics.questions, message.text, message.id))
             self.statistics.questions += 1
         else:
             raise LiveError("already_created", "This connection has a session: one connection is one session.")
@@ -262,9 +262,9 @@ class Connection:
 
     # What is done about it.
 
-    async def _work(self, session: LiveSession) -> None:
+    async def _process_queue(self, session: LiveSession) -> None:
         """Captions and answers until a stop; what it raises ends the session."""
-        while (item := await self.inbox.get()) is not None:
+        while (item := await self.queue.get()) is not None:
             self.busy = True
             try:
                 if isinstance(item, Frame):
@@ -273,7 +273,7 @@ class Connection:
                     await self._answer(session, item)
             except LiveError as error:
                 is_frame = isinstance(item, Frame)
-                await self._refuse(
+                await self._reject(
                     error, frame=item.number if is_frame else None, question=None if is_frame else item.number
                 )
             finally:
@@ -309,7 +309,7 @@ class Connection:
         except GracefulHTTPError as error:  # Too many pixels are being decoded in the whole process.
             raise LiveError("bad_frame", str(error)) from error
 
-    async def _answer(self, session: LiveSession, question: Asked) -> None:
+    async def _answer(self, session: LiveSession, question: PendingQuestion) -> None:
         started_s = time.monotonic()
         try:
             async with contextlib.aclosing(session.ask(question.text)) as pieces:
@@ -331,10 +331,10 @@ class Connection:
 
     # What goes out.
 
-    async def _refuse(self, error: LiveError, *, frame: int | None = None, question: int | None = None) -> None:
+    async def _reject(self, error: LiveError, *, frame: int | None = None, question: int | None = None) -> None:
         if frame is not None:
             self.statistics.count("refused")
-        await self._send(Fault(code=error.code, message=str(error), frame=frame, question=question, id=error.id))
+        await self._send(ErrorEvent(code=error.code, message=str(error), frame=frame, question=question, id=error.id))
 
     async def _send(self, event: Event) -> None:
         """Sends one message; the socket's own buffer is all that may be waiting."""
@@ -345,24 +345,24 @@ class Connection:
             error = LiveError("slow_client", "The client did not read what it was sent. Connect again, with `history`.")
             raise SessionEnd("slow client", SLOW_CLIENT, error) from timeout
 
-    async def _say_goodbye(self, end: SessionEnd) -> None:
+    async def _send_error_and_close(self, end: SessionEnd) -> None:
         """Sends the last messages and closes; a client that does not take them is cut off."""
         try:
             async with asyncio.timeout(GOODBYE_TIMEOUT_S):
                 if end.fault is not None:
-                    fault = Fault(code=end.fault.code, message=str(end.fault), fatal=True)
+                    fault = ErrorEvent(code=end.fault.code, message=str(end.fault), fatal=True)
                     await self.socket.send_text(fault.model_dump_json())
                 if self.created:
                     closed = Closed(reason=end.reason, statistics=self.statistics.summary())
                     await self.socket.send_text(closed.model_dump_json())
                 await self.socket.close(end.close_code, end.reason)
         except TimeoutError:
-            cut(self.socket.scope)
+            abort_connection(self.socket.scope)
         except (WebSocketDisconnect, RuntimeError):  # The latter where a send has failed before.
             logger.info("Live session: the client left before the good-bye.")
 
 
-async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
+async def run_until_first_completes(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Runs coroutines until one of them ends or raises, then cancels the others and waits for them.
 
     Raises:

@@ -24,7 +24,7 @@ from casa_serving.live.connection import Connection, LiveService
 from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import PATH
 from casa_serving.live.session import LiveEngine
-from casa_serving.live.session_slots import Registry
+from casa_serving.live.session_slots import SessionSlots
 from casa_serving.options.image_limits import ImageLimits
 from casa_serving.options.live_options import LiveOptions
 
@@ -51,7 +51,7 @@ class LiveEndpoint:
         options = LiveOptions.from_arguments(vars(args))
         limits = ImageLimits.from_options(vars(args))
         state.live = open_service(engine_client, Path(args.model), options, limits)
-        state.goodbyes = [state.live.registry.close]
+        state.goodbyes = [state.live.slots.close]
 
 
 async def live(websocket: WebSocket) -> None:
@@ -74,7 +74,7 @@ def open_service(
     return LiveService(
         engine=open_engine(engine_client, checkpoint, options),
         options=options,
-        registry=Registry(options.live_max_sessions, metrics),
+        slots=SessionSlots(options.live_max_sessions, metrics),
         metrics=metrics,
         image_io=GuardedImageIO(limits),
     )

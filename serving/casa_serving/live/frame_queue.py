@@ -19,7 +19,7 @@ MAX_QUESTIONS = 4
 
 
 @dataclass(frozen=True)
-class Asked:
+class PendingQuestion:
     """A question that waits.
 
     Attributes:
@@ -33,12 +33,12 @@ class Asked:
     id: str | None
 
 
-class Inbox:
+class LatestFrameQueue:
     """Filled by the task that reads the connection, emptied by the one that works."""
 
     def __init__(self) -> None:
         self._frame: Frame | None = None
-        self._questions: deque[Asked] = deque()
+        self._questions: deque[PendingQuestion] = deque()
         self.ended = False
         self._news = asyncio.Event()
 
@@ -48,7 +48,7 @@ class Inbox:
         self._news.set()
         return replaced
 
-    def put_question(self, question: Asked) -> None:
+    def put_question(self, question: PendingQuestion) -> None:
         """Adds a question; raises LiveError if too many wait."""
         if len(self._questions) >= MAX_QUESTIONS:
             raise LiveError(
@@ -64,7 +64,7 @@ class Inbox:
         self.ended = True
         self._news.set()
 
-    async def get(self) -> Frame | Asked | None:
+    async def get(self) -> Frame | PendingQuestion | None:
         """Returns what comes next, questions first; None when all is done and nothing follows."""
         while True:
             if self._questions:

@@ -300,7 +300,7 @@ class AnswerDone(Event):
     total_ms: float
 
 
-class Fault(Event):
+class ErrorEvent(Event):
     """Something was refused; the session goes on unless it is `fatal`. `id` is that of a refused question."""
 
     type: Literal["error"] = "error"
@@ -345,7 +345,7 @@ class Closed(Event):
     statistics: Statistics
 
 
-ServerEvent = Created | CaptionDelta | FrameDone | FrameDropped | AnswerDelta | AnswerDone | Fault | Closed
+ServerEvent = Created | CaptionDelta | FrameDone | FrameDropped | AnswerDelta | AnswerDone | ErrorEvent | Closed
 _EVENTS: TypeAdapter[ServerEvent] = TypeAdapter(Annotated[ServerEvent, Field(discriminator="type")])
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from casa_engine.checkpoints import read_config
 from casa_engine.errors import InputError
 from casa_engine.live import HistoryItem, LiveSettings, Transcript
-from casa_engine.live.caption_logits import EXTRA_ARG, to_plain
+from casa_engine.live.caption_logits import EXTRA_ARG, to_dict
 from casa_engine.live.stream_format import StreamFormat
 from casa_engine.live.transcript import Chunk, Entry
 from casa_serving.live.engine_request import EngineRequest, RequestLostError
@@ -295,7 +295,7 @@ class LiveSession:
             raise InputError("the session is closed; expected an open one: open another with its history.")
         if self._is_unfinished:
             # Whoever asked last went away before the end.
-            self.transcript.start_anew()
+            self.transcript.reset()
             progress.restarts += 1
         num_known = self.transcript.num_known
         while True:
@@ -309,7 +309,7 @@ class LiveSession:
                 progress.restarts += 1
                 if self._is_closed or progress.restarts > MAX_RESTARTS:
                     raise
-                self.transcript.start_anew()
+                self.transcript.reset()
                 num_known = 0
                 progress.token_ids.clear()
         progress.entry = self.transcript.record(chunk, progress.token_ids, timestamp)
@@ -347,7 +347,7 @@ class LiveSession:
             stop_token_ids=list(self.engine.format.stop_ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args=None if neutral else {EXTRA_ARG: to_plain(chunk.state, transcript.rules)},
+            extra_args=None if neutral else {EXTRA_ARG: to_dict(chunk.state, transcript.rules)},
         )
 
     async def _drop_request(self) -> None:

@@ -11,7 +11,7 @@ from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import LiveError
 
 
-class Registry:
+class SessionSlots:
     """The places for sessions in this process.
 
     Args:
@@ -32,7 +32,7 @@ class Registry:
         self._empty.set()
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def acquire(self) -> Iterator[None]:
         """Holds a place as long as the body runs.
 
         Raises:
@@ -51,7 +51,7 @@ class Registry:
             self._change(-1)
 
     @contextmanager
-    def share(self, capacity: int) -> Iterator[None]:
+    def reserve_memory(self, capacity: int) -> Iterator[None]:
         """Holds a session's share of the engine's pages as long as the body runs.
 
         Args:

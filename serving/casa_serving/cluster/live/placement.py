@@ -15,8 +15,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 from websockets.typing import Subprotocol
 
-from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, Departure, LivePlace, LiveRefusal
-from casa_serving.cluster.routing_context import RoutingNote
+from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LiveRefusal, ReplicaShutdown, SessionTicket
+from casa_serving.cluster.routing_context import RoutingContext
 from casa_serving.live.protocol import SUBPROTOCOL, LiveError
 from casa_serving.options.live_options import MAX_MESSAGE_BYTES
 
@@ -25,27 +25,27 @@ PLACE_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
 
-Answers = AsyncGenerator[LivePlace | LiveRefusal, None]
+Answers = AsyncGenerator[SessionTicket | LiveRefusal, None]
 
 
 @dataclass(frozen=True)
-class Found:
+class PlacedSession:
     """A session's place.
 
     Attributes:
         place: At the replica.
         answers: The call that holds it.
-        note: Which replica that is, and whether it leaves.
+        context: Which replica that is, and whether it leaves.
         upstream: The WebSocket to it.
     """
 
-    place: LivePlace
+    place: SessionTicket
     answers: Answers
-    note: RoutingNote
+    context: RoutingContext
     upstream: ClientConnection
 
 
-async def find_place(websocket: WebSocket, ask: Callable[[RoutingNote], Answers]) -> Found:
+async def place_session(websocket: WebSocket, ask: Callable[[RoutingContext], Answers]) -> PlacedSession:
     """Asks one replica after the other, and connects to the first that has a place.
 
     Args:
@@ -60,53 +60,53 @@ async def find_place(websocket: WebSocket, ask: Callable[[RoutingNote], Answers]
     try:
         async with asyncio.timeout(PLACE_TIMEOUT_S):
             while True:
-                note = RoutingNote(avoid=avoid, departure=Departure())
-                found = await try_place(ask(note), note, websocket.scope["subprotocols"])
-                if isinstance(found, Found):
-                    return found
-                reason = found.reason
-                if note.replica in avoid or not note.replica:
+                context = RoutingContext(avoid=avoid, departure=ReplicaShutdown())
+                placed = await try_replica(ask(context), context, websocket.scope["subprotocols"])
+                if isinstance(placed, PlacedSession):
+                    return placed
+                reason = placed.reason
+                if context.replica in avoid or not context.replica:
                     # The router sends it to a replica that was asked before only where there is no other.
-                    raise no_place(reason)
-                avoid |= {note.replica}
+                    raise no_free_slot(reason)
+                avoid |= {context.replica}
     except (TimeoutError, BackPressureError) as error:
-        raise no_place(reason) from error
+        raise no_free_slot(reason) from error
     except (RayError, RayServeException) as error:
         LOGGER.exception("Live session: no replica answered.")
         raise LiveError("engine_error", "No replica is available. Try again in a moment.") from error
 
 
-async def try_place(answers: Answers, note: RoutingNote, offered: list[str]) -> Found | LiveRefusal:
+async def try_replica(answers: Answers, context: RoutingContext, offered: list[str]) -> PlacedSession | LiveRefusal:
     """Asks one replica; the call stays open if there is a place, and is closed otherwise.
 
     Args:
         answers: The call.
-        note: Went with it.
+        context: Went with it.
         offered: The client's subprotocols.
 
     Raises:
-        RayError: The router found no replica.
+        RayError: The router placed no replica.
     """
     async with contextlib.AsyncExitStack() as held:
         await held.enter_async_context(contextlib.aclosing(answers))
         try:
             answer = await anext(answers)
         except RayActorError:
-            if not note.replica:
+            if not context.replica:
                 raise
             return LiveRefusal("a replica has died")
         if isinstance(answer, LiveRefusal):
             return answer
         try:
-            upstream = await open_place(answer, offered)
+            upstream = await open_upstream(answer, offered)
         except (OSError, WebSocketException):
             LOGGER.warning("Live session: %s was not reached.", answer.url, exc_info=True)
             return LiveRefusal("a replica was not reached")
         held.pop_all()
-        return Found(answer, answers, note, upstream)
+        return PlacedSession(answer, answers, context, upstream)
 
 
-async def open_place(place: LivePlace, offered: list[str]) -> ClientConnection:
+async def open_upstream(place: SessionTicket, offered: list[str]) -> ClientConnection:
     """Connects to a replica.
 
     Raises:
@@ -127,7 +127,7 @@ async def open_place(place: LivePlace, offered: list[str]) -> ClientConnection:
     )
 
 
-def no_place(reason: str) -> LiveError:
+def no_free_slot(reason: str) -> LiveError:
     """Returns the protocol's answer to a client that finds no place anywhere."""
     return LiveError(
         "too_many_sessions",

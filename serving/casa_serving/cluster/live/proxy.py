@@ -3,9 +3,9 @@
     client == WebSocket ==> Serve's proxy => ingress (this) == WebSocket ==> replica (live_server)
 
 Messages pass unchanged, but for the names of settings in errors. What a replica sends is awaited on the client's side
-before the next message is taken; what a client sends may be a little ahead of its replica (`Inflow`). What ends on one
-side ends on the other, with its code and reason. The client is told in the protocol's own words when there is no
-place, when its replica leaves, and when its replica breaks.
+before the next message is taken; what a client sends may be a little ahead of its replica (`BoundedMessageBuffer`).
+What ends on one side ends on the other, with its code and reason. The client gets the protocol's own error event when
+no slot is free, when its replica shuts down, and when its replica fails.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from casa_serving.cluster.live.placement import Answers, Found, find_place
-from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, Departure, LivePlace
-from casa_serving.cluster.routing_context import RoutingNote
+from casa_serving.cluster.live.placement import Answers, PlacedSession, place_session
+from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, ReplicaShutdown, SessionTicket
+from casa_serving.cluster.routing_context import RoutingContext
 from casa_serving.cluster.setting_names import name_keys
-from casa_serving.live.connection import first_of
-from casa_serving.live.protocol import ENGINE_ERROR, POLICY, SUBPROTOCOL, Fault, LiveError
+from casa_serving.live.connection import run_until_first_completes
+from casa_serving.live.protocol import ENGINE_ERROR, POLICY, SUBPROTOCOL, ErrorEvent, LiveError
 from casa_serving.options.live_options import MAX_MESSAGE_BYTES
 
 LOGGER = logging.getLogger("ray.serve")
@@ -48,76 +48,76 @@ class LiveProxy:
 
     def __init__(self) -> None:
         self._drains: dict[str, asyncio.Task[None]] = {}
-        self._departures: set[Departure] = set()
+        self._departures: set[ReplicaShutdown] = set()
         self._is_ending = False
 
     async def end(self) -> None:
         """Has the replicas say good-bye to all sessions, and waits until they have gone; no more are taken."""
         self._is_ending = True
         for departure in self._departures:
-            departure.tell()
+            departure.notify()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 while self._departures:
                     await asyncio.sleep(POLL_S)
 
-    async def serve(self, websocket: WebSocket, ask: Callable[[RoutingNote], Answers]) -> None:
+    async def serve(self, websocket: WebSocket, ask: Callable[[RoutingContext], Answers]) -> None:
         """Serves a client from the handshake to the end.
 
         Args:
             websocket: Not accepted yet.
-            ask: Asks a replica for a place: `LiveServer.hold`, wherever the router sends it. Closing it early ends the
-                session on the replica.
+            ask: Asks a replica for a slot: `LiveServer.reserve_session`, wherever the router sends it. Closing it
+                early ends the session on the replica.
         """
         try:
             if self._is_ending:
                 raise LiveError("engine_error", "The server is shutting down; connect again and resume with `history`.")
-            found = await find_place(websocket, ask)
+            placed = await place_session(websocket, ask)
         except LiveError as error:
             await refuse(websocket, error)
             return
-        self._departures.add(found.note.departure)
+        self._departures.add(placed.context.departure)
         try:
-            await self._hand_on(websocket, found)
+            await self._relay(websocket, placed)
         finally:
-            self._departures.discard(found.note.departure)
-            await found.upstream.close(GOING_AWAY)
-            await let_go(found.answers)
+            self._departures.discard(placed.context.departure)
+            await placed.upstream.close(GOING_AWAY)
+            await drain_call(placed.answers)
 
-    async def _hand_on(self, websocket: WebSocket, found: Found) -> None:
-        upstream = found.upstream
-        leaving = asyncio.create_task(self._leave_with(found))
+    async def _relay(self, websocket: WebSocket, placed: PlacedSession) -> None:
+        upstream = placed.upstream
+        leaving = asyncio.create_task(self._end_with_replica(placed))
         try:
-            await websocket.accept(upstream.subprotocol, found.note.response_header_pairs())
-            inflow = Inflow()
-            await first_of(
-                take_in(websocket, inflow),
-                to_replica(inflow, upstream),
-                to_client(upstream, websocket),
-                after_its_end(upstream),
+            await websocket.accept(upstream.subprotocol, placed.context.response_header_pairs())
+            buffer = BoundedMessageBuffer()
+            await run_until_first_completes(
+                buffer_client_messages(websocket, buffer),
+                relay_to_replica(buffer, upstream),
+                relay_to_client(upstream, websocket),
+                close_after_grace(upstream),
             )
             await upstream.close()
-            await close_like(websocket, upstream)
+            await mirror_close(websocket, upstream)
         except LiveError as error:
             await upstream.close(POLICY)
-            await say_goodbye(websocket, error, POLICY, "too fast")
+            await send_error_and_close(websocket, error, POLICY, "too fast")
         except WebSocketDisconnect as left:
             await upstream.close(left.code if may_be_sent(left.code) else GOING_AWAY, (left.reason or "")[:100])
         finally:
             leaving.cancel()
 
-    async def _leave_with(self, found: Found) -> None:
+    async def _end_with_replica(self, placed: PlacedSession) -> None:
         """Has the replica say good-bye when it is about to leave; breaks with it where it says nothing."""
-        await found.note.departure.wait()
+        await placed.context.departure.wait()
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                await self._drain(found.place)
-                await found.upstream.wait_closed()
+                await self._drain(placed.place)
+                await placed.upstream.wait_closed()
         except (TimeoutError, OSError, aiohttp.ClientError):
             LOGGER.warning("Live session: its replica left without a word.")
-            found.upstream.transport.abort()
+            placed.upstream.transport.abort()
 
-    async def _drain(self, place: LivePlace) -> None:
+    async def _drain(self, place: SessionTicket) -> None:
         """Asks a replica to send its sessions away, once for all of them that are here."""
         task = self._drains.get(place.drain_url)
         if task is None:
@@ -126,7 +126,7 @@ class LiveProxy:
         await asyncio.shield(task)
 
 
-async def post_drain(place: LivePlace) -> None:
+async def post_drain(place: SessionTicket) -> None:
     """Asks a replica to send its sessions away; returns when it has.
 
     Raises:
@@ -140,7 +140,7 @@ async def post_drain(place: LivePlace) -> None:
             pass
 
 
-async def let_go(answers: Answers) -> None:
+async def drain_call(answers: Answers) -> None:
     """Waits until a replica has seen the end of a session; ends the call all the same if it does not."""
     try:
         async with asyncio.timeout(GOODBYE_TIMEOUT_S):
@@ -152,7 +152,7 @@ async def let_go(answers: Answers) -> None:
         await answers.aclose()
 
 
-class Inflow:
+class BoundedMessageBuffer:
     """What a client has sent and its replica has not taken yet.
 
     Serve's proxy takes in whatever a client sends, as fast as it comes, and hands all of it on: there is no way to
@@ -191,7 +191,7 @@ class Inflow:
         return message
 
 
-async def take_in(websocket: WebSocket, inflow: Inflow) -> None:
+async def buffer_client_messages(websocket: WebSocket, buffer: BoundedMessageBuffer) -> None:
     """Takes in what the client sends.
 
     Raises:
@@ -203,19 +203,19 @@ async def take_in(websocket: WebSocket, inflow: Inflow) -> None:
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", NO_CODE), message.get("reason"))
         text = message.get("text")
-        inflow.put(message["bytes"] if text is None else text)
+        buffer.put(message["bytes"] if text is None else text)
 
 
-async def to_replica(inflow: Inflow, upstream: ClientConnection) -> None:
+async def relay_to_replica(buffer: BoundedMessageBuffer, upstream: ClientConnection) -> None:
     """Hands on what the client has sent."""
     while True:
-        message = await inflow.get()
+        message = await buffer.get()
         # Where nobody takes it any more, the replica's last words are still on their way to the client.
         with contextlib.suppress(ConnectionClosed):
             await upstream.send(message)
 
 
-async def to_client(upstream: ClientConnection, websocket: WebSocket) -> None:
+async def relay_to_client(upstream: ClientConnection, websocket: WebSocket) -> None:
     """Hands on what the replica sends, until it has closed the connection."""
     with contextlib.suppress(ConnectionClosed):
         while True:
@@ -227,13 +227,13 @@ async def to_client(upstream: ClientConnection, websocket: WebSocket) -> None:
                 await websocket.send_bytes(message)
 
 
-async def after_its_end(upstream: ClientConnection) -> None:
+async def close_after_grace(upstream: ClientConnection) -> None:
     """Ends a while after the replica has gone, for the sake of clients that do not take its last words."""
     await upstream.wait_closed()
     await asyncio.sleep(GOODBYE_TIMEOUT_S)
 
 
-async def close_like(websocket: WebSocket, upstream: ClientConnection) -> None:
+async def mirror_close(websocket: WebSocket, upstream: ClientConnection) -> None:
     """Ends the client's side as the replica has ended its own; says what happened where that broke.
 
     Raises:
@@ -241,7 +241,7 @@ async def close_like(websocket: WebSocket, upstream: ClientConnection) -> None:
     """
     code = upstream.close_code
     if code is None or code == BROKEN:
-        await say_goodbye(websocket, LiveError("engine_error", REPLICA_BROKE), ENGINE_ERROR, "replica lost")
+        await send_error_and_close(websocket, LiveError("engine_error", REPLICA_BROKE), ENGINE_ERROR, "replica lost")
         return
     with contextlib.suppress(RuntimeError, TimeoutError):
         async with asyncio.timeout(GOODBYE_TIMEOUT_S):
@@ -254,18 +254,18 @@ async def refuse(websocket: WebSocket, error: LiveError) -> None:
     full = error.code == "too_many_sessions"
     with contextlib.suppress(WebSocketDisconnect):
         await websocket.accept(subprotocol)
-        await say_goodbye(
+        await send_error_and_close(
             websocket, error, POLICY if full else ENGINE_ERROR, "too many sessions" if full else "no replica"
         )
 
 
-async def say_goodbye(websocket: WebSocket, error: LiveError, code: int, reason: str) -> None:
+async def send_error_and_close(websocket: WebSocket, error: LiveError, code: int, reason: str) -> None:
     """Sends a last error and closes; a client that does not take it is left to the server in front.
 
     Raises:
         WebSocketDisconnect: The client left first.
     """
-    fault = Fault(code=error.code, message=str(error), fatal=True)
+    fault = ErrorEvent(code=error.code, message=str(error), fatal=True)
     with contextlib.suppress(RuntimeError, TimeoutError):  # The former where the client has left: Starlette's word.
         async with asyncio.timeout(GOODBYE_TIMEOUT_S):
             await websocket.send_text(fault.model_dump_json())

@@ -1,8 +1,8 @@
 """Live sessions on a replica: a small WebSocket server inside the replica's process, beside its engine client.
 
-    ingress -- handle call `live` -->  hold()   a place and a token; stays open as long as the session lives
-            -- WebSocket, token  -->  /v1/live  casa-serve's own connection code
-            -- POST, drain token -->  /drain    every session is told and ends
+    ingress -- handle call `live` -->  reserve_session()   a slot and a token; open as long as the session lives
+            -- WebSocket, token  -->  /v1/live            casa-serve's own connection code
+            -- POST, drain token -->  /drain              every session gets `session.closed`, then ends
 
 A client's frames cannot come through Ray's handle calls: those give no order among calls, and each would take one of
 the replica's places for requests. The one call that does stay open is what Ray counts, for load and for draining.
@@ -29,8 +29,8 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LivePlace, LiveRefusal
-from casa_serving.drain.connections import cut
+from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LiveRefusal, SessionTicket
+from casa_serving.drain.connections import abort_connection
 from casa_serving.live.connection import Connection, LiveService
 from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import PATH, POLICY
@@ -42,7 +42,7 @@ DRAIN_TIMEOUT_S = 5.0
 WINDOW_S = 10.0
 
 
-class OwnServer(uvicorn.Server):
+class EmbeddedUvicornServer(uvicorn.Server):
     """uvicorn inside somebody else's process, whose signals are not its own."""
 
     @contextlib.contextmanager
@@ -52,7 +52,7 @@ class OwnServer(uvicorn.Server):
 
 
 @dataclass
-class Held:
+class SessionReservation:
     """A place that is taken.
 
     Attributes:
@@ -75,7 +75,7 @@ class LiveServer:
 
     def __init__(self, service: LiveService) -> None:
         self._service = service
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, SessionReservation] = {}
         self._drain_token = secrets.token_urlsafe(32)
         self.frames = FrameWindow(service.metrics)
         routes = [WebSocketRoute(PATH, self._live), Route(DRAIN_PATH, self._drain, methods=["POST"])]
@@ -90,12 +90,12 @@ class LiveServer:
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=1,
         )
-        # `cut` looks for connections there.
-        self._server = app.state.server = OwnServer(config)
+        # `abort_connection` looks for connections there.
+        self._server = app.state.server = EmbeddedUvicornServer(config)
 
     @property
     def num_sessions(self) -> int:
-        """Places that are taken, which is also how many calls of `hold` are under way."""
+        """Places that are taken, which is also how many calls of `reserve_session` are under way."""
         return len(self._held)
 
     async def start(self, host: str) -> None:
@@ -118,18 +118,18 @@ class LiveServer:
 
     async def stop(self) -> None:
         """Tells the sessions and stops listening."""
-        await self._service.registry.close(DRAIN_TIMEOUT_S)
+        await self._service.slots.close(DRAIN_TIMEOUT_S)
         self._server.should_exit = True
         await self._task
 
-    async def hold(self) -> AsyncGenerator[LivePlace | LiveRefusal, None]:
-        """Holds a place for one session until it ends, or does not come.
+    async def reserve_session(self) -> AsyncGenerator[SessionTicket | LiveRefusal, None]:
+        """Reserves a slot for one session until it ends, or does not come.
 
         Yields:
-            One item: the place, or why there is none. After a place nothing comes until the session has ended; a
+            One item: the ticket, or why there is none. After a ticket nothing comes until the session has ended; a
             caller that goes away before ends the session.
         """
-        if self._service.registry.closing.is_set():
+        if self._service.slots.closing.is_set():
             yield LiveRefusal("this replica is leaving")
             return
         most = self._service.options.live_max_sessions
@@ -137,9 +137,9 @@ class LiveServer:
             yield LiveRefusal(f"all {most} places of this replica are taken")
             return
         token = secrets.token_urlsafe(32)
-        held = self._held[token] = Held()
+        held = self._held[token] = SessionReservation()
         try:
-            yield LivePlace(
+            yield SessionTicket(
                 url=f"ws://{self._address}{PATH}",
                 token=token,
                 drain_url=f"http://{self._address}{DRAIN_PATH}",
@@ -154,7 +154,7 @@ class LiveServer:
             if not held.begun.is_set():
                 del self._held[token]
             elif held.websocket is not None:
-                cut(held.websocket.scope)
+                abort_connection(held.websocket.scope)
 
     async def _live(self, websocket: WebSocket) -> None:
         """The WebSocket of a place that is held."""
@@ -181,9 +181,9 @@ class LiveServer:
         given = request.headers.get(TOKEN_HEADER, "")
         if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._drain_token.encode()):
             return Response(status_code=403)
-        registry = self._service.registry
-        await registry.close(DRAIN_TIMEOUT_S)
-        registry.closing.clear()
+        slots = self._service.slots
+        await slots.close(DRAIN_TIMEOUT_S)
+        slots.closing.clear()
         return Response(status_code=204)
 
 

@@ -10,7 +10,7 @@ TOKEN_HEADER = "x-casa-token"
 
 
 @dataclass(frozen=True)
-class LivePlace:
+class SessionTicket:
     """A place that a replica holds for one session.
 
     Attributes:
@@ -37,18 +37,18 @@ class LiveRefusal:
     reason: str
 
 
-class Departure:
+class ReplicaShutdown:
     """The news that a session's replica leaves; made in the loop that waits for it, told from any thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._told = asyncio.Event()
+        self._notified = asyncio.Event()
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Tells it; nobody listens any more where the loop has ended."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._told.set)
+            self._loop.call_soon_threadsafe(self._notified.set)
 
     async def wait(self) -> None:
         """Waits until it is told."""
-        await self._told.wait()
+        await self._notified.wait()
