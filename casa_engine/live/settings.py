@@ -74,7 +74,7 @@ class LiveSettings:
 
         Raises:
             CheckpointError: The file is not what it should be.
-            InputError: An unknown field, or a value that cannot be.
+            InputError: An unknown field, or an invalid value.
         """
         path = Path(folder) / SETTINGS_FILE
         own: dict[str, Any] = {}

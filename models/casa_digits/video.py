@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Leaves with status 2 and a sentence where an option makes no sense."""
+    """Leaves with status 2 and a sentence where an option is invalid."""
     if options.video.suffix.lower() not in ENCODERS:
         parser.error(f"{str(options.video)!r} ends in {options.video.suffix!r}; expected .mp4 or .webm")
     if not options.video.parent.is_dir():

@@ -76,7 +76,7 @@ class CasaCacheBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type:
-        """Never asked: CA layers are no `Attention` of vLLM's."""
+        """Unused: CA layers are no `Attention` of vLLM's."""
         raise NotImplementedError("CA layers run through casa_vllm.cross_attention, not an impl.")
 
     @staticmethod

@@ -21,7 +21,7 @@ class ImageEncoderCacheManager(EncoderCacheManager):
 
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: "VllmConfig") -> "ImageEncoderCacheManager":
-        """VLLM's constructor hook."""
+        """Constructor hook called by vLLM."""
         return cls(cache_size)
 
     def __init__(self, cache_size: int) -> None:

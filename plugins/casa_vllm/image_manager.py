@@ -264,7 +264,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
     def find_longest_cache_hit(
         cls, *args: object, kv_cache_group_ids: list[int], block_pool: BlockPool, **kwargs: object
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Never asked: the group is not looked up by text prefix."""
+        """Unused: the group is not looked up by text prefix."""
         return tuple([] for _ in kv_cache_group_ids), 0
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:

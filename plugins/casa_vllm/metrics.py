@@ -72,7 +72,7 @@ class ImageStatLogger(StatLoggerBase):
                 self._last[name] = value
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """No-op: required by vLLM's interface."""
 
 
 def _metric(kind: type, name: str, text: str, **options: str) -> Any:

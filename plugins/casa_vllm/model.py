@@ -185,7 +185,7 @@ class CasaTextModel(nn.Module):
         return self.norm(x, residual)[0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """VLLM's hook: q, k, v and gate, up of the checkpoint are stacked here."""
+        """Hook called by vLLM: q, k, v and gate, up of the checkpoint are stacked here."""
         return load_stacked(self, weights)
 
 

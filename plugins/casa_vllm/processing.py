@@ -135,7 +135,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         self._decoders = ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), "casa-image")
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """VLLM's hook: one rendered prompt with its images.
+        """Hook called by vLLM: one rendered prompt with its images.
 
         Raises:
             ValueError: Markers and images differ in number, or there are too many image tokens.

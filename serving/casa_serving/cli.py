@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
 
     Raises:
         CheckpointError: the checkpoint is not one.
-        InputError: two options contradict each other, or a limit makes no sense.
+        InputError: two options contradict each other, or a limit is invalid.
     """
     named = named_checkpoint(argv)
     embedded = named is None

@@ -94,7 +94,7 @@ def open_captioner(options: argparse.Namespace) -> AbstractAsyncContextManager[C
     """The engine or the server that captions; nothing is started yet.
 
     Raises:
-        CasaError: checkpoint or settings cannot be.
+        CasaError: checkpoint or settings are invalid.
     """
     if options.server is not None:
         return server_captioner(options.server, options.api_key, given_settings(options))

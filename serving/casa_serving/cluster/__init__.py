@@ -19,7 +19,7 @@ def build_app(args: dict[str, Any]) -> Application:
         args: The configuration as a mapping; empty for the embedded model on one replica.
 
     Raises:
-        InputError: A key is unknown, a value makes no sense, or no node has the resources asked for.
+        InputError: A key is unknown, a value is invalid, or no node has the resources asked for.
         CheckpointError: The checkpoint is not one.
     """
     from casa_serving.cluster.application import build

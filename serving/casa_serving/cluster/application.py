@@ -86,7 +86,7 @@ def check_config(args: dict[str, Any]) -> ClusterConfig:
     """Checks all of a configuration that can be checked without a cluster.
 
     Raises:
-        InputError: A key is unknown, or a value makes no sense.
+        InputError: A key is unknown, or a value is invalid.
         CheckpointError: The checkpoint is not one.
     """
     config = parse_config(args)

@@ -1,6 +1,6 @@
 """The cluster configuration: what a YAML file may say, with defaults that serve the embedded model.
 
-Unknown keys are refused, and a value that makes no sense is answered with one sentence that names
+Unknown keys are refused, and an invalid value is answered with one error message that names
 the key. Everything else about the engine is vLLM's own option under `engine`.
 """
 

@@ -90,7 +90,7 @@ class CreateBase(ClientMessage):
         """Returns the server's defaults with what the client has set.
 
         Raises:
-            LiveError: a value that makes no sense (`bad_settings`).
+            LiveError: an invalid value (`bad_settings`).
         """
         named = {name: getattr(self, name) for name in self.model_fields_set if name in SETTINGS}
         try:

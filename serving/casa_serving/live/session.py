@@ -129,7 +129,7 @@ class LiveEngine:
         """Begins a session; nothing runs before its first frame.
 
         Raises:
-            InputError: The settings or the history cannot be.
+            InputError: The settings or the history are invalid.
         """
         if not self.config.is_cross_attention and not self._allow_insertion:
             raise InputError(
@@ -160,7 +160,7 @@ class LiveEngine:
         """What vLLM's renderer makes of a chunk; images are resized and cut in a thread.
 
         Raises:
-            InputError: The image cannot be.
+            InputError: The image is invalid.
         """
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
@@ -241,7 +241,7 @@ class LiveSession:
         """Shows a frame; the last item is the `FrameResult`.
 
         Raises:
-            InputError: The image cannot be; the session goes on without it.
+            InputError: The image is invalid; the session goes on without it.
             RequestLostError: The engine lost the session again and again.
         """
 
