@@ -1,6 +1,6 @@
 # make serve   set up what is missing, then serve the embedded model on PORT
 # make serve-ray   the same on Ray Serve (docs/cluster.md)
-# make test    set up what is missing, then run the tests
+# make test    set up what is missing, check style and spelling, then run the tests
 # make test-newest   the tests with the newest versions that pyproject.toml allows, in an environment of its own
 # make lock    write the lock files anew from the newest versions; `make test` then installs and tries them
 # make test-vllm VLLM=0.32.0   the tests of model and plugin with another vLLM, in an environment of its own
@@ -31,7 +31,7 @@ serve-ray: setup
 
 # The console script, not `python -m pytest`, which would make the folders models, plugins,
 # export and serving importable by their bare names.
-test: setup browser
+test: lint browser
 	@$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
 test-all: setup browser
@@ -51,3 +51,4 @@ lock:
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/typos

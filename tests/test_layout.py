@@ -161,8 +161,8 @@ def test_the_core_needs_only_its_own_packages():
     for name, path in KNOWN.items():
         if is_part_of(name, "casa_engine"):
             imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)]
-            froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-            names = {alias.name for node in imports for alias in node.names} | {node.module for node in froms}
+            from_imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+            names = {alias.name for node in imports for alias in node.names} | {node.module for node in from_imports}
             if bad := {each.partition(".")[0] for each in names} - own:
                 wrong[name] = sorted(bad)
     assert not wrong

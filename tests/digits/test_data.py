@@ -1,5 +1,7 @@
 """The images are what the specification says, and training never sees a held-out digit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -93,10 +95,17 @@ def test_training_scenes_obey_the_layout_too():
             assert scene.draw(bank).shape == (64, grid.rows * CELL_PX, grid.columns * CELL_PX, 3)
 
 
-def test_the_glyph_bank_is_made_of_training_samples_only():
-    samples = load_samples(held_out=False)
-    bank = make_bank(np.random.default_rng(0), samples, 2)
-    assert (bank.labels == np.tile(samples.labels, 2)).all()
+def test_the_glyph_bank_is_made_of_its_samples_only():
+    training, held_out = load_samples(held_out=False), load_samples(held_out=True)
+    assert not set(training.indices) & set(held_out.indices)
+    bank = make_bank(np.random.default_rng(0), training, 2)
+    assert (bank.labels == np.tile(training.labels, 2)).all()
+    # Every glyph is its own sample's: where a sample is empty, its glyphs are, and no other's.
+    samples = replace(training, images=training.images.copy())
+    samples.images[3::7] = 0.0
+    blank = np.tile(np.arange(len(samples)) % 7 == 3, 2)
+    ink = make_bank(np.random.default_rng(0), samples, 2).ink.reshape(len(blank), -1)
+    assert ((ink.max(axis=1) == 0) == blank).all()
     assert all((bank.labels[glyphs] == digit).all() for digit, glyphs in enumerate(bank.of_label))
 
 

@@ -1,11 +1,14 @@
 """Each graph and the whole model against eager, in fp32."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from casa_engine.streaming import CasaStream
 from casa_export.errors import ExportError
-from casa_export.validation import FP32_LIMIT, Comparison, check, multi_image_prompt, relative_error, table, validate
+from casa_export.validation import FP32_LIMIT, check, multi_image_prompt, relative_error, table, validate
 from exports import KINDS, checkpoint, export
 
 # 6, 5, 16, 1, 15 and 4 image tokens: one attention window, several of unequal size, one token high.
@@ -88,13 +91,42 @@ def test_pieces_of_a_long_prompt_equal_one_pass(pair):
     assert torch.equal(exported.generate(**inputs, max_new_tokens=6), expected)
 
 
-def test_validation_finds_a_wrong_graph(pair, monkeypatch):
-    """The comparison itself can fail: an error or NaN above the limit is refused by name."""
-    wrong = [Comparison("vision", 2e-4, FP32_LIMIT), Comparison("decoder", float("nan"), FP32_LIMIT)]
-    with pytest.raises(ExportError, match="vision, decoder"):
-        check([*wrong, Comparison("image KV", 0.0, FP32_LIMIT)])
+def with_other_weight(folder, target, name, change):
+    """Copies a checkpoint with one of its tensors changed; graphs that were exported from it are then wrong."""
+    shutil.copytree(folder, target)
+    path = target / "model.safetensors"
+    tensors = load_file(path)
+    (found,) = [each for each in tensors if each.endswith(name)]
+    tensors[found] = change(tensors[found])
+    save_file(tensors, path, metadata={"format": "pt"})
+    return target
 
 
-def test_prompts_of_the_validation_have_several_images(exported):
+@pytest.mark.parametrize(
+    ("name", "change", "wrong", "right"),
+    [
+        ("layers.0.mlp.down_proj.weight", lambda weight: 2 * weight, {"decoder prefill", "decoder decode"}, {"vision"}),
+        ("layers.0.mlp.down_proj.weight", lambda weight: weight * float("nan"), {"decoder prefill"}, {"vision"}),
+        ("merger.mlp.0.weight", lambda weight: 2 * weight, {"vision", "image KV", "decoder prefill"}, set()),
+    ],
+    ids=["decoder", "NaN", "vision"],
+)
+def test_validation_finds_a_wrong_graph(tmp_path, name, change, wrong, right):
+    other = with_other_weight(checkpoint("qwen", "ca_tv"), tmp_path / "other", name, change)
+    comparisons = validate(other, export("qwen", "ca_tv"), num_prompts=0)
+    failed = {comparison.what.partition(",")[0] for comparison in comparisons if not comparison.passed}
+    assert failed >= wrong and not failed & right, table(comparisons)
+    with pytest.raises(ExportError, match="differ from the eager model in: .*decoder prefill"):
+        check(comparisons)
+
+
+def test_prompts_of_the_validation_read_their_images(exported):
+    """Otherwise equal answers would say nothing about images."""
     ids, images = multi_image_prompt(exported, torch.Generator().manual_seed(0))
-    assert len(images["image_grid_thw"]) >= 2 and ids.shape[1] > 0
+    points = images["insertion_points"][0].tolist()
+    assert len(points) == len(set(points)) == len(images["image_grid_thw"])
+    logits = exported(ids, past_key_values=exported.new_cache(), **images).logits
+    others = images | {"pixel_values": images["pixel_values"].flip(0)}
+    changed = (exported(ids, past_key_values=exported.new_cache(), **others).logits - logits).abs().amax(dim=-1)[0]
+    assert (changed[: min(points)] == 0).all()
+    assert (changed[min(points) : ids.shape[1]] > 0).all() or min(points) == ids.shape[1]

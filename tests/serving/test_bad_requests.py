@@ -58,7 +58,7 @@ BAD_IMAGES = {
     "text": (b"this is not an image", "neither JPEG, PNG nor WebP"),
     "html": (b"<html><body>404</body></html>", "neither JPEG, PNG nor WebP"),
     "gif": (encoded(plain(), "GIF"), "neither JPEG, PNG nor WebP"),
-    "empty": (b"", "empty|not of the form"),
+    "empty": (b"", "The image is empty: got 0 bytes"),
     "truncated": (NOISE[: len(NOISE) // 2], "damaged or cut off"),
     "header only": (NOISE[:20], "header is damaged or cut off"),
     "1x5000": (encoded(plain(1, 5000)), "too narrow: got 1 x 5000"),
@@ -134,7 +134,8 @@ def test_an_unknown_model(client, good_request, expected):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("video_url", "video"), ("audio_url", "audio"), ("hologram", "hologram|type")]
+    ("kind", "message"),
+    [("video_url", "type 'video_url'"), ("audio_url", "type 'audio_url'"), ("hologram", "type 'hologram'")],
 )
 def test_what_is_neither_text_nor_image(refuses, kind, message):
     refuses("Read.", {"type": kind, kind: {"url": "data:video/mp4;base64,AAAA"}}, message=message)

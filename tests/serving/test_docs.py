@@ -18,6 +18,17 @@ from serving_process import free_port, running
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```(\S+) (run|server)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = ("docs/quickstart.md", "docs/checkpoints.md")
+# Options of vLLM's that docs/limits.md explains beside those of casa-serve.
+VLLMS_OWN = {
+    "--allowed-local-media-path",
+    "--allowed-media-domains",
+    "--allowed-origins",
+    "--h11-max-header-count",
+    "--h11-max-incomplete-event-size",
+    "--limit-mm-per-prompt",
+    "--max-model-len",
+    "--trust-request-chat-template",
+}
 
 
 def script(page, *kinds):
@@ -117,12 +128,30 @@ def test_the_readmes_table_is_what_the_script_prints():
     assert shown.strip().splitlines() == module.table()
 
 
+def prose(page):
+    """Returns a page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """Returns what links may name in a page: its headings, as Markdown makes anchors of them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_in_the_docs_leads_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-        for target in re.findall(r"\]\(([^)]+)\)", prose):
-            if not target.startswith(("http", "#")):
-                assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+    num_anchors = 0
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
+            if target.startswith("http"):
+                continue
+            name, _, anchor = target.partition("#")
+            other = page.parent / name if name else page
+            assert other.exists(), f"{page.name}: {target}"
+            if anchor:
+                num_anchors += 1
+                assert anchor in anchors(other), f"{page.name}: {target}"
+    assert num_anchors
 
 
 def test_every_option_in_the_limits_page_exists():
@@ -137,3 +166,6 @@ def test_every_option_in_the_limits_page_exists():
         row = next(line for line in text.splitlines() if f"`--{name.replace('_', '-')}`" in line)
         shown = ("the checkpoint's own",) if default is None else (f" {default} ", f"{default:,}")
         assert any(value in row for value in shown), row
+    own = {f"--{name.replace('_', '-')}" for name in options}
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")]
+    assert {option for row in rows for option in re.findall(r"(--\w[\w-]*)", row)} - own == VLLMS_OWN

@@ -138,7 +138,7 @@ def test_chunks_of_32_tokens(folder, oracle, engine):
     ],
     ids=["async", "priority-async", "no-prefix-cache", "first-come"],
 )
-def test_few_pages_force_preemptions(folder, eager, engine, options):
+def test_all_is_computed_again_after_resets(folder, eager, engine, options):
     prompts, grown = shuffled_pictures(7, 8), 20
     vllm = engine(folder, num_gpu_blocks_override=80, max_num_batched_tokens=64, max_model_len=256, **options)
     free = vllm.num_free_blocks

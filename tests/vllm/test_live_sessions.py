@@ -126,6 +126,16 @@ def wanted(rig):
     return captions
 
 
+def with_restarts(rig, frames, results):
+    """Captions of an eager stream that reads its text anew at the frames at which the engine's session did."""
+    stream, captions = rig.eager(rig.settings), []
+    for frame, result in zip(frames, results, strict=True):
+        if result.restarted:
+            stream.transcript.reset()
+        captions.append(stream.caption(frame))
+    return captions
+
+
 def test_one_session_says_what_the_eager_model_says(rig, wanted):
     async def work():
         free = await rig.free_pages()
@@ -225,35 +235,39 @@ def test_a_lost_request_is_begun_again(rig):
 
     results = rig.run(work())
     assert [result.restarted for result in results] == [number == 6 for number in range(12)]
+    assert [result.caption for result in results] == with_restarts(rig, frames_of(0, 12), results)
 
 
 def test_preempted_sessions_go_on(rig):
     """Chats take all pages, so that sessions lose theirs, text and all, in the middle of a frame."""
+    frames = [frames_of(50 + number, 30) for number in range(3)]
 
     async def work():
         free = await rig.free_pages()
         sessions = [await rig.live.open(rig.settings) for _ in range(3)]
-        frames = [frames_of(50 + number, 30) for number in range(3)]
-        for session, first in zip(sessions, frames, strict=True):
-            await caption(session, first[0])
+        firsts = [await caption(session, mine[0]) for session, mine in zip(sessions, frames, strict=True)]
         chats = [asyncio.create_task(rig.chat(560)) for _ in range(6)]
 
-        async def watch_while_they_talk(session, mine):
-            results = []
+        async def watch_while_they_talk(session, mine, first):
+            results = [first]
             while not all(chat.done() for chat in chats):
                 results.append(await caption(session, mine[len(results) % len(mine)]))
             return results
 
-        results = await asyncio.gather(*map(watch_while_they_talk, sessions, frames))
+        results = await asyncio.gather(*map(watch_while_they_talk, sessions, frames, firsts))
         said = [await chat for chat in chats]
         assert all(each == said[0] for each in said)
         await asyncio.gather(*(session.close() for session in sessions))
         assert await rig.free_pages() == free
-        return [result for each in results for result in each]
+        return results
 
-    results = rig.run(work())
+    watched = rig.run(work())
+    results = [result for each in watched for result in each]
     assert all(result.text_tokens <= BUDGET for result in results)
     assert any(result.restarted for result in results)
+    for mine, each in zip(frames, watched, strict=True):
+        shown = [mine[number % len(mine)] for number in range(len(each))]
+        assert [result.caption for result in each] == with_restarts(rig, shown, each)
 
 
 def test_closed_in_the_middle_of_a_frame(rig):
