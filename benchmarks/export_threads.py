@@ -3,12 +3,14 @@
     python benchmarks/export_threads.py --work DIR                       keeps the exports in DIR for the next time
     python benchmarks/export_threads.py --models embedded --seconds 0.2  a try
 
-Prints a Markdown table for docs/benchmarks.md, each row as soon as it is measured. A row is a process of its own, bound
-to the cores; "busy" has one more process that computes on each of them. Of each way the median of short bursts counts.
-What is not measured within the time limit of its row is "-".
+Prints a Markdown table for docs/benchmarks.md, each row as soon as it is measured. Each number is measured in processes
+of its own, bound to the cores, one in each of three rounds: one after the other in one process, the same way differed
+by up to 40%. "busy" has one more process that computes on each core. Of each way the median counts, of short bursts and
+of the rounds. What is not measured within the time limit of its row is "-".
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import statistics
@@ -42,7 +44,8 @@ WAYS = {
     "chosen": "chosen by size",
 }
 BURST_TOKENS = 4
-# Each row is forked from here, where no library has started threads yet.
+ROUNDS = 3
+# Each number's process is forked from here, where no library has started threads yet.
 PROCESSES = multiprocessing.get_context("fork")
 
 
@@ -107,13 +110,10 @@ def decode_speed(model, seconds: float) -> float:
     return statistics.median(speeds)
 
 
-def measure_row(result: Connection, checkpoint: Path, folder: Path, cores: list[int], seconds: float) -> None:
-    """Sends the speed of each way, one after the other."""
+def measure(result: Connection, checkpoint: Path, folder: Path, way: str, cores: list[int], seconds: float) -> None:
+    """Sends the speed of a way."""
     os.sched_setaffinity(0, cores)
-    for way in WAYS:
-        model = load(checkpoint, folder, way)
-        result.send(decode_speed(model, seconds))
-        del model  # and its threads
+    result.send(decode_speed(load(checkpoint, folder, way), seconds))
 
 
 def compute_for_ever(core: int) -> None:
@@ -124,24 +124,30 @@ def compute_for_ever(core: int) -> None:
 
 
 def row(checkpoint: Path, folder: Path, cores: list[int], busy: bool, seconds: float, limit_s: float) -> list[float]:
-    """Speeds of the ways, in order, as far as the time limit lets them come."""
-    receiver, sender = PROCESSES.Pipe(duplex=False)
+    """Speeds of the ways, in order: of each the median over the rounds, NaN where the time limit let none come."""
+    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    end = time.monotonic() + limit_s
     with ExitStack() as stack:
         for core in cores if busy else []:
             other = PROCESSES.Process(target=compute_for_ever, args=(core,), daemon=True)
             other.start()
             stack.callback(other.kill)
-        worker = PROCESSES.Process(target=measure_row, args=(sender, checkpoint, folder, cores, seconds), daemon=True)
-        worker.start()
-        sender.close()
-        stack.callback(worker.kill)
-        end, speeds = time.monotonic() + limit_s, []
-        try:
-            while len(speeds) < len(WAYS) and receiver.poll(max(0.0, end - time.monotonic())):
-                speeds.append(receiver.recv())
-        except EOFError:
-            print("this row ended early, see above", file=sys.stderr)
-        return speeds
+        # The way that comes first is another one in each round.
+        ways = list(WAYS)
+        for way in [each for number in range(ROUNDS) for each in ways[number:] + ways[:number]]:
+            receiver, sender = PROCESSES.Pipe(duplex=False)
+            arguments = (sender, checkpoint, folder, way, cores, seconds)
+            worker = PROCESSES.Process(target=measure, args=arguments, daemon=True)
+            worker.start()
+            sender.close()
+            try:
+                if receiver.poll(max(0.0, end - time.monotonic())):
+                    speeds[way].append(receiver.recv())
+            except EOFError:
+                print(f"{way}: ended without a number, see above", file=sys.stderr)
+            worker.kill()
+            worker.join()
+    return [statistics.median(found) if found else math.nan for found in speeds.values()]
 
 
 def main() -> None:
@@ -149,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["embedded", "20m"])
     parser.add_argument("--seconds", type=float, default=1.5, help="of decoding for each number (%(default)s)")
-    parser.add_argument("--row-limit", type=float, default=60.0, help="most seconds for a row (%(default)s)")
+    parser.add_argument("--row-limit", type=float, default=180.0, help="most seconds for a row (%(default)s)")
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -164,7 +170,7 @@ def main() -> None:
             for count in range(1, len(cores) + 1):
                 for busy in (False, True):
                     speeds = row(checkpoint, folder, cores[:count], busy, options.seconds, options.row_limit)
-                    cells = [f"{speed:.1f}" for speed in speeds] + ["-"] * (len(WAYS) - len(speeds))
+                    cells = ["-" if math.isnan(speed) else f"{speed:.1f}" for speed in speeds]
                     load_name = "busy" if busy else "quiet"
                     print(f"| {model} | {count} | {load_name} | {' | '.join(cells)} |", flush=True)
 
