@@ -165,7 +165,7 @@ async def test_a_client_that_is_far_ahead_of_its_replica_is_sent_away(monkeypatc
     async def slow(inflow, upstream):
         await taken.wait()
 
-    monkeypatch.setattr(proxy, "to_replica", slow)
+    monkeypatch.setattr(proxy, "relay_to_replica", slow)
     async with ingress_over("a") as ingress:
         async with connect(ingress.url) as socket:
             for _ in range(101):
