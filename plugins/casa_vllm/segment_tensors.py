@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from casa_vllm.cross_attention import CasaAttentionMetadata
 from casa_vllm.ops import WindowAttentionMetadata
-from casa_vllm.window_table import SegmentPlan
+from casa_vllm.segment_planner import SegmentPlan
 
 
 @dataclass
