@@ -11,12 +11,13 @@ from casa_engine.command import run_command
 from casa_engine.configuration import CA_PLACEMENTS, CA_WEIGHTS, FUSIONS
 from casa_engine.presets import PRESETS, preset_config
 
+DESCRIPTION = "Writes a random checkpoint of a preset, or checks a checkpoint folder."
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="casa-checkpoint", description=__doc__)
+def build_parser(program: str = "casa-checkpoint") -> argparse.ArgumentParser:
+    """Return the parser; `program` is the command's name in messages."""
+    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     random = commands.add_parser("random", help="write a checkpoint with random weights")
     random.add_argument("preset", choices=PRESETS)
@@ -37,10 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    return run_command("casa-checkpoint", lambda: (_check if options.command == "check" else _write_random)(options))
+def main(arguments: list[str] | None = None, program: str = "casa-checkpoint") -> int:
+    """Run the command; return the exit status. `program` is its name in messages."""
+    options = build_parser(program).parse_args(arguments)
+    return run_command(program, lambda: (_check if options.command == "check" else _write_random)(options))
 
 
 def _check(options: argparse.Namespace) -> None:

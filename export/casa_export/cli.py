@@ -29,12 +29,12 @@ LIMIT_OPTIONS = {
 }
 
 
-def export_parser() -> argparse.ArgumentParser:
-    """Options of `casa-export [CHECKPOINT] OUT`."""
+def export_parser(program: str = "casa-export") -> argparse.ArgumentParser:
+    """Return the parser of `casa-export [CHECKPOINT] OUT`; `program` is the command's name in messages."""
     parser = argparse.ArgumentParser(
-        prog="casa-export",
+        prog=program,
         description="Export a CASA model to ONNX, and to TensorRT with --trt.",
-        epilog="casa-export run FOLDER --image FILE --prompt TEXT asks an exported model; see casa-export run --help.",
+        epilog=f"{program} run FOLDER --image FILE --prompt TEXT asks an exported model; see {program} run --help.",
     )
     parser.add_argument("checkpoint", nargs="?", type=Path, help="checkpoint folder; default: the embedded model")
     parser.add_argument("out", type=Path, help="folder to write; an older export there is replaced, other files stay")
@@ -70,9 +70,9 @@ def export_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_parser() -> argparse.ArgumentParser:
-    """Options of `casa-export run FOLDER`."""
-    parser = argparse.ArgumentParser(prog="casa-export run", description="Ask an exported model.")
+def run_parser(program: str = "casa-export run") -> argparse.ArgumentParser:
+    """Return the parser of `casa-export run FOLDER`; `program` is the command's name in messages."""
+    parser = argparse.ArgumentParser(prog=program, description="Ask an exported model.")
     parser.add_argument("folder", type=Path, help="what casa-export wrote")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
@@ -83,14 +83,14 @@ def run_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
+def main(arguments: list[str] | None = None, program: str = "casa-export") -> int:
+    """Run the command; return the exit status. `program` is its name in messages."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["run"]:
-        command, options = run, run_parser().parse_args(arguments[1:])
+        command, options = run, run_parser(f"{program} run").parse_args(arguments[1:])
     else:
-        command, options = export, export_parser().parse_intermixed_args(arguments)
-    return run_command("casa-export", lambda: _with_extra(command, options))
+        command, options = export, export_parser(program).parse_intermixed_args(arguments)
+    return run_command(program, lambda: _with_extra(command, options))
 
 
 def _with_extra(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:

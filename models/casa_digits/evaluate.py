@@ -17,6 +17,7 @@ from casa_digits.runners import EagerRunner, EagerStream, Message, Runner
 from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CasaError
 
+DESCRIPTION = "How well casa-tiny-digits reads held-out digits, in process or through an endpoint."
 MIN_CHANGES_CAPTIONED = 0.90
 MAX_UNCHANGED_CAPTIONED = 0.05
 TEXT_BUDGETS = (256, 512)
@@ -125,9 +126,9 @@ def evaluate_eager(checkpoint: Path, scale: float = 1.0, seed: int = 0) -> Repor
     return Report(scores + run_streams(runner, max(1, round(8 * scale)), 120, seed))
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="casa-eval-digits", description=__doc__)
+def build_parser(program: str = "casa-eval-digits") -> argparse.ArgumentParser:
+    """Return the parser; `program` is the command's name in messages."""
+    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION)
     parser.add_argument("checkpoint", nargs="?", type=Path, default=checkpoint_path(), help="folder (%(default)s)")
     parser.add_argument("--base-url", help="asks this OpenAI-compatible server instead (http://127.0.0.1:8000/v1)")
     parser.add_argument("--model", help="the model's name at the server; default: the first it serves")
@@ -136,16 +137,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="1: 200 single images, 100 conversations of each kind")
     for name, default in (("read", 0.90), ("second", 0.90), ("count", 0.95), ("first", 0.95)):
         parser.add_argument(f"--min-{name}", type=float, default=default, help="smallest share right (%(default)s)")
-    return parser.parse_args(arguments)
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table; return the exit status: 1 if a demand is missed or the model cannot be asked."""
-    options = parse_arguments(arguments)
+def main(arguments: list[str] | None = None, program: str = "casa-eval-digits") -> int:
+    """Print the table; return the exit status: 1 if a demand is missed or the model cannot be asked.
+
+    Args:
+        arguments: The command line without the command's name; default: this process's.
+        program: The command's name in messages.
+    """
+    options = build_parser(program).parse_args(arguments)
     try:
         report = evaluate(options)
     except CasaError as error:
-        print(f"casa-eval-digits: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     print(report.table())
     return 0 if report.passed else 1

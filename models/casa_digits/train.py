@@ -40,9 +40,9 @@ from casa_engine.processing_casa import CasaProcessor
 from casa_engine.staged_folder import check_apart
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="casa-train-digits", description="Trains casa-tiny-digits from nothing.")
+def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
+    """Return the parser; `program` is the command's name in messages."""
+    parser = argparse.ArgumentParser(prog=program, description="Trains casa-tiny-digits from nothing.")
     parser.add_argument("--output", type=Path, default=checkpoint_path(), help="checkpoint folder (%(default)s)")
     parser.add_argument("--snapshots", type=Path, help="folder for the unfinished model, written now and then")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,14 +53,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
     parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
     parser.add_argument("--keep-vision", type=Path, help="writes the tower after stage 1 to this file")
-    return parser.parse_args(arguments)
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Trains, measures, and then replaces the output folder; returns the exit status."""
-    options = parse_arguments(arguments)
-    options.command = shlex.join(["casa-train-digits", *(sys.argv[1:] if arguments is None else arguments)])
-    return run_command("casa-train-digits", lambda: train(options))
+def main(arguments: list[str] | None = None, program: str = "casa-train-digits") -> int:
+    """Train, measure, and then replace the output folder; return the exit status.
+
+    Args:
+        arguments: The command line without the command's name; default: this process's.
+        program: The command's name in messages.
+    """
+    options = build_parser(program).parse_args(arguments)
+    options.command = shlex.join([*program.split(), *(sys.argv[1:] if arguments is None else arguments)])
+    return run_command(program, lambda: train(options))
 
 
 def train(options: argparse.Namespace) -> None:

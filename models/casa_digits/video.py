@@ -162,9 +162,9 @@ def read_truth(path: Path) -> list[Span]:
     return [Span(**span) for span in json.loads(path.read_text())]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="casa-digits-video", description="Writes a video of handwritten digits.")
+def build_parser(program: str = "casa-digits-video") -> argparse.ArgumentParser:
+    """Return the parser; `program` is the command's name in messages."""
+    parser = argparse.ArgumentParser(prog=program, description="Writes a video of handwritten digits.")
     parser.add_argument("video", type=Path, help="OUT.mp4 (H.264) or OUT.webm (VP9); the truth goes to OUT.json")
     parser.add_argument("--seconds", type=float, default=60.0, help="length (%(default)s)")
     parser.add_argument("--fps", type=int, default=10, help="frames a second, 1 to 60 (%(default)s)")
@@ -192,15 +192,15 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             parser.error(f"--{name} is {getattr(options, name)}; expected {smallest} to {largest}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the command; returns the exit status."""
-    parser = build_parser()
+def main(arguments: list[str] | None = None, program: str = "casa-digits-video") -> int:
+    """Run the command; return the exit status. `program` is its name in messages."""
+    parser = build_parser(program)
     options = parser.parse_args(arguments)
     check_options(parser, options)
     try:
         truth = make_video(options.video, options.seconds, options.fps, options.seed, options.scale, options.noise)
     except (ImportError, OSError) as error:
-        print(f"casa-digits-video: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     print(f"{options.video}: {truth[-1].end:g} s, {len(truth)} scenes; truth in {options.video.with_suffix('.json')}")
     return 0

@@ -12,7 +12,9 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from casa_engine.errors import CasaError, InputError
@@ -48,22 +50,25 @@ INTERRUPTED = 130
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
-def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
+def build_parser(
+    defaults: Mapping[str, object] = MappingProxyType({}), program: str = "casa-serve"
+) -> argparse.ArgumentParser:
     """Returns vLLM's parser for `serve` with CASA's options and defaults.
 
     Args:
         defaults: Values for options that are not on the command line, by argument name.
+        program: The command's name in messages.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(prog="casa-serve")
+    parser = FlexibleArgumentParser(prog=program)
     subcommands = parser.add_subparsers(dest="subparser", required=True)
     serve = ServeSubcommand().subparser_init(subcommands)
-    serve.prog = "casa-serve"
-    serve.usage = "casa-serve [CHECKPOINT] [options]"
+    serve.prog = program
+    serve.usage = f"{program} [CHECKPOINT] [options]"
     serve.description = DESCRIPTION
-    serve.epilog = "casa-serve --help=CASA | --help=all | --help=<option or group> | --ray --help (docs/cluster.md)"
+    serve.epilog = f"{program} --help=CASA | --help=all | --help=<option or group> | --ray --help (docs/cluster.md)"
     group = serve.add_argument_group("CASA", "What clients may send")
     add_limit_options(group)
     add_request_options(group)
@@ -77,7 +82,7 @@ def build_parser(defaults: dict[str, object]) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
+def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namespace, bool]:
     """Reads the command line, twice: the defaults hang on the checkpoint that it names.
 
     Returns:
@@ -87,17 +92,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
         CheckpointError: the checkpoint is not one.
         InputError: two options contradict each other, or a limit is invalid.
     """
-    named = named_checkpoint(argv)
+    named = named_checkpoint(argv, program)
     embedded = named is None
     checkpoint = embedded_checkpoint() if named is None else Path(named)
     defaults = engine_options(read_checkpoint(checkpoint), embedded=embedded, on_cpu=runs_on_cpu())
     if embedded:
         argv = [str(checkpoint), *argv]
-    args = build_parser(defaults).parse_args(["serve", *argv])
+    args = build_parser(defaults, program).parse_args(["serve", *argv])
     return guarded(args), embedded
 
 
-def named_checkpoint(argv: list[str]) -> str | None:
+def named_checkpoint(argv: list[str], program: str = "casa-serve") -> str | None:
     """Returns the checkpoint that the command line names, or None.
 
     A first word that is no option is the checkpoint, which can then be checked before vLLM is
@@ -112,7 +117,7 @@ def named_checkpoint(argv: list[str]) -> str | None:
     if "--served-model-name" in options and not options & {"--config", "--model"}:
         return None
     # vLLM's own default is a model on a hub.
-    args = build_parser({"model": None}).parse_args(["serve", *argv])
+    args = build_parser({"model": None}, program).parse_args(["serve", *argv])
     return args.model_tag or args.model
 
 
@@ -162,21 +167,22 @@ def check_several(args: argparse.Namespace) -> bool:
     return count > 1
 
 
-def main() -> int:
-    """Entry point of the command; returns the exit status."""
+def main(arguments: list[str] | None = None, program: str = "casa-serve") -> int:
+    """Run the command; return the exit status. `program` is its name in messages."""
     # The first process of a container hears no SIGTERM that it has no handler for; later on vLLM sets the same.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run(sys.argv[1:])
+        return run(sys.argv[1:] if arguments is None else arguments, program)
     except KeyboardInterrupt:
         leave_at_once(INTERRUPTED)
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], program: str = "casa-serve") -> int:
     """Runs the server until it is stopped; returns the exit status.
 
     Args:
         argv: The command line without the command's own name.
+        program: The command's name in messages.
 
     Returns:
         0 where it was asked to end, 1 where it could not start or ended by itself, as when its engine has died.
@@ -184,26 +190,26 @@ def run(argv: list[str]) -> int:
     if argv[:1] == ["--ray"]:
         from casa_serving.cluster.launch import run as run_cluster
 
-        return run_cluster(argv[1:])
+        return run_cluster(argv[1:], program)
     try:
-        args, embedded = parse(argv)
+        args, embedded = parse(argv, program)
         has_several = check_several(args)
         set_environment(
             embedded=embedded, on_cpu=runs_on_cpu(), eager=args.enforce_eager, live=args.live_max_sessions > 0
         )
     except CasaError as error:
-        print(f"casa-serve: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     register()
     try:
         if has_several:
-            serve_in_several(args)
+            serve_in_several(args, program)
         serve_in_this(args)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
         print(
-            f"casa-serve: port {args.port} is in use. Stop what listens there, or pass another "
+            f"{program}: port {args.port} is in use. Stop what listens there, or pass another "
             "with --port (make serve PORT=...).",
             file=sys.stderr,
         )
@@ -222,7 +228,7 @@ def serve_in_this(args: argparse.Namespace) -> NoReturn:
     leave_at_once(0 if args.was_asked_to_end else 1, args.engine_processes)
 
 
-def serve_in_several(args: argparse.Namespace) -> NoReturn:
+def serve_in_several(args: argparse.Namespace, program: str) -> NoReturn:
     """Serves in several processes, of which this is the parent, until the end; then ends all."""
     signals = SignalCounter()
     signals.start()
@@ -233,7 +239,7 @@ def serve_in_several(args: argparse.Namespace) -> NoReturn:
     except SystemExit as left:  # How vLLM's parent hears that it is to end.
         status = 1 if left.code else 0
     except RuntimeError as error:  # One of the others has died.
-        print(f"casa-serve: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
     if is_own_folder:
         shutil.rmtree(os.environ.get(METRICS_FOLDER, ""), ignore_errors=True)
     sys.stdout.flush()

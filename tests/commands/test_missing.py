@@ -11,13 +11,13 @@ import pytest
 from casa_commands import missing
 
 BIN = Path(sys.executable).parent
-# What plain `pip install casa-engine` brings; everything else comes with an extra.
-VLLM = ["vllm", "starlette", "fastapi", "uvicorn", "aiohttp", "prometheus_client"]
-LIVE = ["av", "tqdm", "pysubs2", "imageio_ffmpeg", "websockets", "yarl", "pydantic"]
+# What comes with an extra; tqdm does too, and with transformers.
+VLLM = ["vllm", "mistral_common", "starlette", "fastapi", "uvicorn", "aiohttp", "prometheus_client"]
+LIVE = ["av", "pysubs2", "imageio_ffmpeg", "websockets", "yarl", "pydantic"]
 RAY = ["ray", "pyarrow", "jsonref", "typer", "pandas", "jsonschema"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 SERVER = ["--server", "http://127.0.0.1:9"]
-DIGITS = ["sklearn", "tqdm", "av"]
+DIGITS = ["sklearn", "av"]
 EVERYTHING = [*VLLM, *LIVE, *RAY, *EXPORT, *DIGITS, "openai", "tensorrt_rtx", "tensorrt"]
 # Runs before anything is imported: each finder of modules finds nothing of what is in BLOCKED.
 BLOCKER = """
@@ -84,10 +84,10 @@ def video(tmp_path_factory):
         ),
         *cases(*[("casa-digits-video", ["out.mp4"], [name], "digits") for name in ("av", "sklearn")]),
         *cases(
-            *[("casa-eval-digits", ["--scale", "0.01"], [name], "digits") for name in ("sklearn", "tqdm")],
+            ("casa-eval-digits", ["--scale", "0.01"], ["sklearn"], "digits"),
             ("casa-eval-digits", ["--base-url", "http://127.0.0.1:9/v1"], ["openai"], "serving"),
         ),
-        *cases(("casa-train-digits", ["out"], EVERYTHING, "digits")),
+        *cases(("casa-train-digits", ["--output", "out"], EVERYTHING, "digits")),
     ],
 )
 def test_a_missing_package_is_one_sentence(tmp_path, video, command, arguments, blocked, extra):
@@ -97,6 +97,19 @@ def test_a_missing_package_is_one_sentence(tmp_path, video, command, arguments, 
     assert status == 1, words
     (sentence,) = [line for line in words.splitlines() if line.startswith(f"{command}: ")]
     assert f"'casa-engine[{extra}]'" in sentence
+
+
+def test_the_sentence_says_the_name_that_the_command_was_called_by(tmp_path):
+    status, words = run(tmp_path, EVERYTHING, "casa", "serve")
+    assert status == 1, words
+    assert words.startswith("casa serve: the package 'vllm' is not installed")
+
+
+def test_completion_leaves_out_the_options_of_what_is_not_installed(tmp_path):
+    status, words = run(tmp_path, EVERYTHING, "casa", "completion", "bash")
+    assert status == 0, words
+    assert "Traceback" not in words
+    assert "casa completion: some options are left out: the package 'vllm' is not installed" in words
 
 
 @pytest.mark.parametrize(
@@ -173,7 +186,7 @@ def test_another_error_keeps_its_traceback():
 
 
 def test_every_console_script_is_one_of_these():
-    scripts = [script for script in entry_points(group="console_scripts") if script.name.startswith("casa-")]
-    assert len(scripts) == 7
-    assert {script.module for script in scripts} == {"casa_commands.scripts"}
+    scripts = [script for script in entry_points(group="console_scripts") if script.name.startswith("casa")]
+    assert len(scripts) == 8
+    assert {script.module for script in scripts if script.name != "casa"} == {"casa_commands.scripts"}
     assert all(callable(script.load()) for script in scripts)

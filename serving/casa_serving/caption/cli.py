@@ -184,15 +184,15 @@ def run(options: argparse.Namespace) -> int:
     return 0 if complete else INTERRUPTED
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the command; returns the exit status."""
-    options = build_parser().parse_args(arguments)
+def main(arguments: list[str] | None = None, program: str = "casa-caption") -> int:
+    """Run the command; return the exit status. `program` is its name in messages."""
+    options = build_parser(program).parse_args(arguments)
     # Read when vLLM is imported; the terminal is for captions.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         return run(options)
     except (CasaError, OSError) as error:
-        print(f"casa-caption: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -37,9 +37,9 @@ SETTINGS_HELP = {
 SETTINGS_TYPES = {str: str, str | None: str, int: int, int | None: int, float: float}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser."""
-    parser = argparse.ArgumentParser(prog="casa-caption", description=DESCRIPTION)
+def build_parser(program: str = "casa-caption") -> argparse.ArgumentParser:
+    """Return the parser; `program` is the command's name in messages."""
+    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION)
     parser.add_argument("video", metavar="VIDEO", help="file, URL, or camera device")
     model = parser.add_argument_group("model").add_mutually_exclusive_group()
     model.add_argument("--checkpoint", type=Path, help="folder of the model (default: the one in the package)")

@@ -53,9 +53,9 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser for what follows `--ray`."""
-    parser = argparse.ArgumentParser(prog="casa-serve --ray", description=__doc__.splitlines()[0])
+def build_parser(program: str = "casa-serve") -> argparse.ArgumentParser:
+    """Return the parser for what follows `--ray`; `program` is the command's name in messages."""
+    parser = argparse.ArgumentParser(prog=f"{program} --ray", description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", type=Path, help="YAML file (docs/cluster.md); default: the embedded model")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=port_number, help="port to listen on (8000); 0: any that is free")
@@ -74,13 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], program: str) -> int:
     """Runs the application until it is stopped; returns the exit status.
 
     Args:
         argv: The command line behind `--ray`.
+        program: The command's name in messages.
     """
-    options = build_parser().parse_args(argv)
+    options = build_parser(program).parse_args(argv)
     set_environment()
     try:
         file = read_file(options.config) if options.config else ConfigFile()
@@ -94,16 +95,16 @@ def run(argv: list[str]) -> int:
                 "Ray may take to end its processes."
             )
         with SignalCounter():
-            start(file, options)
+            start(file, options, program)
     except CasaError as error:
-        print(f"casa-serve: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
 
 
-def start(file: ConfigFile, options: argparse.Namespace) -> None:
+def start(file: ConfigFile, options: argparse.Namespace, program: str) -> None:
     """Starts Ray and the application, and waits for a signal.
 
     Raises:
@@ -140,12 +141,12 @@ def start(file: ConfigFile, options: argparse.Namespace) -> None:
         stop = threading.Event()
         for number in SIGNALS:
             signal.signal(number, lambda *_: stop.set())
-        print(f"casa-serve: ready at {url}", flush=True)
+        print(f"{program}: ready at {url}", flush=True)
         stop.wait()
         Deadline(options.shutdown_timeout, 0).start()
-        say_goodbye(options.shutdown_timeout - LEAVING_S)
+        say_goodbye(options.shutdown_timeout - LEAVING_S, program)
     finally:
-        leave()
+        leave(program)
 
 
 def is_attached() -> bool:
@@ -259,11 +260,12 @@ def signals_deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def say_goodbye(finish_s: float) -> None:
+def say_goodbye(finish_s: float, program: str) -> None:
     """Has every ingress take leave of its clients; whatever goes wrong with that, the end comes all the same.
 
     Args:
         finish_s: How long requests that are under way may go on.
+        program: The command's name in messages.
     """
     from ray import serve
     from ray.exceptions import RayError
@@ -276,10 +278,10 @@ def say_goodbye(finish_s: float) -> None:
         handle = serve.get_deployment_handle(tenancy.INGRESS, APPLICATION)
         handle.broadcast("end", finish_s).results(timeout_s=finish_s + GOODBYE_S)
     except (RayError, RayServeException, TimeoutError) as error:
-        print(f"casa-serve: not every client could be told: {error}", file=sys.stderr)
+        print(f"{program}: not every client could be told: {error}", file=sys.stderr)
 
 
-def leave() -> None:
+def leave(program: str) -> None:
     """Takes away what this process has put there: its application alone where the cluster is somebody else's."""
     import ray
     from ray import serve
@@ -292,13 +294,13 @@ def leave() -> None:
     else:
         try:
             if (client := tenancy.serve_client()) is not None and tenancy.is_own(client, APPLICATION):
-                take_away(client)
+                take_away(client, program)
         except RayError as error:
-            print(f"casa-serve: the cluster does not say whether {APPLICATION!r} is gone: {error}", file=sys.stderr)
+            print(f"{program}: the cluster does not say whether {APPLICATION!r} is gone: {error}", file=sys.stderr)
     ray.shutdown()
 
 
-def take_away(client: ServeControllerClient) -> None:
+def take_away(client: ServeControllerClient, program: str) -> None:
     """Has Ray Serve delete the application, and waits for it as long as leaving may take.
 
     Ray Serve itself gives a replica that waits for a node the time that one with requests has, and its own waiting
@@ -309,7 +311,7 @@ def take_away(client: ServeControllerClient) -> None:
     while APPLICATION in client.get_serve_details()["applications"]:
         if time.monotonic() > deadline_s:
             print(
-                f"casa-serve: Ray Serve goes on to delete {APPLICATION!r}: its replicas may take replicas."
+                f"{program}: Ray Serve goes on to delete {APPLICATION!r}: its replicas may take replicas."
                 "drain_timeout_s to end.",
                 file=sys.stderr,
             )
