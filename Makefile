@@ -1,6 +1,7 @@
 # make serve   set up what is missing, then serve the embedded model on PORT
 # make serve-ray   the same on Ray Serve (docs/cluster.md)
 # make test    set up what is missing, check style and spelling, then run the tests
+# make test-unit   the quick tests alone: no engine, no server, no cluster; under a minute
 # make test-newest   the tests with the newest versions that pyproject.toml allows, in an environment of its own
 # make lock    write the lock files anew from the newest versions; `make test` then installs and tries them
 # make test-vllm VLLM=0.32.0   the tests of model and plugin with another vLLM, in an environment of its own
@@ -12,7 +13,7 @@ PYTEST_ARGS ?=
 VLLM ?= 0.32.0
 BIN := .venv/bin
 
-.PHONY: setup browser serve serve-ray test test-all test-newest test-vllm lock lint
+.PHONY: setup browser serve serve-ray test test-unit test-all test-newest test-vllm lock lint
 
 setup:
 	@$(PYTHON) scripts/setup.py --device $(DEVICE)
@@ -33,6 +34,9 @@ serve-ray: setup
 # export and serving importable by their bare names.
 test: lint browser
 	@$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-unit: setup
+	@$(BIN)/pytest -q $$(grep -rl --include="test_*.py" "^pytestmark = pytest.mark.unit" tests) $(PYTEST_ARGS)
 
 test-all: setup browser
 	@$(BIN)/pytest $(PYTEST_ARGS)

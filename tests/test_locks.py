@@ -14,6 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+pytestmark = pytest.mark.unit
+
 ROOT = Path(__file__).parent.parent
 DEVICES = ("cpu", "cuda")
 PYTHONS = ("3.11", "3.12", "3.13")

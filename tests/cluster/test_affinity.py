@@ -1,7 +1,11 @@
 """Which replica a request prefers, without Ray."""
 
+import pytest
+
 from casa_serving.cluster.affinity import Affinity, preference
 from casa_serving.cluster.image_digests import image_keys
+
+pytestmark = pytest.mark.unit
 
 
 def remembering(**images):

@@ -14,6 +14,8 @@ from casa_serving.cluster.asgi_call import call_app
 from casa_serving.cluster.forwarded import ForwardedRequest, ResponseHead
 from waiting import soon
 
+pytestmark = pytest.mark.unit
+
 heard = {}
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from casa_serving.cluster.autoscaling import LIVE_FRAMES, LIVE_LATE_FRAMES, LIVE_SESSIONS, LoadPolicy
 
+pytestmark = pytest.mark.unit
+
 POLICY = LoadPolicy(target_live_sessions=4, target_late_frames=0.1)
 
 

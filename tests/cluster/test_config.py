@@ -7,6 +7,8 @@ from casa_serving.cluster.config import parse_config
 from casa_serving.options.image_limits import ImageLimits
 from casa_serving.options.live_options import LiveOptions
 
+pytestmark = pytest.mark.unit
+
 
 def test_an_empty_configuration_serves_the_embedded_model():
     config = parse_config({})

@@ -7,6 +7,8 @@ import pytest
 from casa_engine.errors import InputError
 from casa_serving.cluster.config_file import ConfigFile, read_file
 
+pytestmark = pytest.mark.unit
+
 APPLICATION = "import_path: casa_serving.cluster:build_app"
 
 

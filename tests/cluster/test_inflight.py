@@ -14,6 +14,8 @@ from casa_serving.cluster.router import CasaRequestRouter
 from casa_serving.cluster.routing_context import RoutingContext
 from event_loop import in_loop
 
+pytestmark = pytest.mark.unit
+
 DEPLOYMENT = DeploymentID(name="model", app_name="app")
 
 

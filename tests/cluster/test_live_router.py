@@ -12,6 +12,8 @@ from casa_serving.cluster.router import CasaRequestRouter
 from casa_serving.cluster.routing_context import RoutingContext
 from event_loop import in_loop
 
+pytestmark = pytest.mark.unit
+
 
 def replica(name):
     # Frozen and hashable, as Ray's ids are.

@@ -6,6 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from casa_serving.cluster import replica_metrics
 from casa_serving.cluster.replica_metrics import ReplicaMetrics, casa_samples
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture
 def registry():

@@ -5,6 +5,8 @@ import pytest
 from casa_engine.errors import InputError
 from casa_serving.cluster import resources
 
+pytestmark = pytest.mark.unit
+
 NODES = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 2.0}]
 
 

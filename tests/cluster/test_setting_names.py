@@ -13,6 +13,8 @@ from casa_serving.cluster.config import parse_config
 from casa_serving.cluster.setting_names import KEYS, SettingNames, name_keys
 from casa_serving.options.live_options import LiveOptions
 
+pytestmark = pytest.mark.unit
+
 
 def error(message):
     return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 413}}

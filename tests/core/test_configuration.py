@@ -9,6 +9,8 @@ from casa_engine.errors import ConfigError
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.presets import PRESETS, preset_config
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_round_trip_through_auto_config(name: str, tmp_path) -> None:

@@ -12,6 +12,8 @@ from casa_engine.live.caption_logits import (
     to_dict,
 )
 
+pytestmark = pytest.mark.unit
+
 NUM_TOKENS = 40
 STOPS = (2, 7)
 RULES = CaptionRules(STOPS, 1.15, 0.99, 5.0, 0.95, 3, 12)

@@ -14,6 +14,8 @@ from casa_engine.live.settings import SETTINGS_FILE
 from casa_engine.live.stream_format import StreamFormat
 from casa_engine.presets import preset_config
 
+pytestmark = pytest.mark.unit
+
 SETTINGS = LiveSettings(instruction="Say it.", max_frame_tokens=6, max_answer_tokens=8, text_budget=128)
 STOP, OTHER_STOP = 1, 300
 

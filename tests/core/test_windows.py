@@ -6,6 +6,8 @@ import pytest
 from casa_engine.errors import InputError
 from casa_engine.windows import check_insertion_points, last_window, plan_windows, split_image_markers
 
+pytestmark = pytest.mark.unit
+
 
 def brute_force(position: int, points: list[int]) -> tuple[int, list[int]]:
     """Start of the token's window and the images in it, one token at a time."""

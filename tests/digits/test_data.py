@@ -18,6 +18,8 @@ from casa_digits.data import (
     upscale,
 )
 
+pytestmark = pytest.mark.unit
+
 
 def test_held_out_samples_are_the_multiples_of_five():
     trained, held_out = load_samples(held_out=False), load_samples(held_out=True)

@@ -6,6 +6,8 @@ from transformers import AutoTokenizer
 from casa_digits.phrases import COUNT, FIRST, READ, SYSTEM, WATCH
 from casa_digits.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

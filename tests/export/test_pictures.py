@@ -10,6 +10,8 @@ from PIL import Image
 
 from casa_export import cli
 
+pytestmark = pytest.mark.unit
+
 
 def encoded(size=(64, 48), name="PNG", **options) -> bytes:
     buffer = BytesIO()

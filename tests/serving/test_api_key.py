@@ -11,6 +11,8 @@ from starlette.testclient import TestClient
 from casa_serving.endpoint.api_key import VARIABLE, key_header
 from casa_serving.endpoint.request_guard import RequestGuard
 
+pytestmark = pytest.mark.unit
+
 PATHS = ("/v1/models", "/tokenize", "/health", "/web/app.js", "/webs", "/inference/v1/generate")
 
 

@@ -12,6 +12,8 @@ from casa_serving.options.image_limits import ImageLimits
 from image_files import encoded, plain
 from picture_files import FILES
 
+pytestmark = pytest.mark.unit
+
 DATA = encoded(plain(5, 3, "red"))
 TEXT = base64.b64encode(DATA).decode()
 FORMS = {

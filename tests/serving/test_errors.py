@@ -10,6 +10,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from casa_serving.endpoint.error_shape import MAX_KEPT_BYTES, ErrorShape
 from casa_serving.errors import describe_validation, error_body, shorten
 
+pytestmark = pytest.mark.unit
+
 SECRET = "sent by the client" * 100
 
 

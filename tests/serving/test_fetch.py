@@ -7,6 +7,8 @@ from casa_serving.endpoint.fetch import GuardedConnection, is_public
 from image_files import encoded, plain
 from web import site
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808"])
 def test_public_addresses(address):

@@ -12,6 +12,8 @@ from casa_engine.image_guard import ImageRefusedError, check_image
 from casa_serving.options.image_limits import ImageLimits
 from image_files import data_url, encoded, plain, png_bomb
 
+pytestmark = pytest.mark.unit
+
 LIMITS = ImageLimits()
 
 

@@ -9,6 +9,8 @@ from casa_serving.endpoint.json_bounds import StructureCounter, parse_json
 from casa_serving.errors import RequestError
 from casa_serving.options.request_limits import RequestLimits
 
+pytestmark = pytest.mark.unit
+
 SMALL = RequestLimits(max_json_depth=4, max_json_values=20, max_json_containers=10)
 
 

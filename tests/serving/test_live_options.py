@@ -14,6 +14,8 @@ from casa_serving.live import endpoint
 from casa_serving.options.live_options import MAX_FRAME_BYTES, LiveOptions
 from casa_vllm.api import CAPTION_PROCESSOR
 
+pytestmark = pytest.mark.unit
+
 
 def test_every_plugin_that_would_be_loaded_still_is():
     assert set(plugins_with(["casa_live"], None).split(",")) >= {"casa", "casa_media", "casa_images", "casa_live"}

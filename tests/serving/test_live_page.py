@@ -15,6 +15,8 @@ from starlette.testclient import TestClient
 
 from casa_serving.live.web_files import CONTENT_TYPES, attach, read_files
 
+pytestmark = pytest.mark.unit
+
 ROOT = Path(__file__).parents[2]
 WEB = ROOT / "serving" / "casa_serving" / "web"
 NAMES = sorted(path.name for path in WEB.iterdir() if path.suffix in CONTENT_TYPES)

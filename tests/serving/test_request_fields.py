@@ -7,6 +7,8 @@ from casa_serving.endpoint.request_fields import FieldChecker
 from casa_serving.errors import RequestError
 from casa_serving.options.request_limits import RequestLimits
 
+pytestmark = pytest.mark.unit
+
 LIMITS = RequestLimits(max_list_items=10, max_text_chars=1000, max_n=8, max_schema_chars=100, max_logprobs_values=100)
 CHECKER = FieldChecker(LIMITS, max_prompt_chars=500)
 IMAGE = "data:image/png;base64," + "A" * 100_000

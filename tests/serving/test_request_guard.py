@@ -13,6 +13,8 @@ from starlette.routing import Route
 from casa_serving.endpoint.request_guard import RequestGuard
 from event_loop import in_loop
 
+pytestmark = pytest.mark.unit
+
 JSON = [(b"content-type", b"application/json")]
 
 
