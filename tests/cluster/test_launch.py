@@ -17,7 +17,7 @@ from casa_engine.errors import InputError
 from casa_serving import cli
 from casa_serving.cluster import address, launch
 from open_clients import chat, post, stream, watch
-from serving_process import CASA_SERVE, casa_serve
+from serving_process import CASA_SERVE, START_TIMEOUT_S, casa_serve
 
 REFUSAL_S = 120
 
@@ -98,9 +98,10 @@ def test_it_serves_and_takes_everything_with_it(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("device: cpu\nengine: {enforce_eager: true}\n")
     with casa_serve(tmp_path / "log.txt", "--ray", path, "--metrics-port", "0") as server:
-        deadline = time.monotonic() + REFUSAL_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while "casa-serve: ready at" not in server.log.read_text() and time.monotonic() < deadline:
             time.sleep(0.5)
+        assert "casa-serve: ready at" in server.log.read_text()
         models = httpx.get(f"{server.url}/v1/models", timeout=30).json()
         (model,) = models["data"]
         # As casa-serve answers, not as Ray Serve LLM does.
