@@ -111,7 +111,7 @@ class Environment:
             return {}
 
     def is_current(self) -> bool:
-        """Tells whether the environment was set up for exactly this digest; what is newest can change any time."""
+        """Returns whether the environment was set up for exactly this digest; what is newest can change any time."""
         return not self.newest and self.stamped().get("digest") == self.digest()
 
     def set_up(self) -> None:

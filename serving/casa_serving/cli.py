@@ -18,8 +18,8 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from casa_engine.errors import CasaError, InputError
-from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, leave_at_once
-from casa_serving.drain.startup_patch import keep_signals
+from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, exit_immediately
+from casa_serving.drain.startup_patch import replace_run_server
 from casa_serving.endpoint.plugin_entry import register
 from casa_serving.engine_defaults import (
     SHUTDOWN_TIMEOUT_S,
@@ -46,7 +46,7 @@ MIDDLEWARE = [
     "casa_serving.drain.middleware.Drain",
 ]
 INTERRUPTED = 130
-# Where several API servers count together; vLLM makes it, and leaves it to the interpreter to take it away.
+# Folder of the metrics of several API servers; vLLM creates it and relies on the interpreter's exit to remove it.
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -83,7 +83,7 @@ def build_parser(
 
 
 def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namespace, bool]:
-    """Reads the command line, twice: the defaults hang on the checkpoint that it names.
+    """Parses the command line, twice: the defaults depend on the checkpoint that it names.
 
     Returns:
         The arguments for vLLM, and whether they name the embedded checkpoint.
@@ -99,15 +99,15 @@ def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namesp
     if embedded:
         argv = [str(checkpoint), *argv]
     args = build_parser(defaults, program).parse_args(["serve", *argv])
-    return guarded(args), embedded
+    return add_guards(args), embedded
 
 
 def named_checkpoint(argv: list[str], program: str = "casa-serve") -> str | None:
     """Returns the checkpoint that the command line names, or None.
 
-    A first word that is no option is the checkpoint, which can then be checked before vLLM is
-    imported. Otherwise vLLM's parser finds it: behind options, or in a file (`--config`). That
-    parser refuses `--served-model-name` without a model before it would say that there is none.
+    A first argument that is no option is the checkpoint, which can then be checked before vLLM is
+    imported. Otherwise vLLM's parser finds it: after options, or in a file (`--config`). That
+    parser rejects `--served-model-name` without a model before it reports a missing model.
     """
     if not argv:
         return None
@@ -121,8 +121,8 @@ def named_checkpoint(argv: list[str], program: str = "casa-serve") -> str | None
     return args.model_tag or args.model
 
 
-def guarded(args: argparse.Namespace) -> argparse.Namespace:
-    """Puts limits and guards where vLLM carries them to the code that they are for.
+def add_guards(args: argparse.Namespace) -> argparse.Namespace:
+    """Returns vLLM's arguments with CASA's limits, middleware and logits processor added.
 
     Mutates:
         args: `media_io_kwargs`, `middleware` and `logits_processors`.
@@ -144,7 +144,7 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
     limits = ImageLimits.from_options(vars(args)).as_options()
     media["image"] = {**limits, ALLOW_LOOPBACK: args.allow_loopback_media}
     args.media_io_kwargs = media
-    # Set by whoever hears the signal, in this process (drain.departure).
+    # Set in this process by casa_serving.drain.shutdown.
     args.was_asked_to_end, args.engine_processes = False, []
     args.middleware = [*args.middleware, *MIDDLEWARE]
     has_live = LiveOptions.from_arguments(vars(args)).live_max_sessions > 0
@@ -152,11 +152,11 @@ def guarded(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def check_several(args: argparse.Namespace) -> bool:
-    """Tells whether vLLM will start several API servers, which then need time to end.
+def has_several_servers(args: argparse.Namespace) -> bool:
+    """Returns whether vLLM will start several API servers, which need time to shut down.
 
     Raises:
-        InputError: They would be killed before they can tell anybody.
+        InputError: The shutdown timeout is too short to notify their clients.
     """
     count = args.api_server_count if args.api_server_count is not None else args.data_parallel_size
     if count > 1 and args.shutdown_timeout < MIN_BOUND_S:
@@ -169,12 +169,12 @@ def check_several(args: argparse.Namespace) -> bool:
 
 def main(arguments: list[str] | None = None, program: str = "casa-serve") -> int:
     """Run the command; return the exit status. `program` is its name in messages."""
-    # The first process of a container hears no SIGTERM that it has no handler for; later on vLLM sets the same.
+    # The first process of a container ignores SIGTERM without a handler; vLLM installs the same one later on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(sys.argv[1:] if arguments is None else arguments, program)
     except KeyboardInterrupt:
-        leave_at_once(INTERRUPTED)
+        exit_immediately(INTERRUPTED)
 
 
 def run(argv: list[str], program: str = "casa-serve") -> int:
@@ -185,7 +185,7 @@ def run(argv: list[str], program: str = "casa-serve") -> int:
         program: The command's name in messages.
 
     Returns:
-        0 where it was asked to end, 1 where it could not start or ended by itself, as when its engine has died.
+        0 after a signal, 1 if it could not start or exited by itself, such as after its engine died.
     """
     if argv[:1] == ["--ray"]:
         from casa_serving.cluster.launch import run as run_cluster
@@ -193,7 +193,7 @@ def run(argv: list[str], program: str = "casa-serve") -> int:
         return run_cluster(argv[1:], program)
     try:
         args, embedded = parse(argv, program)
-        has_several = check_several(args)
+        has_several = has_several_servers(args)
         set_environment(
             embedded=embedded, on_cpu=runs_on_cpu(), eager=args.enforce_eager, live=args.live_max_sessions > 0
         )
@@ -203,8 +203,8 @@ def run(argv: list[str], program: str = "casa-serve") -> int:
     register()
     try:
         if has_several:
-            serve_in_several(args, program)
-        serve_in_this(args)
+            serve_in_processes(args, program)
+        serve_in_process(args)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -216,34 +216,34 @@ def run(argv: list[str], program: str = "casa-serve") -> int:
         return 1
 
 
-def serve_in_this(args: argparse.Namespace) -> NoReturn:
-    """Serves in this process until the end; then ends it.
+def serve_in_process(args: argparse.Namespace) -> NoReturn:
+    """Serves in this process until shutdown, then exits.
 
-    Everybody was told and the engine has ended by then. Taking the interpreter apart, with threads that may still be
-    at work on images, takes seconds that the bound on the end does not have.
+    All clients have their final messages and the engine has exited by then. The interpreter's own cleanup, with threads
+    that may still decode images, would take seconds that the shutdown timeout does not leave.
     """
-    keep_signals(lambda: leave_at_once(INTERRUPTED))
+    replace_run_server(lambda: exit_immediately(INTERRUPTED))
     run_vllm(args)
     sys.stdout.flush()
-    leave_at_once(0 if args.was_asked_to_end else 1, args.engine_processes)
+    exit_immediately(0 if args.was_asked_to_end else 1, args.engine_processes)
 
 
-def serve_in_several(args: argparse.Namespace, program: str) -> NoReturn:
-    """Serves in several processes, of which this is the parent, until the end; then ends all."""
+def serve_in_processes(args: argparse.Namespace, program: str) -> NoReturn:
+    """Serves in several API server processes, of which this is the parent, until shutdown, then exits."""
     signals = SignalCounter()
     signals.start()
     is_own_folder = METRICS_FOLDER not in os.environ
     status = 1
     try:
         run_vllm(args)
-    except SystemExit as left:  # How vLLM's parent hears that it is to end.
+    except SystemExit as left:  # Raised by the signal handler of vLLM's parent process.
         status = 1 if left.code else 0
     except RuntimeError as error:  # One of the others has died.
         print(f"{program}: {error}", file=sys.stderr)
     if is_own_folder:
         shutil.rmtree(os.environ.get(METRICS_FOLDER, ""), ignore_errors=True)
     sys.stdout.flush()
-    leave_at_once(status, signals.started)
+    exit_immediately(status, signals.started)
 
 
 def run_vllm(args: argparse.Namespace) -> None:

@@ -27,10 +27,10 @@ HTTP_PLUGIN = "casa_http"
 LIVE_PLUGIN = "casa_live"
 # From the signal to the exit: below the 10 s after which `docker stop` kills.
 SHUTDOWN_TIMEOUT_S = 8
-# Of an idle connection: longer than clients and load balancers keep it (OpenAI's client 5 s, others up to 60 s). Where
-# the server closes first, as vLLM does after 5 s, the next request on it may be lost.
+# Timeout of an idle connection: longer than clients and load balancers keep it (OpenAI's client 5 s, others up to
+# 60 s). If the server closes first, as vLLM does after 5 s, the next request on it may be lost.
 KEEP_ALIVE_S = 75
-# Those whose plugins vLLM loads where nothing is said; it asks to be told about endpoints.
+# Groups whose plugins vLLM loads by default; endpoint plugins must be named.
 PLUGIN_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -55,7 +55,7 @@ def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[
         "enable_prefix_caching": True,
         # The default of 4 GiB is kept twice, in the server and in the engine.
         "mm_processor_cache_gb": 1,
-        # A page of another origin has no business here unless the operator says so.
+        # CORS: no other origin is allowed unless the operator names it.
         "allowed_origins": [],
         # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=embedded),
@@ -84,7 +84,7 @@ def is_eager(*, embedded: bool, on_cpu: bool) -> bool:
 
 
 def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
-    """Returns the environment variables that vLLM has no option for, with the one that the limits on images hang on.
+    """Returns the environment variables that vLLM has no option for, and the one that installs the image guard.
 
     Args:
         embedded: Whether the embedded model is served.
@@ -102,8 +102,8 @@ def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if eager:
             # vLLM compiles parts of its sampler even then, in the first request that needs them: that takes a C++
-            # compiler and seconds, and a server that is ended meanwhile leaves half a library in torch's cache, which
-            # ends the engine of every later one.
+            # compiler and seconds, and a server that is killed meanwhile leaves a truncated library in torch's cache,
+            # which crashes the engine of every later one.
             variables["TORCHDYNAMO_DISABLE"] = "1"
         if embedded:
             variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
@@ -114,7 +114,7 @@ def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
 
 
 def set_environment(*, embedded: bool, on_cpu: bool, eager: bool, live: bool) -> None:
-    """Sets these variables where they are not set; what makes the server safe is set in any case.
+    """Sets these variables unless they are set already; those that guard the server are always set.
 
     Args:
         embedded: Whether the embedded model is served.
@@ -128,11 +128,11 @@ def set_environment(*, embedded: bool, on_cpu: bool, eager: bool, live: bool) ->
     for name, value in environment(embedded=embedded, on_cpu=on_cpu, eager=eager).items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
-    name_endpoints([HTTP_PLUGIN, LIVE_PLUGIN] if live else [HTTP_PLUGIN])
+    enable_endpoints([HTTP_PLUGIN, LIVE_PLUGIN] if live else [HTTP_PLUGIN])
 
 
-def name_endpoints(endpoints: list[str]) -> None:
-    """Names endpoints of this package to vLLM, in the environment.
+def enable_endpoints(endpoints: list[str]) -> None:
+    """Enables endpoint plugins of this package, in the environment variable VLLM_PLUGINS.
 
     Args:
         endpoints: Names of entry points.
@@ -150,14 +150,14 @@ def name_endpoints(endpoints: list[str]) -> None:
 
 
 def plugins_with(endpoints: list[str], allowed: str | None) -> str:
-    """Returns a value of `VLLM_PLUGINS` that loads these endpoints beside what is loaded anyway.
+    """Returns a value of `VLLM_PLUGINS` that loads these endpoints besides the default plugins.
 
-    vLLM loads a plugin that adds routes only if this variable names it, and loads no plugin at
-    all that the variable does not name once it is set.
+    vLLM loads a plugin that adds routes only if this variable names it; once the variable is set, it loads no
+    other plugin.
 
     Args:
         endpoints: Names of entry points.
-        allowed: The variable's value, or None where it is not set.
+        allowed: The variable's value, or None if it is not set.
     """
     if allowed is None:
         installed = {plugin.name for group in PLUGIN_GROUPS for plugin in entry_points(group=group)}
@@ -200,12 +200,12 @@ def runs_on_cpu() -> bool:
 
 
 def logits_processors(given: Sequence[str] | None, *, live: bool, on_cpu: bool) -> list[str] | None:
-    """Returns vLLM's option of that name: what was given, with the rules of captions where they are a processor.
+    """Returns vLLM's option of that name: the user's own and, where it is needed, CASA's caption processor.
 
     Args:
         given: The user's own.
         live: Whether there are live sessions.
-        on_cpu: Whether vLLM will run on the CPU. On GPUs Model Runner V2 takes none, and the plugin wraps the sampler.
+        on_cpu: Whether vLLM will run on the CPU. On GPUs Model Runner V2 supports none; the plugin wraps the sampler.
     """
     added = [CAPTION_PROCESSOR] if live and on_cpu else []
     return [*(given or ()), *added] or None

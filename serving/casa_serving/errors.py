@@ -1,9 +1,9 @@
-"""Errors as OpenAI writes them: one body, one rule from a validation error to a sentence, one set of handlers.
+"""Errors in OpenAI's format: one body, one conversion of validation errors to messages, one set of handlers.
 
     {"error": {"message": "...", "type": "BadRequestError", "param": "messages.0.content", "code": 400}}
 
-What a client has sent is never repeated to it: a request of 2 MB whose every problem quotes it
-has been a 466 MB answer. Messages are cut, and so is the number of problems that are looked at.
+Input is never quoted: a request of 2 MB whose every validation error quoted it became a response of
+466 MB. Messages are truncated, and so is the number of validation errors that are read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse
 from casa_engine.errors import CasaError
 
 LOGGER = logging.getLogger("uvicorn.error")
-FAILED = "The server failed to answer. The fault is in its log."
+INTERNAL_ERROR_MESSAGE = "The server failed to answer. The fault is in its log."
 MAX_MESSAGE_CHARACTERS = 2000
 MAX_PROBLEMS_READ = 1000
 MAX_PROBLEMS_NAMED = 3
@@ -49,13 +49,13 @@ KINDS = {
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
-# Steps of pydantic's own in the path to a field: names of types and of validators. Fields are in snake case.
+# pydantic's own steps in the path to a field: names of types and of validators. Fields are in snake case.
 FIELD = re.compile(r"[a-z_][a-z0-9_]*")
 TYPES = frozenset(
     "str int float bool bytes bytearray list tuple dict set frozenset none nullable union chain default call "
     "constrained-str constrained-int url body".split()
 )
-# What pydantic's and vLLM's exceptions add to their texts: the value that was sent. xgrammar's: the time and a line.
+# Parts of messages that are removed: input values (pydantic, vLLM), time and source line (xgrammar).
 NOTES = re.compile(
     r"\s*\[type=\w+, input_value=.*?(, input_type=[\w.]+)?\]|\s*For further information visit \S+"
     r"|\[\d\d:\d\d:\d\d\] \S+:\d+: "
@@ -65,13 +65,13 @@ NOTES = re.compile(
 
 
 class RequestError(CasaError):
-    """A request that is answered with an error.
+    """An error response to a request.
 
     Args:
-        status: HTTP's.
+        status: HTTP status.
         message: What, got, expected, how to fix.
-        param: The field that it is about.
-        headers: Further headers of the answer.
+        param: The field that is invalid.
+        headers: Further headers of the response.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RequestError(CasaError):
         self.status, self.param, self.headers = status, param, headers
 
     def response(self) -> JSONResponse:
-        """Returns the answer."""
+        """Returns the response."""
         return error_response(self.status, str(self), param=self.param, headers=self.headers)
 
 
@@ -109,8 +109,8 @@ def error_response(
 
 
 def shorten(message: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
-    """Returns a message without what is quoted of the input, and not longer than `limit` characters."""
-    # Whatever its length: the patterns below are not run over megabytes.
+    """Returns a message without quoted input, truncated to `limit` characters."""
+    # First, so that the patterns do not run over megabytes.
     message = NOTES.sub("", message[: 2 * limit])
     # A lone surrogate cannot be encoded, not even in an error about it.
     message = message.encode(errors="replace").decode()
@@ -118,13 +118,13 @@ def shorten(message: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
 
 
 def describe_validation(errors: Iterable[Any]) -> tuple[str, str | None]:
-    """Returns a sentence about the problems of a validation error, and the field of the first.
+    """Returns an error message for a validation error, and the first field that it names.
 
-    A union reports every alternative that did not fit. They are collapsed: each field is named
-    once, and not at all where a field inside it is.
+    A union reports every alternative that did not match. They are collapsed: each field is named
+    once, and not at all if a field inside it is named.
 
     Args:
-        errors: `errors()` of pydantic's or FastAPI's, or plain texts.
+        errors: `errors()` of pydantic or FastAPI, or plain strings.
     """
     problems: dict[str, str] = {}
     for error in islice(errors, MAX_PROBLEMS_READ):
@@ -142,34 +142,34 @@ def describe_validation(errors: Iterable[Any]) -> tuple[str, str | None]:
 
 
 def is_parent(path: str, paths: Iterable[str]) -> bool:
-    """Tells whether one of the paths leads to something inside `path`."""
+    """Returns whether one of the paths leads to something inside `path`."""
     prefix = f"{path}." if path else ""
     return any(other != path and other.startswith(prefix) for other in paths)
 
 
 def field_path(steps: Iterable[Any]) -> str:
-    """Returns the way to a field, such as `messages.0.content`, of an error's `loc`."""
+    """Returns the path of a field, such as `messages.0.content`, of an error's `loc`."""
     kept = [str(step) for step in steps if isinstance(step, int) or (FIELD.fullmatch(step) and step not in TYPES)]
     return ".".join(kept)[:MAX_PATH_CHARACTERS]
 
 
 def problem_text(error: Mapping[str, Any]) -> str:
-    """Returns what is wrong, without the value that was sent."""
+    """Returns the message of a validation error without the input value."""
     cause = error.get("ctx", {}).get("error")
-    # vLLM's own exceptions add the value when they are printed.
+    # str() of vLLM's own exceptions includes the value.
     if isinstance(cause, Exception) and cause.args and isinstance(cause.args[0], str):
         return cause.args[0].rstrip(".")
     return str(error.get("msg", "is not valid")).removeprefix("Value error, ")
 
 
 async def handle_validation_error(request: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
-    """Answers a body that is not what the API takes."""
+    """Returns 400 for an invalid body."""
     message, param = describe_validation(error.errors())
     return error_response(400, message, param=param)
 
 
 async def handle_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
-    """Answers what the routes themselves refuse, such as an unknown path or method."""
+    """Returns the error of the router, such as an unknown path or method."""
     message = str(error.detail)
     if error.status_code in (404, 405) and message == HTTPStatus(error.status_code).phrase:
         there_is = "no such path" if error.status_code == 404 else f"no method {request.method[:20]} at this path"
@@ -178,29 +178,28 @@ async def handle_http_exception(request: Request, error: StarletteHTTPException)
 
 
 async def handle_request_error(request: Request, error: RequestError) -> JSONResponse:
-    """Answers a request that our own code refuses."""
+    """Returns the error of a request that our own code rejects."""
     return error.response()
 
 
 async def handle_internal_error(request: Request, error: Exception) -> JSONResponse:
-    """Answers a fault of ours; Starlette raises it on into the log after this answer."""
-    return error_response(500, FAILED)
+    """Returns 500; Starlette re-raises the exception into the log after this response."""
+    return error_response(500, INTERNAL_ERROR_MESSAGE)
 
 
 async def handle_lookup_failure(request: Request, error: Exception) -> JSONResponse:
-    """Answers what code raises that takes a value for another kind than it is.
+    """Returns an error for code that assumed a wrong type: 400 while a body is validated, otherwise 500.
 
-    Where that happens while a body is validated, the body is wrong: vLLM's models look into some
-    fields before pydantic has checked what they are.
+    vLLM's models read some fields before pydantic has checked their types.
     """
     if raised_in_validation(error):
         return error_response(400, "The request is not understood: a field is not of the kind that it must be.")
     LOGGER.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(500, FAILED)
+    return error_response(500, INTERNAL_ERROR_MESSAGE)
 
 
 def raised_in_validation(error: BaseException) -> bool:
-    """Tells whether an exception was raised while FastAPI validated a body."""
+    """Returns whether an exception was raised while FastAPI validated a body."""
     validators = request_body_to_args.__code__
     return any(frame.f_code is validators for frame, _ in walk_tb(error.__traceback__))
 

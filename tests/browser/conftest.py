@@ -63,7 +63,7 @@ def open_page(chromium, server):
 
 
 def is_fault(message):
-    """Tells whether a message of the console is one; a refused connection is what some tests are about."""
+    """Returns whether a message of the console is one; a refused connection is what some tests are about."""
     return message.type == "error" and not any(word in message.text for word in ("WebSocket", "Failed to load"))
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from casa_serving.drain.open_requests import OpenRequests
-from casa_serving.errors import FAILED, RequestError
+from casa_serving.errors import INTERNAL_ERROR_MESSAGE, RequestError
 from event_loop import in_loop
 
 FIRST = b'data: {"sequence_number": 6}\n\n'
@@ -31,7 +31,7 @@ async def answer(path, error, *, content_type=b"text/event-stream"):
 
 @pytest.mark.parametrize(
     ("error", "status", "message"),
-    [(RequestError(400, "Send less."), 400, "Send less."), (ValueError(SECRET), 500, FAILED)],
+    [(RequestError(400, "Send less."), 400, "Send less."), (ValueError(SECRET), 500, INTERNAL_ERROR_MESSAGE)],
 )
 @in_loop
 async def test_a_stream_that_fails_ends_with_an_event(error, status, message):

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from casa_serving.endpoint.generate_patch import answer_failed_grammars
-from casa_serving.endpoint.messages_patch import keep_errors_of_streams
+from casa_serving.endpoint.generate_patch import reject_failed_grammars
+from casa_serving.endpoint.messages_patch import preserve_stream_errors
 from posting import post
 
 pytestmark = pytest.mark.vllm
@@ -74,6 +74,6 @@ def test_a_stream_of_messages_ends_with_an_event(server):
 
 def test_functions_of_another_kind_are_not_patched():
     with pytest.raises(RuntimeError, match="generate_patch"):
-        answer_failed_grammars(SimpleNamespace(generate=lambda prompt, sampling_params, request_id: None))
+        reject_failed_grammars(SimpleNamespace(generate=lambda prompt, sampling_params, request_id: None))
     with pytest.raises(RuntimeError, match="messages_patch"):
-        keep_errors_of_streams(SimpleNamespace(message_stream_converter=lambda generator: None))
+        preserve_stream_errors(SimpleNamespace(message_stream_converter=lambda generator: None))

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from casa_engine.errors import InputError
 from casa_engine.live import LiveSettings
 from casa_serving import cli
-from casa_serving.endpoint.request_guard import is_own_origin
+from casa_serving.endpoint.request_guard import is_allowed_origin
 from casa_serving.engine_defaults import plugins_with
 from casa_serving.live import endpoint
 from casa_serving.options.live_options import MAX_FRAME_BYTES, LiveOptions
@@ -77,4 +77,4 @@ def test_a_servers_budget_bounds_the_default(monkeypatch, asked, in_force):
 )
 def test_pages_of_other_origins_are_strangers(origin, is_own):
     headers = {"host": "here:8000"} | ({} if origin is None else {"origin": origin})
-    assert is_own_origin(Headers(headers), []) is is_own
+    assert is_allowed_origin(Headers(headers), []) is is_own

@@ -159,7 +159,7 @@ def video_stream(container: av.container.InputContainer, path: Path) -> av.Video
 
 
 def is_of(container: av.container.InputContainer, formats: set[str]) -> bool:
-    """Tells whether a file is of one of these formats; FFmpeg gives some formats several names."""
+    """Returns whether a file is of one of these formats; FFmpeg gives some formats several names."""
     return bool(formats & set(container.format.name.split(",")))
 
 

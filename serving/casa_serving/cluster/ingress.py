@@ -38,7 +38,7 @@ from casa_serving.cluster.shutdown import RequestDrain, end_requests
 from casa_serving.drain.final_messages import end_of_stream
 from casa_serving.endpoint.request_guard import RequestGuard
 from casa_serving.engine_defaults import MAX_IMAGES
-from casa_serving.errors import FAILED, error_response
+from casa_serving.errors import INTERNAL_ERROR_MESSAGE, error_response
 from casa_serving.live import web_files
 from casa_serving.live.protocol import PATH as LIVE_PATH
 from casa_serving.options.request_limits import RequestLimits
@@ -163,7 +163,7 @@ class CasaIngress:
                     if head is None:
                         raise
                     LOGGER.exception("A replica failed in the middle of an answer")
-                    yield broken_off(request.path, head, last, FAILED, "InternalServerError", 500)
+                    yield broken_off(request.path, head, last, INTERNAL_ERROR_MESSAGE, "InternalServerError", 500)
                     return
         finally:
             context.finished = True

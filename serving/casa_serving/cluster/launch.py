@@ -150,7 +150,7 @@ def start(file: ConfigFile, options: argparse.Namespace, program: str) -> None:
 
 
 def is_attached() -> bool:
-    """Tells whether the application goes onto a cluster that runs already."""
+    """Returns whether the application goes onto a cluster that runs already."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 

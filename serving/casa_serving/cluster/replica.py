@@ -26,9 +26,9 @@ from casa_serving.cluster.live.replica_server import LiveServer
 from casa_serving.cluster.live.session_ticket import LiveRefusal, SessionTicket
 from casa_serving.cluster.replica_metrics import ReplicaMetrics, last_step_s
 from casa_serving.cluster.routing_context import RoutingContext
-from casa_serving.drain.open_requests import BrokenStreams
+from casa_serving.drain.open_requests import StreamErrors
 from casa_serving.endpoint.api_key import key_header
-from casa_serving.engine_defaults import HTTP_PLUGIN, name_endpoints
+from casa_serving.engine_defaults import HTTP_PLUGIN, enable_endpoints
 from casa_serving.live.connection import LiveService
 from casa_serving.live.endpoint import open_service
 from casa_serving.options.image_limits import ImageLimits
@@ -57,7 +57,7 @@ class CasaServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, *, live_options: LiveOptions, **kwargs: Any) -> None:
         # Errors in OpenAI's shape. Live sessions have a server of their own here.
-        name_endpoints([HTTP_PLUGIN])
+        enable_endpoints([HTTP_PLUGIN])
         self._live_options = live_options
         self._live: LiveServer | None = None
         await super().__init__(llm_config, **kwargs)
@@ -67,7 +67,7 @@ class CasaServer(LLMServer):
         self._metrics = ReplicaMetrics(serve.get_replica_context().replica_id.unique_id)
         await super().start()
         # The application that casa-serve runs, without the guard of its door, which the ingress has.
-        self._app = BrokenStreams(await self.engine.build_asgi_app())
+        self._app = StreamErrors(await self.engine.build_asgi_app())
         for name, request in warm_up_requests(self._llm_config.model_id).items():
             started = time.monotonic()
             await self._probe(request)

@@ -10,7 +10,7 @@ from casa_engine.errors import InputError
 
 
 def cluster_has_gpu() -> bool:
-    """Tells whether a node of the cluster has a GPU; this machine decides where no cluster runs."""
+    """Returns whether a node of the cluster has a GPU; this machine decides where no cluster runs."""
     if ray.is_initialized():
         return ray.cluster_resources().get("GPU", 0) > 0
     import torch

@@ -11,7 +11,7 @@ import asyncio
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from casa_serving.drain.final_messages import SHUTTING_DOWN, refusal
+from casa_serving.drain.final_messages import SHUTTING_DOWN, unavailable_response
 from casa_serving.drain.open_requests import FINAL_MESSAGE_S, OpenRequests
 
 
@@ -28,7 +28,7 @@ class RequestDrain:
             return
         state = scope["app"].state
         if getattr(state, "is_ending", False):
-            for message in refusal(scope["path"], SHUTTING_DOWN):
+            for message in unavailable_response(scope["path"], SHUTTING_DOWN):
                 await send(message)
             return
         if not hasattr(state, "requests"):  # Here at the earliest there is an event loop.

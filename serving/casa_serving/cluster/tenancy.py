@@ -76,7 +76,7 @@ def deployments(client: ServeControllerClient, name: str) -> Mapping[str, Any]:
 
 
 def is_own(client: ServeControllerClient, name: str) -> bool:
-    """Tells whether the application of this name was deployed by this process, and by nobody since."""
+    """Returns whether the application of this name was deployed by this process, and by nobody since."""
     import ray
 
     # Those of one that was replaced are found under its name for a while.

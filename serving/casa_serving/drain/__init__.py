@@ -1,1 +1,1 @@
-"""How a server ends: what runs may finish within a bound, everything else is told, and the process leaves."""
+"""Shutdown of a server process: requests may finish within a bound, the rest get an error, and the process exits."""

@@ -1,4 +1,4 @@
-"""Connections of uvicorn, which ASGI has no word for."""
+"""Access to uvicorn's connections, which ASGI does not expose."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from starlette.types import Scope
 
 
 def abort_connection(scope: Scope) -> None:
-    """Drops the connection of a client that reads nothing.
+    """Aborts the connection of a client that does not read.
 
-    Closing would wait until the client has taken what is in the buffer, which it never does. The connection is
-    looked up in the server, which whoever runs one keeps in its application's state; behind a server of somebody
-    else's, such as Ray Serve's proxy, there is none.
+    Closing it would wait until the client has read the send buffer, which it never does. The connection is looked up
+    in `app.state.server`; behind another server, such as Ray Serve's proxy, there is none and nothing happens.
 
     Args:
-        scope: Of the request or the WebSocket, the very object that the server has made.
+        scope: ASGI scope of the request or the WebSocket, the same object that the server created.
     """
     server = getattr(scope["app"].state, "server", None)
     for connection in list(server.server_state.connections) if server is not None else []:

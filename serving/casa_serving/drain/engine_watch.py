@@ -1,4 +1,4 @@
-"""Tells at once that the engine has died, in a server that started it and in one of several beside it."""
+"""Detection of the engine's death, in a server that started the engine and in one of several API servers."""
 
 from __future__ import annotations
 
@@ -18,51 +18,51 @@ TITLE = "EngineCore"
 
 
 class EngineWatch:
-    """Looks after an engine until it has died or `close` is called; to be made in the event loop.
+    """Polls an engine until it has died or `close` is called; to be created in the event loop.
 
-    vLLM itself looks every five seconds, and several API servers learn it only from their parent's signal.
+    vLLM itself polls every five seconds, and several API servers learn of it only from their parent's signal.
 
     Args:
         engine_client: vLLM's.
-        died: Called once, in the event loop.
+        on_death: Called once, in the event loop.
 
     Attributes:
-        processes: The engine's on this machine, and its workers', which may outlive it.
+        processes: The engine's processes on this machine, and those of its workers, which may outlive it.
     """
 
-    def __init__(self, engine_client: EngineClient, died: Callable[[], None]) -> None:
-        self._engine_client, self._died = engine_client, died
+    def __init__(self, engine_client: EngineClient, on_death: Callable[[], None]) -> None:
+        self._engine_client, self._on_death = engine_client, on_death
         self._engines = engine_processes()
         self.processes = [process for engine in self._engines for process in (engine, *descendants(engine))]
         self._task = asyncio.create_task(self._run())
 
     @property
     def has_died(self) -> bool:
-        """Whether nothing will come from the engine any more."""
+        """Whether the engine can produce no more output."""
         return self._engine_client.errored or not all(map(is_alive, self._engines))
 
     def close(self) -> None:
-        """Stops looking."""
+        """Stops polling."""
         self._task.cancel()
 
     async def _run(self) -> None:
-        # Whoever sets this wants the server to stay.
+        # vLLM's option to keep the server running without its engine.
         while not envs.VLLM_KEEP_ALIVE_ON_ENGINE_DEATH:
             await asyncio.sleep(INTERVAL_S)
             if self.has_died:
-                self._died()
+                self._on_death()
                 return
 
 
 def engine_processes() -> list[psutil.Process]:
-    """Returns the engine's processes: children of this one, or of its parent where that has several API servers."""
+    """Returns the engine's processes: children of this process, or of its parent if there are several API servers."""
     is_alone = multiprocessing.parent_process() is None
     starter = psutil.Process() if is_alone else psutil.Process(os.getppid())
     return [process for process in starter.children() if TITLE in " ".join(process.cmdline())]
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Tells whether a process runs; one that has died and was not yet taken note of does not."""
+    """Returns whether a process is running; a zombie, not yet reaped, is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

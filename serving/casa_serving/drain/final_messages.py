@@ -1,6 +1,6 @@
-"""What a client is told whose request cannot go on: in the shape of the API that it speaks.
+"""Error messages for requests that cannot be completed, in the format of the API that the client uses.
 
-Before an answer has begun that is a response with status 503; within a stream it is the API's own error event.
+Before the response has begun that is status 503; within a stream it is the API's own error event.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import Message
 
-from casa_serving.errors import FAILED, RequestError, error_body, error_kind
+from casa_serving.errors import INTERNAL_ERROR_MESSAGE, RequestError, error_body, error_kind
 
 SHUTTING_DOWN = "The server is shutting down. Send the request again, to another server or in a moment."
 STATUS = 503
@@ -20,12 +20,12 @@ RETRY_AFTER_S = 1
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
 
-def refusal(path: str, message: str) -> list[Message]:
-    """Returns the messages of a whole response that closes the connection.
+def unavailable_response(path: str, message: str) -> list[Message]:
+    """Returns the ASGI messages of a complete 503 response that closes the connection.
 
     Args:
-        path: Of the request, which says what API it speaks.
-        message: Why, in words.
+        path: Path of the request, which determines the API.
+        message: Error message for the client.
     """
     body = json.dumps(body_for(path, message, STATUS)).encode()
     headers = [
@@ -41,13 +41,13 @@ def refusal(path: str, message: str) -> list[Message]:
 
 
 def end_of_stream(path: str, message: str, last_event: bytes, status: int = STATUS, kind: str | None = None) -> Message:
-    """Returns the end of a stream of server-sent events.
+    """Returns the last ASGI message of a stream of server-sent events: the API's error event.
 
     Args:
-        path: Of the request.
-        message: Why, in words.
-        last_event: What was sent last; the events of /v1/responses are numbered.
-        status: What a response would have had that had not begun.
+        path: Path of the request, which determines the API.
+        message: Error message for the client.
+        last_event: The event sent last; the events of /v1/responses are numbered.
+        status: HTTP status that the error would have had before the response began.
         kind: The error's type in OpenAI's APIs; default: that of the status.
     """
     if path.endswith("/messages"):
@@ -68,16 +68,16 @@ def end_of_stream(path: str, message: str, last_event: bytes, status: int = STAT
     return {"type": "http.response.body", "body": data}
 
 
-def failure(error: BaseException) -> tuple[int, str]:
-    """Returns status and words for an exception that has ended a stream: one for the client, or a fault."""
+def status_and_message(error: BaseException) -> tuple[int, str]:
+    """Returns status and message for an exception that ended a stream: a `RequestError`'s own, otherwise 500."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RequestError):
         cause = cause.__cause__ or cause.__context__
-    return (500, FAILED) if cause is None else (cause.status, str(cause))
+    return (500, INTERNAL_ERROR_MESSAGE) if cause is None else (cause.status, str(cause))
 
 
 def body_for(path: str, message: str, status: int) -> dict[str, Any]:
-    """Returns the error object of the API: Anthropic's for its own path, OpenAI's for all others."""
+    """Returns the error body of the API: Anthropic's for its own path, OpenAI's for all others."""
     if path.endswith("/messages"):
         return {
             "type": "error",
@@ -87,5 +87,5 @@ def body_for(path: str, message: str, status: int) -> dict[str, Any]:
 
 
 def named_event(name: str, data: dict[str, Any]) -> bytes:
-    """Returns one server-sent event with its name."""
+    """Returns one named server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()

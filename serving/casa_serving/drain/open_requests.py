@@ -1,8 +1,8 @@
-"""Which requests are open, and how all of them are ended.
+"""The open HTTP requests of a server, and how all of them are ended at shutdown.
 
-Each runs in a task of its own, which can be cancelled wherever it is: in a body that is still coming, in an image
-that is being processed, in the engine, or at a client that does not read. The client gets its last words (last_words)
-from here, so that they do not depend on what was under way.
+Each runs in a task of its own, which can be cancelled at any point: while the body is read, while an image is
+processed, in the engine, or while a client does not read. The error (final_messages.py) is sent from here, so that it
+does not depend on what the request was doing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from casa_serving.drain.connections import abort_connection
-from casa_serving.drain.final_messages import STATUS, end_of_stream, failure, refusal
+from casa_serving.drain.final_messages import STATUS, end_of_stream, status_and_message, unavailable_response
 
 logger = logging.getLogger("vllm.casa_drain")
-# For a task to notice that it is cancelled, and for a client to take its last words.
+# Timeout for a task to be cancelled, and for a client to read its final message.
 FINAL_MESSAGE_S = 0.5
 INTERNAL_ERROR = 500
 
@@ -27,28 +27,28 @@ class OpenRequests:
     """The HTTP requests of one server process.
 
     Args:
-        fault: Says what has broken the server for good, in words, or None: an application that then fails gets no
-            word in, since vLLM's own are not the same on all its paths, and on some there are none.
+        fatal_error: Returns the message of an error that the server cannot recover from, or None. After such an error
+            the message replaces vLLM's own responses, which differ between its paths, and some have none.
     """
 
-    def __init__(self, fault: Callable[[], str | None]) -> None:
-        self._fault = fault
+    def __init__(self, fatal_error: Callable[[], str | None]) -> None:
+        self._fatal_error = fatal_error
         self._open: set[asyncio.Task[None]] = set()
         self._none_open = asyncio.Event()
         self._none_open.set()
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def __len__(self) -> int:
-        """Returns how many are open."""
+        """Returns the number of open requests."""
         return len(self._open)
 
     def end(self, reason: str) -> None:
-        """Ends all that are open, and every one that should still come, with these words."""
+        """Ends all open requests, and every later one, with this error message."""
         if not self._ended.done():
             self._ended.set_result(reason)
 
     async def wait(self, timeout_s: float) -> bool:
-        """Waits until none is open; returns whether that came to pass in time."""
+        """Waits until no request is open; returns False after `timeout_s` seconds."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._none_open.wait()
@@ -57,21 +57,21 @@ class OpenRequests:
         return True
 
     async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Has an application answer a request, unless all of them are ended before."""
-        answer = Answer(send, scope["path"], self._fault)
-        task = asyncio.ensure_future(app(scope, receive, answer.pass_on))
+        """Runs an application for one request until it completes or `end` is called."""
+        response = ForwardedResponse(send, scope["path"], self._fatal_error)
+        task = asyncio.ensure_future(app(scope, receive, response.forward))
         self._open.add(task)
         self._none_open.clear()
         try:
             await asyncio.wait([task, self._ended], return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                await self._break_off(task, self._ended.result(), answer, scope)
-            elif (task.exception() or answer.is_ended) and (fault := self._fault()):
-                await self._break_off(task, fault, answer, scope)
-            elif (error := task.exception()) is not None and answer.is_open_stream:
-                status, message = failure(error)
+                await self._cancel(task, self._ended.result(), response, scope)
+            elif (task.exception() or response.is_ended) and (fatal_error := self._fatal_error()):
+                await self._cancel(task, fatal_error, response, scope)
+            elif (error := task.exception()) is not None and response.is_open_stream:
+                status, message = status_and_message(error)
                 logger.error("A stream at %s ends with an error: %s", scope["path"], message, exc_info=error)
-                await self._say_last_words(answer, message, scope, status)
+                await self._send_final_message(response, message, scope, status)
             else:
                 task.result()
         finally:
@@ -80,26 +80,28 @@ class OpenRequests:
             if not self._open:
                 self._none_open.set()
 
-    async def _break_off(self, task: asyncio.Task[None], reason: str, answer: Answer, scope: Scope) -> None:
-        answer.is_ended = True
+    async def _cancel(self, task: asyncio.Task[None], reason: str, response: ForwardedResponse, scope: Scope) -> None:
+        response.is_ended = True
         task.cancel()
         await asyncio.wait([task], timeout=FINAL_MESSAGE_S)
         if task.done() and not task.cancelled() and task.exception() is not None:
             logger.debug("A request failed while it was ended.", exc_info=task.exception())
-        await self._say_last_words(answer, reason, scope)
+        await self._send_final_message(response, reason, scope)
 
-    async def _say_last_words(self, answer: Answer, reason: str, scope: Scope, status: int = STATUS) -> None:
+    async def _send_final_message(
+        self, response: ForwardedResponse, reason: str, scope: Scope, status: int = STATUS
+    ) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FINAL_MESSAGE_S):
-                if await answer.say_last_words(reason, status):
+                if await response.send_final_message(reason, status):
                     return
         abort_connection(scope)
 
 
-class BrokenStreams:
-    """ASGI middleware where no `OpenRequests` are, in a cluster's replica: what a client has caused ends its stream.
+class StreamErrors:
+    """ASGI middleware of a cluster's replica, which has no `OpenRequests`: sends client errors within a stream.
 
-    Other failures are passed on: the ingress tells one replica's end from another's.
+    Other exceptions are re-raised: the ingress handles the failure of a replica.
 
     Args:
         app: vLLM's.
@@ -109,40 +111,40 @@ class BrokenStreams:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Has the application answer a request."""
+        """Runs the application for one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = Answer(send, scope["path"], lambda: None)
+        response = ForwardedResponse(send, scope["path"], lambda: None)
         try:
-            await self._app(scope, receive, answer.pass_on)
+            await self._app(scope, receive, response.forward)
         except Exception as error:
-            status, message = failure(error)
-            if status >= INTERNAL_ERROR or not answer.is_open_stream:
+            status, message = status_and_message(error)
+            if status >= INTERNAL_ERROR or not response.is_open_stream:
                 raise
             logger.error("A stream at %s ends with an error: %s", scope["path"], message)
-            await answer.say_last_words(message, status)
+            await response.send_final_message(message, status)
 
 
-class Answer:
+class ForwardedResponse:
     """The response to one request on its way to the client.
 
     Args:
-        send: Where it goes.
-        path: Of the request.
-        fault: See `OpenRequests`.
+        send: ASGI's `send` of the client.
+        path: Path of the request.
+        fatal_error: See `OpenRequests`.
     """
 
-    def __init__(self, send: Send, path: str, fault: Callable[[], str | None]) -> None:
-        self._send, self._path, self._fault = send, path, fault
+    def __init__(self, send: Send, path: str, fatal_error: Callable[[], str | None]) -> None:
+        self._send, self._path, self._fatal_error = send, path, fatal_error
         self._has_begun = self._is_complete = self._is_stream = False
         self._last_body = b""
         self.is_ended = False
 
-    async def pass_on(self, message: Message) -> None:
-        """Hands on what the application sends, until it is ended."""
+    async def forward(self, message: Message) -> None:
+        """Forwards what the application sends, until the response is ended."""
         is_start = message["type"] == "http.response.start"
-        if is_start and message["status"] >= INTERNAL_ERROR and self._fault() is not None:
+        if is_start and message["status"] >= INTERNAL_ERROR and self._fatal_error() is not None:
             self.is_ended = True
         if self.is_ended:
             return
@@ -157,15 +159,15 @@ class Answer:
 
     @property
     def is_open_stream(self) -> bool:
-        """Whether it is a stream that has begun and not ended."""
+        """Whether the response is a stream that has begun and is not complete."""
         return self._has_begun and self._is_stream and not self._is_complete
 
-    async def say_last_words(self, reason: str, status: int = STATUS) -> bool:
-        """Tells the client why there is no more; returns False where that cannot be said any more."""
+    async def send_final_message(self, reason: str, status: int = STATUS) -> bool:
+        """Sends the error that ends the response; returns False if the response has begun and is no stream."""
         if self._is_complete:
             return True
         if not self._has_begun:
-            for message in refusal(self._path, reason):
+            for message in unavailable_response(self._path, reason):
                 await self._send(message)
         elif self._is_stream:
             await self._send(end_of_stream(self._path, reason, self._last_body, status))

@@ -1,4 +1,4 @@
-"""Ends processes that do not end by themselves: at a second signal, and when the bound is reached."""
+"""Forced exit of processes: at a second signal, and when the shutdown timeout is reached."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     import psutil
 
 logger = logging.getLogger("vllm.casa_drain")
-# No bound is shorter than this: it is what telling everybody takes at worst.
+# Lower limit of the shutdown timeout: what notifying all clients takes at worst.
 MIN_BOUND_S = 3.0
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Python's own helper, which removes the shared memory of processes that were killed, and ends after them.
+# Python's own helper, which removes the shared memory of killed processes and exits after them.
 RESOURCE_TRACKER = "multiprocessing.resource_tracker"
-# What torch.compile runs on a CPU. Ended halfway, one leaves half a library in torch's cache, which ends the engine of
-# every later server that loads it; left alone it is done in seconds.
+# Compilers that torch.compile runs on a CPU. Killed halfway, one leaves a truncated library in torch's cache, which
+# crashes the engine of every later server that loads it; otherwise it completes in seconds.
 COMPILER = re.compile(r"(.*-)?(c\+\+|g\+\+|clang|clang\+\+|cc1plus|as|collect2|ld)([-.][\w.]+)?")
 
 
 def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
-    """Returns the processes that one has started, this one by default, and those that they have started."""
-    import psutil  # Comes with vLLM, whose absence casa-serve says in a sentence.
+    """Returns all descendants of a process, by default of this one."""
+    import psutil  # Comes with vLLM; casa-serve reports its absence with an error message.
 
     return (process or psutil.Process()).children(recursive=True)
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """Ends processes now, where they still run, but for those that must finish and then end by themselves."""
+    """Kills processes that still run, except compilers and the resource tracker, which exit by themselves."""
     import psutil
 
     for process in processes:
@@ -44,12 +44,12 @@ def kill(processes: Iterable[psutil.Process]) -> None:
                 process.kill()
 
 
-def leave_at_once(status: int, others: Iterable[psutil.Process] = ()) -> NoReturn:
-    """Ends this process and all that it has started, now.
+def exit_immediately(status: int, others: Iterable[psutil.Process] = ()) -> NoReturn:
+    """Exits immediately, without cleanup, and kills all descendants.
 
     Args:
-        status: Of the exit.
-        others: Started by one of them that may have gone before.
+        status: Exit status.
+        others: Further processes to kill: those whose parent may have exited already.
     """
     try:
         kill(others)
@@ -59,12 +59,12 @@ def leave_at_once(status: int, others: Iterable[psutil.Process] = ()) -> NoRetur
 
 
 class Deadline(threading.Thread):
-    """Ends the process when the bound is reached, whatever holds it up: a thread at work on an image, a stuck engine.
+    """Thread that exits the process after a time, whatever blocks it: a thread that decodes an image, a stuck engine.
 
     Args:
-        bound_s: Seconds from its start.
-        status: Of the exit.
-        others: See `leave_at_once`.
+        bound_s: Seconds from the start of the thread.
+        status: Exit status.
+        others: See `exit_immediately`.
     """
 
     def __init__(self, bound_s: float, status: int, others: Iterable[psutil.Process] = ()) -> None:
@@ -72,21 +72,20 @@ class Deadline(threading.Thread):
         self._bound_s, self._status, self._others = bound_s, status, others
 
     def run(self) -> None:
-        """Waits, then ends the process; a process that ends before takes this thread along."""
+        """Sleeps, then exits the process; the thread is a daemon, which ends with a process that exits before."""
         time.sleep(self._bound_s)
         logger.warning("Shutdown: the bound is reached; what still runs is ended with the process.")
-        leave_at_once(self._status, self._others)
+        exit_immediately(self._status, self._others)
 
 
 class SignalCounter(threading.Thread):
-    """Has the second SIGINT or SIGTERM end this process at once; for one that runs no event loop.
+    """Thread that exits the process at the second SIGINT or SIGTERM; for a process without an event loop.
 
-    The parent of several API servers looks at the first one only, in vLLM's own handler; with Ray the main thread may
-    be anywhere in it. Python writes every signal's
-    number to the wake-up socket, whatever its handler is.
+    The parent of several API servers handles only the first one, in vLLM's own handler; with Ray the main thread may
+    be blocked anywhere. Python writes the number of every signal to the wake-up socket, whatever its handler is.
 
     Attributes:
-        started: The processes that were there at the first signal.
+        started: The descendants at the first signal.
     """
 
     def __init__(self) -> None:
@@ -101,16 +100,16 @@ class SignalCounter(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops counting: a process forked later shares the socket, and its signals would count here."""
+        """Stops counting: a process forked later would share the socket, and its signals would be counted here."""
         signal.set_wakeup_fd(-1)
         self._writer.close()
 
     def run(self) -> None:
-        """Reads the numbers of signals until there were two that end the process."""
+        """Reads signal numbers until the second SIGINT or SIGTERM."""
         num_signals = 0
         while numbers := self._reader.recv(64):
             for number in filter(ENDING_SIGNALS.__contains__, numbers):
                 num_signals += 1
                 if num_signals == 2:
-                    leave_at_once(128 + number, self.started)
+                    exit_immediately(128 + number, self.started)
                 self.started = descendants()

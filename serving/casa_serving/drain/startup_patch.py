@@ -1,9 +1,9 @@
-"""Replaces `run_server` in vLLM's command, for vLLM 0.29.0: a signal ends a server that is not ready yet.
+"""Replaces `run_server` in vLLM's command, for vLLM 0.29.0: a signal stops a server that is still starting.
 
-Its own one has SIGTERM raise KeyboardInterrupt, which vLLM loses when it comes while the engine starts
-(`zmq_socket_ctx` ends the waiting for the engine and takes the exception with it): the server then waits ten minutes
-for an engine that waits for the server. An exception is lost in a destructor too. There is no hook: the handler is set
-in the first lines of the function. What replaces it does the same without them.
+vLLM's handler raises KeyboardInterrupt at SIGTERM, which is lost while the engine starts (`zmq_socket_ctx` catches it
+and stops waiting for the engine): the server then waits ten minutes for an engine that waits for the server. An
+exception within a destructor is lost too. There is no hook: the handler is installed in the first lines of the
+function. The replacement does the same without them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from casa_serving.drain.processes import ENDING_SIGNALS
 REPLACED = "signal.signal(signal.SIGTERM, _interrupt_init)"
 
 
-def keep_signals(leave: Callable[[], None]) -> None:
-    """Has SIGINT and SIGTERM call `leave` until the server is ready; then `Departure` takes them over.
+def replace_run_server(on_signal: Callable[[], None]) -> None:
+    """Makes SIGINT and SIGTERM call `on_signal` until the server is ready; then `ServerShutdown` handles them.
 
     Raises:
         RuntimeError: vLLM's function is not the one that this was written for.
@@ -34,7 +34,7 @@ def keep_signals(leave: Callable[[], None]) -> None:
     async def run_server(args: argparse.Namespace) -> None:
         decorate_logs("APIServer", skip_if_decorated=True)
         for number in ENDING_SIGNALS:
-            signal.signal(number, lambda *_: leave())
+            signal.signal(number, lambda *_: on_signal())
         listen_address, sock = serve.setup_server(args, reuse_port=False)
         await run_server_worker(listen_address, sock, args)
 

@@ -1,1 +1,1 @@
-"""What stands between a client and vLLM's OpenAI server: guards of requests and media, errors in OpenAI's shape."""
+"""Layer between clients and vLLM's OpenAI server: checks of requests and media, errors in OpenAI's format."""

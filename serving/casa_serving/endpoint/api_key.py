@@ -1,7 +1,7 @@
-"""Who may ask what: the key of `--api-key` or VLLM_API_KEY, on every path that is not open to all.
+"""Authentication: the key of `--api-key` or VLLM_API_KEY, on every path that is not public.
 
-vLLM's own middleware guards the paths under /v1 and leaves the others open, on some of which the
-model can be asked just as well (`/invocations`, `/generative_scoring`).
+vLLM's own middleware protects the paths under /v1 and leaves the others open, some of which run the
+model just as well (`/invocations`, `/generative_scoring`).
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from starlette.datastructures import Headers
 from casa_serving.errors import RequestError
 
 VARIABLE = "VLLM_API_KEY"
-# Whether the server lives, what it counts, and the page, in which the key is typed. None of them shows a request.
+# Health, metrics, and the page, in which the key is typed. None of them shows a request.
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics"})
 OPEN_FOLDERS = ("/web/",)
 
 
 def is_open(path: str) -> bool:
-    """Tells whether a path (as the router sees it) is answered without a key."""
+    """Returns whether a path (as the router sees it) needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
 class KeyCheck:
-    """Checks keys as vLLM does.
+    """Checks keys with vLLM's own comparison.
 
     Args:
-        args: The server's; `api_key` is a list of keys, or None for what the environment says.
+        args: The server's arguments; `api_key` is a list of keys, or None for that of the environment.
     """
 
     def __init__(self, args: Namespace) -> None:
-        # Read here and not where a cluster's application is built, so that the key stands in no
+        # Read here and not where a cluster's application is built, so that the key is in no
         # configuration that Ray stores and shows.
         keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get(VARIABLE)]) if key]
         self._verify = None
@@ -45,7 +45,7 @@ class KeyCheck:
         """Checks the key of a request.
 
         Raises:
-            RequestError: 401: a key is asked for, and was not given.
+            RequestError: 401: a key is required, and none or a wrong one was sent.
         """
         if self._verify is None or is_open(path) or self._verify(headers):
             return
@@ -57,6 +57,6 @@ class KeyCheck:
 
 
 def key_header() -> dict[str, str]:
-    """Returns the header that opens the server from this environment; empty where no key is asked for."""
+    """Returns the authorization header with this environment's key; empty if there is none."""
     key = os.environ.get(VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}

@@ -13,12 +13,12 @@ BLANKS = b"\t\n\f\r "
 
 
 def is_data_url(url: str) -> bool:
-    """Tells whether a URL is a data URL."""
+    """Returns whether a URL is a data URL."""
     return url.lstrip()[: len(SCHEME)].lower() == SCHEME
 
 
 def base64_text(url: str) -> str | None:
-    """Returns what stands behind the comma of a base64 data URL; None for every other one."""
+    """Returns the data of a base64 data URL, still encoded; None for every other URL."""
     kind, comma, text = url.lstrip()[len(SCHEME) :].partition(",")
     _, semicolon, encoding = kind.rpartition(";")
     if not (comma and semicolon) or encoding.strip(" ").lower() != "base64":
@@ -30,7 +30,7 @@ def compact(text: str) -> bytes:
     """Returns base64 without blanks, line breaks, percent-encoding and padding.
 
     Raises:
-        binascii.Error: There is something else than ASCII in it.
+        binascii.Error: It is not ASCII.
     """
     try:
         data = text.encode("ascii")
@@ -45,10 +45,10 @@ def compact(text: str) -> bytes:
 
 
 def decoded(data: bytes) -> bytes:
-    """Returns the bytes that compact base64 stands for.
+    """Returns the decoded bytes of compact base64.
 
     Raises:
-        binascii.Error: It is none.
+        binascii.Error: It is no valid base64.
     """
     if len(data) % 4 == 1 or b"=" in data:
         raise binascii.Error("wrong length")

@@ -1,7 +1,7 @@
-"""The last word on errors: whichever layer has answered one, it leaves in OpenAI's shape and is short.
+"""Normalisation of error responses: whichever layer sends one, the client gets OpenAI's format, truncated.
 
-Handlers see what is raised. vLLM also answers errors without raising them, its middlewares and
-those of other packages do, and some quote the request.
+Exception handlers see only what is raised. vLLM, its middleware and that of other packages also send
+error responses themselves, and some quote the request.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from starlette.types import Message, Send
 
 from casa_serving.errors import error_body
 
-# More of an error is not kept: its message is cut to far less.
+# Longer error bodies are truncated: the message is cut to far less.
 MAX_KEPT_BYTES = 65_536
 
 
 class ErrorShape:
-    """An ASGI `send` that passes answers on, and errors as one JSON body.
+    """An ASGI `send` that forwards responses, and error responses as one JSON body.
 
     Args:
-        send: Where to.
+        send: ASGI's `send` of the client.
     """
 
     def __init__(self, send: Send) -> None:
@@ -31,7 +31,7 @@ class ErrorShape:
         self._body = bytearray()
 
     async def __call__(self, message: Message) -> None:
-        """Sends a message, or keeps it until the error is complete."""
+        """Forwards a message, or buffers it until the error response is complete."""
         if message["type"] == "http.response.start" and message["status"] >= 400:
             self._start = message
         elif self._start is None:
@@ -52,17 +52,17 @@ class ErrorShape:
 
 
 def shape(status: int, body: bytes) -> dict[str, object]:
-    """Returns an error of any form in OpenAI's."""
+    """Returns the body of an error response in OpenAI's format."""
     try:
         content = json.loads(body)
     except ValueError:
-        # One that was cut is not quoted.
+        # A truncated body is not quoted.
         content = body.decode(errors="replace") if len(body) < MAX_KEPT_BYTES else None
     error = content.get("error", content.get("detail")) if isinstance(content, dict) else content
     if isinstance(error, dict) and isinstance(error.get("message"), str):
         kind, param = (value if isinstance(value, str) else None for value in (error.get("type"), error.get("param")))
         found = error_body(status, error["message"], kind, param)
-        # Anthropic's API has one more field, around the same object.
+        # Anthropic's API wraps the same object with one more field.
         return {"type": "error", **found} if content.get("type") == "error" else found
     message = error if isinstance(error, str) and error.strip() else HTTPStatus(status).phrase
     return error_body(status, message.strip())

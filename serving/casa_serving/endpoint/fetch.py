@@ -1,11 +1,10 @@
-"""Downloads from an allowed domain, and from nowhere inside the server's own network.
+"""Downloads from allowed domains, and from no address of the server's own network.
 
-A URL from a client is an order to the server to connect somewhere, so three things are
-checked at every hop, the first and each redirect alike: the host is one of the allowed
-domains, the scheme is http(s), and every address its name resolves to is a public one. The
-last check sits in the resolver of the very connection that is made, so that a name cannot
-resolve to a public address for the check and to a private one for the connection. Proxies
-of the environment are not used, because a proxy would resolve the name somewhere else.
+A client's URL makes the server connect somewhere (SSRF), so three things are checked at every hop, the
+first and each redirect alike: the host is one of the allowed domains, the scheme is http(s), and every
+address its name resolves to is public. The last check is in the resolver of the connection itself, so
+that a name cannot resolve to a public address for the check and to a private one for the connection
+(DNS rebinding). Proxies of the environment are not used, because a proxy resolves names itself.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class UrlRefusedError(VLLMValidationError):
-    """A URL that is not even tried; in words for who sent an image (HTTP 400).
+    """A URL that is rejected before any connection is made (HTTP 400).
 
     Attributes:
         reason: Why, without a word on what was to be downloaded.
@@ -43,7 +42,7 @@ class UrlRefusedError(VLLMValidationError):
 
 
 class DownloadError(VLLMUnprocessableEntityError):
-    """An allowed URL that could not be downloaded; in words for who sent an image (HTTP 422).
+    """An allowed URL that could not be downloaded (HTTP 422).
 
     Attributes:
         reason: Why, without a word on what was to be downloaded.
@@ -59,11 +58,11 @@ class DownloadError(VLLMUnprocessableEntityError):
 
 
 def is_public(text: str, *, allow_loopback: bool = False) -> bool:
-    """Tells whether an address may be connected to on a client's order.
+    """Returns whether an address may be connected to for a client.
 
     Args:
         text: An IPv4 or IPv6 address.
-        allow_loopback: Whether addresses of this machine itself are taken (tests only).
+        allow_loopback: Whether addresses of this machine itself are accepted (tests only).
     """
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
@@ -80,7 +79,7 @@ def is_public(text: str, *, allow_loopback: bool = False) -> bool:
 
 
 class PublicResolver(AbstractResolver):
-    """Resolves names as the system does and refuses every answer that is not public."""
+    """Resolves names as the system does and rejects addresses that are not public."""
 
     def __init__(self, *, allow_loopback: bool) -> None:
         self._system = aiohttp.ThreadedResolver()
@@ -89,7 +88,11 @@ class PublicResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Returns the addresses of `host`; refuses them all if one of them is not public."""
+        """Returns the addresses of `host`.
+
+        Raises:
+            UrlRefusedError: One of them is not public.
+        """
         answers = await self._system.resolve(host, port, family)
         for answer in answers:
             check_address(host, answer["host"], allow_loopback=self._allow_loopback)
@@ -101,7 +104,7 @@ class PublicResolver(AbstractResolver):
 
 
 def check_address(host: str, address: str, *, allow_loopback: bool) -> None:
-    """Refuses an address that is not public; the message does not say which address it was."""
+    """Rejects an address that is not public; the error message does not contain the address."""
     if not is_public(address, allow_loopback=allow_loopback):
         raise UrlRefusedError(
             f"the host {host!r} has a private, link-local, loopback or reserved address, and only public ones are "
@@ -111,7 +114,7 @@ def check_address(host: str, address: str, *, allow_loopback: bool) -> None:
 
 
 def check_host(url: URL, allowed_domains: list[str], *, allow_loopback: bool) -> None:
-    """Refuses a URL whose scheme or host is not allowed; resolves nothing yet."""
+    """Rejects a URL whose scheme or host is not allowed; resolves nothing yet."""
     if url.scheme not in ("http", "https") or not url.host:
         raise UrlRefusedError(
             f"got scheme {url.scheme!r} and host {url.host!r}, expected http or https and a host",
@@ -135,16 +138,16 @@ def check_host(url: URL, allowed_domains: list[str], *, allow_loopback: bool) ->
 
 
 def is_literal_address(host: str) -> bool:
-    """Tells whether aiohttp connects to `host` without asking the resolver.
+    """Returns whether aiohttp connects to `host` without calling the resolver.
 
-    It takes every host of digits and dots for an address, and every one with a colon: also
-    forms like "127.1" and "2130706433", which the system's own functions do understand.
+    It treats every host of digits and dots as an address, and every one with a colon: also
+    forms like "127.1" and "2130706433", which the system's own functions accept.
     """
     return ":" in host or host.replace(".", "").isdigit()
 
 
 class GuardedConnection(HTTPConnection):
-    """vLLM's connection for media, with a check at every hop instead of blind trust."""
+    """vLLM's connection for media, with the checks at every hop."""
 
     def __init__(self, allowed_domains: list[str], *, allow_loopback: bool) -> None:
         super().__init__()
@@ -165,13 +168,13 @@ class GuardedConnection(HTTPConnection):
             url: The address the client gave.
             timeout: Seconds for everything, all redirects included.
             allow_redirects: Whether up to three redirects are followed.
-            max_bytes: Where the download is broken off.
+            max_bytes: Size limit, at which the download is aborted.
 
         Returns:
-            The body of the answer.
+            The body of the response.
 
         Raises:
-            VLLMValidationError: the URL or one it redirects to is refused (HTTP 400).
+            VLLMValidationError: the URL or one it redirects to is rejected (HTTP 400).
             VLLMUnprocessableEntityError: it is allowed but cannot be downloaded (HTTP 422).
         """
         try:
@@ -215,19 +218,19 @@ async def guarded_get(
     headers: dict[str, str] | None = None,
     max_seconds: float = 300.0,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Asks for `url`, every hop checked, and gives the answer of status 200 with its body still to be read.
+    """Requests `url`, checks every hop, and yields the response of status 200, whose body is not read yet.
 
     Raises:
-        UrlRefusedError: the URL or one it redirects to may not be asked.
+        UrlRefusedError: the URL or one it redirects to is not allowed.
         DownloadError: too many redirects, or another status.
         aiohttp.ClientError: the connection broke.
     """
     first = url
-    # One session a download: connections of one client are never reused for another's.
+    # One session per download: connections are never reused between clients.
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(resolver=PublicResolver(allow_loopback=allow_loopback), use_dns_cache=False),
         trust_env=False,
-        # A compressed answer could grow without bound while it is read.
+        # A compressed response could expand without bound while it is read.
         auto_decompress=False,
         headers={**(headers or {}), "Accept-Encoding": "identity"},
         timeout=aiohttp.ClientTimeout(total=max_seconds, sock_connect=MAX_SILENCE_S, sock_read=MAX_SILENCE_S),
@@ -248,7 +251,7 @@ async def guarded_get(
 
 
 async def read_body(response: aiohttp.ClientResponse, url: URL, max_bytes: int | None) -> bytes:
-    """Reads an answer's body, and no more than `max_bytes` of it."""
+    """Returns a response's body, and reads no more than `max_bytes` of it."""
     chunks: list[bytes] = []
     received = 0
     async for chunk in response.content.iter_chunked(CHUNK_BYTES):

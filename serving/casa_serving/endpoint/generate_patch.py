@@ -1,8 +1,8 @@
-"""Wraps `generate` of vLLM's engine client, for vLLM 0.29.0: a grammar that fails in the engine is a bad request.
+"""Wraps `generate` of vLLM's engine client, for vLLM 0.29.0: a grammar that fails in the engine becomes a client error.
 
 The engine compiles a request's grammar and checks each token against it. A regular expression that takes too long to
-compile, a grammar that no text satisfies, or one that leaves only forbidden tokens is found there and nowhere before.
-All that comes back is the finish reason "error", which vLLM answers with 500 on every path. There is no hook between
+compile, a grammar that no text satisfies, or one that leaves only forbidden tokens is detected only there.
+All that comes back is the finish reason "error", for which vLLM returns 500 on every path. There is no hook between
 the two.
 """
 
@@ -29,14 +29,14 @@ UNANSWERABLE = (
 
 
 class FailedGrammarError(RequestError, VLLMValidationError):
-    """A request with a grammar to which no answer was found; a bad request to vLLM too, which ends its streams so."""
+    """A grammar that the engine could not satisfy; a validation error to vLLM too, which so ends streams."""
 
     def __init__(self) -> None:
         super().__init__(400, UNANSWERABLE)
 
 
-def answer_failed_grammars(engine_client: EngineClient) -> None:
-    """Has `generate` raise a client's error where a request with a grammar has failed. Safe to call twice.
+def reject_failed_grammars(engine_client: EngineClient) -> None:
+    """Makes `generate` raise a client error if a request with a grammar has failed. Idempotent.
 
     Mutates:
         engine_client: Its `generate`.
@@ -52,20 +52,20 @@ def answer_failed_grammars(engine_client: EngineClient) -> None:
             "vLLM's EngineClient.generate has changed: see what casa_serving.endpoint.generate_patch does to it."
         )
 
-    def generate_or_refuse(
+    def generate_or_reject(
         prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         outputs = generate(prompt, sampling_params, request_id, **options)
-        return outputs if sampling_params.structured_outputs is None else refuse_failed(outputs)
+        return outputs if sampling_params.structured_outputs is None else raise_on_failure(outputs)
 
-    engine_client.generate = generate_or_refuse
+    engine_client.generate = generate_or_reject
 
 
-async def refuse_failed(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+async def raise_on_failure(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
     """Yields the outputs of a request with a grammar.
 
     Raises:
-        FailedGrammarError: It has failed.
+        FailedGrammarError: The grammar failed in the engine.
     """
     async with aclosing(outputs):
         async for output in outputs:

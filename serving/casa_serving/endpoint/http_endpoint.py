@@ -1,7 +1,7 @@
-"""Entry point `vllm.endpoint_plugins`: errors in OpenAI's shape, and what the request guard must know of the model.
+"""Entry point `vllm.endpoint_plugins`: errors in OpenAI's format, and the model's limits for the request guard.
 
-vLLM loads it in each API server process if `VLLM_PLUGINS` names it, which `casa-serve` takes
-care of (defaults.py).
+vLLM loads it in each API server process if `VLLM_PLUGINS` names it, which `casa-serve`
+ensures (engine_defaults.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse
 from vllm.engine.protocol import EngineClient
 
 from casa_engine.errors import ConfigError
-from casa_serving.endpoint.generate_patch import answer_failed_grammars
-from casa_serving.endpoint.messages_patch import keep_errors_of_streams
+from casa_serving.endpoint.generate_patch import reject_failed_grammars
+from casa_serving.endpoint.messages_patch import preserve_stream_errors
 from casa_serving.errors import add_error_handlers, error_response
 
 
@@ -27,12 +27,12 @@ class HttpEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds a route, and keeps the app. Mutates `app`."""
+        """Adds a route and stores the app. Mutates `app`."""
         self._app = app
         app.add_api_route("/v1/models/{model_id:path}", show_model, methods=["GET"])
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Registers the handlers of errors, behind vLLM's own, and sets what the guard reads.
+        """Registers the error handlers, after vLLM's own, and sets what the guard reads.
 
         Mutates:
             state: `max_model_len`, `max_prompt_chars`, the models' `root`, which names the server's folder, and how
@@ -42,8 +42,8 @@ class HttpEndpoint:
         if engine_client is None:
             raise ConfigError("casa_http needs an engine, which vLLM's render server does not have.")
         add_error_handlers(self._app)
-        answer_failed_grammars(engine_client)
-        keep_errors_of_streams(state.anthropic_serving_messages)
+        reject_failed_grammars(engine_client)
+        preserve_stream_errors(state.anthropic_serving_messages)
         # SageMaker's standards, which vLLM puts around the app, have built it already.
         self._app.middleware_stack = self._app.build_middleware_stack()
         max_chars_per_token = engine_client.renderer.get_tokenizer().max_chars_per_token
@@ -54,7 +54,7 @@ class HttpEndpoint:
 
 
 async def show_model(request: Request, model_id: str) -> JSONResponse:
-    """One model, as OpenAI's API shows it."""
+    """Returns one model in the format of OpenAI's API."""
     models = await request.app.state.openai_serving_models.show_available_models()
     for model in models.data:
         if model.id == model_id:

@@ -1,7 +1,7 @@
-"""What is set on the HTTP server itself, which vLLM makes and gives no options for.
+"""Settings of uvicorn's server, which vLLM creates and has no options for.
 
-vLLM keeps uvicorn's server in the app's state before it starts. Its configuration is read for
-each connection, so that what is set when the application starts counts for all of them.
+vLLM stores uvicorn's server in the app's state before it starts. Its configuration is read for
+each connection, so that settings made when the application starts apply to all of them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from casa_serving.options.live_options import LiveOptions
 
 
 def configure_server(server: uvicorn.Server, args: Namespace) -> None:
-    """Sets the bounds of the protocols.
+    """Sets the limits of HTTP and WebSocket connections.
 
     Mutates:
         server: its configuration.
     """
     config = server.config
-    # The bounds on headers (--h11-max-...) hold for this parser only; the other one has none.
+    # The bounds on headers (--h11-max-...) exist for this parser only.
     config.http_protocol_class = H11Protocol
-    # Frames are compressed images; what inflates is an attack: 16 kB become 16 MB.
+    # Frames are compressed images already; without deflate no message of 16 kB inflates to 16 MB.
     config.ws_per_message_deflate = False
     config.ws_max_size = LiveOptions.from_arguments(vars(args)).max_message_bytes

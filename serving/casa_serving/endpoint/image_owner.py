@@ -1,4 +1,4 @@
-"""ASGI middleware that tells the renderer whose the names of a request's images are (`casa_engine.image_owner`)."""
+"""ASGI middleware that sets the owner of a request's image names for the renderer (`casa_engine.image_owner`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from casa_engine.image_owner import OWNER
 
 
 class ImageOwner:
-    """Sets the owner to a digest of the key that a request brings, whether or not one is asked for."""
+    """Sets the owner to a digest of the request's API key, whether or not the server requires one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on in a context of its own: each has its own task."""
+        """Sets the context variable, which is per request because each request has its own task, and calls the app."""
         if scope["type"] == "http":
             key = Headers(scope=scope).get("authorization", "")
             OWNER.set(hashlib.sha256(key.encode("latin-1")).hexdigest() if key else "")

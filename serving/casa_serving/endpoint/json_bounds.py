@@ -1,9 +1,9 @@
-"""JSON that is measured before it is parsed, and parsed strictly.
+"""JSON that is measured before it is parsed, and strict parsing.
 
-Python's parser builds what it is given: 10 MB of `[[],[],...` become 400 MB of lists. So the
-structure is counted while the bytes come in, piece by piece, which also keeps the event loop
-free in between. The runs between brackets and quotes are skipped by regular expressions; what
-Python itself has to look at is bounded by the limits.
+Python's parser has no limits: 10 MB of `[[],[],...` become 400 MB of lists. So the structure is
+counted while the bytes come in, chunk by chunk, which also leaves the event loop free in between.
+Regular expressions skip the runs between brackets and quotes; what is left for Python code is bounded
+by the limits.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any, NoReturn
 from casa_serving.errors import RequestError
 from casa_serving.options.request_limits import RequestLimits
 
-# Both match at any place, if only nothing. Possessive: there is nothing to try again.
+# Both match everywhere, possibly the empty string. Possessive, so that they never backtrack.
 OUTSIDE = re.compile(rb'[^"\[\]{}]*+')
 INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 OPENING, CLOSING, QUOTE = b"[{", b"]}", 0x22
-# Names are strings too. Each costs a step of Python's, where numbers are skipped together.
+# Names are strings too. Each costs a step of the Python loop; numbers are skipped together.
 STRINGS_PER_CONTAINER = 4
 # Numbers, blanks and punctuation; strings are not counted here.
 MAX_BYTES_BETWEEN_STRINGS = 16 * 1024 * 1024
-# One half of what UTF-16 needs two for.
+# One half of a UTF-16 surrogate pair.
 SURROGATE = re.compile("[\ud800-\udfff]")
-# What fits into a signed or an unsigned integer of 64 bits.
+# Range of signed and unsigned integers of 64 bits together.
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 
 
 class StructureCounter:
-    """Counts the structure of a JSON text that comes in pieces.
+    """Counts the structure of a JSON text that comes in chunks.
 
-    It does not check that the text is JSON: of what is none, it counts what looks like structure.
+    It does not check that the text is JSON: in other text it counts what looks like structure.
 
     Args:
-        limits: How much is taken.
+        limits: The server's limits.
     """
 
     def __init__(self, limits: RequestLimits) -> None:
@@ -45,7 +45,7 @@ class StructureCounter:
         self._in_string = self._escaped = False
 
     def feed(self, piece: bytes) -> None:
-        """Counts the next piece.
+        """Counts the next chunk.
 
         Raises:
             RequestError: 400: a limit is exceeded.
@@ -59,7 +59,7 @@ class StructureCounter:
     def _skip_string(self, piece: bytes, at: int) -> int:
         at = INSIDE.match(piece, at).end()
         if at < len(piece):
-            # Its end, or a backslash at the end of the piece.
+            # The end of the string, or a backslash at the end of the chunk.
             self._escaped = piece[at] != QUOTE
             self._in_string = self._escaped
             at += 1
@@ -99,7 +99,7 @@ class StructureCounter:
 
 
 def over_limit(what: str, most: int, option: str, param: str | None = None) -> RequestError:
-    """Returns the error about something of which there is too much."""
+    """Returns the error for a count over its limit."""
     message = f"The request {what}: at most {most} are taken (--{option.replace('_', '-')}). Send less in one request."
     return RequestError(400, message, param=param)
 
@@ -107,43 +107,42 @@ def over_limit(what: str, most: int, option: str, param: str | None = None) -> R
 def parse_json(body: bytes) -> Any:
     """Parses a body whose structure has been counted.
 
-    More is refused than by Python's own parser: numbers that JSON does not have (NaN, Infinity)
-    or that no field can hold, names that are given twice, lone surrogates, other encodings than
-    UTF-8.
+    Stricter than Python's own parser: rejects numbers that JSON does not have (NaN, Infinity) or that no
+    field can represent, duplicate names, lone surrogates, and encodings other than UTF-8.
 
     Raises:
-        RequestError: 400: it is no such JSON.
+        RequestError: 400: the body is invalid.
     """
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(400, f"The body is not UTF-8: byte {error.start} cannot be decoded.") from error
     try:
-        return json.loads(text, object_pairs_hook=unique_names, parse_constant=refuse_constant)
+        return json.loads(text, object_pairs_hook=unique_names, parse_constant=reject_constant)
     except json.JSONDecodeError as error:
         message = f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         raise RequestError(400, message) from error
-    except ValueError as error:  # Python's own bound on the digits of an integer.
+    except ValueError as error:  # Python's own limit on the digits of an integer.
         raise RequestError(400, "The body holds a number with too many digits.") from error
     except RecursionError as error:
         raise RequestError(400, "The body is nested too deeply.") from error
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object; readers differ in which value they take of a name that is given twice."""
+    """Returns an object; rejects duplicate names, of which parsers take different values."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise RequestError(400, "The body is ambiguous: an object has the same name twice. Send each field once.")
     return found
 
 
-def refuse_constant(name: str) -> NoReturn:
-    """Refuses NaN, Infinity and -Infinity, which Python reads and JSON does not have."""
+def reject_constant(name: str) -> NoReturn:
+    """Rejects NaN, Infinity and -Infinity, which Python accepts and JSON does not have."""
     raise RequestError(400, f"The body is not JSON: {name} is no number there.")
 
 
 def check_scalar(value: Any, path: str) -> None:
-    """Refuses strings and numbers that JSON can write down and nothing behind it can hold.
+    """Rejects strings and numbers that JSON can express and later layers cannot represent.
 
     Raises:
         RequestError: 400: a lone surrogate, or a number that is too large.

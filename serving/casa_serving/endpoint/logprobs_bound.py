@@ -1,8 +1,8 @@
-"""The bound on log probabilities in one answer.
+"""Limit on the log probabilities in one response.
 
-vLLM builds an object for each and writes all of them as JSON in one go, in which the server
-answers nobody else: 4,000 tokens with 20 alternatives each have held `/health` for 5 s. Streams
-have a piece for each token and need no bound.
+vLLM builds an object for each and serialises all of them at once, which blocks the event loop:
+4,000 tokens with 20 alternatives each blocked `/health` for 5 s. Streams have an event for each token
+and need no bound.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from casa_serving.endpoint.json_bounds import over_limit
 from casa_serving.options.request_limits import RequestLimits
 
-# What the chat template puts around a message, in tokens of a byte each.
+# Upper limit of what the chat template adds to a message, in tokens.
 TOKENS_OF_A_MESSAGE = 64
-# An answer that would end sooner is no answer: its length must be set.
+# The shortest length that is set by default; if less is possible the client must set it.
 SHORTEST = 256
 MAX_TOKENS_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
@@ -22,30 +22,30 @@ MAX_TOKENS_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 def bound_logprobs(
     body: dict[str, Any], text_chars: int, limits: RequestLimits, max_model_len: int | None = None
 ) -> bool:
-    """Bounds the log probabilities that a request asks for.
+    """Limits the log probabilities that a request asks for.
 
-    A conversation that does not say how long the answer may be gets a length that fits; a text
-    has at most as many tokens as characters.
+    A conversation without a maximum length gets the largest that fits; a text has at most as many
+    tokens as characters.
 
     Args:
         body: The request.
         text_chars: Characters of its texts.
-        limits: How much is taken.
-        max_model_len: The model's context in tokens, if known; an answer is never longer.
+        limits: The server's limits.
+        max_model_len: The model's context in tokens, if known, which also bounds the answer.
 
     Mutates:
-        body: the longest answer, where it is not set.
+        body: The maximum length, if it is not set.
 
     Returns:
         Whether `body` was changed.
 
     Raises:
-        RequestError: 400: it asks for more.
+        RequestError: 400: it asks for more than the limit.
     """
     most = limits.max_logprobs_values
     asked = [body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs")]
     logprobs, top, prompt = (value if isinstance(value, int) else 0 for value in asked)
-    if logprobs is True:  # A conversation's; how many is said by `top_logprobs`.
+    if logprobs is True:  # In a conversation; `top_logprobs` is the number.
         logprobs, top = 0, max(top, 1)
     prompt_tokens = text_chars + count_token_ids(body.get("prompt"))
     if (prompt or (logprobs and body.get("echo"))) and prompt_tokens * (max(prompt, logprobs, 0) + 1) > most:
@@ -60,14 +60,14 @@ def bound_logprobs(
             raise over_limit(
                 f"asks for too many log probabilities with {name}={length}", most, "max_logprobs_values", name
             )
-    if lengths or "prompt" in body:  # A completion has 16 tokens unless it says otherwise.
+    if lengths or "prompt" in body:  # A completion has 16 tokens by default.
         return False
     field = "max_output_tokens" if "input" in body else "max_tokens"
     longest = max(most // each, 1)
     if max_model_len is not None:
         if longest >= max_model_len:
             return False
-        # What a prompt leaves of the context is only known when it is tokenised.
+        # The rest of the context is known only when the prompt is tokenised.
         left = max_model_len - text_chars - TOKENS_OF_A_MESSAGE * len(body.get("messages") or body.get("input") or ())
         if left < min(longest, SHORTEST):
             raise over_limit(

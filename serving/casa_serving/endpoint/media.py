@@ -1,9 +1,9 @@
-"""The media connector that `casa-serve` gives to vLLM: every image passes through it.
+"""The media connector that `casa-serve` registers in vLLM: every image passes through it.
 
 vLLM loads the images of a request with the connector that `VLLM_MEDIA_CONNECTOR` names, in
-threads, so that the event loop stays free. This one looks at an image's header and hands the
-file on; it is decoded when the image processor needs its pixels, which is never where the same
-file was processed before.
+threads, so that the event loop stays free. This one checks an image's header and returns the
+file; it is decoded when the image processor needs its pixels, which is never if the same file was
+processed before.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from casa_serving.endpoint.fetch import GuardedConnection, check_host
 from casa_serving.endpoint.pixel_budget import PixelBudget
 from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits
 
-# One for the process, as the memory it counts is.
+# One per process, like the memory that it counts.
 PIXELS = PixelBudget()
 
 
 class GuardedImageIO(ImageMediaIO):
-    """Decodes an image after its header has passed the guard."""
+    """Decodes an image after its header has been checked."""
 
     def __init__(self, limits: ImageLimits) -> None:
         super().__init__(image_mode="RGB")
@@ -43,7 +43,7 @@ class GuardedImageIO(ImageMediaIO):
     def merge_kwargs(
         cls, default_kwargs: dict[str, Any] | None, runtime_kwargs: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Refuses a request's own `media_io_kwargs`: they could lift the server's limits."""
+        """Rejects a request's own `media_io_kwargs`: they could raise the server's limits."""
         if runtime_kwargs:
             raise VLLMValidationError(
                 "`media_io_kwargs` is not taken from requests by this server: how images are "
@@ -53,11 +53,11 @@ class GuardedImageIO(ImageMediaIO):
         return dict(default_kwargs or {})
 
     def get_max_bytes(self) -> int:
-        """Returns where a download is broken off."""
+        """Returns the size limit of a download."""
         return self.limits.max_image_bytes
 
     def load_base64(self, media_type: str, data: str) -> Any:
-        """Loads an image from base64; the type that the client claims is not looked at."""
+        """Loads an image from base64; the media type that the client declares is ignored."""
         try:
             packed = compact(data)
             check_size(len(packed) * 3 // 4, self.limits)
@@ -80,7 +80,7 @@ class GuardedImageIO(ImageMediaIO):
         return MediaWithBytes(self.decode(data), data)
 
     def decode(self, data: bytes) -> Image.Image:
-        """As `load_bytes`, the image alone; its pixels come from the process's budget."""
+        """Returns the image alone; acquires its pixels from the process's budget. Otherwise like `load_bytes`."""
         width, height = check_image(data, self.limits)
         num_pixels = width * height
         if not PIXELS.acquire(num_pixels, self.limits.max_pixels_in_flight):
@@ -103,7 +103,7 @@ class GuardedImageIO(ImageMediaIO):
         return image
 
     def load_file(self, filepath: Path) -> Any:
-        """Loads a local file, which the server's start has allowed."""
+        """Loads a local file; vLLM has checked its folder."""
         try:
             check_size(filepath.stat().st_size, self.limits)
             return self.load_bytes(filepath.read_bytes())
@@ -112,7 +112,7 @@ class GuardedImageIO(ImageMediaIO):
 
 
 class GuardedImage(EncodedImage):
-    """A file whose header has passed the guard.
+    """A file whose header has been checked.
 
     Attributes:
         data: The file.
@@ -129,14 +129,14 @@ class GuardedImage(EncodedImage):
         try:
             return self._image_io.decode(self.data)
         except InputError as error:
-            raise refused(error) from error
+            raise invalid_image(error) from error
 
 
 class GuardedFileIO(GuardedImageIO):
-    """Checks an image's header and leaves decoding it for later."""
+    """Checks an image's header and defers decoding."""
 
     def load_bytes(self, data: bytes) -> GuardedImage:
-        """Returns the file, checked."""
+        """Returns the checked file."""
         return GuardedImage(data, self)
 
 
@@ -162,7 +162,7 @@ class GuardedMediaConnector(MediaConnector):
         )
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> GuardedImage:
-        """Loads an image; `image_mode` is vLLM's and stays RGB, which is all CASA takes."""
+        """Loads an image; `image_mode` is vLLM's and ignored: CASA takes RGB only."""
         return self.load_from_url(image_url, self._image_io, fetch_timeout=fetch_timeout_s())
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> GuardedImage:
@@ -170,13 +170,13 @@ class GuardedMediaConnector(MediaConnector):
         return await self.load_from_url_async(image_url, self._image_io, fetch_timeout=fetch_timeout_s())
 
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
-        """Loads one image from a URL that has passed the guard."""
+        """Loads one image from a URL after checking it."""
         try:
             if self._is_data(url, media_io):
                 return load_data_url(url, media_io)
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
         except InputError as error:
-            raise refused(error) from error
+            raise invalid_image(error) from error
 
     async def load_from_url_async(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
         """As `load_from_url`, without blocking the event loop."""
@@ -186,23 +186,23 @@ class GuardedMediaConnector(MediaConnector):
                 return await loop.run_in_executor(global_thread_pool, load_data_url, url, media_io)
             return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
         except InputError as error:
-            raise refused(error) from error
+            raise invalid_image(error) from error
 
     def fetch_image_embedding(self, data: str) -> Any:
-        """Refuses: a tensor in a request is no image that anybody has checked. The same for the four below."""
-        raise only_images()
+        """Rejects embeddings: a tensor in a request is no image that was checked. The same for the five below."""
+        raise unsupported_media()
 
     async def fetch_image_embedding_async(self, data: str) -> Any:
-        """Refuses."""
-        raise only_images()
+        """Rejects embeddings."""
+        raise unsupported_media()
 
     fetch_audio_embedding = fetch_video_embedding = fetch_image_embedding
     fetch_audio_embedding_async = fetch_video_embedding_async = fetch_image_embedding_async
 
     def _is_data(self, url: object, media_io: MediaIO) -> bool:
-        """Tells a data URL from an address that may be asked, and refuses everything else."""
+        """Returns whether a URL is a data URL; rejects all others but those that may be fetched."""
         if not isinstance(media_io, GuardedImageIO):
-            raise only_images()
+            raise unsupported_media()
         if not isinstance(url, str):
             raise VLLMValidationError(
                 f"The image URL is refused: got {type(url).__name__}, expected text.", parameter="image_url"
@@ -234,8 +234,8 @@ def load_data_url(url: str, media_io: GuardedImageIO) -> Any:
     return media_io.load_base64("", text)
 
 
-def only_images() -> VLLMValidationError:
-    """Returns the HTTP 400 for every other kind of media."""
+def unsupported_media() -> VLLMValidationError:
+    """Returns the HTTP 400 for media other than images."""
     return VLLMValidationError("Only images and text are taken, no audio, no video and no embeddings.")
 
 
@@ -249,8 +249,8 @@ def parse(url: str) -> URL:
         ) from error
 
 
-def refused(error: InputError) -> VLLMValidationError:
-    """Returns the HTTP 400 for an image that was refused."""
+def invalid_image(error: InputError) -> VLLMValidationError:
+    """Returns the HTTP 400 for an invalid image."""
     return VLLMValidationError(str(error), parameter="image_url")
 
 

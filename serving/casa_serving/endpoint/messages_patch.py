@@ -1,4 +1,4 @@
-"""Wraps `message_stream_converter` of vLLM's `/v1/messages`, for vLLM 0.29.0: an error within a stream keeps its words.
+"""Wraps `message_stream_converter` of vLLM's `/v1/messages`, for vLLM 0.29.0: an error in a stream keeps its message.
 
 The converter reads the stream of a chat. An event with an error is no piece of a chat to it, and becomes a list of the
 fields that such a piece would have. There is no hook between the two.
@@ -18,8 +18,8 @@ ERROR = 'data: {"error":'
 PATH = "/v1/messages"
 
 
-def keep_errors_of_streams(messages: Any) -> None:
-    """Has the converter end with Anthropic's error event where the chat ends with an error. Safe to call twice.
+def preserve_stream_errors(messages: Any) -> None:
+    """Makes the converter end with Anthropic's error event if the chat ends with an error. Idempotent.
 
     Args:
         messages: vLLM's `AnthropicServingMessages`.

@@ -1,9 +1,8 @@
-"""A bound on the memory that decoded images take in one server process.
+"""Limit on the memory of decoded images in one server process.
 
-The limits on one image bound what one image costs, and images of requests are decoded a few
-at a time, but each live session holds its latest frame. Each decoded image therefore takes its
-pixels from one budget and gives them back when the last reference to it is gone, whichever way
-its request ended.
+The limits on one image bound the cost of one image, and images of requests are decoded a few at a
+time, but each live session keeps its latest frame. Each decoded image therefore acquires its pixels
+from one budget and releases them when the last reference to it is gone, however its request ended.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 
 
 class PixelBudget:
-    """Pixels of decoded images that are alive; thread-safe, because images decode in threads."""
+    """Counts pixels of decoded images in memory; thread-safe, because images are decoded in threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -23,11 +22,11 @@ class PixelBudget:
 
     @property
     def in_flight(self) -> int:
-        """Pixels taken and not given back."""
+        """Pixels acquired and not released."""
         return self._in_flight
 
     def acquire(self, num_pixels: int, limit: int) -> bool:
-        """Takes `num_pixels`; returns False, and takes nothing, if that would exceed `limit`."""
+        """Acquires `num_pixels`; returns False, and acquires nothing, if that would exceed `limit`."""
         with self._lock:
             if self._in_flight + num_pixels > limit:
                 return False
@@ -35,13 +34,13 @@ class PixelBudget:
             return True
 
     def release(self, num_pixels: int) -> None:
-        """Returns pixels that were taken."""
+        """Releases pixels."""
         with self._lock:
             self._in_flight -= num_pixels
 
     @contextmanager
     def release_on_error(self, num_pixels: int) -> Iterator[None]:
-        """Returns the pixels if the body raises; otherwise the body has found them an owner."""
+        """Releases the pixels if the body raises; otherwise the body has called `release_with`."""
         try:
             yield
         except BaseException:
@@ -49,5 +48,5 @@ class PixelBudget:
             raise
 
     def release_with(self, owner: object, num_pixels: int) -> None:
-        """Returns the pixels when `owner`, the decoded image, is no longer referenced."""
+        """Releases the pixels when `owner`, the decoded image, is no longer referenced."""
         weakref.finalize(owner, self.release, num_pixels)

@@ -1,7 +1,7 @@
-"""Entry point `vllm.general_plugins`: makes the image guard known in every server process.
+"""Entry point `vllm.general_plugins`: registers the image guard in every server process.
 
-vLLM runs it in each process it starts, also in those of several API servers and in the
-engine's own. It costs nothing where `casa-serve` did not ask for the guard.
+vLLM runs it in each process it starts: every API server and the engine. It has no effect unless
+`casa-serve` selected the guard.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from casa_serving.engine_defaults import CONNECTOR
 
 
 def register() -> None:
-    """Registers the connector and the loader of images; safe to call twice."""
+    """Registers the connector and the loader of images. Idempotent."""
     if os.environ.get("VLLM_MEDIA_CONNECTOR") != CONNECTOR:
         return
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
@@ -21,5 +21,5 @@ def register() -> None:
     from casa_serving.endpoint.media import GuardedImageIO, GuardedMediaConnector
 
     MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(GuardedMediaConnector)
-    # vLLM asks the modality's class whether a request may change how images are loaded.
+    # vLLM calls the modality's class to merge a request's own options for loading images.
     MODALITY_IO_MAP["image"] = GuardedImageIO

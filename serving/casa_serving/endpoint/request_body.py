@@ -1,4 +1,4 @@
-"""Reading a request's body: in bounded time and memory, measured while it comes."""
+"""Reading of request bodies in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MAX_DISCARDED_BYTES = 1_000_000
 DISCARD_TIMEOUT_S = 2.0
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """The client left before its body was read."""
 
 
 async def discard(receive: Receive) -> None:
-    """Reads and forgets the rest of a body, if it is short.
+    """Reads and discards the rest of a body, if it is short.
 
-    A connection that is closed with bytes unread is reset, and the client may never see the answer.
+    A connection that is closed with bytes unread is reset, and the client may never see the response.
     """
     num_bytes, more = 0, True
     try:
@@ -35,17 +35,17 @@ async def discard(receive: Receive) -> None:
 
 
 class BytesInFlight:
-    """Counts the bytes of all bodies that are held now, in one process.
+    """Counts the bytes of all bodies in memory, in one process.
 
     Args:
-        limit: How many may be.
+        limit: Largest count.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
 
     def acquire(self, num_bytes: int) -> None:
-        """Counts more bytes as held.
+        """Adds bytes to the count.
 
         Raises:
             RequestError: 429: the limit is reached.
@@ -59,19 +59,19 @@ class BytesInFlight:
         self.held += num_bytes
 
     def release(self, num_bytes: int) -> None:
-        """Counts bytes as gone."""
+        """Subtracts bytes from the count."""
         self.held -= num_bytes
 
 
 class BodyReader:
-    """Reads one body; what it holds is counted until `release`.
+    """Reads one body, whose bytes are counted until `release`.
 
     Args:
-        limits: How much is taken.
+        limits: The server's limits.
         in_flight: Counts the bytes of all bodies.
 
     Attributes:
-        is_complete: Whether all of it has come.
+        is_complete: Whether the whole body has been received.
     """
 
     def __init__(self, limits: RequestLimits, in_flight: BytesInFlight) -> None:
@@ -79,37 +79,37 @@ class BodyReader:
         self._num_bytes = 0
         self.is_complete = False
 
-    async def read(self, receive: Receive, look_at: Callable[[bytes], None]) -> bytes:
+    async def read(self, receive: Receive, on_chunk: Callable[[bytes], None]) -> bytes:
         """Reads the body.
 
         Args:
             receive: ASGI's.
-            look_at: Is given every piece as it comes; what it raises ends the reading.
+            on_chunk: Called with every chunk; an exception ends the reading.
 
         Raises:
-            RequestError: 408, 413, 429: too slow, too large, or too much is held already.
-            ClientGoneError: The client has left.
+            RequestError: 408, 413, 429: too slow, too large, or too many bytes in flight.
+            ClientDisconnectedError: The client has left.
         """
-        pieces = []
+        chunks = []
         timeout_s = self._limits.request_read_timeout
         try:
             async with asyncio.timeout(timeout_s):
                 while not self.is_complete:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ClientGoneError
-                    piece = message.get("body", b"")
+                        raise ClientDisconnectedError
+                    chunk = message.get("body", b"")
                     self.is_complete = not message.get("more_body", False)
-                    self._count(len(piece))
-                    look_at(piece)
-                    pieces.append(piece)
+                    self._count(len(chunk))
+                    on_chunk(chunk)
+                    chunks.append(chunk)
         except TimeoutError as error:
             message = (
                 f"The body did not come in time: got {self._num_bytes} bytes in {timeout_s:g} s "
                 "(--request-read-timeout). Send less, or over a faster connection."
             )
             raise RequestError(408, message) from error
-        return b"".join(pieces)
+        return b"".join(chunks)
 
     def _count(self, num_bytes: int) -> None:
         if self._num_bytes + num_bytes > self._limits.max_request_bytes:
@@ -118,13 +118,13 @@ class BodyReader:
         self._num_bytes += num_bytes
 
     def release(self) -> None:
-        """Gives back what was counted."""
+        """Releases the counted bytes."""
         self._in_flight.release(self._num_bytes)
         self._num_bytes = 0
 
 
 def too_large(got: str, limit: int) -> RequestError:
-    """Returns the error about a body over the limit."""
+    """Returns the error for a body over the limit."""
     message = (
         f"The request is too large: got {got} bytes, at most {limit} are taken "
         "(--max-request-bytes). Send fewer or smaller images in one request."
@@ -133,10 +133,10 @@ def too_large(got: str, limit: int) -> RequestError:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Returns a `receive` that gives the body that was read, then what comes after."""
+    """Returns a `receive` that yields the body that was read, then the client's further messages."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Message:
+    async def receive_again() -> Message:
         return waiting.pop() if waiting else await receive()
 
-    return again
+    return receive_again

@@ -1,7 +1,7 @@
-"""What the fields of a parsed body may hold, before models are built from it and texts are tokenised.
+"""Limits on the fields of a parsed body, checked before models are built from it and texts are tokenised.
 
-The rules know no paths: a field means the same wherever it is sent, and a path that a later
-version adds is bounded like the others.
+The rules do not depend on the path: a field means the same on every path, and a path that a later
+version of vLLM adds is limited like the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IMAGE_FIELDS = ("url", "image_url", "data")
 # The name that a client gives an image: never tokenised, so that the model's context does not bound it.
 IMAGE_NAME = "uuid"
 MAX_TOKEN_ID = 2**31 - 1
-# Texts that are searched for in every token of an answer, and tokens whose probability is changed.
+# Limits: texts that are searched for after every token of an answer, and tokens whose probability is changed.
 SAMPLING_LISTS = {"stop": 64, "stop_sequences": 64, "bad_words": 256, "stop_token_ids": 1024, "logit_bias": 1024}
 
 
@@ -29,7 +29,7 @@ class FieldChecker:
     """Checks parsed bodies.
 
     Args:
-        limits: How much is taken.
+        limits: The server's limits.
         max_prompt_chars: Characters of the longest text that can fit into the model's context, if known.
     """
 
@@ -40,7 +40,7 @@ class FieldChecker:
         """Checks a body; returns the characters of its texts.
 
         Raises:
-            RequestError: 400: something in it is over a limit, or cannot be represented.
+            RequestError: 400: a field is over a limit, or cannot be represented.
         """
         text_chars = 0
         for name, value in body.items():
@@ -64,7 +64,7 @@ class FieldChecker:
         """Yields every text in `value`, names of fields too; checks everything else.
 
         Yields:
-            The text, the way to it, and whether it may become a part of the prompt.
+            The text, its path, and whether it may become part of the prompt.
         """
         pending = [(path, value)]
         while pending:
@@ -104,7 +104,7 @@ class FieldChecker:
         return len(text)
 
     def _check_answers(self, body: dict[str, Any]) -> None:
-        """Bounds the sequences that a request starts in the engine."""
+        """Checks the number of sequences that a request starts in the engine."""
         most = self._limits.max_n
         num_prompts = max(count_prompts(body), 1)
         for name in ("n", "best_of"):
@@ -129,10 +129,10 @@ class FieldChecker:
 
 
 def check_extra_args(body: dict[str, Any]) -> None:
-    """Refuses the state of a live session, which only the server's own sessions hand to the engine.
+    """Rejects the state of a live session, which only the server's own sessions may pass to the engine.
 
-    Model Runner V2 validates no extra arguments, so that this is the one place for both runners. Nothing is lost: the
-    API's type for these arguments has no value that would be a state.
+    Model Runner V2 validates no extra arguments, so that this is the one check for both runners. No valid request is
+    rejected: the API's type for these arguments has no value that would be a state.
 
     Raises:
         RequestError: 400.
@@ -149,13 +149,13 @@ def check_extra_args(body: dict[str, Any]) -> None:
 
 
 def is_image_name(name: str, item: Any, parent: dict[str, Any]) -> bool:
-    """Tells whether a field in a conversation is the name of an image."""
+    """Returns whether a field in a conversation is the name of an image."""
     kind = parent.get("type")
     return name == IMAGE_NAME and isinstance(item, str) and isinstance(kind, str) and "image" in kind
 
 
 def is_image(name: str, item: Any, parent: dict[str, Any]) -> bool:
-    """Tells whether a field in a conversation is an image, whose size the image guard bounds.
+    """Returns whether a field in a conversation is an image, whose size the image guard bounds.
 
     Anthropic's API has bare base64 in `data`, beside `media_type`.
     """
@@ -165,7 +165,7 @@ def is_image(name: str, item: Any, parent: dict[str, Any]) -> bool:
 
 
 def are_token_ids(value: list[Any]) -> bool:
-    """Tells whether a list holds what can be token ids, and nothing else; they are cheap, and may be many."""
+    """Returns whether a list contains token ids only; they are cheap, and may be many."""
     return bool(value) and all(type(item) is int and 0 <= item <= MAX_TOKEN_ID for item in value)
 
 

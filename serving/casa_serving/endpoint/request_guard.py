@@ -1,15 +1,15 @@
-"""ASGI middleware before everything else: keys, closed paths, bounds on bodies, errors in OpenAI's shape.
+"""ASGI middleware before everything else: keys, closed paths, limits on bodies, errors in OpenAI's format.
 
     request -> path closed? -> key -> kind of body -> read, counted and timed -> parsed, measured -> vLLM's own server
-            <- an error of any layer in OpenAI's shape <-
+            <- an error of any layer in OpenAI's format <-
 
-Neither uvicorn nor FastAPI bounds a body, and an image inside JSON is only seen when all of
-it was read and parsed. vLLM creates middleware without arguments, so the limits are read from
-the server's own arguments, which it keeps in the app's state.
+Neither uvicorn nor FastAPI limits a body, and an image inside JSON is visible only after all of it
+is read and parsed. vLLM creates middleware without arguments, so the limits are read from
+the server's own arguments, which it stores in the app's state.
 
-The paths that are closed are those by which the parts of a divided vLLM talk to each other.
-They take image tensors that another server has prepared, past every check of images, and
-commands to resize the engine. vLLM 0.29.0 opens them to everybody; 0.32.0 no longer does.
+The closed paths are internal ones between the parts of a disaggregated vLLM. They take image tensors
+that another server has prepared, bypassing every check of images, and commands to resize the engine.
+vLLM 0.29.0 exposes them to every client; 0.32.0 no longer does.
 """
 
 from __future__ import annotations
@@ -27,32 +27,39 @@ from casa_serving.endpoint.error_shape import ErrorShape
 from casa_serving.endpoint.http_server import configure_server
 from casa_serving.endpoint.json_bounds import StructureCounter, parse_json
 from casa_serving.endpoint.logprobs_bound import bound_logprobs
-from casa_serving.endpoint.request_body import BodyReader, BytesInFlight, ClientGoneError, discard, replay, too_large
+from casa_serving.endpoint.request_body import (
+    BodyReader,
+    BytesInFlight,
+    ClientDisconnectedError,
+    discard,
+    replay,
+    too_large,
+)
 from casa_serving.endpoint.request_fields import FieldChecker
 from casa_serving.errors import RequestError
 from casa_serving.options.request_limits import RequestLimits
 
-# "casa-key." and the key in base64url; vLLM guards WebSockets under /v1 by their Authorization header.
+# "casa-key." and the key in base64url; vLLM authenticates WebSockets under /v1 by their Authorization header.
 KEY_PREFIX = "casa-key."
 CLOSED_PATHS = ("/inference/", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 CLOSED_ENDINGS = ("/render", "/derender")
-# A body over it is refused before all of it is read; the connection cannot be used again.
+# A body over a limit is rejected before all of it is read; the connection cannot be reused.
 CLOSE = {"Connection": "close"}
 
 
 class RequestGuard:
-    """See the module; refuses WebSockets of foreign pages too."""
+    """See the module; also rejects WebSockets from pages of other origins."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        # Known with the first request: the app's state is set after its middleware.
+        # Set at the first request: the app's state is set after its middleware.
         self._checks: Checks | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on what may be passed on, and answers the rest."""
+        """Forwards valid requests and rejects the others."""
         if scope["type"] == "lifespan":
             state = scope["app"].state
-            # Elsewhere the server is somebody else's: a cluster's ingress has none.
+            # A cluster's ingress runs in Ray Serve's server and has none.
             if hasattr(state, "server"):
                 configure_server(state.server, state.args)
             await self._app(scope, receive, send)
@@ -68,31 +75,31 @@ class RequestGuard:
         send = ErrorShape(send)
         reader = BodyReader(checks.limits, checks.in_flight)
         try:
-            checks.check_door(scope)
+            checks.check_access(scope)
             if has_body(scope):
                 receive = replay(await checks.read(scope, receive, reader), receive)
-            # HEAD wherever GET is; the HTTP server leaves the body out.
-            passed_on = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-            await self._app(passed_on, receive, send)
+            # HEAD on every path that has GET; the HTTP server omits the body.
+            forwarded_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(forwarded_scope, receive, send)
         except RequestError as error:
-            # Whoever waits for a `100 Continue` sends nothing before it.
-            if has_body(scope) and not reader.is_complete and not is_waiting(scope):
+            # A client that waits for `100 Continue` has sent no body.
+            if has_body(scope) and not reader.is_complete and not expects_continue(scope):
                 await discard(receive)
             await error.response()(scope, receive, send)
-        except ClientGoneError:
+        except ClientDisconnectedError:
             return
         finally:
             reader.release()
 
     async def _open_socket(self, checks: Checks, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if not is_own_origin(Headers(scope=scope), scope["app"].state.args.allowed_origins):
+            if not is_allowed_origin(Headers(scope=scope), scope["app"].state.args.allowed_origins):
                 raise RequestError(
                     403,
                     "Pages of this origin may not open a WebSocket here: the operator can name it in "
                     "--allowed-origins.",
                 )
-            take_key(scope)
+            move_key_to_header(scope)
             checks.key.check(route_path(scope), Headers(scope=scope))
         except RequestError as error:
             await error.response()(scope, receive, send)
@@ -101,10 +108,10 @@ class RequestGuard:
 
 
 class Checks:
-    """What is checked of a request, with the server's own settings.
+    """The checks of a request, with the server's own settings.
 
     Args:
-        scope: A request's, which knows the app.
+        scope: ASGI scope of any request to the app.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -115,8 +122,8 @@ class Checks:
         self._max_model_len = getattr(state, "max_model_len", None)
         self._fields = FieldChecker(self.limits, getattr(state, "max_prompt_chars", None))
 
-    def check_door(self, scope: Scope) -> None:
-        """Refuses closed paths, and clients without the key.
+    def check_access(self, scope: Scope) -> None:
+        """Rejects closed paths, and clients without the key.
 
         Raises:
             RequestError: 404 or 401.
@@ -124,19 +131,19 @@ class Checks:
         path = route_path(scope)
         if path.startswith(CLOSED_PATHS) or path.rstrip("/").endswith(CLOSED_ENDINGS):
             raise RequestError(404, f"There is no {path[:100]!r} on this server.", headers=CLOSE)
-        # As in vLLM: a page's browser asks which headers it may send before it sends the key.
+        # As in vLLM: a browser's CORS preflight comes without the key.
         if scope["method"] != "OPTIONS":
             self.key.check(path, Headers(scope=scope))
 
     async def read(self, scope: Scope, receive: Receive, reader: BodyReader) -> bytes:
-        """Returns the body, within the limits and in the form that vLLM takes.
+        """Returns the body after checking it, changed where vLLM needs it.
 
         Raises:
-            RequestError: 4xx: it is over a limit or no JSON.
-            ClientGoneError: The client has left.
+            RequestError: 4xx: it is over a limit or no valid JSON.
+            ClientDisconnectedError: The client has disconnected.
         """
         try:
-            check_kind(Headers(scope=scope))
+            check_content_type(Headers(scope=scope))
             length = declared_length(scope)
             if length is not None and length > self.limits.max_request_bytes:
                 raise too_large(str(length), self.limits.max_request_bytes)
@@ -147,7 +154,7 @@ class Checks:
             raise
         parsed = parse_json(body)
         if not isinstance(parsed, dict):
-            return body  # FastAPI says what is expected.
+            return body  # FastAPI reports what is expected.
         text_chars = self._fields.check(parsed)
         changed = bound_logprobs(parsed, text_chars, self.limits, self._max_model_len)
         if route_path(scope) == responses_input.PATH:
@@ -157,18 +164,18 @@ class Checks:
 
 
 def route_path(scope: Scope) -> str:
-    """Returns the path as Starlette's router sees it, so that no path is one thing here and another there."""
+    """Returns the path as Starlette's router sees it, so that both agree on every path."""
     path, root_path = scope["path"], scope.get("root_path", "")
     return path[len(root_path) :] if path == root_path or path.startswith(f"{root_path}/") else path
 
 
 def has_body(scope: Scope) -> bool:
-    """Tells whether a request has a body."""
+    """Returns whether a request has a body."""
     return (declared_length(scope) or 0) > 0 or any(name == b"transfer-encoding" for name, _ in scope["headers"])
 
 
-def is_waiting(scope: Scope) -> bool:
-    """Tells whether a client sends its body only when it is asked to."""
+def expects_continue(scope: Scope) -> bool:
+    """Returns whether a client waits for `100 Continue` before it sends its body."""
     return Headers(scope=scope).get("expect", "").lower() == "100-continue"
 
 
@@ -180,11 +187,10 @@ def declared_length(scope: Scope) -> int | None:
     return None
 
 
-def check_kind(headers: Headers) -> None:
-    """Refuses bodies that are not plain JSON.
+def check_content_type(headers: Headers) -> None:
+    """Rejects bodies that are not plain JSON.
 
-    A page of another origin may send a form or plain text anywhere without being asked for leave,
-    but not JSON.
+    A page of another origin may send a form or plain text without a CORS preflight, but not JSON.
 
     Raises:
         RequestError: 415.
@@ -201,11 +207,11 @@ def check_kind(headers: Headers) -> None:
         raise RequestError(415, f"Bodies are taken as application/json, got {kind[:40]!r}. Set Content-Type.")
 
 
-def is_own_origin(headers: Headers, allowed: list[str]) -> bool:
-    """Tells whether a WebSocket comes from a page of this server, from an allowed one, or from no page at all.
+def is_allowed_origin(headers: Headers, allowed: list[str]) -> bool:
+    """Returns whether a WebSocket comes from this server's page, an allowed origin, or no page at all.
 
-    Browsers let every page open a WebSocket to every server, with CORS left out of it, and say
-    in `Origin` which page it is. Programs send no such header.
+    Browsers do not apply CORS to WebSockets, but send the page's origin in `Origin`. Other clients send
+    no such header.
     """
     origin = headers.get("origin")
     if origin is None or "*" in allowed or origin in allowed:
@@ -213,16 +219,16 @@ def is_own_origin(headers: Headers, allowed: list[str]) -> bool:
     try:
         return urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
     except ValueError:
-        return False  # No browser writes such an origin.
+        return False  # No browser sends such an origin.
 
 
-def take_key(scope: Scope) -> None:
-    """Moves an API key from the offered subprotocols to where vLLM looks for it.
+def move_key_to_header(scope: Scope) -> None:
+    """Moves an API key from the offered subprotocols to the Authorization header, which vLLM reads.
 
-    A page cannot set headers on a WebSocket; what it can set are names of subprotocols.
+    A page cannot set headers on a WebSocket, only subprotocols.
 
     Mutates:
-        scope: its headers and subprotocols; the key is never answered as the chosen one.
+        scope: Its headers and subprotocols; the key is never returned as the selected subprotocol.
     """
     offered = scope["subprotocols"]
     keys = [name.removeprefix(KEY_PREFIX) for name in offered if name.startswith(KEY_PREFIX)]
@@ -232,5 +238,5 @@ def take_key(scope: Scope) -> None:
     try:
         key = base64.urlsafe_b64decode(keys[0] + "=" * (-len(keys[0]) % 4))
     except ValueError:
-        return  # No key at all: refused where keys are asked for.
+        return  # No valid key: rejected if the server requires one.
     scope["headers"] = [*scope["headers"], (b"authorization", b"Bearer " + key)]

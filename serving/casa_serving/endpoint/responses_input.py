@@ -1,8 +1,8 @@
-"""The items of `/v1/responses`: a default that OpenAI has and vLLM's model has not, and a check that stops early.
+"""The items of `/v1/responses`: a default of OpenAI's that vLLM's model lacks, and a check that stops early.
 
-vLLM 0.29.0 takes an item for one of some 230 alternatives, and reports for each why it did not
-fit: 200 bad items of 60 bytes are 46,000 errors. Here they are tried one by one; the first bad
-one is the answer.
+vLLM 0.29.0 validates an item against some 230 alternatives, and reports for each why it does not
+match: 200 bad items of 60 bytes are 46,000 errors. Here they are validated one by one, up to the first
+bad one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from casa_serving.errors import RequestError, describe_validation
 
 PATH = "/v1/responses"
-# vLLM takes 0.6 s to read 2,000 items, in which nobody else is answered.
+# vLLM takes 0.6 s to validate 2,000 items, which blocks the event loop.
 MAX_ITEMS = 512
-# An item takes vLLM a millisecond; so many, and the event loop has its turn.
+# An item takes vLLM a millisecond; after so many the event loop runs.
 ITEMS_AT_ONCE = 16
 
 
@@ -45,10 +45,10 @@ def set_image_detail(body: dict[str, Any]) -> bool:
 
 
 async def check_items(body: dict[str, Any]) -> None:
-    """Checks each item of `input` by vLLM's own model.
+    """Validates each item of `input` with vLLM's own model.
 
     Raises:
-        RequestError: 400: an item is not what the API takes.
+        RequestError: 400: an item is invalid.
     """
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 

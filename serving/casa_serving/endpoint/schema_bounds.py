@@ -1,7 +1,7 @@
-"""Bounds on grammars, schemas and regular expressions, which a client may send to shape an answer.
+"""Limits on grammars, schemas and regular expressions for structured outputs.
 
-The engine compiles them beside its steps, one after the other, so that a slow one holds up every
-other client's. What makes xgrammar slow was measured with the embedded model: two choices of
+The engine compiles them one after the other, besides its steps, so that a slow one delays those of
+every other client. What makes xgrammar slow was measured with the embedded model: two choices of
 30,000 equal characters take minutes, of 4,000 a sixth of a second; 1,000 optional properties of
 one object 5 s.
 """
@@ -15,7 +15,7 @@ from casa_serving.errors import RequestError
 from casa_serving.options.request_limits import RequestLimits
 
 FIELDS = ("structured_outputs", "response_format", "tools", "functions", "text", "output_config")
-# What is read by people and by the model, and not compiled.
+# Text that is not compiled.
 PROSE = frozenset({"description", "title", "$comment", "examples"})
 MAX_LITERAL_CHARS = 16_384
 MAX_NAMES_OF_AN_OBJECT = 512
@@ -23,7 +23,7 @@ MAX_NAMES = 4096
 
 
 def check_schemas(body: dict[str, Any], limits: RequestLimits) -> None:
-    """Checks every field of a request that may hold a schema.
+    """Checks every field of a request that may contain a schema.
 
     Raises:
         RequestError: 400: one is too large, or refers to itself alone.
@@ -35,11 +35,11 @@ def check_schemas(body: dict[str, Any], limits: RequestLimits) -> None:
 
 
 class SchemaCounter:
-    """Counts what is in one field.
+    """Counts the contents of one field.
 
     Args:
         field: Its name.
-        limits: How much is taken.
+        limits: The server's limits.
     """
 
     def __init__(self, field: str, limits: RequestLimits) -> None:
@@ -75,7 +75,7 @@ class SchemaCounter:
             self._names += len(value)
             for name, item in value.items():
                 self._chars += len(name)
-                # A property may have such a name; it is an object then.
+                # A property may have such a name; then its value is an object.
                 self._count(item, is_prose=name in PROSE and not isinstance(item, dict))
         elif isinstance(value, list):
             for item in value:
@@ -90,7 +90,7 @@ class SchemaCounter:
 
 
 def check_references(value: Any, field: str) -> None:
-    """Refuses schemas that are nothing but a circle of references, on which the engine gives up.
+    """Rejects schemas that consist of a cycle of references, which the engine cannot compile.
 
     Raises:
         RequestError: 400.

@@ -51,7 +51,7 @@ class LiveEndpoint:
         options = LiveOptions.from_arguments(vars(args))
         limits = ImageLimits.from_options(vars(args))
         state.live = open_service(engine_client, Path(args.model), options, limits)
-        state.goodbyes = [state.live.slots.close]
+        state.shutdown_hooks = [state.live.slots.close]
 
 
 async def live(websocket: WebSocket) -> None:

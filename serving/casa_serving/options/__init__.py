@@ -1,1 +1,1 @@
-"""What an operator may set: each limit is declared once, for command line, cluster configuration and page."""
+"""The operator's options: each limit is declared once, for command line, cluster configuration and page."""

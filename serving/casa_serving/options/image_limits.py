@@ -1,8 +1,8 @@
-"""What a client may send: the limits on images, and how they travel through vLLM.
+"""Limits on images, and how vLLM passes them to its processes.
 
 `casa-serve` reads the limits from its command line. They reach the code that loads images
-inside vLLM's official option `--media-io-kwargs`, as plain integers under the modality
-"image", because that is what vLLM hands to a media connector in every server process.
+in vLLM's official option `--media-io-kwargs`, as plain integers under the modality
+"image", because that is what vLLM passes to a media connector in every server process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `casa-serve` lets an operator decide about live sessions."""
+"""The operator's options for live sessions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 TIMESTAMP_BYTES = 8
 MAX_FRAME_BYTES = MAX_MESSAGE_BYTES - TIMESTAMP_BYTES
 MAX_TEXT_BYTES = 1024 * 1024
-# A week: nobody waits longer, and event loops refuse timers of more than some months.
+# A week: long enough, and event loops reject timers of more than some months.
 MAX_SECONDS = 604_800.0
 LOWEST = {"live_max_sessions": 0, "live_max_frame_bytes": 1, "live_text_budget": 1}
 
@@ -24,9 +24,9 @@ class LiveOptions:
 
     Attributes:
         live_max_sessions: Open connections; 0 turns live sessions off altogether.
-        live_idle_timeout: Seconds that a client may send nothing.
+        live_idle_timeout: Seconds without a message from the client, after which the session is closed.
         live_create_timeout: Seconds from the connection to `session.create`.
-        live_send_timeout: Seconds that a client may not read what is sent to it.
+        live_send_timeout: Seconds for a client to read a message, after which it is disconnected.
         live_max_frame_bytes: Largest encoded frame.
         live_text_budget: Largest text budget that a client may ask for; None is the checkpoint's own.
     """

@@ -1,4 +1,4 @@
-"""What a request may hold, whatever path it goes to: bytes, time, counts, text.
+"""Limits on a request, on every path: bytes, time, counts, text.
 
 `casa-serve` reads the limits from its command line, a cluster from its configuration. They are
 checked by the request guard before anything is built from a body.
@@ -35,7 +35,7 @@ class RequestLimits:
         max_schema_chars: Characters of a grammar, JSON schema, regular expression or list of
             choices, and of all tools together.
         max_logprobs_values: Log probabilities in one answer that is not streamed: tokens times
-            `top_logprobs` + 1. They are put together without a pause in which others are answered.
+            `top_logprobs` + 1. They are serialised at once, which blocks the event loop.
     """
 
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES

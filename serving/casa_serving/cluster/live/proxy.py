@@ -273,5 +273,5 @@ async def send_error_and_close(websocket: WebSocket, error: LiveError, code: int
 
 
 def may_be_sent(code: int) -> bool:
-    """Tells whether a close code may stand in a close frame: some only say what became of a connection."""
+    """Returns whether a close code may stand in a close frame: some only say what became of a connection."""
     return 1000 <= code < 1004 or 1007 <= code < 1015 or 3000 <= code < 5000
