@@ -9,9 +9,9 @@
                 break
         statistics = await client.stop()
 
-The connection is read all the time, whether `events` is iterated or not, so that the server
-never finds this client slow. What was said is remembered: after a broken connection,
-`reconnect` opens a new session that knows it.
+A background task reads the connection, whether `events` is iterated or not, so that the server
+never disconnects this client as slow. Captions and answers are recorded: after a lost connection,
+`reconnect` opens a new session with them as its history.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from casa_serving.live.protocol import (
 )
 
 DEFAULT_URL = "ws://localhost:8000/v1/live"
-# More than any text budget keeps.
+# More than any text budget can keep.
 MAX_HISTORY_ITEMS = 1024
 
 
 class ConnectionLostError(ConnectionError):
-    """The connection ended without `session.closed`; `LiveClient.reconnect` goes on with a new one."""
+    """The connection ended without `session.closed`; `LiveClient.reconnect` opens a new one."""
 
 
 class LiveClient:
-    """One live session; an async context manager. Not for several tasks, but for `stop` beside `events`.
+    """One live session; an async context manager. Only `stop` and `events` may run in different tasks.
 
     Args:
         url: The server's WebSocket.
         api_key: The server's key, if it has one.
 
     Attributes:
-        created: The server's answer to `create`, with the settings in force and the limits.
+        created: The server's response to `create`, with the effective settings and the limits.
         statistics: The session's, once it is closed.
-        history: What was said, as `session.create` takes it; silent frames are left out.
+        history: Captions and answers in the format of `session.create`; silent frames are omitted.
     """
 
     def __init__(self, url: str = DEFAULT_URL, *, api_key: str | None = None) -> None:
@@ -79,7 +79,7 @@ class LiveClient:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        """Closes the connection; a session that was not stopped ends at once."""
+        """Closes the connection, which also ends a session that was not stopped."""
         await self._socket.close()
         await self._reader
 
@@ -87,18 +87,18 @@ class LiveClient:
         """Creates the session and waits until it is ready.
 
         Args:
-            **settings: Any of `LiveSettings`' fields, and `history`; the server knows the rest.
+            **settings: Any of `LiveSettings`' fields, and `history`; the server has defaults for the others.
 
         Raises:
-            LiveError: the server refuses it, with its code and reason.
-            ConnectionLostError: the connection broke.
+            LiveError: The server rejects it, with its code and reason.
+            ConnectionLostError: The connection was lost.
         """
         history = settings.pop("history", None)
         if history is not None:
             self.history = deque(history, maxlen=MAX_HISTORY_ITEMS)
         self._settings = settings
         message = {"type": "session.create", **settings, "history": list(self.history)}
-        with contextlib.suppress(ConnectionLostError):  # Where it was refused at once, the reason is in the events.
+        with contextlib.suppress(ConnectionLostError):  # If it was rejected immediately, the reason is in the events.
             await self._send(json.dumps(message))
         async for event in self.events():
             if isinstance(event, Created):
@@ -131,27 +131,27 @@ class LiveClient:
         return id
 
     async def events(self) -> AsyncIterator[ServerEvent]:
-        """Gives what the server sends, in order; ends after `session.closed`.
+        """Yields the server's events in order; ends after `session.closed`.
 
         Raises:
-            ConnectionLostError: the connection broke.
+            ConnectionLostError: The connection was lost.
         """
         while True:
             event = await self._events.get()
             if isinstance(event, ConnectionClosed):
-                self._events.put_nowait(event)  # For whoever asks again.
+                self._events.put_nowait(event)  # For the next call.
                 if self.statistics is not None:
                     return
                 raise ConnectionLostError(f"The connection broke: {event}.") from event
             yield event
 
     async def stop(self) -> Statistics:
-        """Ends the session after what the server still has in work.
+        """Ends the session after the frame and questions that are in progress or queued; returns its statistics.
 
-        Events that were not taken yet can still be iterated afterwards.
+        Events that were not read yet can still be iterated afterwards.
 
         Raises:
-            ConnectionLostError: the connection broke.
+            ConnectionLostError: The connection was lost.
         """
         with contextlib.suppress(ConnectionLostError):
             await self._send(Stop().model_dump_json())
@@ -161,7 +161,7 @@ class LiveClient:
         return self.statistics
 
     async def reconnect(self) -> Created:
-        """Opens a new session with the same settings that knows what was said; frames count from 0 again."""
+        """Opens a new session with the same settings and the recorded history; frames are numbered from 0 again."""
         await self._socket.close()
         await self._reader
         await self._connect()
@@ -178,21 +178,21 @@ class LiveClient:
         self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        """Takes in events until the connection ends; kinds that a later server may send are passed over."""
+        """Reads events until the connection ends; types of a later protocol version are ignored."""
         end = ConnectionClosed(None, None)
         try:
             while True:
                 event = read_event(await self._socket.recv())
                 if event is None:
                     continue
-                self._remember(event)
+                self._record(event)
                 self._events.put_nowait(event)
         except ConnectionClosed as closed:
             end = closed
         finally:
-            self._events.put_nowait(end)  # Whatever happened, nobody waits for ever.
+            self._events.put_nowait(end)  # Always, so that `events` never blocks forever.
 
-    def _remember(self, event: ServerEvent) -> None:
+    def _record(self, event: ServerEvent) -> None:
         if isinstance(event, FrameDone) and event.caption:
             self.history.append({"caption": event.caption, "timestamp": event.timestamp})
         elif isinstance(event, AnswerDone):

@@ -1,10 +1,10 @@
 """One WebSocket connection, which is one live session.
 
-Two tasks share it: `_read` takes in what the client sends, `_process_queue` captions and answers, one
-thing at a time. Whatever ends the session, ends both: a stop, a client that vanishes in the
-middle of a frame, a time-out, the server's own end. There is no queue of outgoing messages: a
-message is awaited until the socket takes it, so a client that does not read holds up its own
-session, costs what the socket's buffers hold, and is cut off after a while.
+Two tasks share it: `_read` receives the client's messages, `_process_queue` captions frames and answers
+questions, one at a time. Whatever ends the session ends both: a stop, a disconnect in the middle of a
+frame, a timeout, the server's shutdown. There is no queue of outgoing messages: each is awaited until
+the socket accepts it, so a client that does not read blocks only its own session, costs no more memory
+than the socket's buffers, and is disconnected after a timeout.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from casa_serving.live.session_slots import SessionSlots
 from casa_serving.options.live_options import LiveOptions
 
 logger = logging.getLogger("vllm.casa_live")
-GOODBYE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class LiveService:
     Attributes:
         engine: Opens sessions in the engine.
         options: The operator's limits.
-        slots: For sessions.
+        slots: Limits the number of sessions.
         metrics: The process's counters.
-        image_io: Decodes frames behind the guard for images.
+        image_io: Decodes frames after the checks of the image guard.
     """
 
     engine: LiveEngine
@@ -81,26 +81,26 @@ class LiveService:
     image_io: GuardedImageIO
 
 
-class SessionEnd(Exception):  # noqa: N818 - an end is no error
+class SessionEnd(Exception):  # noqa: N818 - a normal end is no error
     """Ends the session.
 
     Args:
-        reason: In words, for `session.closed` and the close frame.
+        reason: For `session.closed` and the close frame.
         close_code: The WebSocket's.
-        fault: The `error` message that goes before, if any.
+        error: Sent as an `error` event before, if any.
     """
 
-    def __init__(self, reason: str, close_code: int, fault: LiveError | None = None) -> None:
+    def __init__(self, reason: str, close_code: int, error: LiveError | None = None) -> None:
         super().__init__(reason)
-        self.reason, self.close_code, self.fault = reason, close_code, fault
+        self.reason, self.close_code, self.error = reason, close_code, error
 
 
 class Connection:
-    """A client from the opened socket to the closed one.
+    """One connection, from the handshake to the close frame.
 
     Args:
         socket: Not accepted yet.
-        service: What it shares with the others.
+        service: Shared by all connections.
     """
 
     def __init__(self, socket: WebSocket, service: LiveService) -> None:
@@ -118,8 +118,8 @@ class Connection:
                 await self._run_in_slot()
         except LiveError as error:
             await self._send_error_and_close(SessionEnd("too many sessions", POLICY, error))
-        except (WebSocketDisconnect, RuntimeError):  # Starlette's two words for a socket that is gone.
-            logger.info("Live session: the client left before it was taken.")
+        except (WebSocketDisconnect, RuntimeError):  # Starlette raises either for a closed socket.
+            logger.info("Live session: the client disconnected before the handshake was complete.")
 
     async def _run_in_slot(self) -> None:
         try:
@@ -127,8 +127,8 @@ class Connection:
         except SessionEnd as end:
             await self._send_error_and_close(end)
         except WebSocketDisconnect:
-            logger.info("Live session: the client has left.")
-        except Exception:  # the border: no fault of the engine's may take the server along
+            logger.info("Live session: the client disconnected.")
+        except Exception:  # last resort: no error of the engine may crash the server
             logger.exception("Live session: the engine failed.")
             error = LiveError("engine_error", "The engine failed; connect again and resume with `history`.")
             await self._send_error_and_close(SessionEnd("engine error", ENGINE_ERROR, error))
@@ -139,14 +139,14 @@ class Connection:
 
     async def _run_session(self) -> None:
         create, settings = await self._wait_for_create()
-        with contextlib.ExitStack() as held:
-            session = await self._open(create, settings, held)
+        with contextlib.ExitStack() as resources:
+            session = await self._open(create, settings, resources)
             try:
                 await run_until_first_completes(self._read(session), self._process_queue(session))
             finally:
                 await session.close()
 
-    # Before the session: exactly one good message is expected.
+    # Before the session: one valid `session.create` is expected.
 
     async def _wait_for_create(self) -> tuple[Create, LiveSettings]:
         try:
@@ -160,7 +160,7 @@ class Connection:
             raise SessionEnd("no session was created", IDLE, error) from timeout
 
     async def _read_create(self) -> tuple[Create, LiveSettings] | None:
-        """Reads one message; returns it and its settings if it creates a session that is taken."""
+        """Reads one message; returns it and its settings if it is a valid `session.create`."""
         try:
             message = await self._receive()
             if isinstance(message, bytes):
@@ -185,11 +185,11 @@ class Connection:
             )
         return settings
 
-    async def _open(self, create: Create, settings: LiveSettings, held: contextlib.ExitStack) -> LiveSession:
+    async def _open(self, create: Create, settings: LiveSettings, resources: contextlib.ExitStack) -> LiveSession:
         engine, options = self.service.engine, self.service.options
         try:
             capacity = engine.capacity(settings)
-            held.enter_context(self.service.slots.reserve_memory(capacity))
+            resources.enter_context(self.service.slots.reserve_memory(capacity))
             session = await engine.open(settings, [HistoryItem(**item.model_dump()) for item in create.history])
         except LiveError as error:
             raise SessionEnd("too many sessions", POLICY, error) from error
@@ -207,10 +207,10 @@ class Connection:
         await self._send(Created(session=uuid.uuid4().hex, settings=asdict(settings), limits=limits))
         return session
 
-    # What comes in.
+    # Incoming messages.
 
     async def _read(self, session: LiveSession) -> None:
-        """Takes in messages until the client leaves or falls silent."""
+        """Handles messages until the client disconnects or is idle for too long."""
         while True:
             try:
                 async with asyncio.timeout(self.service.options.live_idle_timeout):
@@ -260,10 +260,10 @@ class Connection:
         text = message.get("text")
         return message["bytes"] if text is None else text
 
-    # What is done about it.
+    # Processing.
 
     async def _process_queue(self, session: LiveSession) -> None:
-        """Captions and answers until a stop; what it raises ends the session."""
+        """Captions frames and answers questions until a stop; any exception but LiveError ends the session."""
         while (item := await self.queue.get()) is not None:
             self.busy = True
             try:
@@ -291,7 +291,7 @@ class Connection:
         except InputError as error:
             raise LiveError("bad_frame", str(error)) from error
         done = self._frame_done(frame, piece, started_s)
-        self.statistics.done(done)
+        self.statistics.add_frame(done)
         await self._send(done)
 
     def _frame_done(self, frame: Frame, result: FrameResult, started_s: float) -> FrameDone:
@@ -306,7 +306,7 @@ class Connection:
             return self.service.image_io.load_bytes(data).media
         except InputError as error:
             raise LiveError("bad_frame", str(error)) from error
-        except GracefulHTTPError as error:  # Too many pixels are being decoded in the whole process.
+        except GracefulHTTPError as error:  # The process's pixel budget is exhausted.
             raise LiveError("bad_frame", str(error)) from error
 
     async def _answer(self, session: LiveSession, question: PendingQuestion) -> None:
@@ -329,7 +329,7 @@ class Connection:
             )
         )
 
-    # What goes out.
+    # Outgoing messages.
 
     async def _reject(self, error: LiveError, *, frame: int | None = None, question: int | None = None) -> None:
         if frame is not None:
@@ -337,7 +337,7 @@ class Connection:
         await self._send(ErrorEvent(code=error.code, message=str(error), frame=frame, question=question, id=error.id))
 
     async def _send(self, event: Event) -> None:
-        """Sends one message; the socket's own buffer is all that may be waiting."""
+        """Sends one message and waits until the socket's buffer accepts it."""
         try:
             async with asyncio.timeout(self.service.options.live_send_timeout):
                 await self.socket.send_text(event.model_dump_json())
@@ -346,27 +346,27 @@ class Connection:
             raise SessionEnd("slow client", SLOW_CLIENT, error) from timeout
 
     async def _send_error_and_close(self, end: SessionEnd) -> None:
-        """Sends the last messages and closes; a client that does not take them is cut off."""
+        """Sends the error and `session.closed`, and closes; aborts the connection if the client does not read."""
         try:
-            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-                if end.fault is not None:
-                    fault = ErrorEvent(code=end.fault.code, message=str(end.fault), fatal=True)
-                    await self.socket.send_text(fault.model_dump_json())
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                if end.error is not None:
+                    event = ErrorEvent(code=end.error.code, message=str(end.error), fatal=True)
+                    await self.socket.send_text(event.model_dump_json())
                 if self.created:
                     closed = Closed(reason=end.reason, statistics=self.statistics.summary())
                     await self.socket.send_text(closed.model_dump_json())
                 await self.socket.close(end.close_code, end.reason)
         except TimeoutError:
             abort_connection(self.socket.scope)
-        except (WebSocketDisconnect, RuntimeError):  # The latter where a send has failed before.
-            logger.info("Live session: the client left before the good-bye.")
+        except (WebSocketDisconnect, RuntimeError):  # The latter after a send has failed.
+            logger.info("Live session: the client disconnected before the session was closed.")
 
 
 async def run_until_first_completes(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Runs coroutines until one of them ends or raises, then cancels the others and waits for them.
 
     Raises:
-        BaseException: what the first one raised.
+        BaseException: Whatever the first one raised.
     """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:

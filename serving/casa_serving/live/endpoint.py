@@ -1,7 +1,7 @@
 """Entry point `vllm.endpoint_plugins`: puts `/v1/live` and the web page into vLLM's server.
 
-vLLM loads it in each API server process if `VLLM_PLUGINS` names it, which `casa-serve` takes
-care of (defaults.py). Each process has its own sessions and its own limit.
+vLLM loads it in each API server process if `VLLM_PLUGINS` names it, which `casa-serve`
+ensures (engine_defaults.py). Each process has its own sessions and its own limit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LiveEndpoint:
         web_files.attach(app)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Sets `state.live`, which the route reads, and has the sessions told when the server ends. Mutates `state`."""
+        """Sets `state.live`, which the route reads, and the hook that closes sessions at shutdown. Mutates `state`."""
         if engine_client is None:
             raise ConfigError("casa_live needs an engine, which vLLM's render server does not have.")
         options = LiveOptions.from_arguments(vars(args))
@@ -55,20 +55,20 @@ class LiveEndpoint:
 
 
 async def live(websocket: WebSocket) -> None:
-    """The route `/v1/live`."""
+    """Handles the WebSocket route `/v1/live`."""
     await Connection(websocket, websocket.app.state.live).run()
 
 
 def open_service(
     engine_client: EngineClient, checkpoint: Path, options: LiveOptions, limits: ImageLimits
 ) -> LiveService:
-    """Returns what all sessions of this process share; one a process, since its metrics have names.
+    """Returns what all sessions of this process share; once per process, since it registers metrics.
 
     Args:
         engine_client: vLLM's, of the model that it serves.
         checkpoint: The folder of that model.
         options: The operator's limits on sessions.
-        limits: His limits on images, which frames are.
+        limits: The operator's limits on images, which apply to frames.
     """
     metrics = LiveMetrics()
     return LiveService(
@@ -81,7 +81,7 @@ def open_service(
 
 
 def open_engine(engine_client: EngineClient, checkpoint: Path, options: LiveOptions) -> LiveEngine:
-    """Returns what opens sessions, with defaults that fit the server's context and its own limit."""
+    """Returns the engine, with a default text budget within the model's context and the operator's limit."""
     engine = LiveEngine(engine_client, checkpoint)
     longest = options.live_text_budget or engine.defaults.text_budget
     budget = min(engine.defaults.text_budget, longest, engine_client.model_config.max_model_len)

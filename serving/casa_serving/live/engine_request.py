@@ -1,4 +1,4 @@
-"""One request of vLLM's whose prompt grows by chunks: its streaming input, made safe to end at any moment."""
+"""One vLLM request whose prompt grows by chunks (streaming input), and which can be closed at any time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient, StreamingInput
     from vllm.outputs import CompletionOutput, RequestOutput
 
-# What vLLM says of a chunk that ended as it should.
-GOOD_ENDS = ("stop", "length")
+# vLLM's finish reasons of a chunk that ended normally.
+NORMAL_FINISH_REASONS = ("stop", "length")
 
 
 class RequestLostError(CasaError, RuntimeError):
-    """The engine has given the request up: what it held has to be read again."""
+    """The engine has aborted the request: its text has to be prefilled again."""
 
 
 class EngineRequest:
-    """A growing request. A task of its own owns vLLM's generator, so that closing never meets it at work.
+    """A growing request. A task of its own owns vLLM's generator, so that it can be closed while it is running.
 
     Args:
         engine: vLLM's client.
@@ -38,7 +38,7 @@ class EngineRequest:
         self._task = asyncio.create_task(self._run())
 
     async def generate(self, prompt: Any, params: SamplingParams) -> AsyncIterator[CompletionOutput]:
-        """Feeds a rendered chunk; yields what comes out until the chunk's answer has ended.
+        """Sends a rendered chunk to the engine; yields its outputs until the chunk's answer is complete.
 
         Raises:
             RequestLostError: The engine ended the request.
@@ -53,14 +53,14 @@ class EngineRequest:
             if output is None:
                 raise RequestLostError("the engine ended a live session's request.")
             (completion,) = output.outputs
-            if completion.finish_reason not in (None, *GOOD_ENDS):
+            if completion.finish_reason not in (None, *NORMAL_FINISH_REASONS):
                 raise RequestLostError(f"the engine ended a live session's request: {completion.finish_reason}.")
             yield completion
             if completion.finish_reason is not None:
                 return
 
     async def close(self) -> None:
-        """Takes the request out of the engine with all its pages. Safe at any time, and twice."""
+        """Aborts the request and frees all its pages. Safe at any time; idempotent."""
         self._is_closed = True
         self._task.cancel()
         await asyncio.wait([self._task])
@@ -72,13 +72,13 @@ class EngineRequest:
             async for output in self._engine.generate(self._inputs(), self._params, name):
                 self._outputs.put_nowait(output)
             self._outputs.put_nowait(None)
-        except Exception as error:  # noqa: BLE001 (whoever waits for the chunk raises it)
+        except Exception as error:  # noqa: BLE001 (raised again in `generate`)
             self._outputs.put_nowait(error)
 
     async def _inputs(self) -> AsyncGenerator[StreamingInput, None]:
         while True:
             chunk = await self._chunks.get()
             if self._is_closed:
-                # Sent now, it would come to the engine after the order to forget the request.
+                # The engine would get the chunk after the abort of its request.
                 await asyncio.Event().wait()
             yield chunk

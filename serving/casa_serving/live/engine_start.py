@@ -1,4 +1,4 @@
-"""An engine for live sessions in a process that is no server (`casa-caption`, benchmarks, tests)."""
+"""An engine for live sessions without a server (`casa-caption`, benchmarks, tests)."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
 
     Args:
         checkpoint: Folder of the model.
-        **options: vLLM's engine arguments that are to differ.
+        **options: vLLM's engine arguments that override the defaults.
 
     Returns:
-        The engine; `shutdown()` ends it.
+        The engine; stop it with `shutdown()`.
 
     Raises:
-        CheckpointError: The folder holds no CASA model.
+        CheckpointError: The folder contains no CASA model.
     """
     checkpoint = Path(checkpoint)
     config, on_cpu = read_checkpoint(checkpoint), runs_on_cpu()
     embedded = checkpoint.resolve() == embedded_checkpoint().resolve()
     eager = options.get("enforce_eager", is_eager(embedded=embedded, on_cpu=on_cpu))
     set_environment(embedded=embedded, on_cpu=on_cpu, eager=eager, live=False)
-    # Only now: vLLM reads the environment when it is imported.
+    # Imported here because vLLM reads the environment at import.
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

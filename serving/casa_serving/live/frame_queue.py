@@ -1,8 +1,8 @@
-"""What waits for a session's turn: at most one frame, and a few questions.
+"""Queue of one session: at most one frame, and a few questions.
 
-    arriving:   f0  f1  f2  f3      q
-    in work:    f0 ........ f3 ...  q ..
-    waiting:        f1  f2  f3                f1 and f2 are dropped, never queued
+    arriving:    f0  f1  f2  f3      q
+    in progress: f0 ........ f3 ...  q ..
+    waiting:         f1  f2  f3                f1 and f2 are dropped, never queued
 
 A model that is slower than the video therefore lags by one frame at most, however long it runs.
 """
@@ -20,7 +20,7 @@ MAX_QUESTIONS = 4
 
 @dataclass(frozen=True)
 class PendingQuestion:
-    """A question that waits.
+    """A question in the queue.
 
     Attributes:
         number: 0 for the session's first.
@@ -34,22 +34,26 @@ class PendingQuestion:
 
 
 class LatestFrameQueue:
-    """Filled by the task that reads the connection, emptied by the one that works."""
+    """The latest frame and a few questions, from the task that reads the connection to the one that captions."""
 
     def __init__(self) -> None:
         self._frame: Frame | None = None
         self._questions: deque[PendingQuestion] = deque()
         self.ended = False
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def put_frame(self, frame: Frame) -> Frame | None:
-        """Puts a frame into the one slot; returns the one that it replaces."""
+        """Stores a frame; returns the waiting one that it replaces, or None."""
         replaced, self._frame = self._frame, frame
-        self._news.set()
+        self._changed.set()
         return replaced
 
     def put_question(self, question: PendingQuestion) -> None:
-        """Adds a question; raises LiveError if too many wait."""
+        """Adds a question.
+
+        Raises:
+            LiveError: Too many are waiting (`bad_message`).
+        """
         if len(self._questions) >= MAX_QUESTIONS:
             raise LiveError(
                 "bad_message",
@@ -57,15 +61,15 @@ class LatestFrameQueue:
                 id=question.id,
             )
         self._questions.append(question)
-        self._news.set()
+        self._changed.set()
 
     def end(self) -> None:
-        """Says that nothing will follow."""
+        """Marks the end: nothing will be added."""
         self.ended = True
-        self._news.set()
+        self._changed.set()
 
     async def get(self) -> Frame | PendingQuestion | None:
-        """Returns what comes next, questions first; None when all is done and nothing follows."""
+        """Waits for the next item, questions first; returns None at the end."""
         while True:
             if self._questions:
                 return self._questions.popleft()
@@ -74,5 +78,5 @@ class LatestFrameQueue:
                 return frame
             if self.ended:
                 return None
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()

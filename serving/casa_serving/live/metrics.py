@@ -1,4 +1,4 @@
-"""What a session tells about itself at its end, and what the server tells Prometheus."""
+"""Statistics of one session, and the server's Prometheus metrics of all sessions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from casa_serving.live.protocol import Delays, FrameDone, Statistics
 
 Result = Literal["captioned", "silent", "dropped", "refused"]
-# A session may run for days: percentiles are of its last frames, so that nothing grows.
+# A session may run for days: percentiles are of its last frames, so that memory is bounded.
 MAX_DELAYS = 4096
 DELAY_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
 class LiveMetrics:
-    """The server's Prometheus metrics; one object a process.
+    """The server's Prometheus metrics; one object per process.
 
     Args:
         registry: Where they are registered.
@@ -47,12 +47,12 @@ class LiveMetrics:
         self.trims = Counter("casa:live_trims", "Times a session's text budget was reached.", registry=registry)
         self.restarts = Counter("casa:live_restarts", "Engine requests begun again from text.", registry=registry)
         for result in ("captioned", "silent", "dropped", "refused"):
-            self.frames.labels(result)  # A series that is zero is there from the start.
+            self.frames.labels(result)  # So that the series exists, as zero, from the start.
 
 
 @dataclass
 class SessionStatistics:
-    """Counts of one session, which go to the server's metrics as well.
+    """Counts of one session, which are added to the server's metrics as well.
 
     Attributes:
         metrics: The server's.
@@ -73,12 +73,12 @@ class SessionStatistics:
     longest_delay_ms: float | None = None
 
     def count(self, result: Result) -> None:
-        """Counts a frame by what became of it."""
+        """Counts a frame by its result."""
         self.counts[result] += 1
         self.metrics.frames.labels(result).inc()
 
-    def done(self, frame: FrameDone) -> None:
-        """Counts a frame that the model has seen."""
+    def add_frame(self, frame: FrameDone) -> None:
+        """Adds a captioned or silent frame."""
         self.count("captioned" if frame.caption else "silent")
         self.tokens += frame.num_tokens
         is_late = frame.delay_ms > self.frame_interval_ms
@@ -93,7 +93,7 @@ class SessionStatistics:
         self.metrics.restarts.inc(frame.restarted)
 
     def summary(self) -> Statistics:
-        """Returns the message's part of the protocol."""
+        """Returns the statistics for `session.closed`."""
         p50, p95 = (round(float(value), 1) for value in np.percentile(self.delays_ms or [0.0], [50, 95]))
         delays = Delays(p50=p50, p95=p95, max=self.longest_delay_ms)
         return Statistics(

@@ -1,10 +1,10 @@
-"""The messages of `/v1/live`, each a pydantic model; docs/live.md is the same in words.
+"""The messages of `/v1/live`, each a pydantic model; docs/live.md documents them.
 
 A client sends JSON text messages (`Create`, `Question`, `Stop`) and frames, which are binary: 8
 bytes with the timestamp in seconds (little-endian float64), then a JPEG, PNG or WebP file. The
-server sends JSON text messages only. Unknown fields of a client are refused, because a misspelt
-option that is dropped in silence is a bug that nobody finds; unknown fields of a server are
-ignored, so that a client outlives the server's next version.
+server sends JSON text messages only. Unknown fields of a client are rejected, because a misspelt
+option that is silently ignored is a bug that nobody finds; unknown fields of a server are ignored, so
+that a client works with the server's next version.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ STOPPED, POLICY, ENGINE_ERROR, SHUTTING_DOWN, IDLE, SLOW_CLIENT = 1000, 1008, 10
 
 
 class LiveError(CasaError):
-    """Something a client did that the protocol answers with an `error` message.
+    """A client's mistake, reported by an `error` event.
 
     Args:
         code: One of the protocol's error codes.
         message: What, got, expected, how to fix.
-        id: The client's own name for the question that is refused, if it has given one.
+        id: The client's own id of the rejected question, if it has one.
     """
 
     def __init__(self, code: ErrorCode, message: str, *, id: str | None = None) -> None:
@@ -61,7 +61,7 @@ class LiveError(CasaError):
 
 
 class ClientMessage(BaseModel):
-    """What a client sends as JSON: exactly the fields that are named, of exactly their types."""
+    """A JSON message of a client: exactly these fields, of exactly these types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -74,7 +74,7 @@ class CaptionItem(ClientMessage):
 
 
 class AnswerItem(ClientMessage):
-    """One question of an earlier session and what was answered."""
+    """One question of an earlier session and its answer."""
 
     question: str = Field(max_length=MAX_QUESTION_CHARACTERS)
     answer: str = Field(max_length=MAX_TEXT_CHARACTERS)
@@ -87,10 +87,10 @@ class CreateBase(ClientMessage):
     history: list[CaptionItem | AnswerItem] = Field(default=[], max_length=MAX_HISTORY_ITEMS)
 
     def settings(self, defaults: LiveSettings) -> LiveSettings:
-        """Returns the server's defaults with what the client has set.
+        """Returns the server's defaults, overridden by the client's settings.
 
         Raises:
-            LiveError: an invalid value (`bad_settings`).
+            LiveError: A value is invalid (`bad_settings`).
         """
         named = {name: getattr(self, name) for name in self.model_fields_set if name in SETTINGS}
         try:
@@ -101,12 +101,12 @@ class CreateBase(ClientMessage):
 
 SETTINGS = tuple(field.name for field in fields(LiveSettings))
 _HINTS = get_type_hints(LiveSettings)
-# The settings' fields are written down once, in LiveSettings; an unset one takes the server's default.
+# The settings' fields are declared once, in LiveSettings; an unset one takes the server's default.
 Create = create_model("Create", __base__=CreateBase, **{name: (_HINTS[name], None) for name in SETTINGS})
 
 
 class Question(ClientMessage):
-    """A question about what is seen or was said, answered between two frames."""
+    """A question about the video or earlier captions, answered between two frames."""
 
     type: Literal["question"] = "question"
     text: str = Field(min_length=1, max_length=MAX_QUESTION_CHARACTERS)
@@ -114,7 +114,7 @@ class Question(ClientMessage):
 
 
 class Stop(ClientMessage):
-    """Ends the session after what is already in work or waiting."""
+    """Ends the session after the items in progress or queued."""
 
     type: Literal["session.stop"] = "session.stop"
 
@@ -127,10 +127,10 @@ class Frame:
     """A binary message.
 
     Attributes:
-        number: 0 for the session's first binary message, refused ones counted too.
+        number: 0 for the session's first binary message; rejected ones are counted too.
         timestamp: Its time in the video, in seconds.
         data: The encoded image.
-        arrived_s: When it came, on the server's monotonic clock.
+        arrived_s: Time of arrival on the server's monotonic clock, in seconds.
     """
 
     number: int
@@ -143,7 +143,7 @@ def read_text(text: str) -> ClientMessage:
     """Parses a text message.
 
     Raises:
-        LiveError: it is none of the protocol's (`bad_message`, or `bad_settings` in a create).
+        LiveError: It is no valid message (`bad_message`, or `bad_settings` in a create).
     """
     if len(text) > MAX_TEXT_BYTES:
         raise LiveError(
@@ -166,7 +166,7 @@ def read_text(text: str) -> ClientMessage:
 
 
 def given_id(message: dict[str, Any]) -> str | None:
-    """Returns the `id` of a question that is refused for something else; None where it has no good one."""
+    """Returns the `id` of an otherwise invalid question; None if it has no valid one."""
     if message["type"] != "question":
         return None
     try:
@@ -176,7 +176,7 @@ def given_id(message: dict[str, Any]) -> str | None:
 
 
 def describe(error: ValidationError) -> str:
-    """Returns what is wrong in one sentence for each field, without pydantic's links."""
+    """Returns the error message, one sentence for each invalid field, without pydantic's links."""
     found = []
     for fault in error.errors(include_url=False)[:4]:
         name = ".".join(str(part) for part in fault["loc"])
@@ -190,10 +190,10 @@ def describe(error: ValidationError) -> str:
 
 
 def read_frame(message: bytes, number: int, arrived_s: float, max_bytes: int) -> Frame:
-    """Parses a binary message; the image itself is looked at when its turn comes.
+    """Parses a binary message; the image itself is decoded when it is processed.
 
     Raises:
-        LiveError: too short, too large, or no timestamp (`bad_frame`, `frame_too_large`).
+        LiveError: Too short, too large, or an invalid timestamp (`bad_frame`, `frame_too_large`).
     """
     if len(message) <= TIMESTAMP.size:
         raise LiveError(
@@ -214,13 +214,13 @@ def read_frame(message: bytes, number: int, arrived_s: float, max_bytes: int) ->
 
 
 class Event(BaseModel):
-    """What the server sends."""
+    """A message of the server."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class Limits(Event):
-    """What the server takes; see docs/limits.md. An older server does not name the limits on a frame's size."""
+    """The server's limits; see docs/limits.md. An older server does not send those on a frame's size."""
 
     max_frame_bytes: int
     max_frame_pixels: int = ImageLimits.max_image_pixels
@@ -248,9 +248,9 @@ class CaptionDelta(Event):
 
 
 class FrameDone(Event):
-    """A frame's caption is complete; `caption` is "" when there was nothing to say.
+    """A frame's caption is complete; `caption` is "" if the model stayed silent.
 
-    `queue_ms` arrival to its turn, `ttft_ms` its turn to the first token, `total_ms` its turn to
+    `queue_ms` arrival to the start of processing, `ttft_ms` start to the first token, `total_ms` start to
     the last token, `delay_ms` arrival to the last token.
     """
 
@@ -272,7 +272,7 @@ class FrameDone(Event):
 
 
 class FrameDropped(Event):
-    """A newer frame came before this one's turn."""
+    """A newer frame replaced this one in the queue."""
 
     type: Literal["frame.dropped"] = "frame.dropped"
     frame: int
@@ -301,7 +301,7 @@ class AnswerDone(Event):
 
 
 class ErrorEvent(Event):
-    """Something was refused; the session goes on unless it is `fatal`. `id` is that of a refused question."""
+    """An error; the session goes on unless it is `fatal`. `id` is that of a rejected question."""
 
     type: Literal["error"] = "error"
     code: ErrorCode
@@ -313,7 +313,7 @@ class ErrorEvent(Event):
 
 
 class Delays(Event):
-    """Of the delays of a session's last frames, in milliseconds; None before the first."""
+    """Percentiles of the delays of a session's last frames, in milliseconds; None before the first."""
 
     p50: float | None
     p95: float | None
@@ -321,7 +321,7 @@ class Delays(Event):
 
 
 class Statistics(Event):
-    """A session in numbers; `late` frames took longer than 1/fps."""
+    """Statistics of a session; `late` frames took longer than 1/fps."""
 
     frames: int
     captioned: int
@@ -350,7 +350,7 @@ _EVENTS: TypeAdapter[ServerEvent] = TypeAdapter(Annotated[ServerEvent, Field(dis
 
 
 def read_event(text: str | bytes) -> ServerEvent | None:
-    """Parses what a server has sent (for clients); None for a kind that this version does not know."""
+    """Parses a server's message (for clients); returns None for a type that this version does not know."""
     try:
         return _EVENTS.validate_json(text)
     except ValidationError as error:

@@ -1,12 +1,12 @@
-"""Live sessions in vLLM's engine: one request whose prompt grows by a frame, begun again from text where it must be.
+"""Live sessions in vLLM's engine: one request whose prompt grows by a frame, restarted from text when necessary.
 
-    frame -> room in the text budget? -- no --> the oldest captions leave, the request ends with all its pages
-          -> chunk: pending stop token, delimiters, image  -> request (a new one reads the whole text first)
+    frame -> room in the text budget? -- no --> the oldest captions are trimmed, the request is closed
+          -> chunk: pending stop token, delimiters, image  -> request (a new one prefills the whole text)
           -> tokens -> transcript
 
-The session is its transcript (`casa_engine.live`); what the engine holds is only a copy that can be made again. That is
-done when the budget is reached, and when the engine has lost it: a session that is preempted cannot be recomputed from
-its past frames, whose pixels are gone, and does not have to be.
+The state of a session is its transcript (`casa_engine.live`); the engine's KV cache is a copy that can be recomputed.
+It is recomputed when the budget is reached, and when the engine has lost it: a preempted session cannot be recomputed
+from its past frames, whose pixels are gone, and need not be.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ __all__ = [
     "TextDelta",
     "start_engine",
 ]
-# How often a chunk is tried anew after the engine has lost the session.
+# Retries of a chunk after the engine has lost the session.
 MAX_RESTARTS = 3
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More words of the caption or answer under way."""
+    """The next piece of the current caption or answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class FrameResult:
-    """The end of a frame.
+    """Result of a frame.
 
     Attributes:
-        caption: All that was said; "" is silence.
+        caption: The whole caption; "" if the model stayed silent.
         num_tokens: Tokens generated, the stop token included.
-        truncated: The caption was cut at its limit.
-        ttft_ms: From the frame's arrival here to its first token.
-        total_ms: To its last token.
-        text_tokens: Text KV of the session.
+        truncated: The caption reached its maximum length.
+        ttft_ms: Milliseconds from the start of processing to the first token.
+        total_ms: Milliseconds to the last token.
+        text_tokens: Text tokens of the session in the KV cache.
         image_tokens: Image tokens of this frame.
-        image_pages: KV-cache pages that hold them, over all image groups.
-        trimmed: The text budget was reached before this frame: the oldest captions left.
-        restarted: The engine had lost the session; it was begun again from its text.
+        image_pages: Their KV-cache pages, over all image groups.
+        trimmed: The text budget was reached before this frame: the oldest captions were removed.
+        restarted: The engine had lost the session; it was restarted from its text.
     """
 
     caption: str
@@ -84,7 +84,7 @@ class FrameResult:
 
 @dataclass(frozen=True)
 class AnswerResult:
-    """The end of an answer; the attributes are those of `FrameResult`."""
+    """Result of an answer; the attributes are those of `FrameResult`."""
 
     answer: str
     num_tokens: int
@@ -97,12 +97,12 @@ class AnswerResult:
 
 
 class LiveEngine:
-    """Opens sessions in one engine; one for each server or command.
+    """Opens sessions in one engine; one per server or command.
 
     Args:
         engine: vLLM's client (`AsyncLLM`).
         checkpoint: Folder of the model that it serves.
-        allow_insertion: For benchmarks, which stop before the image tokens have filled the context.
+        allow_insertion: Accept checkpoints that insert image tokens, which fill the context; for benchmarks.
 
     Attributes:
         defaults: Settings that fit the checkpoint.
@@ -117,7 +117,7 @@ class LiveEngine:
         self.pages = PageCosts.of_engine(self.config, engine.vllm_config)
 
     def capacity(self, settings: LiveSettings) -> int:
-        """Number of such sessions whose pages fit into the engine at once."""
+        """Returns how many sessions with these settings fit into the engine's KV cache."""
         images = self.format.processor.image_processor
         max_image_tokens = images.size["longest_edge"] // (images.patch_size * images.merge_size) ** 2
         per_session = self.pages.session_pages(settings.text_budget, max_image_tokens)
@@ -126,7 +126,7 @@ class LiveEngine:
         return min(num_pages // per_session, self.engine.vllm_config.scheduler_config.max_num_seqs)
 
     async def open(self, settings: LiveSettings, history: Sequence[HistoryItem] = ()) -> LiveSession:
-        """Begins a session; nothing runs before its first frame.
+        """Opens a session; the engine is idle before its first frame.
 
         Raises:
             InputError: The settings or the history are invalid.
@@ -143,7 +143,7 @@ class LiveEngine:
                 "(--max-model-len)."
             )
         transcript = Transcript(self.format, settings, history)
-        if not transcript.rules.is_neutral and not self._applies_rules():
+        if not transcript.rules.is_neutral and not self._supports_rules():
             raise InputError(
                 "repetition_penalty, stop_bias and ngram_size are set, and this engine was started without the "
                 f"captioner's logits processor: start it with --logits-processors {CAPTION_PROCESSOR}, or set "
@@ -151,13 +151,13 @@ class LiveEngine:
             )
         return LiveSession(self, transcript)
 
-    def _applies_rules(self) -> bool:
-        # Model Runner V2 takes no logits processors; there CASA's model state brings the rules.
+    def _supports_rules(self) -> bool:
+        # Model Runner V2 supports no logits processors; there CASA's model state applies the rules.
         is_v2 = self.config.is_cross_attention and self.engine.vllm_config.use_v2_model_runner
         return is_v2 or CAPTION_PROCESSOR in (self.engine.model_config.logits_processors or ())
 
     async def render(self, chunk: Chunk, images: list[Image.Image]) -> Any:
-        """What vLLM's renderer makes of a chunk; images are resized and cut in a thread.
+        """Renders a chunk with vLLM's renderer, which resizes and splits images in a thread.
 
         Raises:
             InputError: The image is invalid.
@@ -180,35 +180,35 @@ class LiveEngine:
 
 @dataclass
 class Progress:
-    """A chunk's answer under way; times are of the monotonic clock."""
+    """State of the current chunk's answer; times are of the monotonic clock, in seconds."""
 
     started: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     token_ids: list[int] = field(default_factory=list)
-    shown: str = ""
+    sent_text: str = ""
     trimmed: bool = False
     restarts: int = 0
     image_tokens: int = 0
     entry: Entry | None = None
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """More tokens came."""
+        """Appends tokens."""
         if self.first_token is None:
             self.first_token = time.monotonic()
         self.token_ids += token_ids
 
     def delta(self, text: str) -> str:
-        """What of the words so far was not shown yet; nothing while a character is incomplete.
+        """Returns the part of the text that was not sent yet; "" while a character is incomplete.
 
-        After a restart the words may turn out otherwise; what was shown stays, and the result says what is true.
+        After a restart the text may differ from what was sent; the final result has the correct one.
         """
-        if text.endswith("\ufffd") or not text.startswith(self.shown):
+        if text.endswith("\ufffd") or not text.startswith(self.sent_text):
             return ""
-        before, self.shown = self.shown, text
+        before, self.sent_text = self.sent_text, text
         return text[len(before) :]
 
-    def outcome(self, stop_ids: Sequence[int]) -> dict[str, Any]:
-        """The fields that frames and answers share."""
+    def common_fields(self, stop_ids: Sequence[int]) -> dict[str, Any]:
+        """Returns the fields that results of frames and answers share."""
         ended = time.monotonic()
         return {
             "num_tokens": len(self.token_ids),
@@ -221,11 +221,11 @@ class Progress:
 
 
 class LiveSession:
-    """One session; not concurrent: one frame or question at a time.
+    """One session; not for concurrent use: one frame or question at a time.
 
     Args:
-        engine: Where it runs.
-        transcript: What it has said.
+        engine: The engine that runs it.
+        transcript: Its text so far.
     """
 
     def __init__(self, engine: LiveEngine, transcript: Transcript) -> None:
@@ -238,7 +238,7 @@ class LiveSession:
         self._is_closed = False
 
     async def caption(self, image: Image.Image, timestamp: float) -> AsyncIterator[TextDelta | FrameResult]:
-        """Shows a frame; the last item is the `FrameResult`.
+        """Captions a frame; the last item is the `FrameResult`.
 
         Raises:
             InputError: The image is invalid; the session goes on without it.
@@ -257,7 +257,7 @@ class LiveSession:
             text_tokens=self.transcript.num_tokens,
             image_tokens=progress.image_tokens,
             image_pages=self.engine.pages.image_pages(progress.image_tokens),
-            **progress.outcome(self.engine.format.stop_ids),
+            **progress.common_fields(self.engine.format.stop_ids),
         )
 
     async def ask(self, question: str) -> AsyncIterator[TextDelta | AnswerResult]:
@@ -273,13 +273,13 @@ class LiveSession:
         yield AnswerResult(
             answer=progress.entry.text,
             text_tokens=self.transcript.num_tokens,
-            **progress.outcome(self.engine.format.stop_ids),
+            **progress.common_fields(self.engine.format.stop_ids),
         )
 
     async def close(self) -> None:
-        """Releases everything in the engine, also in the middle of a frame. Safe to call twice."""
+        """Frees everything in the engine, also in the middle of a frame. Idempotent."""
         self._is_closed = True
-        # Its pixels count for the whole process, and the session may be referred to for a while.
+        # Releases its pixels from the process's budget; the session object may live on for a while.
         self._latest = None
         await self._drop_request()
 
@@ -290,11 +290,11 @@ class LiveSession:
         timestamp: float | None,
         progress: Progress,
     ) -> AsyncIterator[str]:
-        """Words as they come; where the engine loses the session, it reads the text again and goes on."""
+        """Yields pieces of the answer; if the engine loses the session, prefills the text again and goes on."""
         if self._is_closed:
             raise InputError("the session is closed; expected an open one: open another with its history.")
         if self._is_unfinished:
-            # Whoever asked last went away before the end.
+            # The previous frame or question was cancelled.
             self.transcript.reset()
             progress.restarts += 1
         num_known = self.transcript.num_known
@@ -341,7 +341,7 @@ class LiveSession:
         return SamplingParams(
             temperature=settings.temperature,
             top_k=settings.top_k,
-            # A request begins its random numbers anew: begun again, it must not repeat them.
+            # Every request has a new random generator: a restarted session must not repeat its numbers.
             seed=None if settings.seed is None else (settings.seed + self._num_requests) % 2**63,
             max_tokens=chunk.max_tokens,
             stop_token_ids=list(self.engine.format.stop_ids),

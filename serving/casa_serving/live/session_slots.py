@@ -1,4 +1,4 @@
-"""How many sessions a server process takes, and how all of them learn that it ends."""
+"""Limit on the sessions of a server process, and their notification at shutdown."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from casa_serving.live.protocol import LiveError
 
 
 class SessionSlots:
-    """The places for sessions in this process.
+    """The slots for sessions in this process.
 
     Args:
-        max_sessions: How many there are.
-        metrics: Where the number of taken ones is told.
+        max_sessions: Number of slots.
+        metrics: Has the gauge of slots in use.
 
     Attributes:
-        closing: Set when the server is asked to end.
+        closing: Set when the server shuts down.
     """
 
     def __init__(self, max_sessions: int, metrics: LiveMetrics) -> None:
         self.max_sessions = max_sessions
         self.closing = asyncio.Event()
         self._metrics = metrics
-        self._taken = 0
+        self._in_use = 0
         self._shares = Fraction(0)
         self._empty = asyncio.Event()
         self._empty.set()
 
     @contextmanager
     def acquire(self) -> Iterator[None]:
-        """Holds a place as long as the body runs.
+        """Acquires a slot for the duration of the body.
 
         Raises:
-            LiveError: all of them are taken.
+            LiveError: All of them are in use (`too_many_sessions`).
         """
-        if self._taken >= self.max_sessions:
+        if self._in_use >= self.max_sessions:
             raise LiveError(
                 "too_many_sessions",
-                f"All places are taken: {self._taken} sessions run, at most {self.max_sessions} are taken "
+                f"All places are taken: {self._in_use} sessions run, at most {self.max_sessions} are taken "
                 "(--live-max-sessions). Try again later.",
             )
         self._change(1)
@@ -52,13 +52,13 @@ class SessionSlots:
 
     @contextmanager
     def reserve_memory(self, capacity: int) -> Iterator[None]:
-        """Holds a session's share of the engine's pages as long as the body runs.
+        """Reserves a session's share of the engine's pages for the duration of the body.
 
         Args:
             capacity: How many such sessions fit into the engine.
 
         Raises:
-            LiveError: what is left does not suffice.
+            LiveError: The unreserved share is too small (`too_many_sessions`).
         """
         share = Fraction(1, capacity) if capacity else Fraction(2)
         if self._shares + share > 1:
@@ -74,18 +74,18 @@ class SessionSlots:
             self._shares -= share
 
     async def close(self, timeout_s: float) -> None:
-        """Tells every session that the server ends, and waits until they have said good-bye."""
+        """Closes every session and waits until all slots are released, at most `timeout_s` seconds."""
         self.closing.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
         except TimeoutError:
-            return  # Those that do not answer are cut off by the server itself.
+            return  # uvicorn aborts the connections of those that remain.
 
     def _change(self, change: int) -> None:
-        self._taken += change
-        self._metrics.sessions.set(self._taken)
-        if self._taken:
+        self._in_use += change
+        self._metrics.sessions.set(self._in_use)
+        if self._in_use:
             self._empty.clear()
         else:
             self._empty.set()

@@ -1,8 +1,8 @@
-"""The web page of live captioning: static files at `/` and `/web/`, and the headers that fence it in.
+"""The web page of live captioning: static files at `/` and `/web/`, and its security headers.
 
 The files are read once, when the server starts, and looked up by name: no path from outside
 ever reaches the file system. The page needs nothing but its own server, and its headers forbid
-it anything else.
+all other origins.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
     )
 )
 HEADERS = {
-    # Kept by browsers, but asked for again each time: a new release is seen at once.
+    # Cached by browsers, but revalidated each time, so that a new release is seen at once.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -55,8 +55,8 @@ class WebFile:
 
     Attributes:
         body: Its bytes.
-        content_type: What browsers are told it is.
-        etag: Changes with the bytes, as HTTP writes it.
+        content_type: The header Content-Type.
+        etag: The header ETag, a digest of the bytes.
     """
 
     body: bytes
@@ -76,26 +76,26 @@ def read_files() -> dict[str, WebFile]:
 
 
 def attach(app: Starlette) -> None:
-    """Adds the page's routes behind all others, so that none of them is shadowed.
+    """Adds the page's routes after all others, so that none of them is shadowed.
 
     Mutates:
         app: its routes.
     """
     web = read_files()
 
-    async def show(request: Request) -> Response:
-        """Answers a file, 304 to a browser that has it, or 404."""
+    async def serve_file(request: Request) -> Response:
+        """Returns a file, 304 to a browser that has it, or 404."""
         name = request.path_params.get("name", INDEX)
         if name not in web:
             return Response(f"There is no {name!r} here.\n", 404, HEADERS, "text/plain")
-        return answer(web[name], request.headers.get("if-none-match"))
+        return file_response(web[name], request.headers.get("if-none-match"))
 
     for path in ("/", "/web/{name}"):
-        app.router.routes.append(Route(path, show, methods=["GET", "HEAD"], include_in_schema=False))
+        app.router.routes.append(Route(path, serve_file, methods=["GET", "HEAD"], include_in_schema=False))
 
 
-def answer(file: WebFile, known: str | None) -> Response:
-    """Returns the answer to a browser that has the version `known` of a file, or None."""
+def file_response(file: WebFile, known: str | None) -> Response:
+    """Returns the response to a browser whose cached version of the file is `known`, or None."""
     headers = {**HEADERS, "ETag": file.etag}
     if known == file.etag:
         return Response(status_code=304, headers=headers)
