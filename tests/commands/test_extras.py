@@ -2,13 +2,9 @@
 
 import os
 import subprocess
-import sys
-import venv
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
 SERVER = ["--server", "http://127.0.0.1:9"]
 DIGITS = ["casa-digits-video", "out.mp4", "--seconds", "1", "--scale", "1"]
 # Extra -> command lines, exit status, and what is printed: a result or one sentence.
@@ -47,27 +43,12 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    """The wheel of this checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
-    subprocess.run([sys.executable, *map(str, command)], check=True)
-    (path,) = folder.glob("*.whl")
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", COMMANDS)
-def test_an_extra_alone_runs_its_commands_or_says_what_is_missing(extra, wheel, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from installers import Installer
-    from requirements import torch_build
-
-    venv.create(tmp_path / "environment", with_pip=True)
-    bin_folder = tmp_path / "environment" / "bin"
+def test_an_extra_alone_runs_its_commands_or_says_what_is_missing(extra, wheel, environment, requirements, tmp_path):
+    bin_folder, installer = environment
     wanted = f"{wheel}[{extra}]" if extra else str(wheel)
-    Installer(bin_folder / "python").resolve([wanted], torch=torch_build("cpu"), upgrade=False)
+    installer.resolve([wanted], torch=requirements.torch_build("cpu"), upgrade=False)
     for command, status, words in COMMANDS[extra]:
         done = subprocess.run(
             [bin_folder / command[0], *command[1:]],
