@@ -22,6 +22,7 @@ def test_two_ranks(checkpoints, eager):
         dtype="float32",
         enforce_eager=True,
         max_model_len=256,
+        max_num_batched_tokens=256,
         block_size=32,
         num_gpu_blocks_override=100,
         tensor_parallel_size=2,
