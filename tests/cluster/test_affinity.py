@@ -12,7 +12,7 @@ def remembering(**images):
     """Affinity in which each replica has seen the images."""
     affinity = Affinity(max_images=4, max_sessions=2)
     for replica, seen in images.items():
-        affinity.remember(replica, None, seen)
+        affinity.record(replica, None, seen)
     return affinity
 
 
@@ -48,16 +48,16 @@ def test_the_oldest_images_and_sessions_are_forgotten():
     assert affinity.num_images_on("a", ["1"]) == 0
     assert affinity.num_images_on("a", ["2", "5"]) == 2
     for session in "uvw":
-        affinity.remember("a", session, [])
-    assert [affinity.session_home(session) for session in "uvw"] == [None, "a", "a"]
+        affinity.record("a", session, [])
+    assert [affinity.session_replica(session) for session in "uvw"] == [None, "a", "a"]
 
 
 def test_a_replica_that_is_gone_is_still_the_home_of_its_sessions():
     affinity = Affinity(max_images=4, max_sessions=4)
-    affinity.remember("a", "s", ["x"])
+    affinity.record("a", "s", ["x"])
     affinity.keep_only(["b"])
     assert affinity.num_images_on("a", ["x"]) == 0
-    assert affinity.session_home("s") == "a"
+    assert affinity.session_replica("s") == "a"
 
 
 def image(url, **fields):

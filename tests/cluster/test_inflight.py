@@ -50,7 +50,7 @@ def test_a_request_that_starts_again_counts_where_it_is():
 @in_loop
 async def test_live_sessions_are_counted_apart_and_found_when_their_replica_goes():
     work = InflightTracker()
-    session, request = at("a", departure=ReplicaShutdown()), at("b")
+    session, request = at("a", replica_shutdown=ReplicaShutdown()), at("b")
     work.add(session)
     work.add(request)
     assert (work.num_requests("a"), work.num_sessions("a")) == (0, 1)
@@ -117,7 +117,7 @@ async def test_a_full_replica_gets_no_request_but_sessions(make_router):
     assert sorted(homes) == ["a", "a", "b", "b"]
     late = RoutingContext()
     waiting = asyncio.create_task(route(router, late))
-    live = RoutingContext(departure=ReplicaShutdown())
+    live = RoutingContext(replica_shutdown=ReplicaShutdown())
     assert await asyncio.wait_for(route(router, live), 5) in "ab"
     await asyncio.sleep(0.2)
     assert not waiting.done()

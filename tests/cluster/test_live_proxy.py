@@ -13,7 +13,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from casa_serving.cluster.live import placement, proxy, replica_server
-from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LiveRefusal
+from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, SessionRejection
 from casa_serving.live.client import LiveClient
 from event_loop import in_loop
 from image_files import encoded, plain
@@ -127,7 +127,7 @@ async def test_fifty_clients_vanish_in_the_middle_of_a_frame():
 
 @in_loop
 async def test_a_client_that_never_reads_holds_nothing_for_long(monkeypatch):
-    monkeypatch.setattr(proxy, "GOODBYE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(proxy, "CLOSE_TIMEOUT_S", 0.5)
     # Each of them is answered by a longer error, which fills all buffers between here and the replica.
     faulty = json.dumps({"type": "question", "text": "?"} | {f"{number}" * 60: 0 for number in range(4)}).encode()
     message = b"\x81\xfe" + struct.pack(">H", len(faulty)) + bytes(4) + faulty
@@ -293,7 +293,7 @@ async def test_a_place_that_nobody_comes_for_is_free_again(monkeypatch):
         server = ingress.replicas[0].server
         places = server.reserve_session()
         await anext(places)
-        assert isinstance(await anext(server.reserve_session()), LiveRefusal)
+        assert isinstance(await anext(server.reserve_session()), SessionRejection)
         with pytest.raises(StopAsyncIteration):
             await anext(places)
         assert server.num_sessions == 0
@@ -336,7 +336,7 @@ async def test_a_router_that_finds_no_replica(error, code, close_code):
 
 @in_loop
 async def test_a_router_that_never_answers(monkeypatch):
-    monkeypatch.setattr(placement, "PLACE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(placement, "PLACEMENT_TIMEOUT_S", 0.1)
     async with ingress_over("a") as ingress:
 
         async def ask(context):

@@ -70,27 +70,27 @@ def test_a_session_moves_from_a_home_that_is_to_be_avoided(router):
 
 @in_loop
 async def test_sessions_of_a_replica_that_leaves_are_told(router):
-    contexts = {name: RoutingContext(departure=ReplicaShutdown()) for name in ("a", "b")}
+    contexts = {name: RoutingContext(replica_shutdown=ReplicaShutdown()) for name in ("a", "b")}
     for name, context in contexts.items():
         router.on_request_routed(pending(context), Name(name), None)
     # Ray's router has a loop of its own.
     await asyncio.to_thread(router.update_replicas, [replica("b"), replica("c")])
-    await asyncio.wait_for(contexts["a"].departure.wait(), 5)
+    await asyncio.wait_for(contexts["a"].replica_shutdown.wait(), 5)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(contexts["b"].departure.wait(), 0.1)
+        await asyncio.wait_for(contexts["b"].replica_shutdown.wait(), 0.1)
 
 
 @in_loop
 async def test_a_session_that_comes_while_its_replica_leaves_is_told(router):
-    context = RoutingContext(departure=ReplicaShutdown())
+    context = RoutingContext(replica_shutdown=ReplicaShutdown())
     router.update_replicas([replica("b")])
     router.on_request_routed(pending(context), Name("a"), None)
-    await asyncio.wait_for(context.departure.wait(), 5)
+    await asyncio.wait_for(context.replica_shutdown.wait(), 5)
 
 
 @in_loop
 async def test_sessions_that_have_ended_are_forgotten(router):
     for _ in range(3):
-        router.on_request_routed(pending(RoutingContext(departure=ReplicaShutdown())), Name("a"), None)
+        router.on_request_routed(pending(RoutingContext(replica_shutdown=ReplicaShutdown())), Name("a"), None)
     gc.collect()
     assert router._inflight.num_sessions("a") == 0

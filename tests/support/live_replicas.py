@@ -28,12 +28,12 @@ class Replica:
     name: str
     engine: ScriptedEngine
     server: LiveServer
-    departures: list = field(default_factory=list)
+    replica_shutdowns: list = field(default_factory=list)
 
     def leave(self):
         """Does what Ray does to a replica that is to stop: routers hear of it, each from a thread of its own."""
-        for departure in self.departures:
-            departure.notify()
+        for replica_shutdown in self.replica_shutdowns:
+            replica_shutdown.notify()
 
     def die(self):
         """Does what SIGKILL does to its sockets."""
@@ -65,7 +65,7 @@ class Ingress:
         replica = next((each for each in self.replicas if each.name not in context.avoid), self.replicas[0])
         self.asked.append(replica.name)
         context.replica = replica.name
-        replica.departures.append(context.departure)
+        replica.replica_shutdowns.append(context.replica_shutdown)
         async for answer in replica.server.reserve_session():
             yield answer
 

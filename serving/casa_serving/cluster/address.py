@@ -1,4 +1,4 @@
-"""Where a cluster of one machine listens: ports and hosts, as users give them and as URLs have them."""
+"""Ports and hosts that a cluster of one machine listens on, in options and in URLs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def local(host: str) -> str:
 
 
 def url_host(host: str) -> str:
-    """Returns a host as it stands in a URL: IPv6 addresses in brackets."""
+    """Returns a host as part of a URL: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -37,15 +37,15 @@ def whole_number(text: str) -> int:
 
 
 def check_port(host: str, port: int) -> int:
-    """Refuses an address that nothing can listen on, before anything is started.
+    """Rejects an address that cannot be listened on, before anything is started.
 
     Returns:
-        The port; one that is free for 0.
+        The port; a free one for 0.
 
     Raises:
-        InputError: Somebody listens there, or this machine has no such address.
+        InputError: The port is in use, or this machine has no such address.
     """
-    # As Ray Serve, which takes IPv6 for what looks like it.
+    # Detects IPv6 as Ray Serve does.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -60,7 +60,7 @@ def check_port(host: str, port: int) -> int:
 
 
 def reach(address: str) -> None:
-    """Connects to HOST:PORT and hangs up: Ray would try for minutes. Other forms are Ray's to judge.
+    """Connects to HOST:PORT and closes: Ray would retry for minutes. Other forms are checked by Ray.
 
     Raises:
         OSError: Nothing listens there.

@@ -1,7 +1,7 @@
-"""What the router remembers: which replica a session lives on, and which replicas saw which image.
+"""The router's records: the replica of each session, and the images that each replica has seen.
 
-Plain bookkeeping without Ray. It is a memory of what was sent, not of what the replicas still
-hold: a page may have been evicted since. `max_images` bounds it near what a replica can keep.
+Plain bookkeeping without Ray. It records what was sent, not what the replicas still have cached: a
+page may have been evicted since. `max_images` limits it to about what a replica can cache.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Affinity:
         self._sessions: OrderedDict[str, str] = OrderedDict()
         self._images: dict[str, OrderedDict[str, None]] = {}
 
-    def session_home(self, session: str) -> str | None:
-        """Returns the replica that the session lived on last, whether it still exists or not."""
+    def session_replica(self, session: str) -> str | None:
+        """Returns the last replica of the session, whether it still exists or not."""
         return self._sessions.get(session)
 
     def num_images_on(self, replica: str, images: Iterable[str]) -> int:
@@ -34,7 +34,7 @@ class Affinity:
         seen = self._images.get(replica, {})
         return sum(image in seen for image in images)
 
-    def remember(self, replica: str, session: str | None, images: Iterable[str]) -> None:
+    def record(self, replica: str, session: str | None, images: Iterable[str]) -> None:
         """Records that a request went to the replica."""
         if session:
             self._sessions[session] = replica
@@ -49,7 +49,7 @@ class Affinity:
                 seen.popitem(last=False)
 
     def keep_only(self, replicas: Iterable[str]) -> None:
-        """Forgets the images of replicas that are gone; their sessions are told when they come back."""
+        """Drops the images of replicas that are gone; their sessions get `moved` with their next request."""
         alive = set(replicas)
         self._images = {replica: seen for replica, seen in self._images.items() if replica in alive}
 
@@ -59,7 +59,7 @@ def preference(hits: Mapping[str, int], loads: Mapping[str, int], max_imbalance:
 
     Args:
         hits: Images of the request that each replica has seen.
-        loads: Requests in work by replica.
+        loads: Requests in flight by replica.
         max_imbalance: Requests more than the least loaded replica has, from which on a replica's
             images no longer count.
         tie_key: Equal replicas are ordered by rendezvous hashing of this, so that every ingress

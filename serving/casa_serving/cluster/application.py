@@ -1,8 +1,8 @@
 """From the cluster configuration to a Ray Serve application.
 
-The application is what `ray.serve.llm.build_openai_app` makes, an ingress in front of an
-`LLMConfig`'s deployment, put together from the same public parts. Ray's own ingress parses requests
-into models of its own and writes its own errors; this one hands them to the replica as they are.
+The application is like that of `ray.serve.llm.build_openai_app`, an ingress in front of an
+`LLMConfig`'s deployment, built from the same public parts. Ray's own ingress parses requests into its
+own models and formats its own errors; this one forwards requests to the replica unchanged.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits
 ROUTER = "casa_serving.cluster.router:CasaRequestRouter"
 POLICY = "casa_serving.cluster.autoscaling:LoadPolicy"
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-# The limits on images hang on it.
+# Installs the limits on images.
 SAFETY = {"VLLM_MEDIA_CONNECTOR": CONNECTOR}
 # Ray Serve rounds a surge up to whole replicas.
 ONE_MORE = 1
 # Pushed to the controller this often; Ray Serve's default of 10 s would double every reaction.
 METRICS_INTERVAL_S = 2.0
-# An ingress that was replaced by a new version goes on with its live sessions until their replicas are replaced too,
-# which tells them. Its clients would be cut off without a word after the 20 s that are Ray Serve's default.
+# An ingress that is replaced by a new version keeps its live sessions until their replicas are replaced too and close
+# them. With Ray Serve's default of 20 s their connections would be aborted.
 INGRESS_DRAIN_S = 600.0
 
 
@@ -55,7 +55,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     """Builds the application; see `casa_serving.cluster.build_app`.
 
     Raises:
-        InputError: See there, and what Ray Serve LLM refuses, such as a kind of GPU that it does not know.
+        InputError: See there; or Ray Serve LLM rejects it, such as an unknown kind of GPU.
     """
     config = check_config(args)
     on_gpu = config.device == "gpu" or (config.device == "auto" and cluster_has_gpu())
@@ -87,7 +87,7 @@ def check_config(args: dict[str, Any]) -> ClusterConfig:
 
     Raises:
         InputError: A key is unknown, or a value is invalid.
-        CheckpointError: The checkpoint is not one.
+        CheckpointError: The checkpoint is invalid.
     """
     config = parse_config(args)
     check_engine_arguments(config.engine)
@@ -123,7 +123,7 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
     # Ray Serve LLM sets it to `name`.
     options.pop("served_model_name", None)
     options |= {
-        # A session has a seat of its own, whether it is captioning or waits for its next frame.
+        # Each live session takes one sequence, whether it is captioning or waiting for its next frame.
         "max_num_seqs": config.concurrency.running + config.live.max_sessions,
         "tensor_parallel_size": config.tensor_parallel_size,
         "media_io_kwargs": {"image": media_limits(config)},
@@ -138,7 +138,7 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
     eager = options.get("enforce_eager", False)
     defaults = environment(embedded=embedded, on_cpu=not on_gpu, eager=eager)
     variables = {**defaults, **config.environment, **SAFETY}
-    # Errors of a replica are casa-serve's; its live sessions have a server of their own.
+    # Only the HTTP plugin: a replica's live sessions have a server of their own.
     variables["VLLM_PLUGINS"] = plugins_with([HTTP_PLUGIN], variables.get("VLLM_PLUGINS"))
     return LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(checkpoint.resolve())},
@@ -164,7 +164,7 @@ def bundle(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
 
 
 def worker_needs(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
-    """Returns what a node must have for one worker: its bundle, and the kind of GPU, of which Ray wants a mark."""
+    """Returns the resources of a node for one worker: its bundle, and a trace of Ray's resource for the kind of GPU."""
     kind = {f"accelerator_type:{config.accelerator_type}": 0.001} if on_gpu and config.accelerator_type else {}
     return {**bundle(config, on_gpu=on_gpu), **kind}
 
@@ -184,11 +184,11 @@ def deployment_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
         "backpressure_config": {"status_code": 429, "retry_after_s": concurrency.retry_after_s},
         "graceful_shutdown_timeout_s": replicas.drain_timeout_s,
         "max_surge_percent": ONE_MORE if surge else 0,
-        # An engine that does not start will not do so at the twentieth time, Ray Serve's default.
+        # An engine that does not start will not start at the twentieth try either, Ray Serve's default.
         "max_constructor_retry_count": 3,
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
-        # The bundle reserves the CPUs; the actor itself asks for none beyond it.
+        # The bundle reserves the CPUs; the actor itself requests no more.
         "ray_actor_options": {"num_cpus": 0},
         "request_router_config": {
             "request_router_class": ROUTER,
@@ -218,7 +218,7 @@ def deployment_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
 
 
 def ingress_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
-    """Returns Ray Serve's options of the ingress; a session always meets the same one, which remembers it.
+    """Returns Ray Serve's options of the ingress; a session always gets the same one, which records it.
 
     Args:
         config: The cluster configuration.
@@ -227,10 +227,10 @@ def ingress_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
     return {
         "name": INGRESS,
         "num_replicas": config.ingress.replicas,
-        # It hands requests on; what is too much is refused by the queue behind it.
+        # It only forwards requests; overload is rejected by the queue behind it.
         "max_ongoing_requests": 10_000,
         "graceful_shutdown_timeout_s": INGRESS_DRAIN_S,
-        # One that asks for no CPU finds room everywhere. A new version then answers before the old one goes.
+        # One that requests no CPU fits on every node. A new version then serves before the old one stops.
         "max_surge_percent": ONE_MORE if surge or config.ingress.cpus == 0 else 0,
         "ray_actor_options": {"num_cpus": config.ingress.cpus},
         "request_router_config": {"request_router_class": SESSION_ROUTER},

@@ -1,4 +1,4 @@
-"""Calls an ASGI application without a connection: a request goes in as a value, its answer comes out in pieces."""
+"""Calls an ASGI application without a connection: takes a request as a value and yields the response in chunks."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from starlette.types import ASGIApp, Message
 
 from casa_serving.cluster.forwarded import ForwardedRequest, ResponseHead
 
-# For an application that goes on after its client has left.
-LEAVE_TIMEOUT_S = 10.0
+# For an application to return after `http.disconnect`.
+DISCONNECT_TIMEOUT_S = 10.0
 
 
 async def call_app(app: ASGIApp, request: ForwardedRequest) -> AsyncGenerator[ResponseHead | bytes, None]:
-    """Answers a request.
+    """Runs an application for one request.
 
-    Closing the generator early is the client leaving: the application is told so, and ends the request.
+    Closing the generator early is a disconnect of the client: the application gets `http.disconnect`.
 
     Args:
-        app: Answers HTTP.
-        request: What is asked.
+        app: The ASGI application.
+        request: The request.
 
     Yields:
-        The head with the first piece of the body, then further pieces.
+        The head with the first chunk of the body, then further chunks.
 
     Raises:
-        Exception: What the application raises before it has answered, or in the middle of its answer.
+        Exception: Whatever the application raises, before or during its response.
     """
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
-    left = asyncio.Event()
+    disconnected = asyncio.Event()
     body: list[bytes] = [request.body]
 
     async def receive() -> Message:
         if body:
             return {"type": "http.request", "body": body.pop(), "more_body": False}
-        await left.wait()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
@@ -53,12 +53,12 @@ async def call_app(app: ASGIApp, request: ForwardedRequest) -> AsyncGenerator[Re
                 more = message.get("more_body", False)
                 yield ResponseHead(start["status"], headers, message.get("body", b""), not more)
                 start = None
-            elif piece := message.get("body", b""):
-                yield piece
+            elif chunk := message.get("body", b""):
+                yield chunk
         task.result()
     finally:
-        left.set()
+        disconnected.set()
         if not task.done():
-            # vLLM's handlers listen for the client's leaving; merely cancelled they would leave the request running.
-            await asyncio.wait([task], timeout=LEAVE_TIMEOUT_S)
+            # vLLM's handlers abort the request at `http.disconnect`; cancelled alone they would leave it running.
+            await asyncio.wait([task], timeout=DISCONNECT_TIMEOUT_S)
             task.cancel()

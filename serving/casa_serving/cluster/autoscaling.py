@@ -1,10 +1,9 @@
-"""How many replicas a load asks for. Ray Serve applies its own delays and bounds to the answer.
+"""The number of replicas for the current load. Ray Serve applies its own delays and bounds to it.
 
-What loads a CASA replica is the requests it works on, those that wait for it, and the live
-sessions it holds, whose frames come on whether it keeps up or not. Each is held against its own
-target, and the larger demand wins, because a replica can be full in either way. Where frames are
-late although the numbers look well, none is taken away, and one more is wanted unless some replica
-has no session yet.
+The load of a CASA replica is its running and queued requests, and its live sessions, whose frames
+arrive whether it keeps up or not. Each is compared with its own target, and the larger demand wins,
+because a replica can be full in either way. While frames are late although the load is below the
+targets, no replica is removed, and one is added unless some replica has no session yet.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 
 LIVE_SESSIONS = "casa_live_sessions"
-# Of the last seconds, see `live_server.FrameWindow`.
+# Of the last seconds, see `live.replica_server.FrameWindow`.
 LIVE_FRAMES = "casa_live_recent_frames"
 LIVE_LATE_FRAMES = "casa_live_recent_late_frames"
 
@@ -34,14 +33,14 @@ class LoadPolicy:
         self._target_late_frames = target_late_frames
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Returns the wanted number of replicas, unrounded decisions left to Ray Serve, and no state."""
+        """Returns the target number of replicas, which Ray Serve rounds, and no state."""
         sessions, frames, late = (total(ctx, name) for name in (LIVE_SESSIONS, LIVE_FRAMES, LIVE_LATE_FRAMES))
-        # A live session is one of Ray's requests as long as it lives.
+        # A live session is one of Ray's requests for its whole duration.
         requests = max(0.0, ctx.total_num_requests - sessions)
         wanted = max(requests / ctx.config.get_target_ongoing_requests(), sessions / self._target_live_sessions)
         if frames and late / frames > self._target_late_frames:
-            # Sessions do not move: one more helps the next ones, once every replica has some. More replicas than there
-            # is work to divide among them help nobody, however late a single session is.
+            # Sessions do not move: one more replica helps only later ones, and only once every replica has some. With
+            # fewer sessions than replicas one more does not help, however late a single session is.
             holding = sum(number > 0 for number in (ctx.aggregated_metrics or {})[LIVE_SESSIONS].values())
             more = holding >= ctx.current_num_replicas
             wanted = max(wanted, min(ctx.current_num_replicas + more, requests + sessions))
@@ -49,5 +48,5 @@ class LoadPolicy:
 
 
 def total(ctx: AutoscalingContext, name: str) -> float:
-    """Returns a metric of the replicas, added up; 0 before any has reported it."""
+    """Returns the sum of a metric over the replicas; 0 before any has reported it."""
     return sum((ctx.aggregated_metrics or {}).get(name, {}).values())

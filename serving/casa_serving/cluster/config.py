@@ -1,6 +1,6 @@
-"""The cluster configuration: what a YAML file may say, with defaults that serve the embedded model.
+"""The cluster configuration: the keys of the YAML file, with defaults that serve the embedded model.
 
-Unknown keys are refused, and an invalid value is answered with one error message that names
+Unknown keys are rejected, and an invalid value gets one error message that names
 the key. Everything else about the engine is vLLM's own option under `engine`.
 """
 
@@ -31,26 +31,26 @@ RESERVED_ENGINE_OPTIONS = (
 
 
 class Section(BaseModel):
-    """A part of the configuration; unknown keys are errors, and values do not change."""
+    """A part of the configuration; unknown keys are errors, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Replicas(Section):
-    """How many replicas, and when there are more or fewer.
+    """Number of replicas and autoscaling.
 
     Attributes:
-        min: Never fewer; 0 is not taken, because a cold start takes longer than clients wait.
-        max: Never more.
-        target_ongoing_requests: Requests in work or waiting, per replica, that scaling aims at.
-        target_live_sessions: Live sessions per replica that scaling aims at.
+        min: Lower bound; 0 is not supported, because a cold start takes longer than clients wait.
+        max: Upper bound.
+        target_ongoing_requests: Target of running and queued requests per replica.
+        target_live_sessions: Target of live sessions per replica.
         target_late_frames: Share of late frames of live sessions, above which a replica is added.
         upscale_delay_s: How long the load must be higher before a replica is added.
         downscale_delay_s: How long it must be lower before one is drained.
-        drain_timeout_s: How long a replica that is going may finish what it is doing.
-        surge: Whether a changed configuration that is deployed starts a new replica before an old one goes, which
-            needs room for one more than there are: without it, both wait for ever. None: where the nodes have room
-            for `max` and one more.
+        drain_timeout_s: How long a replica that is removed may finish its requests.
+        surge: Whether a new configuration starts a new replica before it stops an old one, which needs resources for
+            one more than are running: without them, both wait forever. None: if the nodes have resources for
+            `max` and one more.
     """
 
     min: PositiveInt = 1
@@ -71,15 +71,15 @@ class Replicas(Section):
 
 
 class Concurrency(Section):
-    """How much work a replica takes, and what becomes of the rest.
+    """Requests that a replica accepts, and those that are queued.
 
     Attributes:
-        running: Requests that a replica's engine works on at once; with the live sessions this is vLLM's
+        running: Requests that a replica's engine runs at once; with the live sessions this is vLLM's
             `max_num_seqs`.
-        waiting: Requests that a replica holds beyond these, so that its batch never runs dry.
-        queued: Requests that wait in each ingress while all replicas are full; more are refused with 429.
-            A request counts here as well in the moment in which it is given to a replica.
-        retry_after_s: What the refusal says in `Retry-After`.
+        waiting: Requests that a replica queues beyond these, so that its batch stays full.
+        queued: Requests that wait in each ingress while all replicas are full; more are rejected with 429.
+            A request still counts here while it is being sent to a replica.
+        retry_after_s: `Retry-After` of that error.
     """
 
     running: PositiveInt = 16
@@ -94,12 +94,12 @@ class Concurrency(Section):
 
 
 class Routing(Section):
-    """Where requests go.
+    """Choice of the replica for a request.
 
     Attributes:
-        affinity: Whether images and sessions are looked at; without, the least loaded replica is taken.
-        max_images: Images that the router remembers for each replica; the oldest are forgotten.
-        max_sessions: Sessions that the router remembers; the oldest are forgotten.
+        affinity: Whether images and sessions are considered; otherwise the least loaded replica is chosen.
+        max_images: Images that the router records for each replica; the oldest are dropped.
+        max_sessions: Sessions that the router records; the oldest are dropped.
         max_imbalance: A replica that has the images is passed over when it has this many requests
             more than the least loaded one.
     """
@@ -114,7 +114,7 @@ class IngressBase(Section):
     """The processes that parse requests and route them.
 
     Attributes:
-        replicas: How many. Sessions are remembered by each; a session always meets the same one.
+        replicas: Their number. Each records its own sessions; a session always gets the same ingress.
         cpus: Ray's logical CPUs for each.
     """
 
@@ -127,11 +127,11 @@ class IngressBase(Section):
         return self
 
     def request_limits(self) -> RequestLimits:
-        """Returns the limits on requests, as casa-serve's."""
+        """Returns the limits on requests as `RequestLimits`."""
         return RequestLimits.from_options(self.model_dump())
 
 
-# The limits' fields are written down once, in RequestLimits.
+# The limits' fields are declared once, in RequestLimits.
 Ingress = create_model(
     "Ingress",
     __base__=IngressBase,
@@ -143,7 +143,7 @@ Ingress = create_model(
 
 
 class Images(Section):
-    """Limits on images, as casa-serve's options of these names (docs/limits.md)."""
+    """Limits on images; casa-serve's options of these names (docs/limits.md)."""
 
     max_image_bytes: PositiveInt = ImageLimits.max_image_bytes
     max_image_pixels: PositiveInt = ImageLimits.max_image_pixels
@@ -154,15 +154,15 @@ class Images(Section):
 
 
 class Live(Section):
-    """Live sessions, as casa-serve's options `--live-...` (docs/limits.md).
+    """Live sessions; casa-serve's options `--live-...` (docs/limits.md).
 
     Attributes:
         max_sessions: Sessions of one replica; 0 turns `/v1/live` and the web page off.
-        idle_timeout_s: Seconds that a client may send nothing.
-        create_timeout_s: Seconds that it has to create its session.
-        send_timeout_s: Seconds that it may not read what it is sent.
+        idle_timeout_s: Seconds without a message from the client, after which the session is closed.
+        create_timeout_s: Seconds for the client to create its session.
+        send_timeout_s: Seconds for the client to read a message, after which it is disconnected.
         max_frame_bytes: Largest frame; never more than any other image.
-        text_budget: Largest text budget that it may ask for; None is the checkpoint's own.
+        text_budget: Largest text budget that a client may ask for; None is the checkpoint's own.
     """
 
     max_sessions: Annotated[int, Field(ge=0)] = LiveOptions.live_max_sessions
@@ -173,7 +173,7 @@ class Live(Section):
     text_budget: PositiveInt | None = LiveOptions.live_text_budget
 
     def options(self, max_image_bytes: int) -> LiveOptions:
-        """Returns them as casa-serve's."""
+        """Returns them as `LiveOptions`."""
         return LiveOptions(
             live_max_sessions=self.max_sessions,
             live_idle_timeout=self.idle_timeout_s,
@@ -194,8 +194,8 @@ class ClusterConfig(Section):
         accelerator_type: Ray's name of a kind of GPU, such as H100; None for any.
         tensor_parallel_size: GPUs (or CPU processes) of one replica.
         cpus: Ray's logical CPUs for each of these.
-        wait_for_nodes: Start although no node has the resources now, because a cluster autoscaler
-            will add one. Without, that is an error.
+        wait_for_nodes: Start although no node has the resources, because a cluster autoscaler will add one.
+            Otherwise that is an error.
         engine: vLLM's engine arguments by name.
         environment: Environment variables of the replicas.
     """
@@ -225,10 +225,10 @@ class ClusterConfig(Section):
 
 
 def parse_config(args: dict[str, Any]) -> ClusterConfig:
-    """Checks a mapping.
+    """Validates a mapping.
 
     Raises:
-        InputError: What is wrong with which key, in one sentence.
+        InputError: Names the first invalid key.
     """
     try:
         return ClusterConfig.model_validate(args)

@@ -1,7 +1,7 @@
-"""What `casa-serve --ray FILE` reads: a cluster configuration, or a Serve config file that holds one.
+"""The file of `casa-serve --ray FILE`: a cluster configuration, or a Serve config file with one.
 
-A Serve config file is what `serve deploy` takes and `deploy/` ships. Of its keys those are taken
-that mean something here; the others are refused rather than passed over.
+A Serve config file is the format of `serve deploy` and of `deploy/`. Keys that have no effect here are
+rejected rather than ignored.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ APPLICATION_KEYS = ("name", "route_prefix", "import_path", "args")
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """What a file says.
+    """Contents of a file.
 
     Attributes:
         args: The cluster configuration (`parse_config`).
         http_options: Ray Serve's options of its HTTP proxies.
-        proxy_location: The nodes that have one: EveryNode, HeadOnly or Disabled.
+        proxy_location: The nodes that run one: EveryNode, HeadOnly or Disabled.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +41,7 @@ def read_file(path: Path) -> ConfigFile:
     """Reads a YAML file.
 
     Raises:
-        InputError: It cannot be read, or holds something else.
+        InputError: It cannot be read, or is neither.
     """
     try:
         loaded = yaml.safe_load(path.read_text()) or {}
@@ -53,7 +53,7 @@ def read_file(path: Path) -> ConfigFile:
 
 
 def of_serve(loaded: dict[str, Any], path: Path) -> ConfigFile:
-    """Returns what a Serve config file says.
+    """Returns the contents of a Serve config file.
 
     Args:
         loaded: Its content.
@@ -82,7 +82,7 @@ def of_serve(loaded: dict[str, Any], path: Path) -> ConfigFile:
 
 
 def check_http(options: Any, location: Any, path: Path) -> None:
-    """Refuses what Ray Serve would pass over or refuse later.
+    """Rejects options that Ray Serve would ignore, or reject later.
 
     Args:
         options: `http_options`.

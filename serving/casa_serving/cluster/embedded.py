@@ -5,5 +5,5 @@
 
 from casa_serving.cluster import build_app
 
-# On CPUs, whatever the machine has on which the file is written: the file must fit every cluster.
+# On CPUs, whatever the machine that writes the file has: the file must work on every cluster.
 app = build_app({"device": "cpu", "wait_for_nodes": True})

@@ -1,4 +1,4 @@
-"""Whether `engine` names arguments that vLLM has, before a replica is started to find out."""
+"""Check of the argument names under `engine`, before a replica is started."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from casa_engine.errors import InputError
 
 
 def check_engine_arguments(names: Iterable[str]) -> None:
-    """Refuses names that neither vLLM's engine nor its server takes.
+    """Rejects names that neither vLLM's engine nor its server has.
 
     Args:
         names: The keys under `engine` in the cluster configuration.
 
     Raises:
-        InputError: Which names are unknown, and what they may have been meant to be.
+        InputError: Names the unknown arguments, and similar known ones.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
 
-    # Those of vLLM's server that shape answers, such as tool_call_parser; the ingress has the address and the keys.
+    # Arguments of vLLM's server that affect responses, such as tool_call_parser; address and keys are the ingress's.
     known = [field.name for kind in (AsyncEngineArgs, BaseFrontendArgs) for field in dataclasses.fields(kind)]
     unknown = sorted(set(names) - set(known))
     if not unknown:

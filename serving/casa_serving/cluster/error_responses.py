@@ -1,4 +1,4 @@
-"""HTTP answers for what can go wrong between the ingress and a replica: the one place that maps errors."""
+"""HTTP errors for failures between the ingress and a replica: the one place that maps exceptions."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ REPLICA_LOST = "The replica that was answering has died. Send the request again;
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:
-    """Returns the header that tells a client when to come back."""
+    """Returns the header Retry-After; empty for None."""
     return {"Retry-After": str(max(1, math.ceil(seconds or 1)))}
 
 
 class UnavailableError(Exception):
-    """A request that no replica takes now.
+    """A request that no replica can accept now.
 
-    Ray Serve's own exceptions for this do not reach a handler of ours: it registers its own for
-    them in every application, after ours, which answers plain text.
+    Ray Serve's own exceptions for this do not reach our handlers: it registers its own in every
+    application, after ours, which respond with plain text.
 
     Attributes:
-        kind: The error's type in the answer.
-        status: HTTP's.
-        retry_after_s: When to come back.
+        kind: The error's type in the response.
+        status: HTTP status.
+        retry_after_s: Seconds, for the header Retry-After.
     """
 
     def __init__(self, message: str, kind: str, status: int, retry_after_s: float | None) -> None:
@@ -37,8 +37,8 @@ class UnavailableError(Exception):
 
 
 def overloaded(error: BackPressureError) -> UnavailableError:
-    """All replicas are full and so is the queue."""
-    # It has no attribute for it.
+    """Returns the error for full replicas and a full queue."""
+    # Ray's exception has no attribute for it.
     _, max_queued_requests, *_ = error.args
     message = (
         f"All replicas are busy and {max_queued_requests} requests wait already. Try again after the "
@@ -48,18 +48,18 @@ def overloaded(error: BackPressureError) -> UnavailableError:
 
 
 def unavailable(error: Exception) -> UnavailableError:
-    """No replica could answer: they died one after the other, or the deployment is going."""
+    """Returns the error for replicas that died one after the other, or a deployment that is being deleted."""
     message = REPLICA_LOST if isinstance(error, RayError) else "No replica is available. Try again in a moment."
     return UnavailableError(message, "ServiceUnavailableError", 503, 1)
 
 
 async def handle_unavailable(request: Request, error: UnavailableError) -> JSONResponse:
-    """Nobody takes the request now."""
+    """Returns the response for `UnavailableError`."""
     return error_response(error.status, str(error), error.kind, headers=retry_after(error.retry_after_s))
 
 
 def add_cluster_error_handlers(app: FastAPI) -> None:
-    """Registers every answer of this module, and those of every server of ours. Mutates `app`."""
+    """Registers the handlers of this module, and those that all our servers share. Mutates `app`."""
     add_error_handlers(app)
     app.add_exception_handler(UnavailableError, handle_unavailable)
     app.add_exception_handler(RayError, handle_internal_error)

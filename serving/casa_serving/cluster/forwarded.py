@@ -1,7 +1,7 @@
-"""What the ingress and a replica send each other for one HTTP request: the request as it came, the answer as it is.
+"""One HTTP request and its response between the ingress and a replica, both unchanged.
 
-Nothing of either is parsed into models on the way. A replica runs the very application that
-`casa-serve` runs, so there is one place that validates requests and one that writes answers.
+Neither is parsed into models on the way. A replica runs the same application as `casa-serve`, so that
+requests are validated and responses are formatted in one place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Headers = tuple[tuple[bytes, bytes], ...]
-# They describe the connection to the ingress; the body has been read there as a whole, and perhaps rewritten.
+# Headers of the connection to the ingress, which has read the whole body and may have rewritten it.
 CONNECTION_HEADERS = frozenset({b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"expect"})
 
 
@@ -19,12 +19,12 @@ class ForwardedRequest:
     """A request with its whole body.
 
     Attributes:
-        method: In capitals.
+        method: In upper case.
         path: Decoded.
-        raw_path: As it came, without the query.
+        raw_path: As received, without the query.
         query_string: What follows `?`, encoded.
         headers: Names in lower case; without those of the connection.
-        body: All of it.
+        body: The whole body.
     """
 
     method: str
@@ -58,7 +58,7 @@ class ForwardedRequest:
         length = (b"content-length", str(len(self.body)).encode())
         return {
             "type": "http",
-            # Before 2.4, Starlette listens for the client's leaving, which is how it is told of it here.
+            # With a version before 2.4, Starlette listens for `http.disconnect`, which `call_app` sends.
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "scheme": "http",
@@ -76,13 +76,13 @@ class ForwardedRequest:
 
 @dataclass(frozen=True)
 class ResponseHead:
-    """The beginning of an answer; pieces of its body follow as bytes.
+    """The beginning of a response; further chunks of its body follow as bytes.
 
     Attributes:
-        status: HTTP's.
-        headers: As the application wrote them.
-        body: The first piece of the body.
-        is_complete: Whether that is all.
+        status: HTTP status.
+        headers: As the application sent them.
+        body: The first chunk of the body.
+        is_complete: Whether it is the whole body.
     """
 
     status: int

@@ -1,9 +1,8 @@
-"""Names of the images in a request, by which requests about the same image find each other.
+"""Digests of the images in a request, by which the router sends requests about the same image together.
 
-A name is a digest of the image's UUID where the client gives one, otherwise of its URL; a data URL
-holds the whole file, so its digest is a hash of the content. The names are computed where the
-body is parsed, so that no later hop has to read it again and no size is too large. Digests are
-short, whatever a client sends.
+A digest is of the image's UUID if the client sends one, otherwise of its URL; a data URL contains the
+whole file, so that its digest is a hash of the content. They are computed where the body is read, so
+that no later hop has to read it again, and are short, whatever a client sends.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ DIGEST_BYTES = 16
 
 
 def request_image_keys(headers: Mapping[str, str], body: bytes) -> tuple[str, ...]:
-    """Returns the names of all images in a request, whatever its path; none where its body is not understood.
+    """Returns the digests of all images in a request, on any path; none if its body cannot be parsed.
 
     Args:
         headers: Of the request.
         body: JSON, if it is a request with images.
     """
-    # Most bodies without images need not be parsed; an encoded one is the application's to refuse.
+    # Most bodies without images need not be parsed; an encoded one is rejected by the application.
     if b"image_url" not in body or "content-encoding" in headers:
         return ()
     try:
@@ -37,11 +36,11 @@ def request_image_keys(headers: Mapping[str, str], body: bytes) -> tuple[str, ..
 
 
 def image_keys(messages: Any) -> tuple[str, ...]:
-    """Returns the names of all images in OpenAI chat messages, each once, in order.
+    """Returns the digests of all images in OpenAI chat messages, each once, in order.
 
     Args:
         messages: The messages as mappings, or the items of `/v1/responses`; anything that is not an image
-            part is passed over, since the engine and not the router judges requests.
+            part is ignored, since the engine and not the router validates requests.
     """
     parts = (part for message in (messages if isinstance(messages, list) else ()) for part in _parts(message))
     return tuple(dict.fromkeys(key for part in parts for key in _keys(part)))
@@ -54,7 +53,7 @@ def _parts(message: Any) -> Iterator[dict[str, Any]]:
 
 
 def _keys(part: dict[str, Any]) -> Iterator[str]:
-    """Yields the image's name if the part is an image."""
+    """Yields the image's digest if the part is an image."""
     if "image_url" not in part:
         return
     if isinstance(part.get("uuid"), str):
@@ -67,5 +66,5 @@ def _keys(part: dict[str, Any]) -> Iterator[str]:
 
 
 def digest(text: str) -> str:
-    """Returns a short name for a text of any length; "" for none."""
+    """Returns the digest of a text; "" for an empty one."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest() if text else ""

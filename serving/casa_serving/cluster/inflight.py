@@ -1,8 +1,8 @@
-"""What one ingress has at each replica at this moment, counted by the contexts that its requests carry.
+"""The requests and sessions in flight from one ingress at each replica, counted by their contexts.
 
-Ray Serve's own lengths of queues are forgotten after some seconds without news from a replica, and
-a replica that is silent because it is full would then look idle. A context that nobody holds any more
-counts no longer, so that nothing can be left over.
+Ray Serve's own queue lengths expire some seconds after a replica's last report, and a replica that
+does not report because it is full would then look idle. Contexts are referenced weakly, so that a
+request that is gone, however it ended, no longer counts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ class InflightTracker:
     """The contexts of requests and live sessions by replica."""
 
     def __init__(self) -> None:
-        # By identity: two contexts may say the same.
+        # Keyed by identity: two contexts may be equal.
         self._contexts: dict[str, WeakValueDictionary[int, RoutingContext]] = {}
 
     def add(self, context: RoutingContext) -> None:
-        """Records that `context.replica` has taken the request."""
+        """Records that `context.replica` has accepted the request."""
         self._contexts.setdefault(context.replica, WeakValueDictionary())[id(context)] = context
 
     def num_requests(self, replica: str) -> int:
-        """Returns how many requests the replica works on, without live sessions."""
+        """Returns the requests in flight at the replica, without live sessions."""
         return sum(not context.is_live for context in self._at(replica))
 
     def num_sessions(self, replica: str) -> int:
@@ -33,7 +33,7 @@ class InflightTracker:
         return sum(context.is_live for context in self._at(replica))
 
     def keep_only(self, replicas: Iterable[str]) -> list[RoutingContext]:
-        """Forgets replicas that are gone; returns the contexts of what they still had."""
+        """Drops replicas that are gone; returns the contexts that were in flight at them."""
         gone = self._contexts.keys() - set(replicas)
         left = [context for replica in gone for context in self._at(replica)]
         for replica in gone:

@@ -1,7 +1,7 @@
-"""The HTTP side of a cluster: hands every request to a replica as it is, and its answer back.
+"""The HTTP side of a cluster: forwards every request to a replica unchanged, and its response back.
 
-The ingress reads a body once, to bound it and to find the names of its images for the router. It
-validates nothing else: the replica's application does, which is casa-serve's own.
+The ingress reads a body once, to apply the limits and to compute the digests of its images for the
+router. All other validation is done by the replica's application, which is casa-serve's own.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from casa_serving.live.protocol import PATH as LIVE_PATH
 from casa_serving.options.request_limits import RequestLimits
 
 LOGGER = logging.getLogger("ray.serve")
-# A request that met a dying replica is given to another, once: it may be what killed the first.
+# A request whose replica died is sent to another one, once: it may have killed the first.
 MAX_ATTEMPTS = 2
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
-# What casa-serve answers for its one engine would here be the figures of whichever replica is asked.
+# Paths that describe one engine, and here would describe an arbitrary replica.
 ONE_ENGINE_ONLY = {
     "/metrics": "The metrics of all replicas are at each node's Prometheus endpoint (--metrics-port, docs/cluster.md).",
     "/load": "The load of all replicas is in the metrics at each node's Prometheus endpoint (docs/cluster.md).",
@@ -61,7 +61,7 @@ LIVE_ENDPOINTS = {"live": lambda app: app.websocket(LIVE_PATH)}
 
 
 class CasaIngress:
-    """Hands requests on, and takes another replica when one dies.
+    """Forwards requests, and tries another replica when one dies.
 
     Args:
         replicas: The deployment of `CasaServer`.
@@ -72,14 +72,14 @@ class CasaIngress:
         self._live = LiveProxy()
 
     async def health(self) -> Response:
-        """Answers 200 while this ingress runs; Ray Serve checks the replicas itself."""
+        """Returns 200 while this ingress runs; Ray Serve checks the replicas itself."""
         return Response()
 
     async def end(self, finish_s: float) -> None:
-        """Takes leave of all clients; called on every ingress before the cluster ends.
+        """Drains this ingress: ends requests and sessions; called on every ingress before the cluster shuts down.
 
         Args:
-            finish_s: How long requests that are under way may go on.
+            finish_s: Seconds for open requests to finish.
         """
         await asyncio.gather(self._live.end(), end_requests(self.app.state, finish_s))
 
@@ -88,17 +88,17 @@ class CasaIngress:
         return Response()
 
     async def forward(self, request: Request) -> Response:
-        """Answers any other request with what a replica answers; its headers name the replica.
+        """Returns a replica's response to any other request; its headers name the replica.
 
         Raises:
-            UnavailableError: No replica takes the request, or every one that was asked died.
+            UnavailableError: No replica accepts the request, or every one that was tried died.
         """
-        elsewhere = ONE_ENGINE_ONLY.get(request.url.path)
-        if elsewhere is not None:
-            return error_response(404, elsewhere)
+        message = ONE_ENGINE_ONLY.get(request.url.path)
+        if message is not None:
+            return error_response(404, message)
         body = await request.body()
         context = RoutingContext(images=request_image_keys(request.headers, body)[:MAX_IMAGES])
-        parts = self._ask(ForwardedRequest.from_scope(request.scope, body), context, request.headers)
+        parts = self._call_replica(ForwardedRequest.from_scope(request.scope, body), context, request.headers)
         head = await anext(parts)
         if head.is_complete:
             await parts.aclose()
@@ -109,10 +109,10 @@ class CasaIngress:
         return response
 
     async def live(self, websocket: WebSocket) -> None:
-        """A live session (docs/live.md)."""
+        """Handles the WebSocket of a live session (docs/live.md)."""
         handle = self._handle_for(websocket.headers)
 
-        async def ask(context: RoutingContext) -> AsyncGenerator[Any, None]:
+        async def reserve(context: RoutingContext) -> AsyncGenerator[Any, None]:
             answers = handle.live.remote(context)
             try:
                 async for answer in answers:
@@ -121,17 +121,17 @@ class CasaIngress:
                 context.finished = True
                 answers.cancel()
 
-        await self._live.serve(websocket, ask)
+        await self._live.serve(websocket, reserve)
 
     def _handle_for(self, headers: Any) -> DeploymentHandle:
-        """Returns the handle for a client's session, if it names one."""
+        """Returns a handle with the session of the request's headers, if they name one."""
         session = session_id_from_headers(headers)
         return self._replicas.options(session_id=session) if session else self._replicas
 
-    async def _ask(
+    async def _call_replica(
         self, request: ForwardedRequest, context: RoutingContext, headers: Any
     ) -> AsyncGenerator[ResponseHead | bytes, None]:
-        """Calls a replica; takes another when it dies before it has answered anything.
+        """Calls a replica; tries another one if it dies before its response has begun.
 
         Yields:
             What the replica yields; after its death in the middle of a stream, an error event.
@@ -154,7 +154,7 @@ class CasaIngress:
                     raise overloaded(error) from error
                 except (RayActorError, ObjectLostError, RayServeException) as error:
                     if head is not None:
-                        yield broken_off(request.path, head, last, REPLICA_LOST, "ReplicaLostError", 503)
+                        yield stream_error(request.path, head, last, REPLICA_LOST, "ReplicaLostError", 503)
                         return
                     if attempt == MAX_ATTEMPTS or isinstance(error, RayServeException):
                         raise unavailable(error) from error
@@ -163,17 +163,17 @@ class CasaIngress:
                     if head is None:
                         raise
                     LOGGER.exception("A replica failed in the middle of an answer")
-                    yield broken_off(request.path, head, last, INTERNAL_ERROR_MESSAGE, "InternalServerError", 500)
+                    yield stream_error(request.path, head, last, INTERNAL_ERROR_MESSAGE, "InternalServerError", 500)
                     return
         finally:
             context.finished = True
 
 
-def broken_off(path: str, head: ResponseHead, last: bytes, message: str, kind: str, status: int) -> bytes:
-    """Returns what ends an answer whose replica has failed after it had begun, in the words of the path's API.
+def stream_error(path: str, head: ResponseHead, last: bytes, message: str, kind: str, status: int) -> bytes:
+    """Returns the error event that ends a response whose replica has failed, in the format of the path's API.
 
     Raises:
-        UnavailableError: It is no stream of events, and has no place for an error; the connection is cut.
+        UnavailableError: The response is no stream of events, which cannot carry an error; the connection is aborted.
     """
     if not dict(head.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
         raise UnavailableError(message, kind, status, None)
@@ -181,7 +181,7 @@ def broken_off(path: str, head: ResponseHead, last: bytes, message: str, kind: s
 
 
 async def body_of(head: ResponseHead, parts: AsyncIterator[ResponseHead | bytes]) -> AsyncIterator[bytes]:
-    """Yields the whole body of an answer whose head has been read."""
+    """Yields the whole body of a response whose head has been read."""
     yield head.body
     async with contextlib.aclosing(parts):
         async for part in parts:
@@ -192,22 +192,22 @@ def ingress_class(limits: RequestLimits, max_prompt_chars: int, *, live: bool) -
     """Returns the deployment class of the ingress, with its routes and its limits on requests.
 
     Args:
-        limits: What a request may hold.
+        limits: Limits on requests.
         max_prompt_chars: Characters of the longest text that can fit into the model's context.
         live: Whether there are live sessions, and the web page for them.
     """
-    # Whatever else it answers would hide what the replica's application has there.
+    # No other routes, which would hide those of the replica's application.
     app = FastAPI(title="casa-engine", openapi_url=None)
-    # Where RequestGuard finds its settings, as in casa-serve; pages of other origins have no business here.
+    # RequestGuard reads its settings here, as in casa-serve; no other origin is allowed.
     app.state.args = Namespace(**asdict(limits), allowed_origins=[])
     app.state.max_prompt_chars = max_prompt_chars
-    # The last one comes first.
+    # The last one is the outermost.
     app.add_middleware(RequestGuard)
     app.add_middleware(SettingNames)
     app.add_middleware(RequestDrain)
     add_cluster_error_handlers(app)
     if live:
         web_files.attach(app)
-    # The last route takes all that no other does.
+    # The last route matches all remaining paths.
     endpoints = {**(LIVE_ENDPOINTS if live else {}), **ENDPOINTS}
     return make_fastapi_ingress(CasaIngress, endpoint_map=endpoints, app=app)

@@ -1,7 +1,7 @@
-"""`casa-serve --ray [CONFIG.yaml]`: a cluster of one machine, or a part in one that runs already.
+"""`casa-serve --ray [CONFIG.yaml]`: a cluster of one machine, or an application on a running one.
 
-With a Ray cluster's address in RAY_ADDRESS the application is put onto that cluster; otherwise Ray
-is started on this machine and ends with this process.
+With a Ray cluster's address in RAY_ADDRESS the application is deployed to that cluster; otherwise Ray
+is started on this machine and stopped with this process.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 APPLICATION = "casa"
 ROUTE_PREFIX = "/"
 SHUTDOWN_TIMEOUT_S = 30
-# What Ray takes to end its processes, out of the bound.
-LEAVING_S = 15
-# Of which: for the last words, once requests may not go on, and for Ray Serve to delete the application.
-GOODBYE_S = 5
-TAKING_AWAY_S = 8
+# Part of the timeout that is reserved for Ray to stop its processes.
+RAY_SHUTDOWN_S = 15
+# Parts of it: for the final messages of open requests, and for Ray Serve to delete the application.
+FINAL_MESSAGES_S = 5
+DELETE_TIMEOUT_S = 8
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.5
 ENVIRONMENT = {
-    # Nothing is reported to anybody.
+    # No telemetry.
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
 }
 
 
 def set_environment() -> None:
-    """Sets what Ray reads when it is imported and what its processes inherit, where it is not set."""
+    """Sets defaults of environment variables that Ray reads at import and its processes inherit."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -69,7 +69,7 @@ def build_parser(program: str = "casa-serve") -> argparse.ArgumentParser:
         "--shutdown-timeout",
         type=whole_number,
         default=SHUTDOWN_TIMEOUT_S,
-        help=f"seconds from SIGTERM to the exit; requests may go on until {LEAVING_S} s before (%(default)s)",
+        help=f"seconds from SIGTERM to the exit; requests may go on until {RAY_SHUTDOWN_S} s before (%(default)s)",
     )
     return parser
 
@@ -78,20 +78,20 @@ def run(argv: list[str], program: str) -> int:
     """Runs the application until it is stopped; returns the exit status.
 
     Args:
-        argv: The command line behind `--ray`.
+        argv: The command line after `--ray`.
         program: The command's name in messages.
     """
     options = build_parser(program).parse_args(argv)
     set_environment()
     try:
         file = read_file(options.config) if options.config else ConfigFile()
-        # Only now: Ray reads the environment when it is imported.
+        # Imported here because Ray reads the environment at import.
         from casa_serving.cluster.application import check_config
 
         check_config(file.args)
-        if options.shutdown_timeout < LEAVING_S:
+        if options.shutdown_timeout < RAY_SHUTDOWN_S:
             raise InputError(
-                f"--shutdown-timeout is {options.shutdown_timeout}; expected at least {LEAVING_S} seconds, which "
+                f"--shutdown-timeout is {options.shutdown_timeout}; expected at least {RAY_SHUTDOWN_S} seconds, which "
                 "Ray may take to end its processes."
             )
         with SignalCounter():
@@ -108,8 +108,8 @@ def start(file: ConfigFile, options: argparse.Namespace, program: str) -> None:
     """Starts Ray and the application, and waits for a signal.
 
     Raises:
-        InputError: Nothing can listen where it should, the configuration does not fit the cluster, what is to be
-            deployed is there already, or the application does not start.
+        InputError: The address cannot be listened on, the configuration does not fit the cluster, the application
+            exists already, or it does not start.
     """
     from casa_serving.cluster.application import build
 
@@ -118,16 +118,16 @@ def start(file: ConfigFile, options: argparse.Namespace, program: str) -> None:
     address = {"host": "127.0.0.1", "port": 8000, **asked}
     if not is_attached() or address["port"] == 0:
         address["port"] = check_port(address["host"], address["port"])
-    # Before anything is there to be taken away again.
+    # Before anything is started that would have to be stopped again.
     if is_attached():
         check_reachable()
-    # As Ctrl-C, in place of Ray's own: Ray Serve waits without end for what may never come, such as a node. Ray sets
-    # its own anew when it starts.
+    # Like Ctrl-C, in place of Ray's handler: Ray Serve waits without a timeout for what may never come, such as a
+    # node. Ray installs its own again when it starts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         connect(options)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Whatever can refuse comes first: nothing of this has changed the cluster.
+        # All checks come first: up to here nothing has changed the cluster.
         if is_attached():
             address |= check_tenants(asked)
         application = build(file.args)
@@ -144,27 +144,27 @@ def start(file: ConfigFile, options: argparse.Namespace, program: str) -> None:
         print(f"{program}: ready at {url}", flush=True)
         stop.wait()
         Deadline(options.shutdown_timeout, 0).start()
-        say_goodbye(options.shutdown_timeout - LEAVING_S, program)
+        drain_ingresses(options.shutdown_timeout - RAY_SHUTDOWN_S, program)
     finally:
-        leave(program)
+        clean_up(program)
 
 
 def is_attached() -> bool:
-    """Returns whether the application goes onto a cluster that runs already."""
+    """Returns whether the application is deployed to a running cluster."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def check_tenants(asked: dict[str, Any]) -> dict[str, Any]:
-    """Refuses what would touch something of somebody else's on a cluster that runs already.
+    """Rejects a deployment that would affect another application on a running cluster.
 
     Args:
         asked: The address that the user asks for.
 
     Returns:
-        The address of the proxies that run; empty where Ray Serve does not.
+        The address of the running proxies; empty if Ray Serve is not running.
 
     Raises:
-        InputError: The name or the route is taken, or the address is another one.
+        InputError: The name or the route is in use, or the proxies have another address.
     """
     client = tenancy.serve_client()
     if client is None:
@@ -175,7 +175,7 @@ def check_tenants(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_serve(file: ConfigFile, address: dict[str, Any]) -> None:
-    """Starts Ray Serve with its proxies, unless it runs."""
+    """Starts Ray Serve with its proxies, unless it is running."""
     from ray import serve
 
     if tenancy.serve_client() is None:
@@ -186,14 +186,14 @@ def deploy(application: serve.Application) -> None:
     """Runs the application and waits until it is ready.
 
     Raises:
-        InputError: Its replicas do not start and Ray Serve has given up, or somebody has deleted or replaced it.
+        InputError: Its replicas do not start and Ray Serve has given up, or it was deleted or replaced.
     """
     from ray import serve
 
     target = serve.RunTarget(application, name=APPLICATION, route_prefix=ROUTE_PREFIX)
     with signals_deferred():
         if is_attached():
-            # Once more: building has taken its time.
+            # Again, because building takes a while.
             check_tenants({})
         submit(target)
     client = tenancy.serve_client()
@@ -210,44 +210,44 @@ def deploy(application: serve.Application) -> None:
 
 
 def submit(target: serve.RunTarget) -> None:
-    """Hands an application to Ray Serve; returns when one of its name is there, with deployments.
+    """Submits an application to Ray Serve; returns when one of its name exists, with deployments.
 
-    Ray Serve's own call waits until it sees the deployments, without end where somebody has replaced them by then: so
-    it is made in a thread that may be left behind.
+    Ray Serve's own call waits for the deployments without a timeout, forever if they have been replaced meanwhile: so
+    it runs in a thread that may be abandoned.
 
     Raises:
-        InputError: Ray Serve does not take it.
+        InputError: Ray Serve rejects it.
     """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    refusals: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             serve.run_many([target], wait_for_applications_running=False)
-        # Raised again below, in the caller's thread.
+        # Re-raised below, in the caller's thread.
         except BaseException as error:  # noqa: BLE001
-            refusals.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="casa-submit", daemon=True)
     thread.start()
     client = tenancy.serve_client()
     while thread.is_alive() and not tenancy.deployments(client, APPLICATION):
         thread.join(POLL_S)
-    if refusals and isinstance(refusals[0], RayError | RayServeException | TimeoutError):
-        raise InputError(f"Ray Serve does not take the application: {refusals[0]}") from refusals[0]
-    if refusals:
-        raise refusals[0]
+    if errors and isinstance(errors[0], RayError | RayServeException | TimeoutError):
+        raise InputError(f"Ray Serve does not take the application: {errors[0]}") from errors[0]
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM wait until the body is done, so that it is done as a whole.
+    """Defers SIGINT and SIGTERM until the body is complete.
 
     Raises:
-        KeyboardInterrupt: One has come.
+        KeyboardInterrupt: One was received.
     """
     received: list[int] = []
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
@@ -260,11 +260,11 @@ def signals_deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def say_goodbye(finish_s: float, program: str) -> None:
-    """Has every ingress take leave of its clients; whatever goes wrong with that, the end comes all the same.
+def drain_ingresses(finish_s: float, program: str) -> None:
+    """Drains every ingress; errors are reported and do not stop the shutdown.
 
     Args:
-        finish_s: How long requests that are under way may go on.
+        finish_s: Seconds for open requests to finish.
         program: The command's name in messages.
     """
     from ray import serve
@@ -276,13 +276,13 @@ def say_goodbye(finish_s: float, program: str) -> None:
         return
     try:
         handle = serve.get_deployment_handle(tenancy.INGRESS, APPLICATION)
-        handle.broadcast("end", finish_s).results(timeout_s=finish_s + GOODBYE_S)
+        handle.broadcast("end", finish_s).results(timeout_s=finish_s + FINAL_MESSAGES_S)
     except (RayError, RayServeException, TimeoutError) as error:
         print(f"{program}: not every client could be told: {error}", file=sys.stderr)
 
 
-def leave(program: str) -> None:
-    """Takes away what this process has put there: its application alone where the cluster is somebody else's."""
+def clean_up(program: str) -> None:
+    """Stops what this process has started: only its application on a cluster that was running before."""
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -294,20 +294,20 @@ def leave(program: str) -> None:
     else:
         try:
             if (client := tenancy.serve_client()) is not None and tenancy.is_own(client, APPLICATION):
-                take_away(client, program)
+                delete_application(client, program)
         except RayError as error:
             print(f"{program}: the cluster does not say whether {APPLICATION!r} is gone: {error}", file=sys.stderr)
     ray.shutdown()
 
 
-def take_away(client: ServeControllerClient, program: str) -> None:
-    """Has Ray Serve delete the application, and waits for it as long as leaving may take.
+def delete_application(client: ServeControllerClient, program: str) -> None:
+    """Makes Ray Serve delete the application, and waits for it up to `DELETE_TIMEOUT_S`.
 
-    Ray Serve itself gives a replica that waits for a node the time that one with requests has, and its own waiting
-    ends in a TimeoutError; it goes on without this process.
+    Ray Serve gives a replica that is still waiting for a node the same time as one with requests, and its own wait ends
+    in a TimeoutError; the deletion goes on without this process.
     """
     client.delete_apps([APPLICATION], blocking=False)
-    deadline_s = time.monotonic() + TAKING_AWAY_S
+    deadline_s = time.monotonic() + DELETE_TIMEOUT_S
     while APPLICATION in client.get_serve_details()["applications"]:
         if time.monotonic() > deadline_s:
             print(
@@ -320,7 +320,7 @@ def take_away(client: ServeControllerClient, program: str) -> None:
 
 
 def check_reachable() -> None:
-    """Refuses an address in RAY_ADDRESS where nothing listens.
+    """Rejects an address in RAY_ADDRESS where nothing listens.
 
     Raises:
         InputError: No cluster answers there.
@@ -332,8 +332,8 @@ def check_reachable() -> None:
 
 
 def no_cluster(error: Exception) -> InputError:
-    """Returns the refusal of an address where no cluster answers."""
-    # Ray says nothing of its token to a client that does not try one.
+    """Returns the error for an address where no cluster answers."""
+    # Ray does not mention its token to a client that sends none.
     return InputError(
         f"No Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {error}. One that has a token "
         "(docs/cluster.md) answers only with RAY_AUTH_MODE=token in the environment."
@@ -356,7 +356,7 @@ def connect(options: argparse.Namespace) -> None:
             raise no_cluster(error) from error
         return
     ray.init(
-        # Without, Ray would join any cluster that it finds on this machine.
+        # Otherwise Ray would join any cluster that it finds on this machine.
         address="local",
         num_cpus=options.num_cpus,
         include_dashboard=False,

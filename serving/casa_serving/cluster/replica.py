@@ -23,7 +23,7 @@ from casa_serving.cluster.asgi_call import call_app
 from casa_serving.cluster.autoscaling import LIVE_FRAMES, LIVE_LATE_FRAMES, LIVE_SESSIONS
 from casa_serving.cluster.forwarded import ForwardedRequest, ResponseHead
 from casa_serving.cluster.live.replica_server import LiveServer
-from casa_serving.cluster.live.session_ticket import LiveRefusal, SessionTicket
+from casa_serving.cluster.live.session_ticket import SessionRejection, SessionTicket
 from casa_serving.cluster.replica_metrics import ReplicaMetrics, last_step_s
 from casa_serving.cluster.routing_context import RoutingContext
 from casa_serving.drain.open_requests import StreamErrors
@@ -35,7 +35,7 @@ from casa_serving.options.image_limits import ImageLimits
 from casa_serving.options.live_options import LiveOptions
 
 LOGGER = logging.getLogger("ray.serve")
-# An engine that has made a step within this time needs no probe, which would have to wait behind its requests.
+# An engine that has run a step within this time needs no probe, which would queue behind its requests.
 FRESH_S = 5.0
 WARM_UP_SIDE = 56
 CHAT_PATH = "/v1/chat/completions"
@@ -47,7 +47,7 @@ class UnhealthyError(RuntimeError):
 
 
 class CasaServer(LLMServer):
-    """Serves one engine; ready when a request with an image has been answered.
+    """Serves one engine; ready when a request with an image has succeeded.
 
     Args:
         llm_config: Ray Serve LLM's own.
@@ -56,17 +56,17 @@ class CasaServer(LLMServer):
     """
 
     async def __init__(self, llm_config: LLMConfig, *, live_options: LiveOptions, **kwargs: Any) -> None:
-        # Errors in OpenAI's shape. Live sessions have a server of their own here.
+        # Only the HTTP plugin: live sessions have a server of their own here.
         enable_endpoints([HTTP_PLUGIN])
         self._live_options = live_options
         self._live: LiveServer | None = None
         await super().__init__(llm_config, **kwargs)
 
     async def start(self) -> None:
-        """Starts the engine and answers one request of each kind, so that no client pays for first times."""
+        """Starts the engine and warms it up with one request of each kind."""
         self._metrics = ReplicaMetrics(serve.get_replica_context().replica_id.unique_id)
         await super().start()
-        # The application that casa-serve runs, without the guard of its door, which the ingress has.
+        # The application of casa-serve without its request guard, which runs in the ingress.
         self._app = StreamErrors(await self.engine.build_asgi_app())
         for name, request in warm_up_requests(self._llm_config.model_id).items():
             started = time.monotonic()
@@ -75,48 +75,48 @@ class CasaServer(LLMServer):
         if self._live_options.live_max_sessions:
             await self._start_live()
 
-    async def live(self, context: RoutingContext) -> AsyncGenerator[SessionTicket | LiveRefusal, None]:
-        """Holds a place for a live session; called by the ingress (`live_proxy`).
+    async def live(self, context: RoutingContext) -> AsyncGenerator[SessionTicket | SessionRejection, None]:
+        """Reserves a slot for a live session; called by the ingress (live/proxy.py).
 
         Args:
             context: For the router, which has read it already.
 
         Yields:
-            The place, or why there is none; ends with the session.
+            The ticket, or the reason for the rejection; ends with the session.
         """
         if self._live is None:
-            yield LiveRefusal("live sessions are turned off")
+            yield SessionRejection("live sessions are turned off")
             return
-        async with aclosing(self._live.reserve_session()) as places:
-            async for place in places:
-                yield place
+        async with aclosing(self._live.reserve_session()) as tickets:
+            async for ticket in tickets:
+                yield ticket
 
     async def http(
         self, request: ForwardedRequest, context: RoutingContext
     ) -> AsyncGenerator[ResponseHead | bytes, None]:
-        """Answers an HTTP request; called by the ingress.
+        """Runs an HTTP request; called by the ingress.
 
         Args:
-            request: As the client sent it.
+            request: The client's request.
             context: For the router, which has read it already.
 
         Yields:
-            The head of the answer with the first piece of its body, then further pieces.
+            The head of the response with the first chunk of its body, then further chunks.
         """
         try:
             async with aclosing(call_app(self._app, request)) as parts:
                 async for part in parts:
-                    # An answer that only says so goes to no client: the ingress asks another replica instead.
-                    self._end_with_engine()
+                    # vLLM's error about a dead engine must not reach the client: the ingress tries another replica.
+                    self._exit_if_engine_died()
                     yield part
         finally:
-            self._end_with_engine()
+            self._exit_if_engine_died()
 
     async def check_health(self) -> None:
-        """Asks the engine, then has it answer one token unless it is at work.
+        """Checks the engine, and generates one token unless it has run a step recently.
 
         Raises:
-            UnhealthyError: The request path does not answer with a completion.
+            UnhealthyError: The request path does not return a completion.
         """
         await super().check_health()
         if time.time() - last_step_s() > FRESH_S:
@@ -131,7 +131,7 @@ class CasaServer(LLMServer):
         return {LIVE_SESSIONS: float(self._live.num_sessions), LIVE_FRAMES: frames, LIVE_LATE_FRAMES: late}
 
     async def _start_live(self) -> None:
-        """Captions a frame, so that the first session's is not the first, and opens the door for sessions."""
+        """Warms up with one frame, then starts the server of live sessions."""
         limits = ImageLimits.from_options(self._llm_config.engine_kwargs["media_io_kwargs"]["image"])
         checkpoint = Path(self._llm_config.model_loading_config.model_source)
         service = open_service(self.engine._engine_client, checkpoint, self._live_options, limits)
@@ -141,21 +141,21 @@ class CasaServer(LLMServer):
         self._live = LiveServer(service)
         await self._live.start(ray.util.get_node_ip_address())
 
-    def _end_with_engine(self) -> None:
-        """Ends this process when the engine's has died, so that Ray Serve and the ingress know it at once.
+    def _exit_if_engine_died(self) -> None:
+        """Exits this process if the engine has died, so that Ray Serve and the ingress detect it immediately.
 
-        Failed health checks would take most of a minute, in which a replica that answers every request at once, with
-        an error, is always the least loaded one.
+        Failed health checks would take most of a minute, during which a replica that fails every request immediately is
+        always the least loaded one.
         """
         if self.engine._engine_client.errored:
             LOGGER.error("The engine has died; its replica ends with it")
             os._exit(1)
 
     async def _probe(self, body: dict[str, Any]) -> None:
-        """Has a chat request answered.
+        """Runs a chat request.
 
         Raises:
-            UnhealthyError: It is not.
+            UnhealthyError: It fails.
         """
         headers = {"content-type": "application/json", **key_header()}
         pairs = tuple((name.lower().encode(), value.encode()) for name, value in headers.items())
@@ -173,7 +173,7 @@ class CasaServer(LLMServer):
 
 
 async def caption_one(service: LiveService) -> None:
-    """Captions a gray frame; nothing where the checkpoint is none for live sessions."""
+    """Captions a gray frame; does nothing if the checkpoint does not support live sessions."""
     if not service.engine.config.is_cross_attention:
         return
     session = await service.engine.open(service.engine.defaults)
@@ -189,7 +189,7 @@ def chat_body(model: str, text: str, *images: str, **options: Any) -> dict[str, 
 
     Args:
         model: The model's name.
-        text: What is said.
+        text: The text of the message.
         *images: Data URLs.
         **options: Other fields of the request.
     """
@@ -199,7 +199,7 @@ def chat_body(model: str, text: str, *images: str, **options: Any) -> dict[str, 
 
 
 def warm_up_requests(model: str) -> dict[str, dict[str, Any]]:
-    """Returns a text, an image and a stream by name: what goes through different code the first time."""
+    """Returns warm-up requests by name: a text, an image and a stream, which use different code."""
     picture = BytesIO()
     Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE), "gray").save(picture, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"

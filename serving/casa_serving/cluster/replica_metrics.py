@@ -1,13 +1,13 @@
-"""Puts a replica's own counters onto Ray's Prometheus endpoint.
+"""Exports a replica's own metrics to Ray's Prometheus endpoint.
 
-vLLM's metrics go there by themselves (`log_engine_metrics`). CASA's are kept in the process's
+Ray exports vLLM's metrics (`log_engine_metrics`). CASA's are in the process's
 prometheus_client registry (image pages in `casa_vllm.metrics`, live sessions in
-`casa_serving.live.metrics`), which nobody reads in a replica. Every series is copied under its
-own name, with `:` turned into `_`.
+`casa_serving.live.metrics`), which Ray does not read. Every series is copied under its
+own name, with `:` replaced by `_`.
 
-All of them are gauges to Ray, whatever they are: its counters and histograms take only events,
-show nothing before the first one, and give names of their own to what is copied. Prometheus's
-`rate` and `histogram_quantile` do not look at the type.
+All of them are gauges to Ray, whatever their type: Ray's counters and histograms accept only single
+events, do not exist before the first one, and change the names. Prometheus's `rate` and
+`histogram_quantile` do not depend on the type.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REPLICA_TAG = "replica"
 
 
 def casa_samples(registry: CollectorRegistry = REGISTRY) -> dict[str, list[Sample]]:
-    """Returns the present value of every series of CASA's, by the metric's name at Ray."""
+    """Returns the current value of every series of CASA's, by the metric's name in Ray."""
     found: dict[str, list[Sample]] = {}
     for metric in registry.collect():
         for sample in metric.samples:
@@ -48,7 +48,7 @@ class ReplicaMetrics:
         self._gauges: dict[str, Gauge] = {}
 
     def export(self, registry: CollectorRegistry = REGISTRY) -> None:
-        """Copies the present values."""
+        """Copies the current values."""
         for name, samples in casa_samples(registry).items():
             if name not in self._gauges:
                 names = (REPLICA_TAG, *samples[0].labels)

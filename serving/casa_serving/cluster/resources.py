@@ -1,4 +1,4 @@
-"""Whether the cluster can hold what is asked for, before Ray Serve waits for it for ever."""
+"""Check that the replicas fit on the cluster, for which Ray Serve would wait forever."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from casa_engine.errors import InputError
 
 
 def cluster_has_gpu() -> bool:
-    """Returns whether a node of the cluster has a GPU; this machine decides where no cluster runs."""
+    """Returns whether a node of the cluster has a GPU; of this machine if no cluster runs."""
     if ray.is_initialized():
         return ray.cluster_resources().get("GPU", 0) > 0
     import torch
@@ -19,7 +19,7 @@ def cluster_has_gpu() -> bool:
 
 
 def check_capacity(worker: Mapping[str, float], num_workers: int, min_replicas: int) -> None:
-    """Refuses a replica that fits on no node, and more replicas than fit on all.
+    """Rejects a replica that fits on no node, and more replicas than fit on all.
 
     Args:
         worker: Resources of one worker of a replica.
@@ -27,7 +27,7 @@ def check_capacity(worker: Mapping[str, float], num_workers: int, min_replicas: 
         min_replicas: Replicas that must run at once.
 
     Raises:
-        InputError: What is asked for and what is there. Nothing is checked where no cluster runs.
+        InputError: Names the required and the available resources. Nothing is checked if no cluster runs.
     """
     if not ray.is_initialized() or count_fitting(worker, num_workers) >= min_replicas:
         return
@@ -41,7 +41,7 @@ def check_capacity(worker: Mapping[str, float], num_workers: int, min_replicas: 
 
 
 def count_fitting(worker: Mapping[str, float], num_workers: int) -> int:
-    """Returns how many replicas fit on the cluster's nodes when these hold nothing else; 0 where no cluster runs."""
+    """Returns how many replicas fit on the cluster's nodes while these run nothing else; 0 if no cluster runs."""
     if not ray.is_initialized():
         return 0
     need = replica_needs(worker, num_workers)
@@ -54,15 +54,15 @@ def replica_needs(worker: Mapping[str, float], num_workers: int) -> dict[str, fl
 
 
 def node_resources() -> list[Mapping[str, float]]:
-    """Returns the resources of each node that lives."""
+    """Returns the resources of each running node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def replicas_on(node: Mapping[str, float], need: Mapping[str, float]) -> int:
-    """Returns how many replicas a node holds when it holds nothing else."""
+    """Returns how many replicas fit on a node that runs nothing else."""
     return min(int(node.get(name, 0) / amount + 1e-9) for name, amount in need.items())
 
 
 def describe(resources: Mapping[str, float]) -> str:
-    """Returns resources for people, such as `2 CPU + 1 GPU`."""
+    """Returns resources as text, such as `2 CPU + 1 GPU`."""
     return " + ".join(f"{amount:g} {name}" for name, amount in resources.items())

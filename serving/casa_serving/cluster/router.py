@@ -1,16 +1,16 @@
-"""Ray Serve's request router for CASA: a session stays where it is, images go where their pages are.
+"""Ray Serve's request router for CASA: a session stays on its replica, an image goes where it is cached.
 
-1.  A session that the router knows goes to its replica, and waits there when it is full. When that
-    replica is gone, another is taken and the client is told (`x-casa-session: moved`).
-2.  Otherwise the replica that has seen most of the request's images comes first, unless it has
+1.  A known session goes to its replica, and waits for it while it is full. If that replica is gone,
+    another is chosen and the response says so (`x-casa-session: moved`).
+2.  Otherwise the replica that has seen most of the request's images is preferred, unless it has
     `max_imbalance` requests more than the least loaded one.
 3.  Otherwise the least loaded replica.
 
-Replicas that a context says to avoid are passed over while there is any other. A context with a `departure` is notified
-when its replica leaves, whether that is being stopped or has died.
+Replicas in a context's `avoid` are chosen only if there is no other. A context's `replica_shutdown` is notified when
+its replica is stopped or has died.
 
-A replica that has as many requests as it may have gets no other: Ray Serve would give it those as well that are kept
-free for live sessions, since it knows one limit for both.
+A replica at its limit of requests gets no more: Ray Serve, which has one limit for requests and live sessions, would
+also fill the slots of live sessions with requests.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class CasaRequestRouter(RequestRouter):
 
         Args:
             affinity: See `config.Routing`, also for the next three.
-            max_images: Of each replica.
-            max_sessions: Of all.
+            max_images: Recorded for each replica.
+            max_sessions: Recorded in all.
             max_imbalance: In requests.
-            max_requests: What a replica takes, without live sessions (`Concurrency.per_replica`).
-            max_waiting: What may wait here (`Concurrency.queued`).
+            max_requests: Limit of a replica, without live sessions (`Concurrency.per_replica`).
+            max_waiting: Limit of the queue in this ingress (`Concurrency.queued`).
         """
         self._enabled = affinity
         self._max_imbalance, self._max_requests, self._max_waiting = max_imbalance, max_requests, max_waiting
@@ -62,10 +62,10 @@ class CasaRequestRouter(RequestRouter):
 
     @property
     def max_num_routing_tasks(self) -> int:
-        """Requests that are looked at, at the same time: all that wait.
+        """Number of requests that are routed concurrently: all that wait.
 
-        Ray Serve's two for each replica would let a few requests of a session whose replica is full
-        stand before all others.
+        With Ray Serve's default, two for each replica, a few requests of a session whose replica is full
+        would block all others.
         """
         return self._max_waiting
 
@@ -83,7 +83,7 @@ class CasaRequestRouter(RequestRouter):
         images = context.images if self._enabled else ()
         hits = {replica: self._affinity.num_images_on(replica, images) for replica in replicas}
         context.hits = hits if context.hits is None else context.hits
-        home = self._affinity.session_home(session) if session else None
+        home = self._affinity.session_replica(session) if session else None
         context.session = context.session or session_state(session, home, replicas)
         free = [name for name in replicas if context.is_live or self._inflight.num_requests(name) < self._max_requests]
         if home in replicas:
@@ -91,9 +91,9 @@ class CasaRequestRouter(RequestRouter):
         tie_key = session or next(iter(images), pending_request.metadata.internal_request_id)
         order = preference(hits, {name: self._load(replicas[name]) for name in free}, self._max_imbalance, tie_key)
         if self._enabled and order:
-            # Before the answer of the replica, so that requests that come meanwhile follow.
-            self._affinity.remember(order[0], session, images)
-        # A new session is bound at once: two requests of it that come together must not be divided.
+            # Before the replica has accepted it, so that requests that arrive meanwhile go to the same one.
+            self._affinity.record(order[0], session, images)
+        # A new session is bound immediately: two simultaneous requests of it must get the same replica.
         return [[replicas[replica]] for replica in (order[:1] if session else order)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -104,27 +104,27 @@ class CasaRequestRouter(RequestRouter):
         context.replica = replica_id.unique_id
         self._inflight.add(context)
         if replica_id not in self.curr_replicas:
-            self._tell_departures()
+            self._notify_shutdowns()
         if context.session:
             self._sessions_counter.inc(tags={"result": context.session})
         if context.images:
             self._count_images(context)
         if self._enabled:
-            self._affinity.remember(context.replica, digest(pending_request.metadata.session_id), context.images)
+            self._affinity.record(context.replica, digest(pending_request.metadata.session_id), context.images)
 
     def update_replicas(self, replicas: list[Any]) -> None:
-        """Called by Ray Serve when replicas came or went."""
+        """Called by Ray Serve when replicas were added or removed."""
         super().update_replicas(replicas)
         self._affinity.keep_only(replica_id.unique_id for replica_id in self.curr_replicas)
-        self._tell_departures()
+        self._notify_shutdowns()
 
-    def _tell_departures(self) -> None:
+    def _notify_shutdowns(self) -> None:
         for context in self._inflight.keep_only(replica_id.unique_id for replica_id in self.curr_replicas):
-            if context.departure is not None:
-                context.departure.notify()
+            if context.replica_shutdown is not None:
+                context.replica_shutdown.notify()
 
     def _load(self, replica: Any) -> int:
-        """Returns a replica's requests and sessions: what it said last, or what it has from here if that is more."""
+        """Returns a replica's requests and sessions: its last report, or those in flight from here if more."""
         name = replica.replica_id.unique_id
         own = self._inflight.num_requests(name) + self._inflight.num_sessions(name)
         return max(own, self.replica_queue_len_cache.get(replica.replica_id) or 0)
@@ -139,7 +139,7 @@ class CasaRequestRouter(RequestRouter):
 
 
 def session_state(session: str, home: str | None, replicas: dict[str, Any]) -> str:
-    """Returns what the client is told about its session; "" without one."""
+    """Returns the value of the session header; "" for a request without a session."""
     if not session:
         return ""
     if home is None:

@@ -1,8 +1,8 @@
-"""What travels with a request from the ingress to the router, and back.
+"""The context that the ingress passes to the router with a request, and that the router fills in.
 
 Ray Serve's router runs in the ingress process and sees the arguments of the call before they are
-sent. One of them carries the names of the images, so that the router reads no body, and takes down
-the router's decision for the ingress.
+sent. One of them carries the digests of the images, so that the router reads no body, and the router
+stores its decision in it for the ingress.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ IMAGES_HEADER = "x-casa-images"
 
 @dataclass
 class RoutingContext:
-    """A request's images, and where it went.
+    """A request's images, and the router's decision.
 
     Attributes:
-        images: Names of its images (`image_keys`).
-        hits: Images that each replica had seen when the request was first looked at; None before.
-        replica: The replica that took the request.
+        images: Digests of its images (`image_keys`).
+        hits: Images that each replica had seen when the request was first routed; None before.
+        replica: The replica that accepted the request.
         session: "new", "kept" or "moved" (its replica is gone); "" for a request without a session.
         affinity: "hit" (the replica had all images), "partial", "miss"; "" without images.
-        avoid: Replicas that were asked already and refused; taken only where there is no other.
-        departure: Told by the router when the replica leaves; stays in the ingress. Live sessions have one.
-        finished: The ingress is done with it, and it no longer counts as the replica's work.
+        avoid: Replicas that rejected it or died; chosen only if there is no other.
+        replica_shutdown: Notified by the router when the replica shuts down; stays in the ingress. Live sessions only.
+        finished: Whether the request has ended and no longer counts as in flight.
     """
 
     images: tuple[str, ...] = ()
@@ -39,18 +39,18 @@ class RoutingContext:
     session: str = ""
     affinity: str = field(default="")
     avoid: frozenset[str] = frozenset()
-    departure: ReplicaShutdown | None = None
+    replica_shutdown: ReplicaShutdown | None = None
     finished: bool = False
 
     @property
     def is_live(self) -> bool:
-        """Whether it is a live session's and not a request's."""
-        return self.departure is not None
+        """Whether it is of a live session, not of a request."""
+        return self.replica_shutdown is not None
 
     def reset_for_retry(self) -> None:
-        """Makes ready for another replica, after the one that had taken the request has died. Mutates this context.
+        """Resets the decision after the replica has died, for another one. Mutates this context.
 
-        The session has lost its home then, whatever the router still believes.
+        The session counts as moved, whatever the router has recorded.
         """
         self.avoid |= {self.replica}
         self.session = "moved" if self.session else ""
@@ -58,19 +58,19 @@ class RoutingContext:
         self.replica = self.affinity = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what travels to the replica: a loop's event cannot."""
-        return {**self.__dict__, "departure": None}
+        """Returns what is sent to the replica: an event loop's event cannot be pickled."""
+        return {**self.__dict__, "replica_shutdown": None}
 
     def response_headers(self) -> dict[str, str]:
-        """Returns what the client is told; empty values are left out."""
+        """Returns the response headers; empty values are omitted."""
         headers = {REPLICA_HEADER: self.replica, SESSION_HEADER: self.session, IMAGES_HEADER: self.affinity}
         return {name: value for name, value in headers.items() if value}
 
     def response_header_pairs(self) -> list[tuple[bytes, bytes]]:
-        """Returns the same as ASGI takes it."""
+        """Returns the response headers in ASGI's format."""
         return [(name.encode(), value.encode("latin-1")) for name, value in self.response_headers().items()]
 
 
 def find_context(arguments: list) -> RoutingContext | None:
-    """Returns the context among a call's arguments; calls that are no requests have none."""
+    """Returns the context among a call's arguments, or None."""
     return next((argument for argument in arguments if isinstance(argument, RoutingContext)), None)

@@ -1,7 +1,7 @@
-"""Errors name the setting that may be changed: `casa-serve`'s are options, a cluster's are keys of a file.
+"""Names of settings in error messages: `casa-serve`'s are options, a cluster's are keys of a file.
 
 The code that checks a limit is the same in both and names the option. In a cluster the names are
-translated where answers leave the ingress, wherever the check was made.
+translated in the ingress's responses, wherever the check was made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from casa_serving.cluster.config import Images, Ingress, Live
 
 OPTION = re.compile(r"--([a-z][a-z0-9]*(?:-[a-z0-9]+)+)")
-# Those that are no limits of ours: vLLM's arguments.
+# vLLM's arguments, which are no limits of ours.
 ENGINE_OPTIONS = ("max_model_len", "limit_mm_per_prompt", "allowed_local_media_path")
 KEYS = {
     **{name: f"images.{name}" for name in Images.model_fields},
@@ -26,7 +26,7 @@ KEYS = {
 
 
 def name_keys(message: str) -> str:
-    """Returns a message in which options of casa-serve are the cluster's keys; others stay as they are."""
+    """Returns a message with options of casa-serve replaced by the cluster's keys; other options are unchanged."""
     return OPTION.sub(lambda found: KEYS.get(found[1].replace("-", "_"), found[0]), message)
 
 
@@ -37,7 +37,7 @@ class SettingNames:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes everything on; errors that are one piece of JSON are translated."""
+        """Forwards everything; translates errors that are one JSON body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -46,7 +46,7 @@ class SettingNames:
         async def translate(message: Message) -> None:
             nonlocal start
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                # Its length is not known before its body.
+                # Held back, because its Content-Length depends on the body.
                 start = message
                 return
             if start is not None:
@@ -63,7 +63,7 @@ class SettingNames:
 
 
 def translated(body: bytes) -> bytes:
-    """Returns the body of an error with a translated message; what is no error in OpenAI's shape stays as it is."""
+    """Returns the body of an error with a translated message; other bodies unchanged."""
     if b"--" not in body:
         return body
     try:

@@ -1,7 +1,7 @@
-"""How an ingress ends with its cluster: the same towards clients as `casa-serve` (drain/), asked for by the launcher.
+"""Graceful shutdown of an ingress, requested by the launcher; clients see the same as from `casa-serve` (drain/).
 
-Ray Serve takes its proxies away first, and with them every connection, whoever still waits for an answer. So whoever
-ends the cluster has every ingress take leave of its clients before.
+Ray Serve stops its proxies first, and with them every connection, also those with open requests. So the launcher drains
+every ingress before it stops the cluster.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from casa_serving.drain.open_requests import FINAL_MESSAGE_S, OpenRequests
 
 
 class RequestDrain:
-    """ASGI middleware outside all others: refuses requests once the ingress ends, and ends those that stay open."""
+    """Outermost ASGI middleware: rejects requests once the ingress shuts down, and ends those that stay open."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a request; WebSockets pass, live sessions are told in their own words."""
+        """Serves a request; WebSockets pass, live sessions are closed by `LiveProxy`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -31,17 +31,17 @@ class RequestDrain:
             for message in unavailable_response(scope["path"], SHUTTING_DOWN):
                 await send(message)
             return
-        if not hasattr(state, "requests"):  # Here at the earliest there is an event loop.
+        if not hasattr(state, "requests"):  # Not earlier: this needs the running event loop.
             state.requests = OpenRequests(lambda: None)
         await state.requests.run(self._app, scope, receive, send)
 
 
 async def end_requests(state: State, finish_s: float) -> None:
-    """Lets open requests finish for a while, then ends them. Mutates `state`, the ingress application's."""
+    """Lets open requests finish within `finish_s` seconds, then ends them. Mutates `state`, the application's."""
     state.is_ending = True
     requests: OpenRequests | None = getattr(state, "requests", None)
     if requests is not None and not await requests.wait(finish_s):
         requests.end(SHUTTING_DOWN)
         await requests.wait(2 * FINAL_MESSAGE_S)
-    # What was written is still on its way through the proxies.
+    # The final messages are still on their way through the proxies.
     await asyncio.sleep(FINAL_MESSAGE_S)

@@ -1,8 +1,8 @@
-"""The applications of a Ray cluster that others may use too: which are there, and which one is of this process.
+"""The applications on a shared Ray cluster: which exist, and which was deployed by this process.
 
-Ray Serve knows applications by name alone: a second one of the same name replaces the first, and
-whoever knows the name may delete it. Who deployed an application is the job (Ray's word for a
-process that has connected) of its deployments.
+Ray Serve identifies applications by name alone: a second one of the same name replaces the first, and
+any client may delete it by its name. The owner of an application is the job (Ray's term for a connected
+process) of its deployments.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from ray.serve.config import HTTPOptions
 
 INGRESS = "CasaIngress"
-# Options of the proxies that a user may ask for, and that only Serve's first start decides.
+# Options of the proxies that a user may set, and that only the first start of Serve applies.
 ADDRESS = ("host", "port")
 
 
 def serve_client() -> ServeControllerClient | None:
-    """Returns a client of the Ray Serve that runs on this cluster; None where it does not."""
+    """Returns a client of this cluster's Ray Serve; None if it is not running."""
     from ray.serve.context import _get_global_client
 
     return _get_global_client(raise_if_no_controller_running=False)
 
 
 def check_free(applications: Mapping[str, Any], name: str, route_prefix: str) -> None:
-    """Refuses a name or a route that an application has already.
+    """Rejects a name or a route that is in use.
 
     Args:
-        applications: Ray Serve's details of those that are there, by name.
-        name: Of the application that is to be deployed.
+        applications: Ray Serve's details of the deployed applications, by name.
+        name: Of the application to deploy.
         route_prefix: Its route.
 
     Raises:
-        InputError: Which application is there, and what may be done about it.
+        InputError: Names the application that uses it, and how to fix it.
     """
     if name in applications:
         raise InputError(
@@ -53,14 +53,14 @@ def check_free(applications: Mapping[str, Any], name: str, route_prefix: str) ->
 
 
 def check_address(running: HTTPOptions, asked: Mapping[str, Any]) -> None:
-    """Refuses an address that the proxies of Ray Serve do not have, which it would pass over.
+    """Rejects an address other than that of the running proxies, which Ray Serve would ignore.
 
     Args:
         running: The options with which Ray Serve was started.
-        asked: The user's, by name; without those that he leaves open.
+        asked: The options that the user has set, by name.
 
     Raises:
-        InputError: Which address it is.
+        InputError: Names the address of the running proxies.
     """
     got = [f"{name} {asked[name]}" for name in ADDRESS if name in asked and asked[name] != getattr(running, name)]
     if got:
@@ -71,15 +71,15 @@ def check_address(running: HTTPOptions, asked: Mapping[str, Any]) -> None:
 
 
 def deployments(client: ServeControllerClient, name: str) -> Mapping[str, Any]:
-    """Returns the deployments that an application is meant to have, as far as they are there; empty without it."""
+    """Returns the existing deployments of an application; empty if there is no such application."""
     return client.get_serve_details()["applications"].get(name, {}).get("deployments", {})
 
 
 def is_own(client: ServeControllerClient, name: str) -> bool:
-    """Returns whether the application of this name was deployed by this process, and by nobody since."""
+    """Returns whether the application of this name was deployed by this process and not replaced since."""
     import ray
 
-    # Those of one that was replaced are found under its name for a while.
+    # Deployments of a replaced application are listed under its name for a while.
     if INGRESS not in deployments(client, name):
         return False
     try:

@@ -1,4 +1,4 @@
-"""The first requests to an application, before it is called ready."""
+"""The first requests to an application, before it is reported as ready."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TIMEOUT_S = 120.0
 
 
 def first_request(url: str) -> None:
-    """Sends one request through proxy, ingress and a replica, which set themselves up for the first one.
+    """Sends one request through proxy, ingress and a replica, which warms them up.
 
     Args:
         url: The server's address without a path.
 
     Raises:
-        OSError: It is not answered with a completion.
-        InputError: A key is set here, and the server answers without it; or it is another server.
+        OSError: It does not return a completion.
+        InputError: A key is set here, and the server does not require it; or it is another server.
     """
     check_key(url)
     with send(f"{url}/v1/models", key_header()) as answer:
@@ -35,7 +35,7 @@ def first_request(url: str) -> None:
 
 
 def check_key(url: str) -> None:
-    """Refuses a server that is open although a key is set: the nodes of a cluster have environments of their own."""
+    """Rejects a server that requires no key although one is set here: each node has its own environment."""
     if not key_header():
         return
     try:
@@ -52,6 +52,6 @@ def check_key(url: str) -> None:
 
 
 def send(url: str, headers: dict[str, str], body: bytes | None = None) -> urllib.request.addinfourl:
-    """Sends a request to this very machine or cluster; no proxy of the environment's stands between."""
+    """Sends a request without the environment's proxies."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return opener.open(urllib.request.Request(url, data=body, headers=headers), timeout=TIMEOUT_S)

@@ -1,1 +1,1 @@
-"""Live sessions on a cluster: the ingress finds a replica with a free slot and passes messages on."""
+"""Live sessions on a cluster: the ingress finds a replica with a free slot and relays messages."""

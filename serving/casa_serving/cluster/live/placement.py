@@ -1,4 +1,4 @@
-"""Finds a place for a live session: replicas are asked in turn, and the first that has one is connected to."""
+"""Placement of a live session: tries replicas in turn, and connects to the first with a free slot."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 from websockets.typing import Subprotocol
 
-from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LiveRefusal, ReplicaShutdown, SessionTicket
+from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, ReplicaShutdown, SessionRejection, SessionTicket
 from casa_serving.cluster.routing_context import RoutingContext
 from casa_serving.live.protocol import SUBPROTOCOL, LiveError
 from casa_serving.options.live_options import MAX_MESSAGE_BYTES
 
 LOGGER = logging.getLogger("ray.serve")
-PLACE_TIMEOUT_S = 10.0
+PLACEMENT_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
 
-Answers = AsyncGenerator[SessionTicket | LiveRefusal, None]
+ReservationCall = AsyncGenerator[SessionTicket | SessionRejection, None]
 
 
 @dataclass(frozen=True)
 class PlacedSession:
-    """A session's place.
+    """A session with a slot at a replica.
 
     Attributes:
-        place: At the replica.
-        answers: The call that holds it.
-        context: Which replica that is, and whether it leaves.
-        upstream: The WebSocket to it.
+        ticket: The replica's ticket for it.
+        call: The Ray call that reserves the slot while it is open.
+        context: Names the replica, and is notified when it shuts down.
+        upstream: The WebSocket to the replica.
     """
 
-    place: SessionTicket
-    answers: Answers
+    ticket: SessionTicket
+    call: ReservationCall
     context: RoutingContext
     upstream: ClientConnection
 
 
-async def place_session(websocket: WebSocket, ask: Callable[[RoutingContext], Answers]) -> PlacedSession:
-    """Asks one replica after the other, and connects to the first that has a place.
+async def place_session(websocket: WebSocket, reserve: Callable[[RoutingContext], ReservationCall]) -> PlacedSession:
+    """Tries one replica after the other, and connects to the first with a free slot.
 
     Args:
         websocket: The client's.
-        ask: See `LiveProxy.serve`.
+        reserve: See `LiveProxy.serve`.
 
     Raises:
-        LiveError: None has a place, or none answers.
+        LiveError: None has a free slot, or none responds.
     """
     avoid: frozenset[str] = frozenset()
     reason = "no replica answered in time"
     try:
-        async with asyncio.timeout(PLACE_TIMEOUT_S):
+        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
             while True:
-                context = RoutingContext(avoid=avoid, departure=ReplicaShutdown())
-                placed = await try_replica(ask(context), context, websocket.scope["subprotocols"])
+                context = RoutingContext(avoid=avoid, replica_shutdown=ReplicaShutdown())
+                placed = await try_replica(reserve(context), context, websocket.scope["subprotocols"])
                 if isinstance(placed, PlacedSession):
                     return placed
                 reason = placed.reason
                 if context.replica in avoid or not context.replica:
-                    # The router sends it to a replica that was asked before only where there is no other.
+                    # The router chooses a replica to avoid only if there is no other.
                     raise no_free_slot(reason)
                 avoid |= {context.replica}
     except (TimeoutError, BackPressureError) as error:
@@ -76,59 +76,61 @@ async def place_session(websocket: WebSocket, ask: Callable[[RoutingContext], An
         raise LiveError("engine_error", "No replica is available. Try again in a moment.") from error
 
 
-async def try_replica(answers: Answers, context: RoutingContext, offered: list[str]) -> PlacedSession | LiveRefusal:
-    """Asks one replica; the call stays open if there is a place, and is closed otherwise.
+async def try_replica(
+    call: ReservationCall, context: RoutingContext, offered: list[str]
+) -> PlacedSession | SessionRejection:
+    """Tries one replica; the call stays open if it has a free slot, and is closed otherwise.
 
     Args:
-        answers: The call.
-        context: Went with it.
+        call: The Ray call that reserves a slot.
+        context: An argument of that call.
         offered: The client's subprotocols.
 
     Raises:
-        RayError: The router placed no replica.
+        RayError: The router found no replica.
     """
-    async with contextlib.AsyncExitStack() as held:
-        await held.enter_async_context(contextlib.aclosing(answers))
+    async with contextlib.AsyncExitStack() as resources:
+        await resources.enter_async_context(contextlib.aclosing(call))
         try:
-            answer = await anext(answers)
+            reply = await anext(call)
         except RayActorError:
             if not context.replica:
                 raise
-            return LiveRefusal("a replica has died")
-        if isinstance(answer, LiveRefusal):
-            return answer
+            return SessionRejection("a replica has died")
+        if isinstance(reply, SessionRejection):
+            return reply
         try:
-            upstream = await open_upstream(answer, offered)
+            upstream = await open_upstream(reply, offered)
         except (OSError, WebSocketException):
-            LOGGER.warning("Live session: %s was not reached.", answer.url, exc_info=True)
-            return LiveRefusal("a replica was not reached")
-        held.pop_all()
-        return PlacedSession(answer, answers, context, upstream)
+            LOGGER.warning("Live session: %s was not reached.", reply.url, exc_info=True)
+            return SessionRejection("a replica was not reached")
+        resources.pop_all()
+        return PlacedSession(reply, call, context, upstream)
 
 
-async def open_upstream(place: SessionTicket, offered: list[str]) -> ClientConnection:
+async def open_upstream(ticket: SessionTicket, offered: list[str]) -> ClientConnection:
     """Connects to a replica.
 
     Raises:
-        OSError: It is not there, or does not answer in time.
-        WebSocketException: It refuses.
+        OSError: It is gone, or does not respond in time.
+        WebSocketException: It rejects the handshake.
     """
     return await connect(
-        place.url,
+        ticket.url,
         subprotocols=[Subprotocol(SUBPROTOCOL)] if SUBPROTOCOL in offered else None,
-        additional_headers={TOKEN_HEADER: place.token},
+        additional_headers={TOKEN_HEADER: ticket.token},
         compression=None,
         max_size=MAX_MESSAGE_BYTES,
         max_queue=1,
         open_timeout=OPEN_TIMEOUT_S,
         close_timeout=CLOSE_TIMEOUT_S,
-        # The environment's proxies are for the world outside.
+        # The environment's proxies are for external addresses.
         proxy=None,
     )
 
 
 def no_free_slot(reason: str) -> LiveError:
-    """Returns the protocol's answer to a client that finds no place anywhere."""
+    """Returns the protocol's error for a session that no replica has a slot for."""
     return LiveError(
         "too_many_sessions",
         f"No replica has a place for one more live session ({reason}; live.max_sessions). Try again later.",

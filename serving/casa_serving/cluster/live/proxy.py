@@ -1,11 +1,11 @@
-"""Live sessions at the ingress: hands messages on between a client and the replica that has a place for it.
+"""Live sessions at the ingress: relays messages between a client and its replica.
 
-    client == WebSocket ==> Serve's proxy => ingress (this) == WebSocket ==> replica (live_server)
+    client == WebSocket ==> Serve's proxy => ingress (this) == WebSocket ==> replica (replica_server.py)
 
-Messages pass unchanged, but for the names of settings in errors. What a replica sends is awaited on the client's side
-before the next message is taken; what a client sends may be a little ahead of its replica (`BoundedMessageBuffer`).
-What ends on one side ends on the other, with its code and reason. The client gets the protocol's own error event when
-no slot is free, when its replica shuts down, and when its replica fails.
+Messages are relayed unchanged, except for the names of settings in errors. A replica's message is sent to the client
+before the next one is received; a client's messages are buffered within limits (`BoundedMessageBuffer`). When one side
+ends, the other is closed with its code and reason. The client gets the protocol's own error event when no slot is free,
+when its replica shuts down, and when its replica fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from casa_serving.cluster.live.placement import Answers, PlacedSession, place_session
+from casa_serving.cluster.live.placement import PlacedSession, ReservationCall, place_session
 from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, ReplicaShutdown, SessionTicket
 from casa_serving.cluster.routing_context import RoutingContext
 from casa_serving.cluster.setting_names import name_keys
@@ -34,13 +34,13 @@ from casa_serving.options.live_options import MAX_MESSAGE_BYTES
 LOGGER = logging.getLogger("ray.serve")
 DRAIN_TIMEOUT_S = 10.0
 POLL_S = 0.05
-# For the last messages, once one side has ended.
-GOODBYE_TIMEOUT_S = 5.0
-# What a client may be ahead of its replica by.
+# For the final messages, once one side has ended.
+CLOSE_TIMEOUT_S = 5.0
+# Limits of the buffer of a client's messages.
 MAX_WAITING_BYTES = 4 * MAX_MESSAGE_BYTES
 MAX_WAITING_MESSAGES = 4096
-NO_CODE, BROKEN, NORMAL, GOING_AWAY = 1005, 1006, 1000, 1001
-REPLICA_BROKE = "The replica of this session has died; connect again and resume with `history`."
+NO_CODE, ABNORMAL, NORMAL, GOING_AWAY = 1005, 1006, 1000, 1001
+REPLICA_LOST = "The replica of this session has died; connect again and resume with `history`."
 
 
 class LiveProxy:
@@ -48,45 +48,45 @@ class LiveProxy:
 
     def __init__(self) -> None:
         self._drains: dict[str, asyncio.Task[None]] = {}
-        self._departures: set[ReplicaShutdown] = set()
+        self._replica_shutdowns: set[ReplicaShutdown] = set()
         self._is_ending = False
 
     async def end(self) -> None:
-        """Has the replicas say good-bye to all sessions, and waits until they have gone; no more are taken."""
+        """Makes the replicas close all sessions and waits for it; new sessions are rejected."""
         self._is_ending = True
-        for departure in self._departures:
-            departure.notify()
+        for replica_shutdown in self._replica_shutdowns:
+            replica_shutdown.notify()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                while self._departures:
+                while self._replica_shutdowns:
                     await asyncio.sleep(POLL_S)
 
-    async def serve(self, websocket: WebSocket, ask: Callable[[RoutingContext], Answers]) -> None:
-        """Serves a client from the handshake to the end.
+    async def serve(self, websocket: WebSocket, reserve: Callable[[RoutingContext], ReservationCall]) -> None:
+        """Serves a client from the handshake to the close frame.
 
         Args:
             websocket: Not accepted yet.
-            ask: Asks a replica for a slot: `LiveServer.reserve_session`, wherever the router sends it. Closing it
-                early ends the session on the replica.
+            reserve: Calls `LiveServer.reserve_session` of a replica that the router chooses. Closing the call early
+                ends the session on the replica.
         """
         try:
             if self._is_ending:
                 raise LiveError("engine_error", "The server is shutting down; connect again and resume with `history`.")
-            placed = await place_session(websocket, ask)
+            placed = await place_session(websocket, reserve)
         except LiveError as error:
-            await refuse(websocket, error)
+            await reject(websocket, error)
             return
-        self._departures.add(placed.context.departure)
+        self._replica_shutdowns.add(placed.context.replica_shutdown)
         try:
             await self._relay(websocket, placed)
         finally:
-            self._departures.discard(placed.context.departure)
+            self._replica_shutdowns.discard(placed.context.replica_shutdown)
             await placed.upstream.close(GOING_AWAY)
-            await drain_call(placed.answers)
+            await drain_call(placed.call)
 
     async def _relay(self, websocket: WebSocket, placed: PlacedSession) -> None:
         upstream = placed.upstream
-        leaving = asyncio.create_task(self._end_with_replica(placed))
+        closing = asyncio.create_task(self._close_with_replica(placed))
         try:
             await websocket.accept(upstream.subprotocol, placed.context.response_header_pairs())
             buffer = BoundedMessageBuffer()
@@ -104,59 +104,59 @@ class LiveProxy:
         except WebSocketDisconnect as left:
             await upstream.close(left.code if may_be_sent(left.code) else GOING_AWAY, (left.reason or "")[:100])
         finally:
-            leaving.cancel()
+            closing.cancel()
 
-    async def _end_with_replica(self, placed: PlacedSession) -> None:
-        """Has the replica say good-bye when it is about to leave; breaks with it where it says nothing."""
-        await placed.context.departure.wait()
+    async def _close_with_replica(self, placed: PlacedSession) -> None:
+        """Makes the replica close the session when it shuts down; aborts the connection if it does not."""
+        await placed.context.replica_shutdown.wait()
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                await self._drain(placed.place)
+                await self._drain(placed.ticket)
                 await placed.upstream.wait_closed()
         except (TimeoutError, OSError, aiohttp.ClientError):
-            LOGGER.warning("Live session: its replica left without a word.")
+            LOGGER.warning("Live session: its replica shut down without closing it.")
             placed.upstream.transport.abort()
 
-    async def _drain(self, place: SessionTicket) -> None:
-        """Asks a replica to send its sessions away, once for all of them that are here."""
-        task = self._drains.get(place.drain_url)
+    async def _drain(self, ticket: SessionTicket) -> None:
+        """Makes a replica close its sessions; one request for all sessions of this ingress."""
+        task = self._drains.get(ticket.drain_url)
         if task is None:
-            task = self._drains[place.drain_url] = asyncio.create_task(post_drain(place))
-            task.add_done_callback(lambda _: self._drains.pop(place.drain_url))
+            task = self._drains[ticket.drain_url] = asyncio.create_task(post_drain(ticket))
+            task.add_done_callback(lambda _: self._drains.pop(ticket.drain_url))
         await asyncio.shield(task)
 
 
-async def post_drain(place: SessionTicket) -> None:
-    """Asks a replica to send its sessions away; returns when it has.
+async def post_drain(ticket: SessionTicket) -> None:
+    """Requests a replica to close its sessions; returns when it has.
 
     Raises:
-        aiohttp.ClientError: It is not there any more, or refuses.
-        TimeoutError: It does not answer.
+        aiohttp.ClientError: It is gone, or rejects the request.
+        TimeoutError: It does not respond.
     """
     timeout = aiohttp.ClientTimeout(DRAIN_TIMEOUT_S)
-    headers = {TOKEN_HEADER: place.drain_token}
+    headers = {TOKEN_HEADER: ticket.drain_token}
     async with aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session:
-        async with session.post(place.drain_url, headers=headers):
+        async with session.post(ticket.drain_url, headers=headers):
             pass
 
 
-async def drain_call(answers: Answers) -> None:
-    """Waits until a replica has seen the end of a session; ends the call all the same if it does not."""
+async def drain_call(call: ReservationCall) -> None:
+    """Waits until the replica ends the call after the end of the session; cancels the call after a timeout."""
     try:
-        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-            async for _ in answers:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            async for _ in call:
                 pass
     except (TimeoutError, RayError, RayServeException):
-        LOGGER.debug("Live session: the call that held its place did not end by itself.", exc_info=True)
+        LOGGER.debug("Live session: the call that reserved its slot did not end by itself.", exc_info=True)
     finally:
-        await answers.aclose()
+        await call.aclose()
 
 
 class BoundedMessageBuffer:
-    """What a client has sent and its replica has not taken yet.
+    """Buffer of the messages that a client has sent and its replica has not received yet.
 
-    Serve's proxy takes in whatever a client sends, as fast as it comes, and hands all of it on: there is no way to
-    hold a client up. So what it is ahead by is bounded here, and a client that goes beyond is sent away.
+    Serve's proxy receives and forwards whatever a client sends, as fast as it comes, without backpressure. So the
+    buffer is limited here, and a client that exceeds the limit is disconnected.
     """
 
     def __init__(self) -> None:
@@ -165,10 +165,10 @@ class BoundedMessageBuffer:
         self._has_some = asyncio.Event()
 
     def put(self, message: str | bytes) -> None:
-        """Takes in a message.
+        """Adds a message.
 
         Raises:
-            LiveError: Too much waits already.
+            LiveError: The buffer is over its limit.
         """
         self._messages.append(message)
         self._num_bytes += len(message)
@@ -192,11 +192,11 @@ class BoundedMessageBuffer:
 
 
 async def buffer_client_messages(websocket: WebSocket, buffer: BoundedMessageBuffer) -> None:
-    """Takes in what the client sends.
+    """Receives the client's messages into the buffer.
 
     Raises:
-        WebSocketDisconnect: The client has left.
-        LiveError: It sends more than its replica takes.
+        WebSocketDisconnect: The client disconnected.
+        LiveError: The buffer is over its limit.
     """
     while True:
         message = await websocket.receive()
@@ -207,16 +207,16 @@ async def buffer_client_messages(websocket: WebSocket, buffer: BoundedMessageBuf
 
 
 async def relay_to_replica(buffer: BoundedMessageBuffer, upstream: ClientConnection) -> None:
-    """Hands on what the client has sent."""
+    """Relays the client's messages."""
     while True:
         message = await buffer.get()
-        # Where nobody takes it any more, the replica's last words are still on their way to the client.
+        # After the replica has closed, its final messages may still be on their way to the client.
         with contextlib.suppress(ConnectionClosed):
             await upstream.send(message)
 
 
 async def relay_to_client(upstream: ClientConnection, websocket: WebSocket) -> None:
-    """Hands on what the replica sends, until it has closed the connection."""
+    """Relays the replica's messages until it has closed the connection."""
     with contextlib.suppress(ConnectionClosed):
         while True:
             message = await upstream.recv()
@@ -228,28 +228,28 @@ async def relay_to_client(upstream: ClientConnection, websocket: WebSocket) -> N
 
 
 async def close_after_grace(upstream: ClientConnection) -> None:
-    """Ends a while after the replica has gone, for the sake of clients that do not take its last words."""
+    """Returns some time after the replica has closed, in case the client does not read the final messages."""
     await upstream.wait_closed()
-    await asyncio.sleep(GOODBYE_TIMEOUT_S)
+    await asyncio.sleep(CLOSE_TIMEOUT_S)
 
 
 async def mirror_close(websocket: WebSocket, upstream: ClientConnection) -> None:
-    """Ends the client's side as the replica has ended its own; says what happened where that broke.
+    """Closes the client's side with the replica's code and reason, or with an error if the replica was lost.
 
     Raises:
-        WebSocketDisconnect: The client left first.
+        WebSocketDisconnect: The client disconnected first.
     """
     code = upstream.close_code
-    if code is None or code == BROKEN:
-        await send_error_and_close(websocket, LiveError("engine_error", REPLICA_BROKE), ENGINE_ERROR, "replica lost")
+    if code is None or code == ABNORMAL:
+        await send_error_and_close(websocket, LiveError("engine_error", REPLICA_LOST), ENGINE_ERROR, "replica lost")
         return
     with contextlib.suppress(RuntimeError, TimeoutError):
-        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await websocket.close(code if may_be_sent(code) else NORMAL, upstream.close_reason)
 
 
-async def refuse(websocket: WebSocket, error: LiveError) -> None:
-    """Accepts a client only to tell it why there is no session."""
+async def reject(websocket: WebSocket, error: LiveError) -> None:
+    """Accepts the handshake, sends the error and closes."""
     subprotocol = SUBPROTOCOL if SUBPROTOCOL in websocket.scope["subprotocols"] else None
     full = error.code == "too_many_sessions"
     with contextlib.suppress(WebSocketDisconnect):
@@ -260,18 +260,18 @@ async def refuse(websocket: WebSocket, error: LiveError) -> None:
 
 
 async def send_error_and_close(websocket: WebSocket, error: LiveError, code: int, reason: str) -> None:
-    """Sends a last error and closes; a client that does not take it is left to the server in front.
+    """Sends a fatal error event and closes; a client that does not read it is left to Serve's proxy.
 
     Raises:
-        WebSocketDisconnect: The client left first.
+        WebSocketDisconnect: The client disconnected first.
     """
-    fault = ErrorEvent(code=error.code, message=str(error), fatal=True)
-    with contextlib.suppress(RuntimeError, TimeoutError):  # The former where the client has left: Starlette's word.
-        async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-            await websocket.send_text(fault.model_dump_json())
+    event = ErrorEvent(code=error.code, message=str(error), fatal=True)
+    with contextlib.suppress(RuntimeError, TimeoutError):  # Starlette raises the former after a disconnect.
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await websocket.send_text(event.model_dump_json())
             await websocket.close(code, reason)
 
 
 def may_be_sent(code: int) -> bool:
-    """Returns whether a close code may stand in a close frame: some only say what became of a connection."""
+    """Returns whether a close code is allowed in a close frame: some are for local use only."""
     return 1000 <= code < 1004 or 1007 <= code < 1015 or 3000 <= code < 5000

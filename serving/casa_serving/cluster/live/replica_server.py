@@ -4,8 +4,8 @@
             -- WebSocket, token  -->  /v1/live            casa-serve's own connection code
             -- POST, drain token -->  /drain              every session gets `session.closed`, then ends
 
-A client's frames cannot come through Ray's handle calls: those give no order among calls, and each would take one of
-the replica's places for requests. The one call that does stay open is what Ray counts, for load and for draining.
+A client's frames cannot come through Ray's handle calls: those are not ordered, and each would count as one of the
+replica's requests. The one call that stays open is what Ray counts, for load and for draining.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, LiveRefusal, SessionTicket
+from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, SessionRejection, SessionTicket
 from casa_serving.drain.connections import abort_connection
 from casa_serving.live.connection import Connection, LiveService
 from casa_serving.live.metrics import LiveMetrics
@@ -43,22 +43,22 @@ WINDOW_S = 10.0
 
 
 class EmbeddedUvicornServer(uvicorn.Server):
-    """uvicorn inside somebody else's process, whose signals are not its own."""
+    """uvicorn inside Ray's process, whose signal handlers it must not replace."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leaves signals alone."""
+        """Installs no signal handlers."""
         yield
 
 
 @dataclass
 class SessionReservation:
-    """A place that is taken.
+    """A reserved slot.
 
     Attributes:
-        begun: The WebSocket has come.
-        ended: It has gone, and everything of its session with it.
-        websocket: While it is there.
+        begun: Set when the WebSocket has connected.
+        ended: Set when it has closed and its session is freed.
+        websocket: The open WebSocket, or None.
     """
 
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,12 +70,12 @@ class LiveServer:
     """The live sessions of one replica; `start` makes it listen.
 
     Args:
-        service: What its sessions share.
+        service: Shared by its sessions.
     """
 
     def __init__(self, service: LiveService) -> None:
         self._service = service
-        self._held: dict[str, SessionReservation] = {}
+        self._reservations: dict[str, SessionReservation] = {}
         self._drain_token = secrets.token_urlsafe(32)
         self.frames = FrameWindow(service.metrics)
         routes = [WebSocketRoute(PATH, self._live), Route(DRAIN_PATH, self._drain, methods=["POST"])]
@@ -90,19 +90,19 @@ class LiveServer:
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=1,
         )
-        # `abort_connection` looks for connections there.
+        # `abort_connection` finds connections there.
         self._server = app.state.server = EmbeddedUvicornServer(config)
 
     @property
     def num_sessions(self) -> int:
-        """Places that are taken, which is also how many calls of `reserve_session` are under way."""
-        return len(self._held)
+        """Number of reserved slots, and of open calls of `reserve_session`."""
+        return len(self._reservations)
 
     async def start(self, host: str) -> None:
         """Listens on a free port.
 
         Args:
-            host: This node's address as the others reach it.
+            host: This node's address in the cluster.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -117,27 +117,27 @@ class LiveServer:
                 raise RuntimeError(f"The server of live sessions on {self._address} ended at its start.")
 
     async def stop(self) -> None:
-        """Tells the sessions and stops listening."""
+        """Closes all sessions and stops listening."""
         await self._service.slots.close(DRAIN_TIMEOUT_S)
         self._server.should_exit = True
         await self._task
 
-    async def reserve_session(self) -> AsyncGenerator[SessionTicket | LiveRefusal, None]:
-        """Reserves a slot for one session until it ends, or does not come.
+    async def reserve_session(self) -> AsyncGenerator[SessionTicket | SessionRejection, None]:
+        """Reserves a slot until its session ends, or does not connect in time.
 
         Yields:
-            One item: the ticket, or why there is none. After a ticket nothing comes until the session has ended; a
-            caller that goes away before ends the session.
+            One item: the ticket, or the reason for the rejection. After a ticket the generator ends with the session;
+            closing it before ends the session.
         """
         if self._service.slots.closing.is_set():
-            yield LiveRefusal("this replica is leaving")
+            yield SessionRejection("this replica is leaving")
             return
         most = self._service.options.live_max_sessions
-        if len(self._held) >= most:
-            yield LiveRefusal(f"all {most} places of this replica are taken")
+        if len(self._reservations) >= most:
+            yield SessionRejection(f"all {most} places of this replica are taken")
             return
         token = secrets.token_urlsafe(32)
-        held = self._held[token] = SessionReservation()
+        reservation = self._reservations[token] = SessionReservation()
         try:
             yield SessionTicket(
                 url=f"ws://{self._address}{PATH}",
@@ -146,40 +146,40 @@ class LiveServer:
                 drain_token=self._drain_token,
             )
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await held.begun.wait()
-            await held.ended.wait()
+                await reservation.begun.wait()
+            await reservation.ended.wait()
         except TimeoutError:
             LOGGER.warning("Live session: its WebSocket did not come within %s s.", CONNECT_TIMEOUT_S)
         finally:
-            if not held.begun.is_set():
-                del self._held[token]
-            elif held.websocket is not None:
-                abort_connection(held.websocket.scope)
+            if not reservation.begun.is_set():
+                del self._reservations[token]
+            elif reservation.websocket is not None:
+                abort_connection(reservation.websocket.scope)
 
     async def _live(self, websocket: WebSocket) -> None:
-        """The WebSocket of a place that is held."""
+        """Handles the WebSocket of a reserved slot."""
         token = websocket.headers.get(TOKEN_HEADER, "")
-        held = self._held.get(token)
-        if held is None or held.begun.is_set():
+        reservation = self._reservations.get(token)
+        if reservation is None or reservation.begun.is_set():
             await websocket.close(POLICY)
             return
-        held.websocket = websocket
-        held.begun.set()
+        reservation.websocket = websocket
+        reservation.begun.set()
         try:
             await Connection(websocket, self._service).run()
         finally:
-            held.websocket = None
-            del self._held[token]
-            held.ended.set()
+            reservation.websocket = None
+            del self._reservations[token]
+            reservation.ended.set()
 
     async def _drain(self, request: Request) -> Response:
-        """Sends all sessions away; answers when they have gone.
+        """Closes all sessions; responds when they have ended.
 
-        Afterwards sessions are taken again. Nobody brings any to a replica that really leaves, and a replica that the
-        controller has merely lost sight of, as when it was restarted itself, must not refuse them for ever.
+        Afterwards sessions are accepted again: the router sends none to a replica that really shuts down, and one that
+        the controller has only lost track of, such as after its own restart, must not reject them forever.
         """
-        given = request.headers.get(TOKEN_HEADER, "")
-        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._drain_token.encode()):
+        token_sent = request.headers.get(TOKEN_HEADER, "")
+        if not hmac.compare_digest(token_sent.encode("utf-8", "surrogateescape"), self._drain_token.encode()):
             return Response(status_code=403)
         slots = self._service.slots
         await slots.close(DRAIN_TIMEOUT_S)
@@ -188,9 +188,9 @@ class LiveServer:
 
 
 class FrameWindow:
-    """Frames of the last seconds over all sessions of a process, and how many of them were late.
+    """Counts frames and late frames of the last seconds, over all sessions of a process.
 
-    A frame that was dropped counts as late: it was, because the model was not done with the one before.
+    A dropped frame counts as late: the model was still busy with the one before.
 
     Args:
         metrics: The process's counters.
@@ -218,6 +218,6 @@ class FrameWindow:
 
 
 def totals(counter: Counter) -> dict[str, float]:
-    """Returns a counter's values by its label `result`; "" where it has none."""
+    """Returns a counter's values by its label `result`; "" if it has no such label."""
     samples = [sample for metric in counter.collect() for sample in metric.samples if sample.name.endswith("_total")]
     return {sample.labels.get("result", ""): sample.value for sample in samples}

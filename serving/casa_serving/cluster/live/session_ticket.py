@@ -1,4 +1,4 @@
-"""What a replica and an ingress say to each other about a live session before its first message."""
+"""What a replica and an ingress exchange about a live session before its first message."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ TOKEN_HEADER = "x-casa-token"
 
 @dataclass(frozen=True)
 class SessionTicket:
-    """A place that a replica holds for one session.
+    """A slot that a replica has reserved for one session.
 
     Attributes:
         url: The replica's WebSocket.
-        token: Opens it, once.
-        drain_url: Where the replica is asked to send all its sessions away.
-        drain_token: Goes with that.
+        token: Authorizes one connection to it.
+        drain_url: A POST there closes all sessions of the replica.
+        drain_token: Authorizes that request.
     """
 
     url: str
@@ -27,28 +27,28 @@ class SessionTicket:
 
 
 @dataclass(frozen=True)
-class LiveRefusal:
-    """A replica has no place.
+class SessionRejection:
+    """A replica has no free slot.
 
     Attributes:
-        reason: Why, for the client.
+        reason: Why, part of the client's error message.
     """
 
     reason: str
 
 
 class ReplicaShutdown:
-    """The news that a session's replica leaves; made in the loop that waits for it, told from any thread."""
+    """Event: a session's replica shuts down. Created in the event loop that waits for it, set from any thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._notified = asyncio.Event()
 
     def notify(self) -> None:
-        """Tells it; nobody listens any more where the loop has ended."""
+        """Sets the event; does nothing if the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._notified.set)
 
     async def wait(self) -> None:
-        """Waits until it is told."""
+        """Waits until the event is set."""
         await self._notified.wait()
