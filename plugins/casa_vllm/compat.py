@@ -54,6 +54,15 @@ def keeps_items(processor: Any, inputs: Any) -> bool:
     return (inputs.cache if VERSION >= Version("0.32.0") else processor.cache) is not None
 
 
+def cache_item(item: Any) -> Any:
+    """What the cache of processed images keeps of one; 0.32 has its class in a module of a package."""
+    from vllm.multimodal import cache
+
+    if VERSION >= Version("0.32.0"):
+        from vllm.multimodal.cache import base as cache
+    return cache.MultiModalProcessorCacheItem(item, ())
+
+
 def processing_result(inputs: Any, kwargs: Any, hashes: dict[str, list[str]], updates: dict[str, Any]) -> Any:
     """What `BaseMultiModalProcessor._cached_apply_hf_processor` returns. 0.32 adds the prompt."""
     from vllm.multimodal.processing import processor

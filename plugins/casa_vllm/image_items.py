@@ -16,7 +16,7 @@ import threading
 from typing import Any
 
 from PIL import Image
-from vllm.multimodal.cache import MultiModalProcessorCacheItem, MultiModalProcessorOnlyCache
+from vllm.multimodal.cache import MultiModalProcessorOnlyCache
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataParser
@@ -24,6 +24,7 @@ from vllm.utils.cache import LRUCache
 
 from casa_engine.errors import InputError
 from casa_engine.image_preparation import EncodedImage, as_image
+from casa_vllm import compat
 
 # Names are digests: about 250 bytes each, with what they point to.
 MAX_NAMES = 65_536
@@ -86,7 +87,7 @@ class ImageItemCache(MultiModalProcessorOnlyCache):
     def put(self, key: str, item: MultiModalKwargsItem) -> None:
         """Keeps a processed image, if the cache is at all large enough for it."""
         with self._lock:
-            self.cache_if_fits(self._cache, key, MultiModalProcessorCacheItem(item, ()))
+            self.cache_if_fits(self._cache, key, compat.cache_item(item))
 
     def name(self, name: str, key: str) -> None:
         """Lets a client's name point to a content key, and no longer to another."""
