@@ -20,12 +20,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from tqdm import tqdm
 
 from casa_engine.checkpoints import write_random_checkpoint
 from casa_engine.configuration import CasaConfig
@@ -254,6 +257,8 @@ def main() -> int:
     parser.add_argument("--trace-once", action="store_true", help="kill while files are written, not while tracing")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # tqdm's own lock is one for all forks: an export that is killed while it writes a progress bar keeps it for ever.
+    tqdm.set_lock(threading.RLock())
     table = Table()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -9,7 +9,7 @@ with every chunk. Nothing is kept where the logits are made, so that a request t
 goes on exactly as it would have.
 
     chunk read     state.read(chunk ids)
-    each token     state.charged() -> caption_logits(...) -> token -> state.read([token]) when it is fed again
+    each token     state.decay_counts() -> caption_logits(...) -> token -> state.read([token]) when it is fed again
 
 The token that ends a frame is never fed in it: it is read with the next chunk, whose first token it is.
 """
@@ -84,7 +84,7 @@ class CaptionState:
         """The state after more text."""
         return CaptionState(self.counts, (*self.recent, *token_ids)[-rules.ngram_window :])
 
-    def charged(self, rules: CaptionRules) -> "CaptionState":
+    def decay_counts(self, rules: CaptionRules) -> "CaptionState":
         """The state for the next choice: counts fade, and the last token read counts once more."""
         if rules.repetition_penalty == 1 or not self.recent:
             return self
@@ -98,7 +98,7 @@ class CaptionState:
         """The state after a generation, whose last token is read with the next chunk."""
         state = self
         for index, _ in enumerate(generated):
-            state = state.charged(rules)
+            state = state.decay_counts(rules)
             if index < len(generated) - 1:
                 state = state.read(generated[index : index + 1], rules)
         return state
@@ -109,7 +109,7 @@ def caption_logits(logits: Tensor, state: CaptionState, rules: CaptionRules) -> 
 
     Args:
         logits: float32 (V,).
-        state: Already charged for this choice.
+        state: Its counts already decayed for this choice.
         rules: What to apply.
 
     Returns:

@@ -63,7 +63,7 @@ class EagerStream:
         generated: list[int] = []
         state, rules = chunk.state, self.transcript.rules
         while True:
-            state = state.charged(rules)
+            state = state.decay_counts(rules)
             generated.append(self._choose(logits if rules.is_neutral else caption_logits(logits, state, rules)))
             if generated[-1] in self.format.stop_ids or len(generated) == chunk.max_tokens:
                 return self.transcript.record(chunk, generated, timestamp)

@@ -72,7 +72,7 @@ class Chunk:
         insertion_points: For each image the index in `token_ids` of the first token after it: the latest frame, if
             the reader starts anew, and the new frame, unless this is a question.
         max_tokens: Most tokens to generate after it.
-        state: For the choice of the first token (not yet charged).
+        state: For the choice of the first token (counts not yet decayed).
         question: What is asked, if anything.
     """
 

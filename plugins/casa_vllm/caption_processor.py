@@ -32,7 +32,7 @@ class CaptionRow:
     """
 
     def __init__(self, state: CaptionState, rules: CaptionRules, output_ids: Sequence[int]) -> None:
-        self._state, self._rules, self._output_ids = state.charged(rules), rules, output_ids
+        self._state, self._rules, self._output_ids = state.decay_counts(rules), rules, output_ids
         self._num_read = 0
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ class CaptionRow:
         for token in self._output_ids[self._num_read :]:
             # vLLM writes a placeholder while a step is under way, and the token before anyone samples.
             assert token >= 0, "a token was not filled in before sampling"
-            self._state = self._state.read([token], self._rules).charged(self._rules)
+            self._state = self._state.read([token], self._rules).decay_counts(self._rules)
             self._num_read += 1
         return caption_logits(logits, self._state, self._rules)
 

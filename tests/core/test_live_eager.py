@@ -50,7 +50,7 @@ def test_one_pass_says_the_same(model, spelling, settings):
 
     state, read, rules = CaptionState(), 0, stream.transcript.rules
     for index in choices:
-        state = state.read(ids[read:index], rules).charged(rules)
+        state = state.read(ids[read:index], rules).decay_counts(rules)
         read = index
         assert int(caption_logits(logits[index - 1], state, rules).argmax()) == ids[index]
 

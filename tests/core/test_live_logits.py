@@ -60,7 +60,7 @@ def test_a_session_of_many_frames(seed):
             # Few likely tokens, so that n-grams come back.
             logits = torch.randn(NUM_TOKENS, generator=generator)
             logits[10:14] += 4
-            state = state.charged(RULES)
+            state = state.decay_counts(RULES)
             mine, wanted = caption_logits(logits, state, RULES), published(ids, logits)
             torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-6)
             num_banned += int(mine.isinf().sum())
@@ -74,7 +74,7 @@ def test_a_session_of_many_frames(seed):
 def test_off_means_off():
     rules = CaptionRules(STOPS)
     assert rules.is_neutral
-    logits, state = torch.randn(NUM_TOKENS), CaptionState({3: 2.0}, (3, 4, 3, 4)).charged(rules)
+    logits, state = torch.randn(NUM_TOKENS), CaptionState({3: 2.0}, (3, 4, 3, 4)).decay_counts(rules)
     assert state.counts == {3: 2.0}
     assert torch.equal(caption_logits(logits, state, rules), logits)
 
@@ -96,9 +96,9 @@ def test_a_gram_of_one_bans_the_window():
 
 def test_forgotten_counts_leave():
     rules = CaptionRules(STOPS, repetition_penalty=1.1, penalty_decay=0.5)
-    state = CaptionState().read([8], rules).charged(rules).read([9], rules)
+    state = CaptionState().read([8], rules).decay_counts(rules).read([9], rules)
     for _ in range(60):
-        state = state.charged(rules)
+        state = state.decay_counts(rules)
     assert list(state.counts) == [9]
 
 

@@ -116,5 +116,5 @@ def test_without_pyav_the_extra_is_named(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1
-    assert "pip install 'casa-engine[live]'" in run.stderr
+    assert "pip install 'casa-engine[digits]'" in run.stderr
     assert "Traceback" not in run.stderr
