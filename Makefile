@@ -43,7 +43,7 @@ test-all: setup browser
 
 test-vllm:
 	@$(PYTHON) scripts/setup.py --device $(DEVICE) --vllm $(VLLM) --venv .venv-vllm-$(VLLM)
-	@.venv-vllm-$(VLLM)/bin/pytest -m "not slow" tests/core tests/vllm $(PYTEST_ARGS)
+	@.venv-vllm-$(VLLM)/bin/pytest -m "not slow" tests/test_private_names.py tests/core tests/vllm $(PYTEST_ARGS)
 
 test-newest: browser
 	@$(PYTHON) scripts/setup.py --device $(DEVICE) --newest --venv .venv-newest

@@ -143,6 +143,16 @@ def test_no_circle_of_imports():
     assert circles(USED) == []
 
 
+def test_versions_of_vllm_are_compared_in_one_file():
+    rooms = {name: path for name, path in KNOWN.items() if name.startswith(("casa_vllm.", "casa_serving."))}
+    comparing = {
+        name
+        for name, path in rooms.items()
+        if "packaging.version.Version" in imported_names(path) or "vllm.__version__" in path.read_text()
+    }
+    assert comparing == {"casa_vllm.compat"}
+
+
 def test_the_checks_see_what_they_should(tmp_path):
     source = tmp_path / "module.py"
     source.write_text(

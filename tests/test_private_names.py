@@ -133,7 +133,7 @@ def test_a_name_is_what_it_was(name):
     written = "".join(
         inspect.getsource(kind) for kind in holder.__mro__ if kind.__module__ not in ("builtins", "typing")
     )
-    assert f"self.{last}" in written
+    assert re.search(rf"self\.{last}\b", written)
 
 
 def test_another_name_would_be_found(tmp_path):

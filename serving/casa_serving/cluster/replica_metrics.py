@@ -16,7 +16,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.samples import Sample
 from ray.util.metrics import Gauge
 
-PREFIX = "casa:"
+from casa_vllm.api import LAST_STEP, PREFIX
+
 REPLICA_TAG = "replica"
 
 
@@ -32,7 +33,7 @@ def casa_samples(registry: CollectorRegistry = REGISTRY) -> dict[str, list[Sampl
 
 def last_step_s(registry: CollectorRegistry = REGISTRY) -> float:
     """Returns the Unix time of the engine's last step; 0 before the first."""
-    samples = casa_samples(registry).get("casa_last_step_timestamp_seconds", [])
+    samples = casa_samples(registry).get(f"{PREFIX}{LAST_STEP}".replace(":", "_"), [])
     return max((sample.value for sample in samples), default=0.0)
 
 

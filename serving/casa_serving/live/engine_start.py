@@ -44,6 +44,7 @@ async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     defaults = engine_options(config, embedded=embedded, on_cpu=on_cpu)
+    processors = logits_processors(options.pop("logits_processors", None), live=True, on_cpu=on_cpu)
     arguments = {name: value for name, value in defaults.items() if name in known}
-    arguments |= {"model": str(checkpoint), "logits_processors": logits_processors(None, live=True, on_cpu=on_cpu)}
+    arguments |= {"model": str(checkpoint), "logits_processors": processors}
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | options)))

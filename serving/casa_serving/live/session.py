@@ -118,8 +118,7 @@ class LiveEngine:
 
     def capacity(self, settings: LiveSettings) -> int:
         """Returns how many sessions with these settings fit into the engine's KV cache."""
-        images = self.format.processor.image_processor
-        max_image_tokens = images.size["longest_edge"] // (images.patch_size * images.merge_size) ** 2
+        max_image_tokens = self.format.processor.max_image_tokens
         per_session = self.pages.session_pages(settings.text_budget, max_image_tokens)
         # One page is vLLM's null page.
         num_pages = (self.engine.vllm_config.cache_config.num_gpu_blocks or 1) - 1
