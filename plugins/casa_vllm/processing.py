@@ -134,6 +134,10 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         super().__init__(info, dummy_inputs, **options)
         self._decoders = ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), "casa-image")
 
+    def clear_cache(self) -> None:
+        """Drops every image that is kept, and the names that clients gave."""
+        self._kept.clear_cache()
+
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Hook called by vLLM: one rendered prompt with its images.
 

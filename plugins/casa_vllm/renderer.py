@@ -25,6 +25,12 @@ class CasaRenderer(HfRenderer):
         """As `render_messages`."""
         return await super().render_messages_async(self._checked(messages), params)
 
+    def clear_mm_cache(self) -> None:
+        """Clears vLLM's cache, and the processor's own, which vLLM 0.32 does not know."""
+        super().clear_mm_cache()
+        if self.mm_processor is not None:
+            self.mm_processor.clear_cache()
+
     def _checked(self, messages: list[Any]) -> list[Any]:
         return checked_messages(messages, takes_prompt_embeds=self.model_config.enable_prompt_embeds)
 

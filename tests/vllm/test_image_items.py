@@ -75,11 +75,13 @@ def received(cache, prompt):
 @pytest.mark.parametrize("seed", range(6))
 def test_random_requests(renderer, processor, seed):
     """Requests in any order, refused before or behind rendering, overtaking each other, larger than either cache."""
-    from vllm.multimodal.cache import MultiModalReceiverCache
+    from vllm.multimodal import cache as caches
 
     numbers = random.Random(seed)
-    cache = MultiModalReceiverCache(renderer.model_config)
-    processor.cache.clear_cache()
+    # 0.29.0, and its name from 0.32 on.
+    receiver = getattr(caches, "MultiModalReceiverCache", None) or caches.LruKeyReplicatedReceiverCache
+    cache = receiver(renderer.model_config)
+    renderer.clear_mm_cache()
     pictures = [picture(number, *numbers.choice([(56, 56), (84, 56), (112, 112)])) for number in range(24)]
     expected = [processor.info.get_hf_processor().image_bytes(each)[0] for each in pictures]
     on_the_way = []
@@ -95,7 +97,7 @@ def test_random_requests(renderer, processor, seed):
                     renderer, [pictures[number] for number in chosen] + [None], [None] * len(chosen) + ["nobody's"]
                 )
         elif event == "cleared":
-            processor.cache.clear_cache()
+            renderer.clear_mm_cache()
         elif event == "engine cleared":
             cache.clear_cache()
         else:
@@ -113,7 +115,7 @@ def test_random_requests(renderer, processor, seed):
 
 def test_an_items_memory_is_its_own(renderer, processor):
     """An item that stays in a cache does not keep the other images of its prompt."""
-    processor.cache.clear_cache()
+    renderer.clear_mm_cache()
     prompt = rendered(renderer, [picture(1), picture(2, 112, 112)])
     for item in prompt["mm_kwargs"]["image"]:
         values = item["pixel_values"].data
@@ -130,7 +132,7 @@ def test_the_encoder_gets_what_the_eager_model_gets(processor):
 
 
 def test_names_point_to_what_was_sent_last(renderer, processor):
-    processor.cache.clear_cache()
+    renderer.clear_mm_cache()
     one, two = picture(1), picture(2)
     first = rendered(renderer, [one], ["a"])["mm_hashes"]
     assert rendered(renderer, [None], ["a"])["mm_hashes"] == first == rendered(renderer, [one])["mm_hashes"]
