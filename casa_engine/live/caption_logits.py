@@ -64,16 +64,16 @@ class CaptionRules:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether nothing is changed at all."""
+        """Whether the rules change no logits."""
         return self.repetition_penalty == 1 and self.stop_bias == 1 and self.ngram_size == 0
 
 
 @dataclass(frozen=True)
 class CaptionState:
-    """What the rules remember of a session.
+    """State of the rules in a session.
 
     Attributes:
-        counts: Faded number of occurrences by token id.
+        counts: Decayed number of occurrences by token id.
         recent: The last `ngram_window` ids of the text.
     """
 
@@ -85,7 +85,7 @@ class CaptionState:
         return CaptionState(self.counts, (*self.recent, *token_ids)[-rules.ngram_window :])
 
     def decay_counts(self, rules: CaptionRules) -> "CaptionState":
-        """The state for the next choice: counts fade, and the last token read counts once more."""
+        """The state for the next choice: counts decay, and the last token read is counted."""
         if rules.repetition_penalty == 1 or not self.recent:
             return self
         decay = rules.penalty_decay

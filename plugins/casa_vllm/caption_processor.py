@@ -1,11 +1,11 @@
 """The captioner's rules (`casa_engine.live.caption_logits`) in vLLM's V1 sampler.
 
-A session sends its state with every chunk, as `SamplingParams.extra_args["casa_live"]`, read up to the chunk's last
-token. What the chunk has generated since is folded in here, from the ids that vLLM holds: a row is a function of these
-two alone, so that preemption and resumption change nothing, and the engine keeps nothing when the chunk ends.
+A session sends its state with every chunk, as `SamplingParams.extra_args["casa_live"]`, up to the chunk's last
+token. The tokens generated since are added here, from vLLM's own list of ids: a row is a function of these two alone,
+so that preemption and resumption change nothing, and the engine keeps no state when the chunk ends.
 
-Given by `--logits-processors casa_vllm.caption_processor:CaptionLogitsProcessor` and not by an entry point: any
-installed entry point would keep vLLM from using Model Runner V2, for every model.
+Selected by `--logits-processors casa_vllm.caption_processor:CaptionLogitsProcessor` and not by an entry point: any
+installed entry point would disable Model Runner V2, for every model.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class CaptionRow:
-    """One request's state, folded up to what it has generated.
+    """One request's state, updated with the tokens that it has generated.
 
     Args:
         state: Sent with the chunk.
         rules: The same.
-        output_ids: What the chunk has generated; vLLM appends to this list.
+        output_ids: Ids that the chunk has generated; vLLM appends to this list.
     """
 
     def __init__(self, state: CaptionState, rules: CaptionRules, output_ids: Sequence[int]) -> None:
@@ -36,9 +36,9 @@ class CaptionRow:
         self._num_read = 0
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits float32 (V,) for the next token; asked again for the same one, the answer is the same."""
+        """Returns logits, float32 (V,), for the next token. Idempotent for the same token."""
         for token in self._output_ids[self._num_read :]:
-            # vLLM writes a placeholder while a step is under way, and the token before anyone samples.
+            # vLLM appends a placeholder while a step is running, and replaces it before the next sampling.
             assert token >= 0, "a token was not filled in before sampling"
             self._state = self._state.read([token], self._rules).decay_counts(self._rules)
             self._num_read += 1
@@ -46,20 +46,20 @@ class CaptionRow:
 
 
 def new_row(params: SamplingParams | None, output_ids: Sequence[int]) -> CaptionRow | None:
-    """The row of a request; None where it belongs to no live session, or to one without rules."""
+    """Returns the row of a request; None unless it belongs to a live session with rules."""
     plain = None if params is None else (params.extra_args or {}).get(EXTRA_ARG)
     return None if plain is None else CaptionRow(*from_dict(plain), output_ids)
 
 
 class CaptionLogitsProcessor(LogitsProcessor):
-    """Applies to the rows of live sessions; others pass untouched."""
+    """Applies the rules to the rows of live sessions; leaves others unchanged."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuses what a client might have put in place of a session's state.
+        """Rejects a client's value in place of a session's state.
 
         Raises:
-            InputError: A ValueError, which vLLM answers with a 400.
+            InputError: A ValueError, for which vLLM returns 400.
         """
         plain = (sampling_params.extra_args or {}).get(EXTRA_ARG)
         if plain is not None:
@@ -69,11 +69,11 @@ class CaptionLogitsProcessor(LogitsProcessor):
         self._rows: dict[int, CaptionRow] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """No: also greedy sampling changes."""
+        """Returns False: greedy sampling changes as well."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follows requests into, through and out of the batch."""
+        """Hook called by vLLM: adds, moves and removes rows with the batch."""
         process_dict_updates(self._rows, batch_update, self._new_row)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

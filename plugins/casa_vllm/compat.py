@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 OLDEST, NEWEST = Version("0.29.0"), Version("0.32.0")
 VERSION = Version(Version(vllm.__version__).base_version)
 HAS_DUPLICATE_INPUTS = VERSION >= Version("0.32.0")
-# 0.29.0 forgets all but the last image when it hashes a block that generated tokens or a
-# session's next chunk complete: two texts with different images would share the block.
+# 0.29.0 hashes a block with its last image only, if generated tokens or a session's next
+# chunk complete the block: two texts with different images would share it.
 HASHES_LAST_IMAGE_ONLY = VERSION < Version("0.32.0")
-# 0.29.0 takes what a finished chunk's steps in flight deliver for more of its answer.
-KEEPS_STEPS_IN_FLIGHT = VERSION < Version("0.32.0")
+# 0.29.0 counts the output of steps that are in flight when a chunk finishes as part of its answer.
+COUNTS_STEPS_IN_FLIGHT = VERSION < Version("0.32.0")
 
 
 def check_version() -> None:
-    """Raises RuntimeError for a vLLM that the plugin was never run with."""
+    """Raises RuntimeError for a version of vLLM that the plugin was never tested with."""
     if not OLDEST <= VERSION <= NEWEST:
         raise RuntimeError(
             f"vLLM is {vllm.__version__}; casa_vllm works with {OLDEST} to {NEWEST}. "
@@ -37,7 +37,7 @@ def check_version() -> None:
 
 
 def encoder_schedule(images: list[int], num_new_tokens: int, budget: int) -> tuple:
-    """What `Scheduler._try_schedule_encoder_inputs` returns.
+    """Returns the result of `Scheduler._try_schedule_encoder_inputs`.
 
     0.29: images, tokens, budget, external loads. 0.32 adds duplicates of scheduled images, which
     the image rows resolve by themselves.
@@ -47,9 +47,9 @@ def encoder_schedule(images: list[int], num_new_tokens: int, budget: int) -> tup
 
 
 def keeps_items(processor: Any, inputs: Any) -> bool:
-    """Whether vLLM wants processed images of these inputs kept.
+    """Returns whether vLLM caches processed images of these inputs.
 
-    0.29 gives a cache to the processor, 0.32 passes it with the inputs.
+    0.29 passes a cache to the processor's constructor, 0.32 with the inputs.
     """
     return (inputs.cache if VERSION >= Version("0.32.0") else processor.cache) is not None
 
@@ -64,7 +64,7 @@ def cache_item(item: Any) -> Any:
 
 
 def processing_result(inputs: Any, kwargs: Any, hashes: dict[str, list[str]], updates: dict[str, Any]) -> Any:
-    """What `BaseMultiModalProcessor._cached_apply_hf_processor` returns. 0.32 adds the prompt."""
+    """Returns the result of `BaseMultiModalProcessor._cached_apply_hf_processor`. 0.32 adds the prompt."""
     from vllm.multimodal.processing import processor
 
     if VERSION >= Version("0.32.0"):
@@ -73,23 +73,23 @@ def processing_result(inputs: Any, kwargs: Any, hashes: dict[str, list[str]], up
 
 
 def waiting_requests(scheduler: "Scheduler") -> list["Request"]:
-    """Waiting requests, in the order in which first-come-first-served scheduling tries them."""
+    """Returns waiting requests, in the order in which first-come-first-served scheduling tries them."""
     name = "kv_holding_waiting" if VERSION >= Version("0.32.0") else "skipped_waiting"
     return [*getattr(scheduler, name), *scheduler.waiting]
 
 
-def num_seats(scheduler: "Scheduler") -> int:
-    """Most requests that may run at once, idle sessions included."""
+def max_running_requests(scheduler: "Scheduler") -> int:
+    """Returns `max_num_seqs`: how many requests may run at once, idle sessions included."""
     return scheduler.max_num_active_reqs if VERSION >= Version("0.32.0") else scheduler.max_num_running_reqs
 
 
 def drop_steps_in_flight(request: "Request") -> None:
-    """Takes a session's request back to what was computed when its chunk ended, as 0.32 does itself.
+    """Resets a session's request to the tokens computed when its chunk ended, as 0.32 does itself.
 
     Mutates:
         `request`: the number of computed tokens; outputs still to come are dropped.
     """
-    if not KEEPS_STEPS_IN_FLIGHT:
+    if not COUNTS_STEPS_IN_FLIGHT:
         return
     request.num_computed_tokens -= request.num_output_placeholders
     request.num_output_placeholders = 0
@@ -98,10 +98,10 @@ def drop_steps_in_flight(request: "Request") -> None:
 
 
 def hash_all_images(request: "Request", block_size: int, cache_config: "CacheConfig") -> None:
-    """Gives the request a block hasher that sees every image of a block.
+    """Replaces the request's block hasher with one that hashes every image of a block.
 
     Mutates:
-        `request._block_hasher`, on versions whose own forgets images.
+        `request._block_hasher`, on versions whose own ignores images.
     """
     if not HASHES_LAST_IMAGE_ONLY or request._block_hasher is None:
         return

@@ -1,4 +1,4 @@
-"""What a CASA model changes in vLLM's configuration, and what it refuses."""
+"""CASA's changes to vLLM's configuration, and the options that it rejects."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from casa_vllm.renderer import MODE
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-# What vLLM adds to its attention operators, and ours.
+# vLLM's own splitting operators, and CASA's.
 SPLITTING_OPS = (
     "vllm::unified_kv_cache_update",
     "vllm::unified_mla_kv_cache_update",
@@ -20,14 +20,14 @@ SPLITTING_OPS = (
 
 
 class CasaConfigHook(VerifyAndUpdateConfig):
-    """vLLM calls these for the architecture, before the engine starts."""
+    """Hooks called by vLLM for the architecture, before the engine starts."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Chooses CASA's renderer, and tells vLLM about M-RoPE where the text has it: insertion on Qwen backbones.
+        """Selects CASA's renderer, and M-RoPE if the text uses it: insertion on Qwen backbones.
 
-        CA text has one axis; only image keys have three. vLLM 0.32 takes any config with a field
-        `mrope_section` for an M-RoPE model, so for CA it goes by another name in the engine.
+        CA text has one axis; only image keys have three. vLLM 0.32 treats any config with a field
+        `mrope_section` as an M-RoPE model, so for CA the field has another name in the engine.
         """
         if model_config.tokenizer_mode not in ("auto", "hf", MODE):
             raise ValueError(
@@ -46,16 +46,16 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Scheduler, worker and caches of the CA fusions.
+        """Sets scheduler, worker and caches of the CA fusions.
 
         Raises:
-            ValueError: An option that CASA models cannot work with.
+            ValueError: An option is not supported with CASA models.
         """
         from casa_vllm.compat import check_version
 
         check_version()
         config: CasaConfig = vllm_config.model_config.hf_config
-        _refuse_other_doors(vllm_config)
+        _reject_image_options(vllm_config)
         grammars = vllm_config.structured_outputs_config
         if grammars.backend == "auto":
             # An engine has one backend, that of the first grammar. With vLLM's "auto" a client's request is checked
@@ -63,7 +63,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
             grammars.backend = "xgrammar"
         if not config.is_cross_attention:
             return
-        _refuse(vllm_config)
+        _reject_options(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = "casa_vllm.scheduler.create_scheduler"
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
         vllm_config.ec_manager_config.encoder_cache_manager_cls = "casa_vllm.encoder_cache.ImageEncoderCacheManager"
@@ -73,12 +73,12 @@ class CasaConfigHook(VerifyAndUpdateConfig):
             return
         compilation = vllm_config.compilation_config
         if compilation.splitting_ops is None and not vllm_config.model_config.enforce_eager:
-            # The operator reads the step's metadata: never inside a piecewise graph.
+            # The operator reads the step's metadata, so it must not be part of a piecewise graph.
             compilation.splitting_ops = [*compilation._attention_ops, *SPLITTING_OPS]
 
 
-def _refuse_other_doors(vllm_config: "VllmConfig") -> None:
-    """Refuses what brings images past casa_vllm.image_items, or keeps them otherwise than it does."""
+def _reject_image_options(vllm_config: "VllmConfig") -> None:
+    """Rejects options by which images bypass casa_vllm.image_items or its cache."""
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is None:
         return
@@ -93,7 +93,7 @@ def _refuse_other_doors(vllm_config: "VllmConfig") -> None:
         )
 
 
-def _refuse(vllm_config: "VllmConfig") -> None:
+def _reject_options(vllm_config: "VllmConfig") -> None:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     events = vllm_config.kv_events_config
     refused = {
@@ -101,7 +101,7 @@ def _refuse(vllm_config: "VllmConfig") -> None:
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        # A session's chunks might go to different engines.
+        # A session's chunks could go to different engines.
         "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "microbatching (--enable-dbo)": parallel.enable_dbo,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,

@@ -1,7 +1,8 @@
-"""What a message may hold: text and images. Everything else is refused before vLLM looks at it.
+"""Checks the parts of messages: text and images. Everything else is rejected before vLLM reads it.
 
-vLLM picks a part's content by its `type`, or, where that is missing or a `uuid` is given, by the first field that it
-knows; some of these take what the server would open or fetch itself. Here each part becomes text or one form of image.
+vLLM picks a part's content by its `type`, or, if that is missing or a `uuid` is set, by the first field that it
+knows; some of these name files or URLs that the server would open itself. Here each part becomes text or one form of
+image.
 """
 
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ def checked_messages(messages: Iterable[Any], *, takes_prompt_embeds: bool) -> l
     """Returns chat messages whose parts are text or images.
 
     Args:
-        messages: As a client sent them, or a program.
+        messages: From a client, or from a program in this process.
         takes_prompt_embeds: Whether the operator lets clients send embeddings as text (`--enable-prompt-embeds`).
 
     Raises:
@@ -54,7 +55,7 @@ def _checked_part(part: Any, takes_prompt_embeds: bool) -> Any:
     if "image_url" in part and (kind is None or kind in IMAGES):
         return _image(part)
     if PIXELS in part and kind in (None, PIXELS) and isinstance(part[PIXELS], Image.Image):
-        return part  # From a program in this process: no JSON holds one.
+        return part  # From a program in this process: JSON cannot contain one.
     shown = "no type" if kind is None else f"type {str(kind)[:SHOWN_LETTERS]!r}"
     raise InputError(
         f"a part of a message has {shown} and is neither text nor an image from a URL; expected the type text, or "

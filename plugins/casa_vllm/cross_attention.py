@@ -1,8 +1,8 @@
 """CA layers in vLLM: their caches, and the operator that runs them inside a compiled model.
 
 A CA layer has a page of image keys and values for every page of the image group and, for `ca_tv`,
-a second cache of its window-relative text keys that joins vLLM's text groups, so that prefix
-caching and preemption of text come free. The whole layer (projections, rotation, attention) is
+a second cache of its window-relative text keys that joins vLLM's text groups, so that vLLM's
+prefix caching and preemption of text apply to it. The whole layer (projections, rotation, attention) is
 one opaque operator, so that a step without an image can skip all of it for `ca`.
 """
 
@@ -46,7 +46,7 @@ class CasaAttentionMetadata:
 
 
 class GroupMetadataBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
-    """Hands vLLM's per-group metadata on; the runner builds CA's own from it."""
+    """Returns vLLM's per-group metadata unchanged; the runner builds CA's own from it."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -59,19 +59,19 @@ class GroupMetadataBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CommonAttentionMetadata:
-        """The group's block table and slot mapping."""
+        """Returns the group's block table and slot mapping."""
         return common_attn_metadata
 
 
 class CasaCacheBackend(AttentionBackend):
-    """Declares the caches of CA layers to vLLM; the attention itself is in `CrossAttention`."""
+    """Declares the KV caches of CA layers to vLLM; the attention itself is in `CrossAttention`."""
 
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012 (vLLM's)
     forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_name() -> str:
-        """Shown in vLLM's log."""
+        """Returns the name in vLLM's log."""
         return "CASA"
 
     @staticmethod
@@ -81,7 +81,7 @@ class CasaCacheBackend(AttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> type[GroupMetadataBuilder]:
-        """Builder of the group's metadata."""
+        """Returns the builder of the group's metadata."""
         return GroupMetadataBuilder
 
 
@@ -106,7 +106,7 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         layers[layer_name] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """How vLLM builds metadata for the layer's group."""
+        """Returns the backend, whose builder makes the metadata of the layer's group."""
         return CasaCacheBackend
 
     def _spec_fields(self, vllm_config: VllmConfig) -> dict[str, Any]:
@@ -122,18 +122,18 @@ class TextCache(CacheLayer):
     """Text keys of `ca_tv`, rotated relative to their window's start, and values."""
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """The same as self-attention's, so that it joins the text groups."""
+        """Returns the same spec as self-attention's, so that it joins the text groups."""
         return FullAttentionSpec(**self._spec_fields(vllm_config))
 
 
 class CrossAttention(CacheLayer):
-    """One CA layer; it is its own image cache.
+    """One CA layer, which is also its own image cache.
 
     Args:
         config: The model's configuration.
         vllm_config: The engine's configuration.
         shared: Self-attention's projections with shared weights, else None.
-        limits: How many images a request may hold.
+        limits: Limits on the images of a request.
         rotary_emb: The backbone's rotary embedding for text.
         inv_freq: float32 (D / 2,), the same for image keys.
         prefix: Name of the layer.
@@ -165,11 +165,11 @@ class CrossAttention(CacheLayer):
             self.text_cache = TextCache(vllm_config, f"{prefix}.text", self.num_kv_heads, config.head_dim)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """Pages of images, in a group of their own."""
+        """Returns the spec of image pages, which are in a group of their own."""
         return ImageCacheSpec(**self._spec_fields(vllm_config), **asdict(self.limits))
 
     def forward(self, x: torch.Tensor, hidden_size: int) -> torch.Tensor:
-        """CA's contribution to the residual stream, not yet summed over ranks.
+        """Computes CA's contribution to the residual stream, not yet summed over ranks.
 
         Args:
             x: (T, C) normed hidden states, or with shared weights their (T, (H + 2 Hkv) D)
@@ -184,7 +184,7 @@ class CrossAttention(CacheLayer):
         return output
 
     def attend(self, x: torch.Tensor, output: torch.Tensor, metadata: Any) -> None:
-        """The operator's body. Mutates `output` and the text cache."""
+        """Runs the operator. Mutates `output` and the text cache."""
         if metadata is None or not (self.sees_text or metadata.windows.has_image):
             output.zero_()
             return

@@ -1,8 +1,8 @@
 """The image pages are the encoder cache.
 
 vLLM asks an encoder cache manager, for each image of a request that is about to be scheduled,
-whether its encoder output is at hand. Here that means: are its keys and values in pages? A yes
-pins them, until the request's row takes them over or the request is not scheduled after all.
+whether its encoder output is cached. Here that means: are its keys and values in pages? If they
+are, it pins them, until they are added to the request's row or the request is not scheduled after all.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ImageEncoderCacheManager(EncoderCacheManager):
-    """Answers from the image pages; keeps nothing of its own."""
+    """Encoder cache manager backed by the image pages; stores nothing itself."""
 
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: "VllmConfig") -> "ImageEncoderCacheManager":
@@ -29,17 +29,17 @@ class ImageEncoderCacheManager(EncoderCacheManager):
         self._managers: list[ImageCacheManager] = []
 
     def bind(self, managers: list[ImageCacheManager]) -> None:
-        """Called once by the scheduler with the managers of all image groups (usually one)."""
+        """Sets the managers of all image groups (usually one); called once by the scheduler."""
         self._managers = managers
 
     def reset(self) -> None:
-        """The weights changed: what was encoded before is worthless."""
+        """Drops all cached images, after a change of the weights."""
         super().reset()
         for manager in self._managers:
             manager.reset_cache()
 
     def check_and_update_cache(self, request: Request, input_id: int) -> bool:
-        """Whether every group has the image's pages; pins them if so."""
+        """Returns whether every group has the image's pages, and pins them if so."""
         request_id = request.request_id
         if all(manager.is_pinned(request_id, input_id) for manager in self._managers):
             return True
@@ -57,18 +57,18 @@ class ImageEncoderCacheManager(EncoderCacheManager):
         encoder_compute_budget: int,
         num_embeds_to_schedule: int,
     ) -> bool:
-        """Whether the step's encoder budget covers the image; pages are `allocate_slots`' job."""
+        """Returns whether the step's encoder budget covers the image; `allocate_slots` allocates the pages."""
         return request.get_num_encoder_embeds(input_id) <= encoder_compute_budget
 
     def allocate(self, request: Request, input_id: int) -> None:
-        """The row of the image group holds the pages already."""
+        """No-op: the row of the image group has the pages already."""
 
     def get_cached_input_ids(self, request: Request) -> set[int]:
-        """Nothing to free by text progress: rows release their own pages."""
+        """Returns an empty set: rows release their own pages."""
         return set()
 
     def get_cached_num_encoder_embeds(self, request: Request, input_id: int) -> int | None:
-        """Never a mismatch: the size is part of a page's key (asked by vLLM 0.32)."""
+        """Returns None, no mismatch: the size is part of a page's key (called by vLLM 0.32)."""
         return None
 
     def free_encoder_input(self, request: Request, input_id: int) -> None:
@@ -80,10 +80,10 @@ class ImageEncoderCacheManager(EncoderCacheManager):
         self.unpin(request)
 
     def unpin(self, request: Request, images: list[int] | None = None) -> None:
-        """Lets go of pinned images that the request's row has not taken over."""
+        """Releases pinned images that were not added to the request's row."""
         for manager in self._managers:
             manager.unpin(request.request_id, images)
 
     def get_freed_mm_hashes(self) -> list[str]:
-        """Workers keep no encoder outputs."""
+        """Returns an empty list: workers cache no encoder outputs."""
         return []

@@ -1,4 +1,4 @@
-"""The KV-cache group of images: what a page costs and how many a request may hold."""
+"""The KV-cache group of images: the size of a page and the most pages of a request."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# An image of one token still takes a page; this bounds the pages of a window beside its tokens.
+# An image of one token still takes a page; this limits the pages of a window, in addition to its tokens.
 MAX_IMAGES_PER_WINDOW = 16
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """How many images a prompt may bring.
+    """Limits on the images of a prompt.
 
     Attributes:
         step_tokens: Most image tokens that one step encodes (the encoder budget); also the most
-            that one window may hold.
+            in one window.
         max_prompt_tokens: Most image tokens in one prompt.
         max_prompt_images: Most images in one prompt.
     """
@@ -38,7 +38,7 @@ class ImageLimits:
             counts: Tokens of each image.
 
         Raises:
-            ValueError: Adjacent images are too many, or too large together.
+            ValueError: There are too many adjacent images, or too many tokens in them.
         """
         num_images: Counter[int] = Counter(points)
         num_tokens: Counter[int] = Counter()
@@ -57,8 +57,8 @@ class ImageLimits:
 class ImageCacheSpec(CircularBufferSpec):
     """Cache of one CA layer's image keys and values, in pages of `block_size` image tokens.
 
-    Derived from vLLM's ring buffer for what that already means to it: not addressed by text
-    positions (no slot mapping), not looked up by text prefix.
+    Derived from vLLM's ring buffer, which vLLM neither addresses by text position (no slot
+    mapping) nor looks up by text prefix.
     The other attributes are those of `ImageLimits`.
     """
 
@@ -68,41 +68,41 @@ class ImageCacheSpec(CircularBufferSpec):
 
     @property
     def limits(self) -> ImageLimits:
-        """What a prompt and a window may bring."""
+        """Limits on a prompt and a window."""
         return ImageLimits(self.step_tokens, self.max_prompt_tokens, self.max_prompt_images)
 
     @property
     def uses_slot_mapping(self) -> bool:
-        """Image pages are written by image, not by text position (read by vLLM 0.32)."""
+        """False: image pages are written by image, not by text position (read by vLLM 0.32)."""
         return False
 
     @property
     def step_pages(self) -> int:
-        """Most pages that one step of one request opens; a whole window always fits."""
+        """Most pages that one step of one request allocates; a whole window always fits."""
         return cdiv(self.step_tokens, self.block_size) + MAX_IMAGES_PER_WINDOW
 
     @property
     def row_pages(self) -> int:
-        """Most pages in a request's row, dead ones included."""
+        """Most pages in a request's row, released ones included."""
         return cdiv(self.max_prompt_tokens, self.block_size) + self.max_prompt_images
 
-    def max_held_pages(self, max_concurrent_batches: int) -> int:
-        """Most pages that a request holds: the last window and every step still in flight."""
+    def max_pages_in_use(self, max_concurrent_batches: int) -> int:
+        """Returns the most pages in use by a request: the last window and every step still in flight."""
         return (max_concurrent_batches + 1) * self.step_pages
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
-        """Bytes that one request may need; vLLM refuses to start below this."""
-        return self.max_held_pages(vllm_config.max_concurrent_batches) * self.page_size_bytes
+        """Returns the bytes that one request may need; vLLM does not start with less."""
+        return self.max_pages_in_use(vllm_config.max_concurrent_batches) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: "VllmConfig", max_len: int) -> int:
-        """Width of the worker's block table.
+        """Returns the width of the worker's block table.
 
-        At least that of a text group: the V1 runner computes (and nobody reads) a slot mapping
+        At least that of a text group: the V1 runner computes an (unused) slot mapping
         for this group too, indexing the row by text position.
         """
         del vllm_config
         return max(self.row_pages, cdiv(max_len, self.block_size))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict) -> bool:
-        """Image layers form a group with image layers only."""
+        """Returns whether all specs are of image layers, which form groups of their own."""
         return all(isinstance(spec, ImageCacheSpec) for spec in kv_cache_specs.values())

@@ -1,6 +1,6 @@
-"""Encoding the images that a step needs, into the pages where its attention reads them.
+"""Encodes the images of a step into the pages that its attention reads.
 
-Knows no runner. Keys and values are computed and written eagerly, before the step's forward pass.
+Independent of the runner. Keys and values are computed and written eagerly, before the step's forward pass.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class ImageToEncode:
     pages: list[np.ndarray]
 
     def slots(self, group: int, block_size: int) -> torch.Tensor:
-        """Its cache slots in an image group; see `image_slots`."""
+        """Returns its cache slots in an image group; see `image_slots`."""
         return image_slots(torch.from_numpy(self.pages[group]), block_size, self.num_tokens)
 
 
@@ -44,7 +44,7 @@ def encode_images(
         images: Images of the step.
         block_sizes: Block size of each image group.
         layer_groups: Image group of each CA layer, by the layer's name.
-        device: Where the model is.
+        device: Of the model.
 
     Mutates:
         The model's image caches.
@@ -67,7 +67,7 @@ def encode_images(
 
 
 def image_slots(pages: torch.Tensor, block_size: int, num_tokens: int) -> torch.Tensor:
-    """Cache slots of an image's tokens; an image starts at a page's beginning.
+    """Returns the cache slots of an image's tokens; an image starts at a page's beginning.
 
     Args:
         pages: int (pages of the image,), in order.

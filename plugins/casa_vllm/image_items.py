@@ -1,14 +1,14 @@
-"""The one door by which pixels come in, and the cache of what was made of them.
+"""The one entry for images, and the cache of processed images.
 
-    a guarded file, or a program's pixels -> ImageParser -> content key -> ImageItemCache -> with every request
+    a checked file, or a program's pixels -> ImageParser -> content key -> ImageItemCache -> with every request
 
-The key of an image is a digest of its content. A client's UUID is never a key: it points to one, for that client
-only (`casa_engine.image_owner`), and to the latest that was sent under it.
+The key of an image is a digest of its content. A client's UUID is never a key: it maps to one, for that client
+only (`casa_engine.image_owner`), and to the latest image sent with it.
 
-vLLM keeps two caches, this side's a guess at what the engine's holds: items that it believes sent are not sent again.
-A request that is refused after it was rendered, or one with more images than fit, makes the guess wrong. Here items
-are always sent. They are bytes and not floats (`casa_engine.image_patches`), so that this is cheap, and there is
-nothing to agree on.
+vLLM has two caches, of which the one in the server mirrors the engine's: items that are in the mirror are not sent
+again. A request that is rejected after it was rendered, or one with more images than fit, makes the two diverge. Here
+items are always sent. They are bytes and not floats (`casa_engine.image_patches`), so that this is cheap, and there is
+nothing to keep in sync.
 """
 
 import hashlib
@@ -26,26 +26,26 @@ from casa_engine.errors import InputError
 from casa_engine.image_preparation import EncodedImage, as_image
 from casa_vllm import compat
 
-# Names are digests: about 250 bytes each, with what they point to.
+# Names are digests: about 250 bytes each, with their keys.
 MAX_NAMES = 65_536
 
 
 class ImageParser(MultiModalDataParser):
-    """Takes pixels, and files that a guard let through; everything else is refused, whichever path it came by."""
+    """Accepts pixels and checked files; everything else is rejected, on every path."""
 
     def _parse_image_data(self, data: Any) -> ImageProcessorItems | None:
-        """Returns guarded files as they are, pixels as images in RGB, and None for images known by name.
+        """Returns checked files unchanged, pixels as images in RGB, and None for images given by name.
 
         Raises:
-            InputError: Something is neither.
+            InputError: An item is neither.
         """
         if data is None:
             return None
         items = list(data) if isinstance(data, (list, tuple)) or getattr(data, "ndim", 0) == 4 else [data]
-        return ImageProcessorItems([self._admitted(item) for item in items])
+        return ImageProcessorItems([self._checked(item) for item in items])
 
     @staticmethod
-    def _admitted(item: Any) -> EncodedImage | Image.Image | None:
+    def _checked(item: Any) -> EncodedImage | Image.Image | None:
         if item is None or isinstance(item, EncodedImage):
             return item
         # vLLM's own connector decodes images itself, under `vllm serve`.
@@ -56,7 +56,7 @@ class ImageParser(MultiModalDataParser):
 
 
 def content_key(image: EncodedImage | Image.Image, model_id: str) -> str:
-    """Returns the name of an image's content: of a file's bytes, or of an image's size and pixels."""
+    """Returns the key of an image's content: of a file's bytes, or of an image's size and pixels."""
     if isinstance(image, EncodedImage):
         kind, content = "file", image.data
     else:
@@ -67,9 +67,9 @@ def content_key(image: EncodedImage | Image.Image, model_id: str) -> str:
 
 
 class ImageItemCache(MultiModalProcessorOnlyCache):
-    """Processed images by content key, least recently used ones dropped; and the names that clients gave.
+    """LRU cache of processed images by content key, and the clients' names of images.
 
-    Its interface for vLLM is the base class's, which the renderer asks for statistics and to clear it.
+    Its interface for vLLM is the base class's, which the renderer uses for statistics and to clear it.
     """
 
     def __init__(self, model_config: Any) -> None:
@@ -85,29 +85,29 @@ class ImageItemCache(MultiModalProcessorOnlyCache):
         return None if kept is None else kept.item
 
     def put(self, key: str, item: MultiModalKwargsItem) -> None:
-        """Keeps a processed image, if the cache is at all large enough for it."""
+        """Stores a processed image, if the cache is large enough for it."""
         with self._lock:
             self.cache_if_fits(self._cache, key, compat.cache_item(item))
 
     def name(self, name: str, key: str) -> None:
-        """Lets a client's name point to a content key, and no longer to another."""
+        """Maps a client's name to a content key, replacing an earlier one."""
         with self._lock:
             self._names[name] = key
 
     def key_of(self, name: str) -> str | None:
-        """Returns the content key that a name points to."""
+        """Returns the content key of a name, or None."""
         with self._lock:
             return self._names.get(name)
 
     def clear_cache(self) -> None:
-        """Forgets everything."""
+        """Clears images and names."""
         with self._lock:
             super().clear_cache()
             self._names.clear()
 
 
 def unknown_name(index: int) -> InputError:
-    """Returns the error for an image that was given by a name alone that nobody knows here, or no longer."""
+    """Returns the error for an image given by a name alone that is not, or no longer, in the cache."""
     return InputError(
         f"Cache miss for image {index}: it is given by its uuid alone, and this client has sent no image under it, or "
         "that has been dropped since. Send the image with its uuid once more."

@@ -1,14 +1,14 @@
-"""Which pages hold which image: the manager of the image group.
+"""Maps images to pages: the manager of the image group.
 
-A request's row is the pages of its images in order. Pages are taken when a window opens, found
-by content when any request showed the same image before, and given back when the window has
-passed; they then stay findable until something else needs the memory:
+A request's row is the pages of its images in order. Pages are allocated when a window opens, or
+found by content if any request had the same image before, and released when the window has
+passed; they then stay cached until they are evicted:
 
     t   0 . . 4 . . . 9 . . .          row after token 9 is processed
     image 0  |  1     |                [null null | b | c c c]       image 0 is released
 
 A page's key is its image's content, not its position: CA keys are rotated relative to the
-window's start, so an image's keys and values are the same wherever it stands.
+window's start, so an image's keys and values do not depend on its position.
 """
 
 import hashlib
@@ -71,28 +71,28 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self._rows: dict[str, ImageRow] = {}
         self._images: dict[str, RequestImages] = {}
         self._pins: dict[str, dict[int, list[KVCacheBlock]]] = {}
-        # Pages allocated in this step, by block id: hashed, but written only when the step runs.
+        # Pages allocated in this step, by block id: in the cache, but written only when the step runs.
         self._unwritten: dict[int, str] = {}
         self._share_unwritten = True
-        self._max_held_pages = 2 * self.step_pages
+        self._max_pages_in_use = 2 * self.step_pages
 
     def bind(self, requests: Mapping[str, Request], share_unwritten: bool, max_concurrent_batches: int) -> None:
-        """Called once by the scheduler.
+        """Sets what the manager needs of the scheduler; called once by it.
 
         Args:
             requests: The scheduler's requests by id.
-            share_unwritten: Whether a page may be shared in the step that writes it. Wrong where
+            share_unwritten: Whether a page may be shared in the step that writes it. Not if
                 the writing request may still be dropped from the step (priority scheduling).
             max_concurrent_batches: Steps in flight.
         """
         self._requests = requests
         self._share_unwritten = share_unwritten
-        self._max_held_pages = self.kv_cache_spec.max_held_pages(max_concurrent_batches)
+        self._max_pages_in_use = self.kv_cache_spec.max_pages_in_use(max_concurrent_batches)
 
-    # Questions of the scheduler and of the encoder cache manager.
+    # Interface for the scheduler and the encoder cache manager.
 
     def images(self, request: Request) -> RequestImages:
-        """The request's images; sessions grow."""
+        """Returns the request's images, whose number grows in a session."""
         images = self._images.get(request.request_id)
         if images is None or len(images) != len(request.mm_features):
             images = RequestImages.from_features(request.mm_features)
@@ -100,14 +100,14 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return images
 
     def first_missing(self, request: Request, num_computed_tokens: int) -> int:
-        """First image that must be in the row to compute token `num_computed_tokens` and is not."""
+        """Returns the first image that must be in the row to compute token `num_computed_tokens` and is not."""
         row = self._rows.get(request.request_id)
         if row is not None:
             return row.end_image
         return self.images(request).first_live(num_computed_tokens)
 
     def find(self, request: Request, image: int) -> list[KVCacheBlock] | None:
-        """The pages of this image's content, or None unless all of them are in the cache."""
+        """Returns the pages of this image's content, or None unless all of them are in the cache."""
         if not self.enable_caching:
             return None
         key, blocks = self.content_key(request, image), []
@@ -119,9 +119,9 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return blocks
 
     def content_key(self, request: Request, image: int) -> bytes:
-        """Identify what an image's pages hold. Images of equal keys share pages; nothing else decides that.
+        """Return the key of an image's content. Images share pages if and only if their keys are equal.
 
-        The identifier alone is not enough: a client may give two images the same one. Tenants (cache salts) and
+        The identifier alone is not enough: a client may send two images with the same one. Tenants (cache salts) and
         adapters do not share.
         """
         adapter = request.lora_request.lora_name if request.lora_request else None
@@ -130,19 +130,19 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return hashlib.sha256(repr(content).encode()).digest()
 
     def is_pinned(self, request_id: str, image: int) -> bool:
-        """Whether `pin` holds this image for the request."""
+        """Returns whether this image is pinned for the request."""
         return image in self._pins.get(request_id, {})
 
     def pin(self, request_id: str, image: int, blocks: list[KVCacheBlock]) -> None:
-        """Keeps pages that were found until the row takes them over or `unpin` lets them go.
+        """Pins pages that were found until they are added to the row or `unpin` releases them.
 
-        Without this, text that is allocated in the same step could evict what was judged there.
+        Otherwise an allocation of text in the same step could evict them.
         """
         self._touch(blocks)
         self._pins.setdefault(request_id, {})[image] = blocks
 
     def unpin(self, request_id: str, images: Iterable[int] | None = None) -> None:
-        """Lets go of the given pinned images, or of all of the request's."""
+        """Releases the given pinned images, or all of the request's."""
         pins = self._pins.get(request_id, {})
         for image in list(pins if images is None else images):
             if image in pins:
@@ -151,7 +151,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
             self._pins.pop(request_id, None)
 
     def reset_cache(self) -> None:
-        """Makes no page findable any more (the weights changed)."""
+        """Removes all pages from the cache (after a change of the weights)."""
         self.block_pool.evict_blocks(
             {
                 block.block_id
@@ -173,7 +173,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         **version_dependent: object,
     ) -> int:
-        """Free pages that the images before text token `num_tokens` will take."""
+        """Returns the number of free pages that the images before text token `num_tokens` need."""
         request = self._requests[request_id]
         images = self.images(request)
         first = self.first_missing(request, total_computed_tokens)
@@ -191,10 +191,10 @@ class ImageCacheManager(SingleTypeKVCacheManager):
             if copies_share and key in seen:
                 continue
             seen.add(key)
-            # Admission looks beyond the step, whose own images are pinned if they were found.
+            # Admission counts images beyond the step; those of the step are pinned if they were found.
             found = self.find(request, image) if apply_admission_cap else None
             needed += int(num_pages[image]) if found is None else self._get_num_evictable_blocks(found)
-        return min(needed, self._max_held_pages) if apply_admission_cap else needed
+        return min(needed, self._max_pages_in_use) if apply_admission_cap else needed
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Appends the pages of the images before text token `num_tokens` to the row."""
@@ -203,9 +203,9 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         row = self._row(request, images)
         blocks = self.req_to_blocks[request_id]
         new_blocks: list[KVCacheBlock] = []
-        taken: dict[bytes, list[KVCacheBlock]] = {}
+        new_pages: dict[bytes, list[KVCacheBlock]] = {}
         for image in range(row.end_image, images.end_before(num_tokens)):
-            new_blocks += self._take(request, image, images, taken)
+            new_blocks += self._pages_for(request, image, images, new_pages)
             row.end_image += 1
             row.starts.append(len(blocks) + len(new_blocks))
         blocks.extend(new_blocks)
@@ -218,16 +218,16 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """A text prefix was found: the row starts with what its end can still see."""
+        """Starts the row after a text prefix hit, with the images that the prefix's end can still see."""
         request = self._requests[request_id]
         first = self.images(request).first_live(num_local_computed_tokens)
         self._rows[request_id] = ImageRow(first, first, first)
 
     def allocate_external_computed_blocks(self, *args: object, **kwargs: object) -> None:
-        """KV connectors are refused by the config hook."""
+        """No-op: the config hook rejects KV connectors."""
 
     def cache_blocks(self, *args: object, **kwargs: object) -> None:
-        """Pages get their keys when they are allocated; text progress does not matter."""
+        """No-op: pages get their keys when they are allocated."""
 
     def remove_skipped_blocks(
         self,
@@ -241,23 +241,23 @@ class ImageCacheManager(SingleTypeKVCacheManager):
             return
         points = self._images[request_id].points
         if points[row.first_kept] == points[row.end_image - 1]:
-            return  # one window, the latest: nothing that follows it has pages yet
+            return  # only the latest window: no later one has pages yet
         live = self.images(self._requests[request_id]).first_live(processed_computed_tokens)
         self._release_before(request_id, row, live)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Ends the row; the caller gives the pages back."""
+        """Removes the row; the caller releases the pages."""
         self._rows.pop(request_id, None)
         self._images.pop(request_id, None)
         blocks = [b for b in super().pop_blocks_for_free(request_id) if not b.is_null]
-        # Dropped from the very step that would have written them: nobody may find them.
+        # Dropped from the step that would have written them: they must not be found.
         lost = {b.block_id for b in blocks if self._unwritten.get(b.block_id) == request_id}
         self.block_pool.evict_blocks(lost)
         self.counters.pages_in_use -= self._num_last_uses(blocks)
         return blocks
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
-        """No cascade attention over images."""
+        """Returns 0: no cascade attention over images."""
         return 0
 
     @classmethod
@@ -268,17 +268,17 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return tuple([] for _ in kv_cache_group_ids), 0
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Text positions mean nothing here; see `remove_skipped_blocks`."""
+        """Returns 0: pages are not addressed by text position; see `remove_skipped_blocks`."""
         return 0
 
     def on_step_scheduled(self) -> None:
-        """The step is on its way, and steps run in order: its pages are as good as written."""
+        """Marks the step's pages as written: it is scheduled, and steps run in order."""
         self._unwritten.clear()
 
     # Pages.
 
     def _row(self, request: Request, images: RequestImages) -> ImageRow:
-        """The request's row; begun, or cut to the live images where it will be sent anew."""
+        """Returns the request's row; starts it, or cuts it to the live images if it will be sent again."""
         row = self._rows.get(request.request_id)
         if row is not None and request.status == RequestStatus.RUNNING:
             return row
@@ -286,7 +286,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         if row is None:
             row = self._rows[request.request_id] = ImageRow(first, first, first)
         elif first > row.first_image:
-            # A session's next chunk: like a new request, its whole row is sent.
+            # A session's next chunk: as for a new request, its whole row is sent.
             self._release_before(request.request_id, row, first)
             dropped = min(first, row.end_image) - row.first_image
             cut = row.starts[dropped]
@@ -298,7 +298,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return row
 
     def _release_before(self, request_id: str, row: ImageRow, live: int) -> None:
-        """Gives back the pages of the row's images before image `live`."""
+        """Releases the pages of the row's images before image `live`."""
         end = min(live, row.end_image)
         if end <= row.first_kept:
             return
@@ -310,24 +310,24 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self.counters.pages_released += len(released)
         self._release(released)
 
-    def _take(
-        self, request: Request, image: int, images: RequestImages, taken: dict[bytes, list[KVCacheBlock]]
+    def _pages_for(
+        self, request: Request, image: int, images: RequestImages, new_pages: dict[bytes, list[KVCacheBlock]]
     ) -> list[KVCacheBlock]:
-        """Pages of one image: pinned, those of its copy in the same step, or new.
+        """Returns the pages of one image: pinned, those of its copy in the same step, or new.
 
         Mutates:
-            `taken`: new pages of the step, which the scheduler has the worker write, by content key.
+            `new_pages`: new pages of the step, which the worker will write, by content key.
         """
         pins = self._pins.get(request.request_id, {})
         blocks = pins.pop(image, None)
         key = self.content_key(request, image)
-        if blocks is None and (blocks := taken.get(key)) is not None:
+        if blocks is None and (blocks := new_pages.get(key)) is not None:
             self._touch(blocks)
         if blocks is not None:
             self.counters.images_reused += 1
             self.counters.pages_shared += len(blocks)
             return blocks
-        blocks = taken[key] = self.block_pool.get_new_blocks(int(images.num_pages(self.block_size)[image]))
+        blocks = new_pages[key] = self.block_pool.get_new_blocks(int(images.num_pages(self.block_size)[image]))
         self.counters.pages_in_use += len(blocks)
         self.counters.images_encoded += 1
         if self.enable_caching:
@@ -349,19 +349,19 @@ class ImageCacheManager(SingleTypeKVCacheManager):
 
     @staticmethod
     def _num_last_uses(blocks: list[KVCacheBlock]) -> int:
-        """How many pages nobody uses once `blocks` (with repetitions) are given back."""
+        """Returns how many pages are free once `blocks` (with repetitions) are released."""
         uses = Counter(block.block_id for block in blocks)
         holders = {block.block_id: block.ref_cnt for block in blocks}
         return sum(holders[block_id] == count for block_id, count in uses.items())
 
 
 def _page_key(content_key: bytes, page: int) -> BlockHash:
-    """Key of one page of an image in vLLM's block pool."""
+    """Returns the key of one page of an image in vLLM's block pool."""
     return BlockHash(content_key + page.to_bytes(4, "big"))
 
 
 def register_image_cache() -> None:
-    """Registers spec and manager with vLLM. Safe to call twice."""
-    # Registering first would make vLLM believe that its own specs are registered already.
+    """Registers spec and manager with vLLM. Idempotent."""
+    # vLLM registers its own specs only while none is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(ImageCacheSpec, ImageCacheManager, ImageCacheSpec)

@@ -1,9 +1,9 @@
 """Prometheus metrics of image pages and vision-encoder runs.
 
-The scheduler counts in the engine process; the server's /metrics is answered elsewhere. vLLM
-carries `SchedulerStats` from one to the other after every step, without a field for plugins. The
-counters travel in `running_lora_adapters`, a dict[str, int] that nothing reads without LoRA
-(which CASA models do not support). `ImageStatLogger` takes them out on the other side; vLLM loads
+The scheduler counts in the engine process; the server's /metrics is in another. vLLM
+sends `SchedulerStats` from one to the other after every step, without a field for plugins. The
+counters are sent in `running_lora_adapters`, a dict[str, int] that is unused without LoRA
+(which CASA models do not support). `ImageStatLogger` reads them in the server; vLLM loads
 it through the entry point group `vllm.stat_logger_plugins`.
 """
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def attach_image_stats(stats: SchedulerStats, groups: Sequence["ImageCounters"], num_free_pages: int) -> None:
-    """Puts the counters of all image groups into the stats. Mutates `stats`."""
+    """Adds the counters of all image groups to the stats. Mutates `stats`."""
     values = {
         "image_pages_in_use": sum(group.pages_in_use for group in groups),
         "image_pages_free": num_free_pages,
         "image_pages_shared": sum(group.pages_shared for group in groups),
         "image_pages_released": sum(group.pages_released for group in groups),
-        # Every group takes pages for the same images.
+        # Every group has pages of the same images.
         "vision_encoder_runs": max((group.images_encoded for group in groups), default=0),
         "vision_encoder_runs_saved": min((group.images_reused for group in groups), default=0),
     }
@@ -76,7 +76,7 @@ class ImageStatLogger(StatLoggerBase):
 
 
 def _metric(kind: type, name: str, text: str, **options: str) -> Any:
-    """The metric of this process by that name, made where it does not exist yet."""
+    """Returns this process's metric of that name; creates it if necessary."""
     for collector, names in list(REGISTRY._collector_to_names.items()):
         if PREFIX + name in names:
             return collector

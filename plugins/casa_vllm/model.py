@@ -66,7 +66,7 @@ class SelfAttention(AttentionProjections):
         )
 
     def forward(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-        """(T, (H + 2 Hkv) D) projections -> (T, C)."""
+        """Computes (T, (H + 2 Hkv) D) projections -> (T, C)."""
         query, key, value = self.split(qkv)
         query, key = self.rotary_emb(positions, query, key)
         return self.o_proj(self.attn(query, key, value))[0]
@@ -113,7 +113,7 @@ class CasaDecoderLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, C) and the residual stream so far -> the MLP's output and the stream before it."""
+        """Returns the MLP's output and the residual stream before it, from (T, C) and the stream so far."""
         if residual is None:
             residual, x = x, self.input_layernorm(x)
         else:
@@ -185,7 +185,7 @@ class CasaTextModel(nn.Module):
         return self.norm(x, residual)[0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Hook called by vLLM: q, k, v and gate, up of the checkpoint are stacked here."""
+        """Hook called by vLLM: stacks q, k, v and gate, up of the checkpoint."""
         return load_stacked(self, weights)
 
 
@@ -204,13 +204,13 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """What a chat template without image support would be given."""
+        """Returns the placeholder for a chat template without image support."""
         if modality != "image":
             raise ValueError(f"modality is {modality!r}; CASA models take images only.")
         return "<|vision_start|><|image_pad|><|vision_end|>"
 
     def get_model_state_cls(self) -> type:
-        """Model Runner V2's hook."""
+        """Hook called by Model Runner V2."""
         if not self.config.is_cross_attention:
             from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -241,7 +241,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         self.logits_processor = LogitsProcessor(text.vocab_size)
 
     def get_language_model(self) -> nn.Module:
-        """The text model."""
+        """Returns the text model."""
         return self.model.language_model
 
     def embed_multimodal(self, **kwargs: object) -> Sequence[torch.Tensor]:
@@ -290,7 +290,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """M-RoPE positions of an insertion stream: (3, T), and where the text goes on minus T."""
+        """Returns the M-RoPE positions of an insertion stream, (3, T), and the next text position minus T."""
         grids = [feature.data["image_grid_thw"].data for feature in mm_features]
         stacked = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
         positions, following = insertion_positions(list(input_tokens), stacked, self.config)
@@ -312,19 +312,19 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads a checkpoint that holds exactly this model."""
+        """Loads a checkpoint that contains exactly this model's tensors."""
         return load_strictly(self, self.config, weights)
 
 
 def _patch_values(vllm_config: VllmConfig) -> PatchValues:
-    """Made on the CPU in float32, wherever and in whatever type the model is built."""
+    """Returns the table, built on the CPU in float32, whatever the device and type of the model."""
     processor = MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config).info.get_hf_processor()
     with torch.device("cpu"), set_default_torch_dtype(torch.float32):
         return PatchValues(processor.image_processor)
 
 
 def _rotary_embedding(config: CasaConfig, vllm_config: VllmConfig) -> nn.Module:
-    """VLLM caches these: all layers get the same module."""
+    """Returns vLLM's rotary embedding, which vLLM caches: all layers get the same module."""
     return get_rope(
         config.head_dim,
         max_position=max(config.text_config.max_position_embeddings, vllm_config.model_config.max_model_len),

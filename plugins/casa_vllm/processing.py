@@ -1,6 +1,6 @@
-"""Prompts with images -> what vLLM's engine takes.
+"""Converts prompts with images to the inputs of vLLM's engine.
 
-In the CA fusions the image markers leave the stream and an image is attached to a position
+In the CA fusions the image markers are removed from the stream and an image is attached to a position
 instead: to the first token after it, by a placeholder of one text position whose mask is longer
 than the placeholder:
 
@@ -9,11 +9,11 @@ than the placeholder:
     image     PlaceholderRange(offset=2, length=1, is_embed=ones(N))
 
 vLLM counts masks (N tokens for the encoder budget, the input checks and the admission of
-requests) and hashes text blocks by offset and length, so that the text prefix cache stays right.
-The offset may be the prompt's length: the image is seen by what is generated. That a mask may be
-longer than its range is not documented; tests/vllm/test_limits.py holds vLLM to it.
+requests) and hashes text blocks by offset and length, so that the text prefix cache stays correct.
+The offset may be the prompt's length: then only generated tokens see the image. That a mask may be
+longer than its range is not documented; tests/vllm/test_limits.py checks it.
 
-Where images come in and how they are kept is in image_items.py.
+Parsing and caching of images is in image_items.py.
 """
 
 import os
@@ -42,43 +42,43 @@ from casa_vllm import compat
 from casa_vllm.image_cache_spec import ImageLimits
 from casa_vllm.image_items import ImageItemCache, ImageParser, content_key, unknown_name
 
-# Image tokens that a prompt may bring; `--hf-overrides` sets the configuration's own value.
+# Default of the most image tokens in a prompt; `--hf-overrides` sets the configuration's own value.
 DEFAULT_MAX_PROMPT_TOKENS = 262_144
 MAX_PROMPT_IMAGES = 1024
-# Images of one prompt that are decoded, resized and cut at the same time. Each holds its full-size pixels meanwhile:
-# docs/limits.md names the memory.
+# Images of one prompt that are decoded, resized and split concurrently, each with its full-size pixels in memory:
+# see docs/limits.md.
 MAX_DECODERS = 4
 
 
 class CasaProcessingInfo(BaseProcessingInfo):
-    """What vLLM asks about the model's inputs."""
+    """Information for vLLM about the model's inputs."""
 
     def get_hf_config(self) -> CasaConfig:
-        """The checkpoint's configuration."""
+        """Returns the checkpoint's configuration."""
         return self.ctx.get_hf_config(CasaConfig)
 
     def get_hf_processor(self, **kwargs: object) -> CasaProcessor:
-        """The checkpoint's processor."""
+        """Returns the checkpoint's processor."""
         return self.ctx.get_hf_processor(CasaProcessor, **kwargs)
 
     def get_data_parser(self) -> ImageParser:
-        """The door for images."""
+        """Returns the parser of images."""
         return ImageParser()
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of images."""
+        """Returns no limit on the number of images."""
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Sizes the encoder budget."""
+        """Returns the tokens of the largest image, which sizes the encoder budget."""
         return {"image": self.get_max_image_tokens()}
 
     def get_max_image_tokens(self) -> int:
-        """Tokens of the largest image that the image processor lets through."""
+        """Returns the tokens of the largest image after the image processor."""
         return self.get_hf_processor().max_image_tokens
 
     def get_max_image_size(self) -> tuple[int, int]:
-        """(width, height) in pixels of an image with that many tokens."""
+        """Returns (width, height) in pixels of an image with that many tokens."""
         tokens, side = self.get_max_image_tokens(), self._token_side()
         rows = max(row for row in range(1, int(tokens**0.5) + 1) if tokens % row == 0)
         if tokens // rows > 100 * rows:  # a prime number of tokens; nearly as many in a square
@@ -86,7 +86,7 @@ class CasaProcessingInfo(BaseProcessingInfo):
         return tokens // rows * side, rows * side
 
     def image_limits(self) -> ImageLimits:
-        """How many images a prompt may bring."""
+        """Returns the limits on the images of a prompt."""
         config, largest = self.get_hf_config(), self.get_max_image_tokens()
         budget = getattr(config, "vllm_encoder_budget", largest)
         allowed = getattr(config, "max_prompt_image_tokens", DEFAULT_MAX_PROMPT_TOKENS)
@@ -105,14 +105,14 @@ class CasaDummyInputs(BaseDummyInputsBuilder[CasaProcessingInfo]):
     """The largest inputs, for vLLM's profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """One marker for each image."""
+        """Returns one marker for each image."""
         # Text between images, as in a prompt: adjacent ones would share a window.
         return f"x{self.info.get_hf_processor().image_token}" * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Images of the largest size."""
+        """Returns images of the largest size."""
         width, height = self.info.get_max_image_size()
         images = self._get_dummy_images(
             width=width,
@@ -127,7 +127,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
     """Runs the image processor and places images in the prompt."""
 
     def __init__(self, info: CasaProcessingInfo, dummy_inputs: CasaDummyInputs, **options: Any) -> None:
-        """VLLM's constructor; its cache, where there is one, gives way to one that cannot go out of step."""
+        """Constructor called by vLLM; replaces its cache, if there is one, by `ImageItemCache`."""
         self._kept = ImageItemCache(info.ctx.model_config)
         if options.get("cache") is not None:
             options["cache"] = self._kept
@@ -146,7 +146,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         """
         config = self.info.get_hf_config()
         if inputs.hf_processor_mm_kwargs:
-            # They could scale any image up to any size.
+            # They could resize any image to any size.
             raise ValueError(
                 f"mm_processor_kwargs {sorted(inputs.hf_processor_mm_kwargs)} are given; expected "
                 "none: a CASA checkpoint fixes how its images are processed."
@@ -187,7 +187,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         limits.check_windows(points, counts)
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
-        """The request's images, each processed or found by its content."""
+        """Hook called by vLLM: returns the request's images, each processed or from the cache."""
         if inputs.mm_data_items.get_all_counts().get("image", 0) == 0:
             return compat.processing_result(inputs, MultiModalKwargsItems({}), {}, {})
         images = inputs.mm_data_items["image"].data
@@ -206,7 +206,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         return compat.processing_result(inputs, kwargs, {"image": keys}, updates)
 
     def _keys(self, images: Sequence[Any], names: Sequence[str | None], kept: ImageItemCache | None) -> list[str]:
-        """Content keys: of what was sent, or what a name points to where only that was sent."""
+        """Returns content keys: of the images, or of the names of those that were given by name alone."""
         sent = [None if image is None else content_key(image, self.info.model_id) for image in images]
         by_name = {name: key for name, key in zip(names, sent, strict=True) if key is not None}
         keys = []
@@ -221,8 +221,8 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
     def _items(
         self, images: Sequence[Any], keys: Sequence[str], kept: ImageItemCache | None
     ) -> dict[str, MultiModalKwargsItem]:
-        """Processed images by content key: those that were kept, and the others, which are processed and kept now."""
-        # Held here from now on: what this request's own images push out of the cache is not lost to it.
+        """Returns processed images by content key: from the cache, or processed and added to it now."""
+        # References, so that images of this request that its own others evict from the cache are not lost.
         found = {key: None if kept is None else kept.get(key) for key in keys}
         sent = {key: image for key, image in zip(keys, images, strict=True) if image is not None}
         missing = [key for key, item in found.items() if item is None]
@@ -236,7 +236,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         return {**found, **processed}
 
     def _process(self, image: Any) -> MultiModalKwargsItem:
-        """One image, decoded if it is not, resized and cut. Its item shares memory with no other's."""
+        """Decodes an image if necessary, resizes and splits it. Its item shares no memory with others."""
         patches, grid = self.info.get_hf_processor().image_bytes(image)
         inputs = BatchFeature({"pixel_values": patches, "image_grid_thw": grid[None]})
         return MultiModalKwargsItems.from_hf_inputs(inputs, self._get_mm_fields_config(inputs, {}))["image"][0]
@@ -256,7 +256,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         hf_processor_mm_kwargs: Mapping[str, Any],
         out_mm_kwargs: Any,
     ) -> Sequence[PromptUpdate]:
-        """A marker becomes the image's N tokens; the CA fusions only take N from it."""
+        """Hook called by vLLM: a marker becomes the image's N tokens, of which the CA fusions use only N."""
         config = self.info.get_hf_config()
 
         def image_tokens(item: int) -> list[int]:

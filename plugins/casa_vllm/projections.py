@@ -10,7 +10,7 @@ from casa_engine.configuration import CasaConfig
 
 
 class AttentionProjections(nn.Module):
-    """Query/key/value and output projection, and the norms of queries and keys where the backbone has them.
+    """Query/key/value and output projection, and norms of queries and keys if the backbone has them.
 
     The output is summed over ranks by the caller, once for both attentions; a bias has to be added before that and
     forbids it.
@@ -47,10 +47,10 @@ class AttentionProjections(nn.Module):
         self._sizes = [heads * size for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns queries and keys, normed but not rotated, and values.
+        """Returns queries and keys, normalised but not rotated, and values.
 
         Args:
-            qkv: (T, (H + 2 Hkv) D), output of `qkv_proj`. What is returned may be views of it.
+            qkv: (T, (H + 2 Hkv) D), output of `qkv_proj`. The results may be views of it.
 
         Returns:
             (T, H D), (T, Hkv D) and (T, Hkv D).
@@ -60,5 +60,5 @@ class AttentionProjections(nn.Module):
 
 
 def _norm_heads(x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
-    """(T, heads * D): each head normed by itself."""
+    """Normalises each head of (T, heads * D)."""
     return x if norm is None else norm(x.unflatten(-1, (-1, norm.hidden_size))).flatten(-2)

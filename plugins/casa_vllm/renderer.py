@@ -1,7 +1,7 @@
-"""vLLM's renderer: messages hold text and images, and the names that clients give to images are bound to the client.
+"""vLLM's renderer, which checks the parts of messages and binds the clients' names of images to the client.
 
-Everything to be rendered passes here, whichever path it came by, and still in the task of its request; the image
-processor itself runs in a thread that knows nothing of requests (`casa_engine.image_owner`).
+It runs for every path, and in the task of the request, whose context has the owner of the names
+(`casa_engine.image_owner`); the image processor runs in a thread without that context.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ class CasaRenderer(HfRenderer):
     """Registered under vLLM's tokenizer mode "casa", which CASA's config hook chooses."""
 
     def render_messages(self, messages: list[Any], params: Any) -> Any:
-        """As vLLM's own, of messages that were looked at."""
+        """Renders messages as vLLM does, after checking them."""
         return super().render_messages(self._checked(messages), params)
 
     async def render_messages_async(self, messages: list[Any], params: Any) -> Any:
@@ -45,7 +45,7 @@ def with_owned_names(prompt: dict[str, Any]) -> dict[str, Any]:
     """Returns a tokenized prompt with its UUIDs replaced.
 
     Raises:
-        InputError: A UUID is no text.
+        InputError: A UUID is no string.
     """
     named = prompt.get("multi_modal_uuids")
     if not named:
@@ -62,7 +62,7 @@ def with_owned_names(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def register_renderer() -> None:
-    """Makes vLLM know the mode. Safe to call twice."""
+    """Registers the mode with vLLM. Idempotent."""
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 

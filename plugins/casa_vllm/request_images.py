@@ -1,7 +1,7 @@
 """The images of one request, as scheduler and worker both see them.
 
-Both sides derive from the request's multimodal features where an image's pages stand in the
-request's row of image pages, so nothing about it has to be sent:
+Both sides derive the position of an image's pages in the request's row from the request's
+multimodal features, so that it need not be sent:
 
     images            0    1    2         K = 4, 9, 9       pages = 2, 1, 3
     row, base 0       a a  b    c c c
@@ -42,13 +42,13 @@ class RequestImages:
         return len(self.points)
 
     def first_live(self, num_tokens: int) -> int:
-        """First image that text token `num_tokens` or a later one can still see."""
+        """Returns the first image that text token `num_tokens` or a later one can still see."""
         return last_window(num_tokens, self.points)[1]
 
     def end_before(self, num_tokens: int) -> int:
-        """Number of images whose window opens before text token `num_tokens`."""
+        """Returns the number of images whose window opens before text token `num_tokens`."""
         return int(np.searchsorted(self.points, num_tokens, side="left"))
 
     def num_pages(self, block_size: int) -> np.ndarray:
-        """(M,) int64: cache pages of each image; every image starts a page."""
+        """Returns (M,) int64: cache pages of each image; every image starts a page."""
         return -(-self.num_tokens // block_size)

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, with images that live in pages of their own.
+"""vLLM's scheduler, with images in pages of their own.
 
 What differs from stock: an image must be in pages not only when its position is scheduled, but
 as long as the first scheduled token can still see it (a text prefix hit, a resumed request), and
@@ -47,25 +47,25 @@ class ImageScheduling(SessionScheduling):
         self.encoder_cache_manager.bind(self.image_managers)
 
     def add_request(self, request: Request) -> None:
-        """Stock, after making sure that text blocks are hashed with all their images."""
+        """Stock, after a fix of the request's block hasher to hash all images (compat.py)."""
         compat.hash_all_images(request, self.hash_block_size, self.cache_config)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Stock, plus the pixels of images that can still be seen."""
+        """Stock, plus the pixels of images that tokens can still see."""
         output = super().schedule(*args, **kwargs)
         for manager in self.image_managers:
             manager.on_step_scheduled()
         for data in output.scheduled_new_reqs:
             request = self.requests[data.req_id]
             if not self.use_v2_model_runner:
-                # The V1 runner resumes a preempted request from what it was sent first.
+                # The V1 runner resumes a preempted request with the images that it was first sent.
                 data.mm_features = list(request.mm_features)
             elif request.mm_features:
                 live = self.image_managers[0].images(request).first_live(data.num_computed_tokens)
                 data.mm_features = data.mm_features[:live] + request.mm_features[live:]
         for request_id in output.num_scheduled_tokens:
-            self._forget_past_pixels(self.requests[request_id])
+            self._drop_past_pixels(self.requests[request_id])
         return output
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -77,9 +77,9 @@ class ImageScheduling(SessionScheduling):
         return stats
 
     def check_chunk(self, session: Request, update: StreamingUpdate, num_tokens: int) -> None:
-        """Check that a chunk's images fit behind those that its first token can still see.
+        """Check that a chunk's images fit after those that its first token can still see.
 
-        A window may begin with images at the end of the chunk before; its limits are those of one prompt.
+        A window may begin with images at the end of the previous chunk; its limits are those of one prompt.
         """
         super().check_chunk(session, update, num_tokens)
         images = self.image_managers[0].images(session)
@@ -97,9 +97,9 @@ class ImageScheduling(SessionScheduling):
                 )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Stock; text of this very step, which will not compute it, must not be found. Priority scheduling does that.
+        """Stock, and removes this step's text, which will not be computed, from the prefix cache (priority scheduling).
 
-        Image pages of the step are dropped likewise, see `ImageCacheManager.pop_blocks_for_free`.
+        Image pages of the step are removed likewise, see `ImageCacheManager.pop_blocks_for_free`.
         """
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if manager not in self.image_managers:
@@ -116,15 +116,15 @@ class ImageScheduling(SessionScheduling):
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> tuple[Any, ...]:
-        """Which images to encode in this step, and how many tokens that allows.
+        """Chooses the images to encode in this step, and the number of tokens that they allow.
 
-        Goes through the images that tokens num_computed.. need and the row lacks. Where one does
-        not fit into the step (encoder budget, pages), the step ends before its window; images
-        that already have pages are pinned.
+        Goes through the images that tokens num_computed.. need and the row lacks. If one does not
+        fit into the step (encoder budget, pages), the step ends before its window; images that
+        already have pages are pinned.
 
         Returns:
-            Images to encode, number of tokens, what is left of the encoder budget, and empty
-            lists for what vLLM's version adds (see compat.py).
+            Images to encode, number of tokens, the remaining encoder budget, and empty lists for
+            further values of vLLM's version (see compat.py).
         """
         manager = self.image_managers[0]
         images = manager.images(request)
@@ -179,10 +179,10 @@ class ImageScheduling(SessionScheduling):
                 return True
         return False
 
-    def _forget_past_pixels(self, request: Request) -> None:
-        """A session's past frames are never needed again unless its text is lost too.
+    def _drop_past_pixels(self, request: Request) -> None:
+        """Drops the pixels of a session's past frames, which are needed again only if its text is lost too.
 
-        Kept, they would grow without bound and be sent again with every chunk. A session that is
+        Otherwise they would grow without bound and be sent again with every chunk. A session that is
         preempted and has lost its text then ends with an error (see `reject`).
         """
         if not request.resumable or not request.mm_features:
@@ -204,7 +204,7 @@ class CasaAsyncScheduler(ImageScheduling, AsyncScheduler):
 
 
 def create_scheduler(*args: Any, vllm_config: "VllmConfig", **kwargs: Any) -> Scheduler:
-    """The engine's `scheduler_cls`: whether scheduling is asynchronous is decided after the hook."""
+    """Returns the engine's scheduler (`scheduler_cls`); vLLM chooses its kind after the config hook."""
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler_cls = CasaAsyncScheduler if is_async else CasaScheduler
     return scheduler_cls(*args, vllm_config=vllm_config, **kwargs)

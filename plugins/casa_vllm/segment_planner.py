@@ -1,8 +1,8 @@
-"""From scheduled tokens to segments: what window attention needs to know of one step.
+"""Plans the segments of one step for window attention, from its scheduled tokens.
 
-Knows no runner: V1 and V2 both tell it which rows were sent and which tokens are scheduled. The
-window rule itself is `casa_engine.windows`; a step's requests are laid end to end on one long
-text stream, with an image of no tokens at the start of each, so that one call plans them all:
+Independent of the runner: V1 and V2 both pass the rows that were sent and the tokens that are
+scheduled. The window rule itself is `casa_engine.windows`; a step's requests are concatenated to one
+long text stream, with an image of no tokens at the start of each, so that one call plans them all:
 
     request A: t7 t8, image at 8        request B: t3, image at 2
     stream     A7 A8 ..................  B3
@@ -24,12 +24,12 @@ STRIDE = 1 << 40
 
 @dataclass(frozen=True)
 class ImageRowLayout:
-    """Where the images of one request stand in its row of pages; entry 0 is the empty image.
+    """Positions of the images of one request in its row of pages; entry 0 is the empty image.
 
     Attributes:
         points: (1 + M,) int64 insertion points.
-        page_begins, page_ends: (1 + M,) int64, pages of each image in the row. Images that were
-            dead when the row was sent have none.
+        page_begins, page_ends: (1 + M,) int64, pages of each image in the row. Images that no
+            token could see when the row was sent have none.
         page_lens: (pages,) int32, valid tokens of each page of the row.
     """
 
@@ -40,7 +40,7 @@ class ImageRowLayout:
 
     @classmethod
     def of(cls, images: RequestImages, num_computed_tokens: int, block_size: int) -> "ImageRowLayout":
-        """Layout of a row that is sent when `num_computed_tokens` tokens are computed."""
+        """Returns the layout of a row that is sent when `num_computed_tokens` tokens are computed."""
         num_pages = images.num_pages(block_size)
         first = images.first_live(num_computed_tokens)
         num_pages[:first] = 0
@@ -54,7 +54,7 @@ class ImageRowLayout:
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """Segments of one step, as NumPy arrays; see `casa_vllm.ops.segments` for what they mean.
+    """Segments of one step, as NumPy arrays; see `casa_vllm.ops.segments` for their meaning.
 
     Attributes:
         query_start_loc: (V + 1,) int32.
@@ -79,7 +79,7 @@ class SegmentPlan:
 
     @property
     def has_image(self) -> bool:
-        """Whether any segment sees an image."""
+        """Whether any segment has image keys."""
         return bool(self.num_pages.any())
 
     @property
@@ -89,7 +89,7 @@ class SegmentPlan:
 
 
 class WindowTable:
-    """The images of all requests that the worker knows."""
+    """The images of all requests of the worker."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -97,22 +97,22 @@ class WindowTable:
         self._batch: tuple[list[str], tuple[np.ndarray, ...]] | None = None
 
     def add_row(self, request_id: str, features: Sequence[Any], num_computed_tokens: int) -> None:
-        """The scheduler sent the request's whole row: it is new, resumed, or a session goes on."""
+        """Adds the row that was sent for a new or resumed request, or for a session's next chunk."""
         images = RequestImages.from_features(features)
         self._rows[request_id] = ImageRowLayout.of(images, num_computed_tokens, self.block_size)
         self._batch = None
 
     def remove(self, request_id: str) -> None:
-        """The request is finished."""
+        """Removes a request."""
         self._rows.pop(request_id, None)
         self._batch = None
 
     def has_images(self, request_ids: list[str]) -> bool:
-        """Whether any of the requests has an image in its row, now or later."""
+        """Returns whether any of the requests has an image in its row, now or later."""
         return any(len(self._rows[request_id].page_lens) for request_id in request_ids)
 
     def pages_of(self, request_id: str, image: int) -> slice:
-        """The image's pages in the request's row."""
+        """Returns the image's pages in the request's row."""
         row = self._rows[request_id]
         return slice(int(row.page_begins[image + 1]), int(row.page_ends[image + 1]))
 
@@ -155,7 +155,7 @@ class WindowTable:
         )
 
     def _concatenated(self, request_ids: list[str]) -> tuple[np.ndarray, ...]:
-        """Layouts of the batch laid end to end; kept while the batch stays the same."""
+        """Returns the concatenated layouts of the batch; cached while the batch stays the same."""
         if self._batch is not None and self._batch[0] == request_ids:
             return self._batch[1]
         rows = [self._rows[request_id] for request_id in request_ids]

@@ -1,7 +1,7 @@
-"""How many live sessions' pages fit into an engine.
+"""The KV-cache pages of live sessions, which limit their number in an engine.
 
-An idle session keeps its pages and cannot be preempted. So the number of sessions is bounded by what all of them may
-hold at their largest: a full text budget in every text group, two frames in every image group.
+An idle session keeps its pages and cannot be preempted. So the number of sessions is limited by the most pages that all
+of them may need: a full text budget in every text group, two frames in every image group.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     from casa_engine.configuration import CasaConfig
 
-FRAMES_HELD = 2
+FRAMES_PER_SESSION = 2
 
 
 @dataclass(frozen=True)
 class PageCosts:
-    """What a session takes of an engine.
+    """Pages that a session needs in an engine.
 
     Attributes:
         block_size: Tokens in a page.
-        text_groups: KV-cache groups that hold every text token.
-        image_groups: KV-cache groups that hold every image token of a frame.
+        text_groups: Number of KV-cache groups with every text token.
+        image_groups: Number of KV-cache groups with every image token of a frame.
     """
 
     block_size: int
@@ -34,7 +34,7 @@ class PageCosts:
 
     @classmethod
     def of_engine(cls, config: CasaConfig, vllm_config: VllmConfig) -> PageCosts:
-        """Follows how vLLM divides layers into groups of equal size, one kind of cache in each."""
+        """Returns the costs in an engine: vLLM divides layers into groups of equal size, one kind of cache in each."""
         block_size = vllm_config.cache_config.block_size
         if not config.is_cross_attention:
             return cls(block_size, 1, 0)
@@ -47,10 +47,10 @@ class PageCosts:
         return cls(block_size, ceil(num_text / layers), ceil(num_image / layers))
 
     def image_pages(self, num_image_tokens: int) -> int:
-        """Pages of one frame."""
+        """Returns the pages of one frame."""
         return self.image_groups * ceil(num_image_tokens / self.block_size)
 
     def session_pages(self, text_budget: int, max_image_tokens: int) -> int:
-        """Most pages that a session holds."""
+        """Returns the most pages of a session."""
         text = self.text_groups * ceil(text_budget / self.block_size)
-        return text + FRAMES_HELD * self.image_pages(max_image_tokens)
+        return text + FRAMES_PER_SESSION * self.image_pages(max_image_tokens)

@@ -1,11 +1,11 @@
 """Sessions in vLLM's scheduler: requests whose prompt grows by chunks, and the pages that they keep in between.
 
-    chunk -> check_chunk -- exceeds a limit --> refused with a sentence; the session stays as it was
+    chunk -> check_chunk -- exceeds a limit --> rejected with an error; the session is unchanged
           -> joins the session's text -> scheduled like a prompt -> answer -> idle, pages kept
 
-Stock vLLM preempts running requests only. Sessions that are not running keep their pages (and idle ones their seats of
-`max_num_seqs`), so a few of them can hold up everybody, each other included. A step in which nothing runs and
-nothing can therefore takes the pages of one session; see `_resolve_stall`, which is what makes progress certain.
+Stock vLLM preempts running requests only. Sessions that are not running keep their pages (and idle ones count for
+`max_num_seqs`), so a few of them can block all requests, each other included. After a step in which nothing runs and
+nothing could be scheduled, one session is therefore evicted; see `_resolve_stall`, which guarantees progress.
 """
 
 from collections.abc import Iterable
@@ -22,27 +22,27 @@ from casa_vllm import compat
 logger = init_logger(__name__)
 
 IDLE = RequestStatus.WAITING_FOR_STREAMING_REQ
-# Ended sessions whose clients have not closed them yet; the oldest are forgotten beyond that.
+# Records of ended sessions whose clients have not closed them yet; beyond that the oldest are dropped.
 MAX_ENDED_SESSIONS = 10_000
 
 
 class SessionScheduling:
-    """Mixin over `Scheduler`: refuses chunks, evicts sessions, and gives every error its reason.
+    """Mixin over `Scheduler`: rejects chunks, evicts sessions, and adds a reason to every error.
 
-    The reason of an error is in the output's `stop_reason`, which `AsyncLLM.generate` hands to its caller.
+    The reason of an error is in the output's `stop_reason`, which `AsyncLLM.generate` returns.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Outputs that no step makes, with the client they go to.
+        # Outputs that belong to no step, with the index of their client.
         self._notices: list[tuple[int, EngineCoreOutput]] = []
-        # Why requests end with an error, by id, until their last output is made.
+        # Reasons of requests that end with an error, by id, until their last output is created.
         self._reasons: dict[str, str] = {}
         self._ended_sessions: dict[str, str] = {}
         self._stopped_while_preempted: list[Request] = []
 
     def check_chunk(self, session: Request, update: StreamingUpdate, num_tokens: int) -> None:
-        """Check that a chunk fits behind the `num_tokens` text tokens that its session keeps.
+        """Check that a chunk fits after the `num_tokens` text tokens that its session keeps.
 
         Raises:
             ValueError: It does not.
@@ -63,23 +63,23 @@ class SessionScheduling:
         # Both vLLM versions end the requests in this set with an error after the step.
         self.grammar_compile_error_reqs.add(request.request_id)
 
-    # What vLLM calls.
+    # Methods called by vLLM.
 
     def add_request(self, request: Request) -> None:
-        """Stock, unless a chunk is refused or its session is gone."""
+        """Stock, unless a chunk is rejected or its session has ended."""
         session = self.requests.get(request.request_id)
         if session is None:
             if request.request_id in self._ended_sessions:
-                self._answer_for_ended_session(request)
+                self._reject_chunk_of_ended_session(request)
                 return
         elif session.status == IDLE:
             update = StreamingUpdate.from_request(request)
-            if update is not None and self._refuse_chunk(session, update):
+            if update is not None and self._reject_invalid_chunk(session, update):
                 return
         super().add_request(request)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
-        """Stock, and remembers sessions that end with an error: their clients may send more chunks."""
+        """Stock, and records sessions that end with an error: their clients may send more chunks."""
         if isinstance(request_ids, str):
             request_ids = [request_ids]
         request_ids = None if request_ids is None else list(request_ids)
@@ -87,18 +87,18 @@ class SessionScheduling:
         if finished_status == RequestStatus.FINISHED_ERROR:
             for request in finished:
                 if request.resumable:
-                    self._remember_ended_session(request)
+                    self._record_ended_session(request)
         else:
             for request_id in request_ids or ():
                 self._ended_sessions.pop(request_id, None)
         return finished
 
     def has_requests(self) -> bool:
-        """Stock, or an output waits for a step."""
+        """Stock, or True while an output waits for a step."""
         return bool(self._notices) or super().has_requests()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Stock; where nothing could be scheduled, makes sure that the next step can."""
+        """Stock; if nothing could be scheduled, ensures that the next step can schedule a request."""
         had_running = bool(self.running)
         output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens == 0 and not self.running:
@@ -106,10 +106,10 @@ class SessionScheduling:
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
-        """Stock, plus outputs that no step made, and the reasons of errors."""
+        """Stock, plus outputs that belong to no step, and the reasons of errors."""
         outputs = super().update_from_output(*args, **kwargs)
         for request in self._stopped_while_preempted:
-            # Stock removed them from the queues that it had just put them in.
+            # Stock removes them from the queues that it has just added them to.
             if request.request_id in self.requests:
                 self._enqueue_waiting_request(request)
         self._stopped_while_preempted.clear()
@@ -124,31 +124,31 @@ class SessionScheduling:
         return outputs
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """Stock; sessions that are not running give up their pages too where running requests do."""
+        """Stock; if running requests are preempted, evicts sessions that are not running as well."""
         if reset_running_requests:
             for session in self._sessions_with_pages():
                 self._evict(session)
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _handle_stopped_request(self, request: Request) -> bool:
-        """Stock, after a session's steps in flight are taken back and queued chunks are checked.
+        """Stock, after a session's steps in flight are dropped and queued chunks are checked.
 
-        A chunk ends with a token that was only sampled, and the next chunk brings it again. With asynchronous
-        scheduling the step that computes it may be on its way already: counted, the session would hold it twice.
+        A chunk ends with a token that was only sampled, and the next chunk begins with it. With asynchronous
+        scheduling the step that computes it may be in flight already: if it counted, the token would be there twice.
         """
         if request.resumable:
             if request.num_computed_tokens == 0:
                 self._stopped_while_preempted.append(request)
             compat.drop_steps_in_flight(request)
             queue = request.streaming_queue
-            while queue and queue[0] is not None and self._refuse_chunk(request, queue[0]):
+            while queue and queue[0] is not None and self._reject_invalid_chunk(request, queue[0]):
                 queue.popleft()
         return super()._handle_stopped_request(request)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        """Stock, for a session without pages too, and what 0.29.0 forgets.
+        """Stock, also for a session without pages, with two fixes of 0.29.0.
 
-        That is the chunk's own token limit, and to drop hashes of text that is taken back.
+        They apply the chunk's own token limit, and drop hashes of text that was removed.
         """
         num_computed_tokens = session.num_computed_tokens
         session.num_computed_tokens = _num_kept_tokens(session)
@@ -159,23 +159,23 @@ class SessionScheduling:
 
     # Chunks.
 
-    def _refuse_chunk(self, session: Request, update: StreamingUpdate) -> bool:
-        """Refuse a chunk that does not fit; the session goes on with its next chunk."""
+    def _reject_invalid_chunk(self, session: Request, update: StreamingUpdate) -> bool:
+        """Reject a chunk that does not fit; the session goes on with its next chunk."""
         try:
             self.check_chunk(session, update, _num_kept_tokens(session))
         except ValueError as error:
-            self._notify(session, str(error))
+            self._send_error(session, str(error))
             return True
         return False
 
-    def _answer_for_ended_session(self, request: Request) -> None:
-        """Answer a chunk of a session that the engine has ended; stock would begin a new one with it."""
+    def _reject_chunk_of_ended_session(self, request: Request) -> None:
+        """Reject a chunk of a session that the engine has ended; stock would start a new one with it."""
         if request.resumable:
-            self._notify(request, self._ended_sessions[request.request_id])
+            self._send_error(request, self._ended_sessions[request.request_id])
         else:
             del self._ended_sessions[request.request_id]
 
-    def _remember_ended_session(self, session: Request) -> None:
+    def _record_ended_session(self, session: Request) -> None:
         reason = self._reasons.get(session.request_id, "an error in the engine")
         reason = f"the engine has ended the session: {reason}"
         self._ended_sessions[session.request_id] = reason
@@ -185,10 +185,10 @@ class SessionScheduling:
             if update is None:
                 self._ended_sessions.pop(session.request_id, None)
             else:
-                self._notify(session, reason)
+                self._send_error(session, reason)
 
-    def _notify(self, request: Request, reason: str) -> None:
-        """Answer a chunk with an error."""
+    def _send_error(self, request: Request, reason: str) -> None:
+        """Send an error output for a chunk."""
         logger.warning("A chunk of session %s is refused: %s", request.request_id, reason)
         output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=reason)
         self._notices.append((request.client_index, output))
@@ -196,14 +196,14 @@ class SessionScheduling:
     # Progress.
 
     def _resolve_stall(self, had_running: bool) -> None:
-        """Make sure that a request can be scheduled, after a step in which none was and none is running.
+        """Ensure that a request can be scheduled, after a step in which none was and none is running.
 
-        Waiting requests are then held up by sessions that are not running, and by these alone. One gives up its
-        pages, the longest idle one first; where seats are short, one ends. With all pages and seats free, a request
-        that cannot be scheduled never could.
+        Waiting requests are then blocked by sessions that are not running, and by these alone. One is evicted, the
+        longest idle one first; if `max_num_seqs` is reached, one ends. A request that cannot be scheduled with all
+        pages and slots free never could be.
 
         Args:
-            had_running: Requests were running before the step, and have preempted themselves.
+            had_running: Whether requests were running before the step, all of which were preempted.
         """
         if self.pause_state != PauseState.UNPAUSED or self._reasons:
             return
@@ -219,14 +219,14 @@ class SessionScheduling:
             self._evict(session)
         elif had_running:
             return
-        elif len(idle) >= compat.num_seats(self):
+        elif len(idle) >= compat.max_running_requests(self):
             session = min(idle, key=lambda it: it.arrival_time)
             self.reject(session, "its seat was needed: all seats are idle sessions' (--max-num-seqs).")
         else:
             self.reject(ready[0], "it cannot be scheduled although nothing else is running.")
 
     def _sessions_with_pages(self) -> list[Request]:
-        """Sessions that hold pages and are not running."""
+        """Return sessions that have pages and are not running."""
         waiting = (IDLE, RequestStatus.WAITING)
         return [
             request
@@ -235,26 +235,26 @@ class SessionScheduling:
         ]
 
     def _evict(self, session: Request) -> None:
-        """Take the pages of a session that is not running; they stay findable until something needs them.
+        """Release the pages of a session that is not running; they stay cached until they are evicted.
 
-        Its next chunk computes what is not found again, or ends the session where that needs frames that are gone.
+        Its next chunk recomputes what is not cached any more, or ends the session if that needs frames that are gone.
         """
         self._free_request_blocks(session)
         self.encoder_cache_manager.free(session)
         session.num_computed_tokens = 0
         session.num_preemptions += 1
-        # The worker may forget it: like a preempted request it is sent anew.
+        # Like a preempted request it is sent to the worker again.
         self.reset_preempted_req_ids.add(session.request_id)
 
 
 def _num_kept_tokens(session: Request) -> int:
-    """Text tokens that the next chunk follows: all but the last, which was only sampled."""
+    """Return how many text tokens the next chunk follows: all but the last, which was only sampled."""
     if session.num_computed_tokens == 0:  # Evicted or preempted.
         return session.num_tokens - 1
     return session.num_computed_tokens - session.num_output_placeholders
 
 
 def _is_ready(request: Request) -> bool:
-    """Whether a request waits for nothing but pages and a seat."""
+    """Return whether a request waits for nothing but pages and `max_num_seqs`."""
     is_waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
     return is_waiting and (request.num_stale_output_tokens == 0 or request.drop_stale_output)

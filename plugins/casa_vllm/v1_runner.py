@@ -1,8 +1,8 @@
 """CASA on vLLM's V1 model runner, which serves CPUs.
 
-The runner has no hook for a model's own per-step work, so four of its methods are extended:
-rows that were sent are noted, scheduled images are encoded into their pages instead of being
-kept, nothing is gathered into the text embeddings, and CA layers get their segments.
+The runner has no hook for a model's own per-step work, so four of its methods are overridden:
+they record the rows that were sent, encode scheduled images into their pages instead of caching the
+encoder's output, gather nothing into the text embeddings, and add the segments for CA layers.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class CasaCPUModelRunner(CPUModelRunner):
-    """V1 runner whose images live in pages."""
+    """V1 runner with images in pages."""
 
     def initialize_kv_cache(self, kv_cache_config: "KVCacheConfig", *args: Any, **kw: Any) -> None:
-        """Stock; then the groups of the CA layers are known."""
+        """Stock, then looks up the KV-cache groups of the CA layers."""
         super().initialize_kv_cache(kv_cache_config, *args, **kw)
         groups = self.kv_cache_config.kv_cache_groups
         group_of = {name: gid for gid, group in enumerate(groups) for name in group.layer_names}
@@ -74,7 +74,7 @@ class CasaCPUModelRunner(CPUModelRunner):
     def _gather_mm_embeddings(
         self, scheduler_output: "SchedulerOutput", shift_computed_tokens: int = 0
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Nothing: image tokens never enter the stream."""
+        """Returns nothing: image tokens never enter the stream."""
         num_tokens = scheduler_output.total_num_scheduled_tokens
         return [], torch.zeros(num_tokens, dtype=torch.bool)
 
@@ -115,7 +115,7 @@ class CasaCPUModelRunner(CPUModelRunner):
         )
 
     def _image_tables(self) -> list[np.ndarray]:
-        """Rows of image pages in batch order, for each image group."""
+        """Returns the rows of image pages in batch order, for each image group."""
         tables = self.input_batch.block_table
         return [tables[gid].get_numpy_array() for gid in self.image_groups]
 
@@ -124,10 +124,10 @@ class CasaCPUModelRunner(CPUModelRunner):
 
 
 class CasaCPUWorker(CPUWorker):
-    """CPU worker with CASA's runner; with Model Runner V2 the stock runner does."""
+    """CPU worker with CASA's runner; with Model Runner V2 the stock runner is used."""
 
     def init_device(self) -> None:
-        """Stock, then the runner is replaced."""
+        """Stock, then replaces the runner."""
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner = CasaCPUModelRunner(self.vllm_config, self.device)

@@ -1,14 +1,14 @@
 """CASA on vLLM's Model Runner V2 (GPUs): images, segments and CUDA graphs of one step.
 
-Order of a step, all of it outside of any graph but the last:
+Order of a step; only the last part may be in a CUDA graph:
 
     prepare_attn            segments of the step: planned in NumPy, copied to the device
     prepare_inputs_embeds   encode the scheduled images, write their K/V of all layers to pages
     forward                 eagerly, or as a replay of the decode graph
 
 A decode step has one segment a request, so its tensors fit into buffers of `max_num_seqs` rows.
-The graph is captured over these buffers and reads whatever a step has put there: nothing that it
-reads is ever allocated anew, and it knows no length as a number.
+The graph is captured over these buffers and reads whatever a step has written there: nothing that it
+reads is ever reallocated, and no length is a constant in it.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class CasaModelState(DefaultModelState):
     """Per-step state of models with CA layers; insertion models use vLLM's own."""
 
-    # The text is embedded inside the model's graph; the config hook refuses the option with its own words.
+    # The text is embedded inside the model's graph; the config hook rejects the option with its own message.
     supports_prompt_embeds = False
 
     def __init__(
@@ -51,16 +51,16 @@ class CasaModelState(DefaultModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        register_image_cache()  # in worker processes the config hook has not run
+        register_image_cache()  # the config hook does not run in worker processes
         self._layers = [layer for layer in model.modules() if isinstance(layer, CrossAttention)]
         self._image_block_tables: dict[str, torch.Tensor] = {}
         self._decode_blocks: list[torch.Tensor] = []
-        # Made with the sampler, on the ranks that sample.
+        # Created with the sampler, on the ranks that sample.
         self._captions: CaptionSampler | None = None
 
     @cached_property
     def _block_size(self) -> int:
-        # Of the bound cache: vLLM may have enlarged the blocks that the spec asked for.
+        # Of the allocated cache: vLLM may have enlarged the spec's blocks.
         return self._layers[0].kv_cache.shape[2]
 
     @cached_property
@@ -74,21 +74,21 @@ class CasaModelState(DefaultModelState):
         return SegmentTensors.zeros(self.max_num_reqs, max_pages, self.device)
 
     def add_request(self, req_index: int, new_req_data: "NewRequestData") -> None:
-        """A request is new, resumed, or a session's next chunk: its whole row was sent."""
+        """Adds a new or resumed request, or a session's next chunk, whose whole row was sent."""
         super().add_request(req_index, new_req_data)
         self._table.add_row(new_req_data.req_id, new_req_data.mm_features, new_req_data.num_computed_tokens)
         if self._captions is not None:
-            self._captions.chunk_sent(new_req_data)
+            self._captions.add_row(new_req_data)
 
     def remove_request(self, req_id: str) -> None:
-        """The request is finished, preempted, or about to be added again."""
+        """Removes a request that is finished, preempted, or about to be added again."""
         super().remove_request(req_id)
         self._table.remove(req_id)
         if self._captions is not None:
-            self._captions.forget(req_id)
+            self._captions.remove_row(req_id)
 
     def custom_sampler(self, sampler: Any) -> tuple[CaptionSampler, None]:
-        """VLLM's sampler with the rules of live sessions (speculative decoding is refused by the config hook)."""
+        """Returns vLLM's sampler with the rules of live sessions (the config hook rejects speculative decoding)."""
         self._captions = CaptionSampler(sampler)
         return self._captions, None
 
@@ -100,9 +100,9 @@ class CasaModelState(DefaultModelState):
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The metadata of self-attention, plus that of every CA layer under its own name."""
+        """Returns the metadata of self-attention, plus that of every CA layer under its own name."""
         metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs)
-        # The runner says NONE while it captures.
+        # The runner passes NONE while it captures.
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         plan = None if for_capture else self._plan(input_batch)
         step = None
@@ -120,7 +120,7 @@ class CasaModelState(DefaultModelState):
             if id(images) not in image_groups:
                 blocks = step.image_blocks(images.block_table_tensor)
                 if in_graph:
-                    blocks = self._keep_blocks(len(image_groups), blocks)
+                    blocks = self._copy_to_graph_buffer(len(image_groups), blocks)
                 image_groups[id(images)] = blocks
             key = (id(images), id(text))
             if key not in made:
@@ -138,8 +138,8 @@ class CasaModelState(DefaultModelState):
                 table.add_row(request_id, (), 0)
         return table.plan(request_ids, input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens)
 
-    def _keep_blocks(self, group: int, blocks: torch.Tensor) -> torch.Tensor:
-        """The blocks at the address that decode graphs read. Mutates the group's buffer."""
+    def _copy_to_graph_buffer(self, group: int, blocks: torch.Tensor) -> torch.Tensor:
+        """Returns the blocks, copied to the address that decode graphs read. Mutates the group's buffer."""
         if group == len(self._decode_blocks):
             shape = self._decode_buffers.page_lens.shape
             self._decode_blocks.append(blocks.new_zeros(shape))
@@ -158,7 +158,7 @@ class CasaModelState(DefaultModelState):
     ) -> CasaAttentionMetadata:
         max_text_len = self.max_model_len if plan is None else plan.max_text_len
         if in_graph:
-            # One token a request: the runner's own persistent buffer, padded, has it all.
+            # One token per request: the runner's own persistent, padded buffer suffices.
             return step.attention_metadata(
                 input_batch.query_start_loc,
                 image_blocks,
@@ -218,8 +218,8 @@ class CasaModelState(DefaultModelState):
         )
 
     def dummy_inputs_embeds(self, num_tokens: int) -> None:
-        """Token ids go in; the embedding is part of the model's graph."""
+        """Returns None: the embedding is part of the model's graph."""
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """Nothing beside token ids and positions."""
+        """Returns no inputs besides token ids and positions."""
         return {}

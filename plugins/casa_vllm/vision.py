@@ -17,16 +17,16 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 
 
 class TransformersVisionEncoder(Qwen2_5_VisionTransformerPretrainedModel):
-    """transformers' encoder behind the call of vLLM's; every rank computes all of it."""
+    """transformers' encoder with the interface of vLLM's; every rank computes all of it."""
 
     def forward(self, pixel_values: torch.Tensor, grid_thw: list[list[int]]) -> torch.Tensor:
-        """(P, 1176) patches of I images with grids (t, h, w) -> (sum of N, C) image tokens."""
+        """Encodes (P, 1176) patches of I images with grids (t, h, w) to (sum of N, C) image tokens."""
         grids = torch.tensor(grid_thw, device=pixel_values.device)
         return super().forward(pixel_values, grid_thw=grids).pooler_output
 
 
 def vision_encoder(config: Qwen2_5_VLVisionConfig, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
-    """Builds the encoder; chosen by whether torchvision is installed."""
+    """Builds vLLM's encoder if torchvision is installed, otherwise transformers'."""
     if find_spec("torchvision") is None:
         return TransformersVisionEncoder._from_config(config, dtype=torch.get_default_dtype())
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer

@@ -31,7 +31,7 @@ def load_strictly(model: nn.Module, config: CasaConfig, weights: Iterable[tuple[
 
     Args:
         model: vLLM's CASA model. Mutated.
-        config: Says, through the eager model, which tensors there must be.
+        config: Determines, through the eager model, the expected tensors.
         weights: Name and tensor of each in the checkpoint.
 
     Returns:
@@ -50,7 +50,7 @@ def load_strictly(model: nn.Module, config: CasaConfig, weights: Iterable[tuple[
 def _matching(
     weights: Iterable[tuple[str, torch.Tensor]], expected: Shapes, found: Shapes
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Passes on the right tensors, and notes all of them. Mutates `found`."""
+    """Yields the expected tensors, and records all of them. Mutates `found`."""
     for name, tensor in weights:
         found[name] = tuple(tensor.shape)
         if found[name] == expected.get(name):

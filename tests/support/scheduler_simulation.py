@@ -264,7 +264,7 @@ class Simulation:
         limits = {"step_tokens": 128, "max_prompt_tokens": 512, "max_prompt_images": 24}
         images = ImageCacheSpec(**size, **limits)
         specs = [FullAttentionSpec(**size) for _ in range(num_text_groups)] + [images]
-        num_blocks = num_text_groups * MAX_MODEL_LEN // BLOCK_SIZE + images.max_held_pages(self._depth) + 1
+        num_blocks = num_text_groups * MAX_MODEL_LEN // BLOCK_SIZE + images.max_pages_in_use(self._depth) + 1
         groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
         config.cache_config.num_gpu_blocks = num_blocks + extra_blocks
         init_none_hash(hash_fn := get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo))

@@ -81,25 +81,25 @@ def test_v2_rows_follow_the_batch():
     inner = SimpleNamespace(compute_nans=False)
     sampler = CaptionSampler(inner)
     assert sampler.compute_nans is False
-    sampler.chunk_sent(sent("chat", None, 3, [5, 6, 7]))
-    sampler.chunk_sent(sent("live", params(), 3, [5, 6, 7]))
+    sampler.add_row(sent("chat", None, 3, [5, 6, 7]))
+    sampler.add_row(sent("live", params(), 3, [5, 6, 7]))
     logits = torch.randn(2, V).bfloat16()
-    assert sampler.change(logits[:1], Batch(("chat", 3, 0, 7))).dtype == torch.bfloat16
+    assert sampler.apply_rules(logits[:1], Batch(("chat", 3, 0, 7))).dtype == torch.bfloat16
     kept = logits.clone()
     # The prompt in two pieces, then three tokens.
     outputs: list[int] = []
     for computed, last in ((0, 6), (2, 7), (3, 9), (4, 10), (5, 9)):
         outputs += [last] if computed >= 3 else []
-        changed = sampler.change(logits, Batch(("chat", 3, 3, 8), ("live", 3, computed, last)))
+        changed = sampler.apply_rules(logits, Batch(("chat", 3, 3, 8), ("live", 3, computed, last)))
         assert torch.equal(changed[1], wanted(kept[1].float(), outputs))
         assert torch.equal(changed[0], kept[0].float())
         assert torch.equal(logits, kept)
     # Resumed after a preemption, the chunk's own output is sent with it.
-    sampler.chunk_sent(sent("live", params(), 3, [5, 6, 7, *outputs]))
-    changed = sampler.change(logits, Batch(("chat", 3, 9, 8), ("live", 6, 0, 9)))
+    sampler.add_row(sent("live", params(), 3, [5, 6, 7, *outputs]))
+    changed = sampler.apply_rules(logits, Batch(("chat", 3, 9, 8), ("live", 6, 0, 9)))
     assert torch.equal(changed[1], wanted(kept[1].float(), outputs))
-    sampler.forget("live")
-    assert sampler.change(logits, Batch(("chat", 3, 9, 8), ("live", 6, 6, 9))) is logits
+    sampler.remove_row("live")
+    assert sampler.apply_rules(logits, Batch(("chat", 3, 9, 8), ("live", 6, 6, 9))) is logits
 
 
 POISON = (
@@ -144,7 +144,7 @@ def test_whatever_a_client_sends_is_refused_or_harmless():
             continue
         second = CaptionSampler(SimpleNamespace())
         # V2 has nothing that validates a request: there it goes on without a state.
-        second.chunk_sent(sent("live", sampling, 3, [5, 6, 7]))
+        second.add_row(sent("live", sampling, 3, [5, 6, 7]))
         try:
             # What `SamplingParams.verify` calls; the server answers this error with a 400.
             validate_logits_processors_parameters([CaptionLogitsProcessor], sampling)
@@ -158,6 +158,6 @@ def test_whatever_a_client_sends_is_refused_or_harmless():
         first = CaptionLogitsProcessor(None, torch.device("cpu"), False)
         first.update_state(BatchUpdate(1, [], [(0, sampling, [1], [9, 10])], []))
         assert not first.apply(torch.randn(1, V)).isnan().any()
-        second.change(torch.randn(1, V), Batch(("live", 3, 3, 8)))
+        second.apply_rules(torch.randn(1, V), Batch(("live", 3, 3, 8)))
     assert num_refused > 150
     assert num_taken < 20

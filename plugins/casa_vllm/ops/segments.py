@@ -20,7 +20,7 @@ import torch
 
 @dataclass
 class WindowAttentionMetadata:
-    """What the queries of one step may see. Tensors live on the device of the caches.
+    """The keys that the queries of one step see. Tensors are on the device of the caches.
 
     The same object serves all layers of a step. V segments (padding segments at the end are
     empty), T tokens, P image pages of the widest segment, R requests.
