@@ -38,6 +38,12 @@ def test_every_file_that_is_named_exists(name):
         assert path == "docs/..." or list(ROOT.glob(path)), path
 
 
+def test_every_page_is_listed():
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    table = (ROOT / "docs" / "README.md").read_text()
+    assert set(re.findall(r"^\| \[[^]]+\]\((\w+\.md)\)", table, re.MULTILINE)) == pages
+
+
 def test_the_matrix_has_every_fusion_over_every_backbone():
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|((?: [^|]+ \|){6})$", README, re.MULTILINE)
     assert {fusion for fusion, _, _ in rows} == set(FUSIONS)
