@@ -81,7 +81,7 @@ class SegmentTensors:
         """(V, P) int32: each segment's pages, from its request's row of (R, row width) pages."""
         rows, first_pages = self.fields[0].long(), self.fields[4].long()
         columns = torch.arange(self.page_lens.shape[1], device=block_table.device)
-        # Columns beyond a segment's pages hold anything; nobody reads them.
+        # Columns beyond a segment's pages are undefined and never read.
         columns = (first_pages[:, None] + columns).clamp_(max=block_table.shape[1] - 1)
         return block_table[rows[:, None], columns]
 

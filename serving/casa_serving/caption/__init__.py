@@ -1,1 +1,1 @@
-"""`casa-caption`: captions videos and cameras, with an engine in its process or as a client of a server."""
+"""`casa-caption`: captions videos and cameras, with its own engine or as a client of a server."""

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     import pysubs2
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm")
-# libass draws nothing where it finds no font, and ffmpeg calls that a success.
+# Without a font libass draws nothing, and ffmpeg still succeeds.
 NO_FONT = "failed to find any fallback"
 MAX_MESSAGE_CHARACTERS = 300
 
 
 def find_ffmpeg() -> str:
-    """The ffmpeg of the PATH, or else the one in the package imageio-ffmpeg.
+    """Returns the ffmpeg of the PATH, or else the one in the package imageio-ffmpeg.
 
     Raises:
-        InputError: neither is there.
+        InputError: Neither is installed.
     """
     found = shutil.which("ffmpeg")
     if found is not None:
@@ -45,18 +45,18 @@ def burn(info: VideoInfo, captions: pysubs2.SSAFile, output: Path) -> None:
 
     Args:
         info: The video.
-        captions: Timed from what a player calls its beginning.
-        output: Where to; half of it is there while ffmpeg works, and where it fails.
+        captions: Timed from the beginning of playback.
+        output: The file to write; incomplete while ffmpeg runs, and if it fails.
 
     Mutates:
         captions: their times and styles.
 
     Raises:
-        InputError: ffmpeg cannot do it.
+        InputError: ffmpeg fails.
     """
     ffmpeg = find_ffmpeg()
     with tempfile.TemporaryDirectory(prefix="casa-caption-") as folder:
-        # A filter's argument has rules of quoting of its own: a plain name in the working folder needs none.
+        # A filter's argument has its own quoting rules: a plain name in the working folder needs none.
         # ffmpeg's clock begins with the first picture or sound.
         captions.shift(s=info.zero_s - info.start_s)
         write_subtitles(styled(captions, *upright_size(info.path)), Path(folder) / "captions.ass")
@@ -71,9 +71,9 @@ def burn(info: VideoInfo, captions: pysubs2.SSAFile, output: Path) -> None:
 
 
 def command(ffmpeg: str, info: VideoInfo, output: Path) -> list[str]:
-    """The call of ffmpeg: only real containers are opened, all sound is kept, browsers can play the result."""
+    """Returns the ffmpeg command: it opens only real containers, keeps all sound, and its result plays in browsers."""
     guards = [word for name, value in OPEN_OPTIONS.items() for word in (f"-{name}", value)]
-    # Letters are drawn on square pixels; 4:2:0 wants even sides.
+    # Text is drawn on square pixels; 4:2:0 requires even sides.
     square = "scale=max(iw\\,iw*sar):max(ih\\,ih/sar),setsar=1"
     filters = f"{square},ass=captions.ass,pad=ceil(iw/2)*2:ceil(ih/2)*2"
     words = [ffmpeg, "-hide_banner", "-loglevel", "warning", "-nostdin", "-y", *guards, "-i", str(info.path.absolute())]
@@ -84,7 +84,7 @@ def command(ffmpeg: str, info: VideoInfo, output: Path) -> list[str]:
 
 
 def check(run: subprocess.CompletedProcess[str], *, has_captions: bool) -> None:
-    """Refuses what ffmpeg did not do, or did without letters."""
+    """Raises InputError if ffmpeg failed, or found no font."""
     if run.returncode:
         last = run.stderr.strip()[-MAX_MESSAGE_CHARACTERS:] or "no reason given"
         raise InputError(f"ffmpeg could not burn the captions in (status {run.returncode}): {last}")

@@ -1,4 +1,4 @@
-"""Frames of a camera as it runs: always the newest one; what was not looked at in time is gone, never queued."""
+"""Frames of a running camera: always the latest one; frames that are not used in time are dropped, never queued."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class Camera:
 
     Args:
         device: Such as /dev/video0.
-        input_format: FFmpeg's name for the kind of device: Video4Linux.
+        input_format: FFmpeg's name of the kind of device; default: Video4Linux.
     """
 
     def __init__(self, device: str, input_format: str = "v4l2") -> None:
         self._device, self._format = device, input_format
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._latest: tuple[float, av.VideoFrame] | None = None
-        self._fault: str | None = None
+        self._error: str | None = None
         self._closing = False
 
     def __enter__(self) -> Self:
         """Opens the device.
 
         Raises:
-            InputError: it does not exist, is no camera, is in use or forbidden.
+            InputError: It does not exist, is no camera, is in use, or access is denied.
         """
         av = import_av()
         try:
@@ -59,34 +59,34 @@ class Camera:
         """Closes the device."""
         self._closing = True
         self._thread.join(MAX_SILENCE_S)
-        if not self._thread.is_alive():  # A device that hangs is left to the end of the process.
+        if not self._thread.is_alive():  # The thread is a daemon: a device that hangs ends with the process.
             self._container.close()
 
     def samples(self, fps: float, max_seconds: float | None = None) -> Iterator[Sample]:
-        """The newest frame at 0, 1/fps, 2/fps, ... seconds; moments that pass meanwhile are skipped.
+        """Yields the latest frame at 0, 1/fps, 2/fps, ... seconds; times that pass meanwhile are skipped.
 
         The timestamps are those of the frames' arrival, so they are not exact multiples of 1/fps.
 
         Raises:
-            InputError: no frame came for `MAX_SILENCE_S`, or the device is gone.
+            InputError: No frame arrived for `MAX_SILENCE_S`, or the device is gone.
         """
         begin, _ = self._newer_than(-math.inf)
-        number, shown = 0, -math.inf
+        number, last_s = 0, -math.inf
         while max_seconds is None or number / fps < max_seconds:
             time.sleep(max(0.0, begin + number / fps - time.monotonic()))
-            shown, frame = self._newer_than(shown)
-            yield Sample(shown - begin, as_shown(frame, self._look))
+            last_s, frame = self._newer_than(last_s)
+            yield Sample(last_s - begin, as_shown(frame, self._look))
             number = max(number + 1, math.ceil((time.monotonic() - begin) * fps))
 
     def _newer_than(self, moment: float) -> tuple[float, av.VideoFrame]:
-        """Waits for a frame that came after `moment`."""
-        with self._news:
-            came = self._news.wait_for(
-                lambda: self._fault is not None or (self._latest is not None and self._latest[0] > moment),
+        """Waits for a frame that arrived after `moment`."""
+        with self._changed:
+            arrived = self._changed.wait_for(
+                lambda: self._error is not None or (self._latest is not None and self._latest[0] > moment),
                 MAX_SILENCE_S,
             )
-            if self._fault is not None or not came or self._latest is None:
-                reason = self._fault or f"no frame for {MAX_SILENCE_S:g} s"
+            if self._error is not None or not arrived or self._latest is None:
+                reason = self._error or f"no frame for {MAX_SILENCE_S:g} s"
                 raise InputError(f"The camera {self._device!r} stopped: {reason}.")
             return self._latest
 
@@ -96,11 +96,11 @@ class Camera:
             for frame in self._container.decode(video=0):
                 if self._closing:
                     return
-                with self._news:
+                with self._changed:
                     self._latest = (time.monotonic(), frame)
-                    self._news.notify_all()
+                    self._changed.notify_all()
         except (import_av().error.FFmpegError, OSError) as error:
             fault = str(error.strerror)
-        with self._news:
-            self._fault = fault
-            self._news.notify_all()
+        with self._changed:
+            self._error = fault
+            self._changed.notify_all()

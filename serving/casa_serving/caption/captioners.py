@@ -1,4 +1,4 @@
-"""Two ways to have a video captioned, frame by frame: an engine of one's own, or a server's `/v1/live`."""
+"""Two captioners, which caption frame by frame: an own engine, or a server's `/v1/live`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ JPEG_QUALITY = 95
 
 @asynccontextmanager
 async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIterator[Captioner]:
-    """A session in an engine of its own, which lives as long as the session."""
+    """Opens a session in its own engine, which is shut down with the session."""
     from casa_serving.engine_defaults import runs_on_cpu
     from casa_serving.live.session import LiveEngine, start_engine
 
@@ -51,9 +51,9 @@ async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIte
 
 @contextmanager
 def block_sigint_in_children() -> Iterator[None]:
-    """Processes that are started meanwhile never get Ctrl-C, which a terminal sends to all processes of a command.
+    """Blocks Ctrl-C in processes started within the body; a terminal sends it to all processes of a command.
 
-    It would end them before the session is closed. Here it is delivered afterwards, if it came meanwhile.
+    It would kill them before the session is closed. In this process it is delivered after the body.
     """
     # Where it is started later, it lifts the block itself.
     resource_tracker.ensure_running()
@@ -65,7 +65,7 @@ def block_sigint_in_children() -> Iterator[None]:
 
 
 async def caption_in_engine(session: LiveSession, sample: Sample) -> FrameRecord:
-    """Shows one frame to a session and waits for the end of its caption."""
+    """Captions one frame in a session; returns when the caption is complete."""
     from casa_serving.live.session import FrameResult
 
     async for item in session.caption(sample.image, sample.timestamp):
@@ -84,16 +84,16 @@ async def caption_in_engine(session: LiveSession, sample: Sample) -> FrameRecord
 
 @asynccontextmanager
 async def server_captioner(server: str, api_key: str | None, settings: dict[str, Any]) -> AsyncIterator[Captioner]:
-    """A session of a running server.
+    """Opens a session at a running server.
 
     Args:
-        server: Its address, as `live_url` takes it.
+        server: Its address, see `live_url`.
         api_key: Its key, if it has one.
         settings: What differs from the server's own settings.
 
     Raises:
-        InputError: no such server, or it has no live sessions.
-        LiveError: it refuses the session, or a frame.
+        InputError: There is no such server, or it has no live sessions.
+        LiveError: It rejects the session, or a frame.
     """
     try:
         from websockets.exceptions import WebSocketException
@@ -111,7 +111,7 @@ async def server_captioner(server: str, api_key: str | None, settings: dict[str,
 
 
 async def caption_by_server(client: LiveClient, sample: Sample) -> FrameRecord:
-    """Sends one frame and waits for the end of its caption."""
+    """Sends one frame and waits until its caption is complete."""
     from casa_serving.live.protocol import ErrorEvent, FrameDone, LiveError
 
     limits = client.created.limits if client.created else None
@@ -134,14 +134,14 @@ async def caption_by_server(client: LiveClient, sample: Sample) -> FrameRecord:
 
 
 def fit(image: Image.Image, limits: Limits) -> bytes:
-    """A frame as the file that is sent, scaled down to what the server takes; the model sees less than that anyway."""
+    """Returns a frame as a file, scaled down to the server's limits, which are above the model's resolution."""
     scale = min(1.0, math.sqrt(limits.max_frame_pixels / (image.width * image.height)))
     scale = min(scale, limits.max_frame_side / max(image.size))
     return encode(image if scale == 1 else scaled(image, scale), limits.max_frame_bytes)
 
 
 def encode(image: Image.Image, max_bytes: int | None) -> bytes:
-    """A frame as a file: without loss where that is small enough, scaled down where it cannot be otherwise."""
+    """Returns a frame as a file: lossless if that is small enough, and scaled down if necessary."""
     file = saved(image, "PNG", compress_level=1)
     while max_bytes is not None and len(file) > max_bytes:
         file = saved(image, "JPEG", quality=JPEG_QUALITY)
@@ -152,23 +152,23 @@ def encode(image: Image.Image, max_bytes: int | None) -> bytes:
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """An image as a file of a kind."""
+    """Returns an image as a file of the format `kind`."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def scaled(image: Image.Image, scale: float) -> Image.Image:
-    """A smaller copy."""
+    """Returns a smaller copy."""
     size = [max(1, int(side * scale)) for side in image.size]
     return image.resize(tuple(size), Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def live_url(server: str) -> str:
-    """The WebSocket of a server that is named by any of its addresses.
+    """Returns the URL of a server's WebSocket, from any of its addresses.
 
     Raises:
-        InputError: it is none.
+        InputError: It is no valid address.
     """
     from casa_serving.live.protocol import PATH
 

@@ -2,7 +2,7 @@
 
     source (file, download, camera)  ->  samples  ->  captioner (engine or server)  ->  records  ->  files
 
-Ctrl-C ends it early: what is written by then is complete in itself.
+Ctrl-C stops it early: the files written so far are complete.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from casa_serving.caption.outputs import Outputs, building
 from casa_serving.caption.subtitles import FrameRecord, import_pysubs2
 from casa_serving.caption.video import Sample, VideoInfo, check_complete, sample, scan
 
-INTERRUPTED = 130  # What a shell reports for a command that Ctrl-C ended.
+INTERRUPTED = 130  # Exit status of a command that was stopped by Ctrl-C.
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the frames come from.
+    """The source of the frames.
 
     Attributes:
-        samples: Frames in order; the next one is fetched when it is needed.
-        total: How many there will be, if that is known.
-        info: What is known of the file, if it is one.
+        samples: Frames in order; read lazily.
+        total: Their number, if it is known.
+        info: Properties of the file, if it is one.
     """
 
     samples: Iterator[Sample]
@@ -57,10 +57,10 @@ class Source:
 
 @contextmanager
 def open_source(options: argparse.Namespace) -> Iterator[Source]:
-    """Opens what the command line names; a download is gone afterwards.
+    """Opens the source that the command line names; a download is removed afterwards.
 
     Raises:
-        InputError: it cannot be had, or is no video.
+        InputError: It cannot be opened, or is no video.
     """
     with ExitStack() as stack:
         if is_camera(options.video):
@@ -79,7 +79,7 @@ def open_source(options: argparse.Namespace) -> Iterator[Source]:
 
 async def fetch(options: argparse.Namespace, folder: Path) -> Path:
     """Downloads the video that the command line names."""
-    from casa_serving.caption.download import download  # Imports vLLM, which takes its time.
+    from casa_serving.caption.download import download  # Slow: imports vLLM.
 
     return await download(
         options.video,
@@ -91,10 +91,10 @@ async def fetch(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def open_captioner(options: argparse.Namespace) -> AbstractAsyncContextManager[Captioner]:
-    """The engine or the server that captions; nothing is started yet.
+    """Returns the captioner, of an engine or a server; nothing is started yet.
 
     Raises:
-        CasaError: checkpoint or settings are invalid.
+        CasaError: Checkpoint or settings are invalid.
     """
     if options.server is not None:
         return server_captioner(options.server, options.api_key, given_settings(options))
@@ -109,10 +109,10 @@ async def caption_all(
     outputs: Outputs,
     options: argparse.Namespace,
 ) -> bool:
-    """Captions frame by frame until the end or Ctrl-C; returns whether it came to the end.
+    """Captions frame by frame until the end or Ctrl-C; returns whether it reached the end.
 
     Mutates:
-        records: grows by each frame.
+        records: Each frame is appended.
     """
     job = asyncio.create_task(caption_into(records, source, captioner, outputs, options))
     interrupted = asyncio.Event()
@@ -130,8 +130,9 @@ async def caption_all(
     finally:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
-            signal.signal(number, handler)  # the loop would leave the default, which for SIGTERM ends at once
-    # What goes wrong while everything is put away is then no error any more.
+            # The event loop has set the default, with which SIGTERM exits immediately.
+            signal.signal(number, handler)
+    # After an interrupt, errors of the clean-up are ignored.
     if not interrupted.is_set():
         job.result()
     return not interrupted.is_set()
@@ -144,10 +145,10 @@ async def caption_into(
     outputs: Outputs,
     options: argparse.Namespace,
 ) -> None:
-    """Starts the captioner and shows it all frames.
+    """Starts the captioner and captions all frames.
 
     Mutates:
-        records: grows by each frame.
+        records: Each frame is appended.
     """
     async with captioner as caption:
         with tqdm(total=source.total, unit="frame", disable=options.quiet) as progress:
@@ -165,7 +166,7 @@ def report(progress: tqdm, record: FrameRecord) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Does what the command line says; returns the exit status."""
+    """Runs the command line; returns the exit status."""
     check_options(options)
     import_pysubs2()
     if options.burn is not None:
@@ -187,7 +188,7 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None, program: str = "casa-caption") -> int:
     """Run the command; return the exit status. `program` is its name in messages."""
     options = build_parser(program).parse_args(arguments)
-    # Read when vLLM is imported; the terminal is for captions.
+    # vLLM reads it at import; keeps its log off the terminal, which shows captions.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         return run(options)

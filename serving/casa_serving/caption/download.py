@@ -1,6 +1,6 @@
 """Downloads a video to a temporary file under the rules for images: allowed domains, public addresses, every hop.
 
-FFmpeg is never given an address: what it would connect to could not be checked.
+FFmpeg never gets a URL: its connections could not be checked.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ async def download(
 
     Args:
         url: http(s) address.
-        allowed_domains: Exact host names that may be asked.
-        folder: A temporary one; the file stays in it.
-        max_bytes: Where the download is broken off.
+        allowed_domains: Exact host names that are allowed.
+        folder: A temporary folder for the file.
+        max_bytes: Size limit, at which the download is aborted.
         allow_loopback: Whether the address may be this machine's (for tests).
 
     Returns:
         The file.
 
     Raises:
-        InputError: the URL is refused, or nothing usable comes from it.
+        InputError: The URL is rejected, or the download fails.
     """
     try:
         parsed = URL(url)
@@ -58,7 +58,7 @@ async def download(
 
 
 async def save(response: aiohttp.ClientResponse, file: IO[bytes], max_bytes: int) -> None:
-    """Writes an answer's body to a file, and no more than `max_bytes` of it."""
+    """Writes a response's body to a file, and no more than `max_bytes` of it."""
     received = 0
     async for chunk in response.content.iter_chunked(CHUNK_BYTES):
         received += len(chunk)
@@ -68,5 +68,5 @@ async def save(response: aiohttp.ClientResponse, file: IO[bytes], max_bytes: int
 
 
 def failed(url: str, reason: str) -> InputError:
-    """The error for an allowed URL that gave no video."""
+    """Returns the error for an allowed URL whose download failed."""
     return InputError(f"The video could not be downloaded from {url!r}: {reason}.")

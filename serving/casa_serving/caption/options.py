@@ -17,7 +17,7 @@ DESCRIPTION = """Captions a video as if it were live: a frame every half second,
 VIDEO is a file, a URL of an allowed domain, or a camera such as /dev/video0. Every frame of a file is looked at; of a
 camera always the newest one."""
 MAX_DOWNLOAD_BYTES = 2_000_000_000
-# What the options that are settings of the session say; the rest of a setting's option follows from its field.
+# Help of the options for session settings; the rest of each option follows from the setting's field.
 SETTINGS_HELP = {
     "instruction": "what the model is told",
     "system": "system prompt",
@@ -67,16 +67,16 @@ def build_parser(program: str = "casa-caption") -> argparse.ArgumentParser:
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The session's settings that the command line names."""
+    """Returns the session's settings that the command line sets."""
     given = {name: value for name, value in vars(options).items() if name in SETTINGS_HELP}
     return {"fps": options.fps, **given}
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses what cannot work before anything is read, downloaded or started.
+    """Checks the options before anything is read, downloaded or started.
 
     Raises:
-        InputError: naming the option.
+        InputError: Names the invalid option.
     """
     LiveSettings.from_fields(given_settings(options))
     chosen_formats(options)
@@ -97,7 +97,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_burn(options: argparse.Namespace) -> None:
-    """Refuses what captions cannot be burned into."""
+    """Raises InputError if captions cannot be burned into the video or the output."""
     if is_camera(options.video):
         raise InputError("--burn needs a file or a URL: what a camera shows is not kept.")
     if options.burn.suffix not in SUFFIXES:
@@ -107,7 +107,7 @@ def check_burn(options: argparse.Namespace) -> None:
 
 
 def chosen_formats(options: argparse.Namespace) -> list[str]:
-    """The kinds of files to write."""
+    """Returns the formats of the files to write."""
     formats = [word.strip() for word in options.formats.split(",") if word.strip()]
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
@@ -116,12 +116,12 @@ def chosen_formats(options: argparse.Namespace) -> list[str]:
 
 
 def is_url(text: str) -> bool:
-    """Whether the user means an address rather than a file."""
+    """Returns whether a source is a URL rather than a file."""
     return "://" in text
 
 
 def output_path(options: argparse.Namespace, suffix: str) -> Path:
-    """Where a file of captions goes: PREFIX.suffix, by default beside the video, or here where it is no file."""
+    """Returns the path of a caption file: PREFIX.suffix, by default beside the video, or in the current folder."""
     if options.output is not None:
         return Path(f"{options.output}.{suffix}")
     if is_camera(options.video):

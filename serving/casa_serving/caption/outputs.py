@@ -1,7 +1,7 @@
-"""The files that `casa-caption` writes: built beside their places, and put there together at the end.
+"""The files that `casa-caption` writes: written to temporary files and moved to their paths together at the end.
 
-What was there before stays until then, and for good where captioning fails: what was captioned by then is then put
-beside it, as PREFIX.partial.srt and so on.
+Older files stay until then, and also if captioning fails: the captions so far are then written beside them, as
+PREFIX.partial.srt and so on.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ JSONL = "jsonl"
 
 @contextmanager
 def building(options: argparse.Namespace) -> Iterator[Outputs]:
-    """Makes the files beside their places; those that are not published are gone afterwards.
+    """Creates the temporary files; those that are not published are removed afterwards.
 
     Raises:
-        OSError: They cannot be written there.
+        OSError: They cannot be written.
     """
     with ExitStack() as stack:
         parts = {
@@ -48,8 +48,8 @@ class Outputs:
 
     Args:
         options: The command line, which names them.
-        parts: Where the files of captions are built, by suffix.
-        burned: Where the copy with captions in it is built, if it is wanted.
+        parts: Temporary caption files, by suffix.
+        burned: Temporary copy of the video with captions, if requested.
     """
 
     def __init__(self, options: argparse.Namespace, parts: dict[str, Path], burned: Path | None) -> None:
@@ -57,47 +57,47 @@ class Outputs:
         self._lines = JsonLines(parts[JSONL]) if JSONL in parts else None
 
     def write(self, record: FrameRecord) -> None:
-        """Appends a frame to the JSON lines, if they are wanted."""
+        """Appends a frame to the JSON lines, if requested."""
         if self._lines is not None:
             self._lines.write(record)
 
     def close(self) -> None:
-        """Closes what grows."""
+        """Closes the JSON lines."""
         if self._lines is not None:
             self._lines.close()
 
     def publish(self, records: list[FrameRecord], *, complete: bool) -> SSAFile:
-        """Puts all files in their places; returns the captions.
+        """Moves all files to their final paths; returns the captions.
 
         Args:
             records: All frames, at least one.
-            complete: Whether captioning came to its end: nothing else replaces what is there.
+            complete: Whether captioning reached the end: only then older files are replaced.
         """
         captions = subtitles(records, end_s=records[-1].timestamp + 1 / self._options.fps)
         self.close()
         for suffix, part in self._parts.items():
             if suffix != JSONL:
                 write_subtitles(captions, part)
-        places = {part: self._place(suffix, complete) for suffix, part in self._parts.items()}
+        places = {part: self._final_path(suffix, complete) for suffix, part in self._parts.items()}
         publish(places)
         if not self._options.quiet:
             print(f"{len(records)} frames, {len(captions)} captions: {', '.join(map(str, places.values()))}")
         return captions
 
     def publish_burned(self, info: VideoInfo, captions: SSAFile) -> None:
-        """Burns the captions into a copy of the video, if it is wanted, and puts it in its place.
+        """Burns the captions into a copy of the video, if requested, and moves it to its final path.
 
         Mutates:
-            captions: their times and styles.
+            captions: Their times and styles.
 
         Raises:
-            InputError: ffmpeg cannot do it.
+            InputError: ffmpeg fails.
         """
         if self._burned is not None:
             burn(info, captions, self._burned)
             publish({self._burned: self._options.burn})
 
-    def _place(self, suffix: str, complete: bool) -> Path:
+    def _final_path(self, suffix: str, complete: bool) -> Path:
         path = output_path(self._options, suffix)
         if complete or not path.exists():
             return path

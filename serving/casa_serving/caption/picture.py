@@ -1,6 +1,6 @@
-"""How one decoded frame looks on the screen: its colours, its shape, which side is up, and what shows through.
+"""Converts a decoded frame for display: colours, pixel aspect, orientation and transparency.
 
-Browsers are the judge: the same file looks the same on the page.
+The reference are browsers: the same file looks the same on the page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 if TYPE_CHECKING:
     import av
 
-# What a file says nothing about is BT.709 from this height on, BT.601 below.
+# The default colour space is BT.709 from this height on, BT.601 below.
 HD_HEIGHT = 720
 UNSPECIFIED, BT709 = 2, 1
 # Of a display matrix: x' = a x + c y, y' = b x + d y, with y downwards; keyed by the signs of a, b, c, d.
@@ -34,11 +34,11 @@ MATRIX = struct.Struct("<9i")
 
 @dataclass(frozen=True)
 class Look:
-    """What a file says about how all its frames are shown.
+    """Display properties of all frames of a file.
 
     Attributes:
         pixel_aspect: Width over height of a pixel; None is square.
-        turn: How frames are turned and mirrored; None where they are not.
+        turn: How frames are rotated and mirrored, or None.
     """
 
     pixel_aspect: Fraction | None = None
@@ -46,12 +46,12 @@ class Look:
 
     @classmethod
     def of(cls, video: av.VideoStream, frame: av.VideoFrame) -> Look:
-        """Reads it from a stream and its first frame; a frame that was asked lives until Python looks for cycles."""
+        """Returns the properties of a stream and its first frame, which is freed only by Python's cycle collector."""
         return cls(video.sample_aspect_ratio, turn_of(frame))
 
 
 def as_shown(frame: av.VideoFrame, look: Look) -> Image.Image:
-    """Returns a frame as RGB with square pixels, turned as its file says, over white where it is transparent."""
+    """Returns a frame as RGB with square pixels, oriented as its file says, over white where it is transparent."""
     image = rgb(frame)
     size = square_pixels(image.width, image.height, look.pixel_aspect)
     if size != image.size:
@@ -80,7 +80,7 @@ def square_pixels(width: int, height: int, pixel_aspect: Fraction | None) -> tup
 
 
 def turn_of(frame: av.VideoFrame) -> Image.Transpose | None:
-    """Returns how a frame's display matrix turns and mirrors it, to the nearest quarter; None where it does not."""
+    """Returns how a frame's display matrix rotates and mirrors it, to the nearest quarter turn, or None."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             a, b, _, c, d, *_ = MATRIX.unpack(bytes(data)[: MATRIX.size])
@@ -91,5 +91,5 @@ def turn_of(frame: av.VideoFrame) -> Image.Transpose | None:
 
 
 def sign(number: int) -> int:
-    """Returns -1 below zero and 1 from there on."""
+    """Returns -1 for negative numbers, otherwise 1."""
     return -1 if number < 0 else 1

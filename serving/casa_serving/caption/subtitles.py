@@ -1,6 +1,6 @@
 """Captions as files: SRT and WebVTT for players, ASS to be burned in, JSON lines for programs.
 
-A caption stands until the next one begins, at most `MAX_CAPTION_S`, and not beyond the video. Silent frames make no
+A caption is shown until the next one begins, at most `MAX_CAPTION_S`, and not beyond the video. Silent frames have no
 entry in subtitles; in the JSON lines every frame has one.
 """
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 MAX_CAPTION_S = 10.0
 FORMATS = ("srt", "vtt", "jsonl")
-# Characters that mean something in one of the formats, and their likes; captions are a model's words, not markup.
+# Replacements of characters with a meaning in one of the formats; captions are plain text, not markup.
 HARMLESS = str.maketrans({"{": "(", "}": ")", "<": "\u2039", ">": "\u203a", "\\": "/"})
 
 
 @dataclass(frozen=True)
 class FrameRecord:
-    """One frame and what was said to it.
+    """One frame and its caption.
 
     Attributes:
         timestamp: Seconds on the video's clock, as a player shows them.
-        caption: "" is silence.
-        tokens: Generated, the stop token included.
-        ttft_ms: From handing over the frame to the first token.
-        delay_ms: To the last token.
-        text_tokens: Text KV of the session.
-        image_pages: KV-cache pages that hold the frame.
+        caption: "" if the model stayed silent.
+        tokens: Generated tokens, the stop token included.
+        ttft_ms: Milliseconds from sending the frame to the first token.
+        delay_ms: Milliseconds to the last token.
+        text_tokens: Text tokens of the session in the KV cache.
+        image_pages: KV-cache pages of the frame.
     """
 
     timestamp: float
@@ -47,10 +47,10 @@ class FrameRecord:
 
 
 def import_pysubs2() -> ModuleType:
-    """The library that knows the formats.
+    """Returns the library for subtitle formats.
 
     Raises:
-        InputError: it is not installed.
+        InputError: It is not installed.
     """
     try:
         import pysubs2
@@ -62,11 +62,11 @@ def import_pysubs2() -> ModuleType:
 
 
 def subtitles(records: list[FrameRecord], end_s: float) -> pysubs2.SSAFile:
-    """Timed captions.
+    """Returns timed captions.
 
     Args:
         records: Frames in order.
-        end_s: When the video ends; no caption stands longer.
+        end_s: When the video ends, and the last caption at the latest.
     """
     pysubs2 = import_pysubs2()
     spoken = [record for record in records if record.caption]
@@ -86,7 +86,7 @@ def write_subtitles(file: pysubs2.SSAFile, path: Path) -> None:
 
 
 def styled(file: pysubs2.SSAFile, width: int, height: int) -> pysubs2.SSAFile:
-    """The captions as they are burned in: white on a dark box at the bottom, in proportion to the picture.
+    """Returns the captions in the burned-in style: white on a dark box at the bottom, in proportion to the picture.
 
     Mutates:
         file: its style and size.
@@ -108,17 +108,17 @@ def styled(file: pysubs2.SSAFile, width: int, height: int) -> pysubs2.SSAFile:
 
 
 class JsonLines:
-    """A file that grows by one whole line for each frame.
+    """A file of one JSON line for each frame.
 
     Args:
-        path: Where to; what is there is replaced.
+        path: The file; replaced if it exists.
     """
 
     def __init__(self, path: Path) -> None:
         self._file: IO[str] = path.open("w", encoding="utf-8")
 
     def write(self, record: FrameRecord) -> None:
-        """Appends a frame, on disk at once."""
+        """Appends a frame and flushes it."""
         self._file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
         self._file.flush()
 
