@@ -15,7 +15,15 @@ import pytest
 import vllm
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"casa_vllm": ROOT / "plugins", "casa_serving": ROOT / "serving"}
+FOLDERS = {
+    "casa_engine": ROOT,
+    "casa_vllm": ROOT / "plugins",
+    "casa_serving": ROOT / "serving",
+    "casa_export": ROOT / "export",
+    "casa_commands": ROOT,
+}
+# Packages whose classes ours build on.
+BASES = ("vllm", "ray", "transformers", "uvicorn", "starlette", "prometheus_client")
 # The version for which the parameters below were read; with others only the names are compared.
 VLLM = "0.29.0"
 ROW = re.compile(r"\| `([\w.]+)` \|")
@@ -32,7 +40,7 @@ def documented() -> list[str]:
 
 
 def sources() -> dict[str, ast.Module]:
-    """Returns the syntax trees of plugin and serving by module."""
+    """Returns the syntax trees by module."""
     return {
         ".".join(path.relative_to(folder).with_suffix("").parts): ast.parse(path.read_text())
         for room, folder in FOLDERS.items()
@@ -71,7 +79,7 @@ def overridden_names(modules: list[str]) -> set[str]:
             if not (inspect.isclass(kind) and kind.__module__ == module):
                 continue
             own = [base for base in kind.__mro__ if base.__module__.startswith("casa_")]
-            others = [base for base in kind.__mro__ if base.__module__.startswith(("vllm", "ray", "uvicorn"))]
+            others = [base for base in kind.__mro__ if base.__module__.startswith(BASES)]
             names |= {
                 name
                 for name in {name for base in own for name in vars(base)}
@@ -85,14 +93,16 @@ def used_names() -> set[str]:
     trees = sources()
     # Not those that need a GPU's compiler, or build a cluster's application.
     names = overridden_names([name for name in trees if not name.endswith(("triton_window_attention", ".embedded"))])
-    all_own = set().union(*map(own_names, trees.values()))
-    for tree in trees.values():
+    rooms = {room: set() for room in FOLDERS}
+    for name, tree in trees.items():
+        rooms[name.partition(".")[0]] |= own_names(tree)
+    for name, tree in trees.items():
         module_own = own_names(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and is_private(node.attr):
                 is_super = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
                 # A class may be put together from several modules of ours.
-                if is_super or node.attr not in (all_own if is_of_self(node) else module_own):
+                if is_super or node.attr not in (rooms[name.partition(".")[0]] if is_of_self(node) else module_own):
                     names.add(node.attr)
             elif isinstance(node, ast.ImportFrom) and "._" in node.module:
                 names |= {alias.name for alias in node.names}
