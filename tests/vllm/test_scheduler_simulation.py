@@ -116,28 +116,28 @@ def finish(simulation):
 def test_text_of_a_step_that_a_request_was_dropped_from(checkpoints):
     folder = checkpoints("tiny-llama", fusion="ca")
     simulation = Simulation(folder, scheduling_policy="priority", long_prefill_token_threshold=20)
-    simulation.open([Chunk([1] * 60)], priority=2)
+    first = simulation.open([Chunk([1] * 60)], priority=2)
     simulation.step()
     simulation.open([Chunk([2] * 8, max_tokens=4)])
     simulation.step()
     # The first takes three pages for its next 20 tokens, the second preempts it for one.
     with only_free(simulation, 3):
         simulation.step()
-    assert simulation.scheduler.requests["1"].num_preemptions == 1
+    assert simulation.scheduler.requests[first.name].num_preemptions == 1
     finish(simulation)
 
 
 def test_image_of_a_step_that_its_writer_was_dropped_from(checkpoints):
     folder = checkpoints("tiny-llama", fusion="ca")
     simulation = Simulation(folder, scheduling_policy="priority", long_prefill_token_threshold=20)
-    simulation.open([Chunk([1] * 60, [Picture(7, 8, 40)])], priority=2)
+    first = simulation.open([Chunk([1] * 60, [Picture(7, 8, 40)])], priority=2)
     simulation.step()
     simulation.open([Chunk([2] * 40, [Picture(7, 8, 30)], max_tokens=4)])
     simulation.step()
     # Both come to the image in one step; the first takes all pages for it, and is preempted by the second.
     with only_free(simulation, 4):
         simulation.step()
-    assert simulation.scheduler.requests["1"].num_preemptions == 1
+    assert simulation.scheduler.requests[first.name].num_preemptions == 1
     finish(simulation)
 
 
