@@ -133,13 +133,14 @@ def load_samples(held_out: bool) -> DigitSamples:
     """The held-out samples (index a multiple of 5) or all the others.
 
     Raises:
-        ImportError: scikit-learn, which carries the data, is missing.
+        ModuleNotFoundError: scikit-learn, which carries the data, is missing.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "the digits come with scikit-learn, which is not installed: pip install 'casa-engine[digits]'"
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn, which is not installed: pip install 'casa-engine[digits]'",
+            name="sklearn",
         ) from error
     data = load_digits()
     indices = np.arange(len(data.target))

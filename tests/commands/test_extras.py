@@ -11,7 +11,8 @@ DIGITS = ["casa-digits-video", "out.mp4", "--seconds", "1", "--scale", "1"]
 COMMANDS = {
     "": [
         (["casa-checkpoint", "random", "tiny-qwen", "tiny"], 0, "tiny: tiny-qwen"),
-        (["casa-eval-digits", "--base-url", "http://127.0.0.1:9/v1"], 1, "'casa-engine[digits]'"),
+        (["casa-eval-digits", "--base-url", "http://127.0.0.1:9/v1"], 1, "'casa-engine[serving]'"),
+        (["casa-eval-digits"], 1, "'casa-engine[digits]'"),
         (["casa-serve"], 1, "'casa-engine[cpu]'"),
         (["casa-caption", "out.mp4"], 1, "'casa-engine["),
         (["casa-export", "out"], 1, "'casa-engine[export]'"),
