@@ -12,17 +12,13 @@ import yaml
 
 from casa_engine.backbones import BACKBONES
 from casa_engine.configuration import FUSIONS
+from markdown_pages import prose
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 # A path of the repository between backticks, alone: a file, or a folder that ends in a slash.
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.*-]*|[A-Z]+\.(?:md|cff)|Makefile|pyproject\.toml)`")
-
-
-def prose(page):
-    """Returns a page without its blocks of code."""
-    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def test_links_of_the_readme_work_where_nothing_lies_beside_it():

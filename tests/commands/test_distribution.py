@@ -1,10 +1,10 @@
 """The source distribution is the whole project; a wheel serves and captions where the checkout is not."""
 
 import json
-import os
 import subprocess
 import zipfile
 from email import message_from_bytes
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 
 from casa_digits.data import draw_image, load_samples
 from image_files import data_url, encoded
+from programs import output_of
 from serving_process import free_port, running
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,20 +48,6 @@ def test_a_wheel_holds_packages_alone_each_typed_and_says_what_it_is(wheel):
     assert said["Description-Content-Type"] == "text/markdown"
 
 
-def run(*command, folder):
-    """Runs a command of the fresh environment; returns its output."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.vllm
 def test_an_installed_wheel_serves_and_captions(wheel, environment, requirements, tmp_path):
     """With the locked versions, in a folder that is not the checkout, by the commands that a newcomer types."""
@@ -70,7 +57,9 @@ def test_an_installed_wheel_serves_and_captions(wheel, environment, requirements
     installer.install("--no-deps", wheel)
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    where = run(bin_folder / "python", "-c", "import casa_engine; print(casa_engine.__file__)", folder=folder)
+    # Without the checkout's folders on the path.
+    run = partial(output_of, folder=folder, timeout_s=500, PYTHONPATH="")
+    where = run(bin_folder / "python", "-c", "import casa_engine; print(casa_engine.__file__)")
     assert Path(where.strip()).is_relative_to(bin_folder.parent)
 
     port = free_port()
@@ -85,8 +74,8 @@ def test_an_installed_wheel_serves_and_captions(wheel, environment, requirements
         assert answer.choices[0].message.content == drawn.text
         assert "<html" in server.get("/")
 
-    run(bin_folder / "casa", "digits", "video", "digits.mp4", "--seconds", "8", "--scale", "1", folder=folder)
-    run(bin_folder / "casa", "caption", "digits.mp4", "--quiet", folder=folder)
+    run(bin_folder / "casa", "digits", "video", "digits.mp4", "--seconds", "8", "--scale", "1")
+    run(bin_folder / "casa", "caption", "digits.mp4", "--quiet")
     shown = [span["text"] for span in json.loads((folder / "digits.json").read_text())]
     captions = [json.loads(line)["caption"] for line in (folder / "digits.jsonl").read_text().splitlines()]
     assert len(shown) >= 2

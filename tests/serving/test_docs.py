@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from dataclasses import asdict
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from image_files import data_url, encoded, plain
+from markdown_pages import prose
+from programs import output_of
 from serving_process import free_port, running
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,16 +48,7 @@ def script(page, *kinds):
 def run(text, folder):
     """Runs a bash script in an empty folder, with this environment's commands first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", text],
-        cwd=folder,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return output_of("bash", "-c", text, folder=folder, PATH=path)
 
 
 def test_what_pip_is_told_to_install_exists():
@@ -126,11 +118,6 @@ def test_the_readmes_table_is_what_the_script_prints():
     readme = (ROOT / "README.md").read_text()
     shown = readme.partition("<!-- kv-table")[2].partition("-->\n")[2].partition("<!-- /kv-table")[0]
     assert shown.strip().splitlines() == module.table()
-
-
-def prose(page):
-    """Returns a page without its blocks of code."""
-    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page):

@@ -1,9 +1,9 @@
 """Runs the programs of `examples/` as a newcomer does."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+from programs import output_of
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -16,13 +16,4 @@ def run_example(name: str, *arguments: str | Path, folder: Path) -> list[str]:
         *arguments: Its command line.
         folder: Where it is started.
     """
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_PROXY": "*"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()
+    return output_of(sys.executable, EXAMPLES / name, *arguments, folder=folder, NO_PROXY="*").splitlines()

@@ -21,19 +21,24 @@ from casa_vllm.api import LAST_STEP, PREFIX
 REPLICA_TAG = "replica"
 
 
+def name_in_ray(name: str) -> str:
+    """Returns a metric's name in Ray, whose metrics have no colons."""
+    return name.replace(":", "_")
+
+
 def casa_samples(registry: CollectorRegistry = REGISTRY) -> dict[str, list[Sample]]:
     """Returns the current value of every series of CASA's, by the metric's name in Ray."""
     found: dict[str, list[Sample]] = {}
     for metric in registry.collect():
         for sample in metric.samples:
             if sample.name.startswith(PREFIX) and not sample.name.endswith("_created"):
-                found.setdefault(sample.name.replace(":", "_"), []).append(sample)
+                found.setdefault(name_in_ray(sample.name), []).append(sample)
     return found
 
 
 def last_step_s(registry: CollectorRegistry = REGISTRY) -> float:
     """Returns the Unix time of the engine's last step; 0 before the first."""
-    samples = casa_samples(registry).get(f"{PREFIX}{LAST_STEP}".replace(":", "_"), [])
+    samples = casa_samples(registry).get(name_in_ray(PREFIX + LAST_STEP), [])
     return max((sample.value for sample in samples), default=0.0)
 
 
