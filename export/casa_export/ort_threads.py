@@ -1,8 +1,9 @@
 """How ONNX Runtime uses the processor: threads by the size of the model, asleep while they have nothing to do.
 
 Threads of ONNX Runtime spin by default: they burn their core between two operations, which on a busy machine takes it
-from the very work they wait for. A small model gains nothing from a second thread anyhow: its operations end before
-another core has begun. benchmarks/export_threads.py measures both.
+from the very work they wait for. By default they also bind themselves to every core of the machine, even to those that
+this process was not given. A small model gains nothing from a second thread anyhow: its operations end before another
+core has begun. benchmarks/export_threads.py measures all that.
 """
 
 import os
