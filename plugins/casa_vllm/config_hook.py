@@ -1,5 +1,6 @@
 """CASA's changes to vLLM's configuration, and the options that it rejects."""
 
+import os
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -61,6 +62,8 @@ class CasaConfigHook(VerifyAndUpdateConfig):
             # An engine has one backend, that of the first grammar. With vLLM's "auto" a client's request is checked
             # with one that another client's first request may have replaced, and fails in the engine.
             grammars.backend = "xgrammar"
+        if current_platform.is_cpu():
+            _keep_worker_in_engine(vllm_config)
         if not config.is_cross_attention:
             return
         _reject_options(vllm_config)
@@ -75,6 +78,19 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         if compilation.splitting_ops is None and not vllm_config.model_config.enforce_eager:
             # The operator reads the step's metadata, so it must not be part of a piecewise graph.
             compilation.splitting_ops = [*compilation._attention_ops, *SPLITTING_OPS]
+
+
+def _keep_worker_in_engine(vllm_config: "VllmConfig") -> None:
+    """Lets the only worker of a CPU run in the engine's process: a start is 10 s shorter, and 0.5 GiB stay free.
+
+    vLLM gives it a process of its own, in which it can bind OpenMP's threads; with "nobind" there is nothing to bind.
+    """
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    parallel = vllm_config.parallel_config
+    if parallel.distributed_executor_backend == "uni" and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
+        # The class and not the name, which vLLM's CPU platform replaces with "mp".
+        parallel.distributed_executor_backend = UniProcExecutor
 
 
 def _reject_image_options(vllm_config: "VllmConfig") -> None:

@@ -97,6 +97,28 @@ def test_one_backend_for_grammars(checkpoints):
     assert config.structured_outputs_config.backend == "xgrammar"
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("fusion", ["ca", "insertion"])
+@pytest.mark.parametrize(
+    ("binding", "options", "executor"),
+    [
+        ("nobind", {}, "UniProcExecutor"),
+        ("nobind", {"distributed_executor_backend": "mp"}, "MultiprocExecutor"),
+        ("nobind", {"tensor_parallel_size": 2}, "MultiprocExecutor"),
+        ("auto", {}, "MultiprocExecutor"),
+    ],
+)
+def test_a_worker_that_binds_no_threads_needs_no_process(binding, options, executor, fusion, checkpoints, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.executor.abstract import Executor
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
+    folder = checkpoints("tiny-llama", fusion=fusion)
+    config = EngineArgs(model=str(folder), dtype="float32", max_model_len=256, **options).create_engine_config()
+    assert Executor.get_class(config).__name__ == executor
+
+
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "has shape"])
 def test_damaged_checkpoints_are_refused(damage, checkpoints, tmp_path):
     folder = tmp_path / "damaged"
