@@ -71,7 +71,7 @@ class RunningCluster:
         }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[RunningCluster]:
     """The embedded model on two nodes, each of them with a replica and an HTTP proxy on the same port."""
     set_environment()

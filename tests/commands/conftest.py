@@ -15,7 +15,7 @@ NOT_THERE = (".git", ".venv*", "*.egg-info", "build", "dist", "runs", "shared", 
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sdist(tmp_path_factory):
     """The source distribution, unpacked: its folder."""
     folder = tmp_path_factory.mktemp("sdist")
@@ -28,7 +28,7 @@ def sdist(tmp_path_factory):
     return unpacked
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def wheel(sdist, tmp_path_factory):
     """The wheel, built from the source distribution as `python -m build` does, with the locked setuptools."""
     folder = tmp_path_factory.mktemp("wheel")

@@ -14,7 +14,7 @@ IMAGE_LIMIT = 4
 MAX_MODEL_LEN = 1024
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def random_checkpoint(tmp_path_factory):
     """A folder with a tiny random model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
@@ -22,7 +22,7 @@ def random_checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory):
     """`casa-serve` with the embedded model and small limits.
 
@@ -47,7 +47,7 @@ def server(tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(server):
     """OpenAI's own client."""
     return server.client()
@@ -58,7 +58,7 @@ def image_part(url):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ask(client):
     """Sends one user message of texts and image URLs; returns the completion."""
 
@@ -73,7 +73,7 @@ def ask(client):
     return send
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def good_request(ask):
     """Sends a good request with an image; its answer never changes while the server is well."""
     url = data_url(encoded(plain(84, 56, "orange")))
