@@ -15,24 +15,11 @@ from collections.abc import Iterator
 from importlib import import_module
 
 from casa_commands.missing import run
+from casa_commands.scripts import COMMANDS, Parser, Words
 
-Words = tuple[str, ...]
 # Each place of a command line and what may follow there, with a sentence: ("digits",) -> {"train": "Train ..."}.
 Table = dict[Words, dict[str, str]]
-
-# Where each parser stands in the command line, what makes it, and the extras with what it imports.
-PARSERS: tuple[tuple[Words, str, tuple[str, ...]], ...] = (
-    # Its parser has the word `serve` itself, as vLLM's.
-    ((), "casa_serving.cli:build_parser", ("cpu",)),
-    (("serve", "--ray"), "casa_serving.cluster.launch:build_parser", ("cpu", "ray")),
-    (("caption",), "casa_serving.caption.options:build_parser", ("live", "cpu")),
-    (("export",), "casa_export.cli:export_parser", ("export",)),
-    (("export", "run"), "casa_export.cli:run_parser", ("export",)),
-    (("checkpoint",), "casa_engine.checkpoint_cli:build_parser", ()),
-    (("digits", "train"), "casa_digits.train:build_parser", ("digits",)),
-    (("digits", "eval"), "casa_digits.evaluate:build_parser", ("digits", "serving")),
-    (("digits", "video"), "casa_digits.video:build_parser", ("digits",)),
-)
+SUMMARY = "Print the completion script of a shell: bash, zsh or fish."
 BASH = """\
 # Completes `casa`; printed by `casa completion bash`.
 _casa() {
@@ -94,17 +81,17 @@ def read_table(program: str, casa: argparse.ArgumentParser) -> Table:
     """Return what may follow where; says which options are left out because a package is not installed."""
     table: Table = dict(walk((), casa))
     table["completion",] |= dict.fromkeys(SCRIPTS, "")
-    for words, target, extras in PARSERS:
+    for parser in [parser for command in COMMANDS for parser in command.parsers]:
 
-        def read(words: Words = words, target: str = target) -> None:
-            module, _, function = target.partition(":")
-            parser = getattr(import_module(module), function)()
-            if words:
-                table.setdefault(words[:-1], {}).setdefault(words[-1], parser.description or "")
-            for place, choices in walk(words, parser):
+        def read(parser: Parser = parser) -> None:
+            module, _, function = parser.builder.partition(":")
+            built = getattr(import_module(module), function)()
+            if parser.place:
+                table.setdefault(parser.place[:-1], {}).setdefault(parser.place[-1], built.description or "")
+            for place, choices in walk(parser.place, built):
                 table.setdefault(place, {}).update(choices)
 
-        run(f"{program}: some options are left out", lambda read=read: read, *extras)
+        run(f"{program}: some options are left out", lambda read=read: read, *parser.extras)
     return table
 
 

@@ -53,6 +53,12 @@ def ended(run, capsys):
     return status, *(" ".join(words.split()) for words in capsys.readouterr())
 
 
+def command_of(path):
+    """The command with these words behind `casa`."""
+    (command,) = (command for command in scripts.COMMANDS if command.words == path)
+    return command
+
+
 @pytest.fixture
 def wide(tmp_path, monkeypatch):
     """An empty folder, and a terminal in which no line of argparse's is broken."""
@@ -76,9 +82,10 @@ def test_help_names_each_command_with_a_sentence(wide, capsys):
     digits = ended(lambda: casa.main(["digits", "--help"]), capsys)[1]
     assert status == 0
     assert ended(lambda: casa.main([]), capsys) == (0, words, "")
-    for path, command in casa.COMMANDS.items():
-        assert f"{path[-1]} {command.summary}" in (words if len(path) == 1 else digits)
-        assert command.summary.endswith(".")
+    for path in (*COMMANDS, ("completion",)):
+        summary = casa.SUMMARIES[path]
+        assert f"{path[-1]} {summary}" in (words if len(path) == 1 else digits)
+        assert summary.endswith(".")
 
 
 def test_one_version_everywhere(capsys):
@@ -102,15 +109,16 @@ def test_the_script_is_installed_and_runs():
 
 
 def test_every_command_has_both_names():
-    scripts = [script for script in entry_points(group="console_scripts") if script.name.startswith("casa-")]
-    own = {script.name: script.load() for script in scripts}
-    both = {path: own[name] for path, name in COMMANDS.items()}
-    assert both == {path: command.run for path, command in casa.COMMANDS.items() if path != ("completion",)}
+    installed = [script for script in entry_points(group="console_scripts") if script.name.startswith("casa-")]
+    own = {script.name: script.load() for script in installed}
+    assert own == {command.script: command for command in scripts.COMMANDS}
+    assert {command.words: command.script for command in scripts.COMMANDS} == COMMANDS
+    assert casa.SUMMARIES.keys() == {*COMMANDS, ("completion",)}
 
 
 @pytest.mark.parametrize(("path", "name"), COMMANDS.items())
 def test_help_says_the_name_it_was_called_by(path, name, wide, capsys):
-    function = casa.COMMANDS[path].run
+    function = command_of(path)
     program = " ".join(("casa", *path))
     status, words, _ = ended(lambda: casa.main([*path, "--help"]), capsys)
     # vLLM may have something to log before.
@@ -126,7 +134,7 @@ def test_mistakes_say_the_name_they_were_made_with(command, arguments, status, w
     path = tuple(command.split())
     program, name = f"casa {command}", COMMANDS[path]
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    own = ended(getattr(scripts, casa.COMMANDS[path].run.__name__), capsys)
+    own = ended(command_of(path), capsys)
     both = ended(lambda: casa.main([*path, *arguments]), capsys)
     assert own[0] == both[0] == status
     assert f"{name}: " in own[2] or f"usage: {name} " in own[2]
