@@ -1,20 +1,17 @@
 """The web page of live captioning: static files at `/` and `/web/`, and its security headers.
 
-The files are read once, when the server starts, and looked up by name: no path from outside
-ever reaches the file system. The page needs nothing but its own server, and its headers forbid
-all other origins.
+The page needs nothing but its own server, and its headers forbid all other origins.
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
 
 INDEX = "index.html"
 # By name, not by the machine's mime.types: a module of any other type is not run by browsers.
@@ -49,30 +46,27 @@ HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class WebFile:
-    """A file of the page.
+class WebFiles(StaticFiles):
+    """The files of the page, served with `HEADERS`."""
 
-    Attributes:
-        body: Its bytes.
-        content_type: The header Content-Type.
-        etag: The header ETag, a digest of the bytes.
-    """
+    def __init__(self) -> None:
+        super().__init__(packages=[("casa_serving", "web")])
 
-    body: bytes
-    content_type: str
-    etag: str
+    async def serve(self, request: Request) -> Response:
+        """Returns the file that the path names, or 304 to a browser that has it.
 
+        Raises:
+            HTTPException: 404, there is no such file.
+        """
+        return await self.get_response(request.path_params.get("name", INDEX), request.scope)
 
-def read_files() -> dict[str, WebFile]:
-    """Returns every file of the page by its name."""
-    found = {}
-    for path in (files("casa_serving") / "web").iterdir():
-        ending = path.name[path.name.rfind(".") :]
-        if ending in CONTENT_TYPES:
-            body = path.read_bytes()
-            found[path.name] = WebFile(body, CONTENT_TYPES[ending], f'"{hashlib.sha256(body).hexdigest()[:16]}"')
-    return found
+    def file_response(self, full_path: str, *args: object, **kwargs: object) -> Response:
+        """Adds the headers to starlette's response."""
+        response = super().file_response(full_path, *args, **kwargs)
+        response.headers.update(HEADERS)
+        if response.status_code != 304:
+            response.headers["Content-Type"] = CONTENT_TYPES[Path(full_path).suffix]
+        return response
 
 
 def attach(app: Starlette) -> None:
@@ -81,22 +75,6 @@ def attach(app: Starlette) -> None:
     Mutates:
         app: its routes.
     """
-    web = read_files()
-
-    async def serve_file(request: Request) -> Response:
-        """Returns a file, 304 to a browser that has it, or 404."""
-        name = request.path_params.get("name", INDEX)
-        if name not in web:
-            return Response(f"There is no {name!r} here.\n", 404, HEADERS, "text/plain")
-        return file_response(web[name], request.headers.get("if-none-match"))
-
+    web = WebFiles()
     for path in ("/", "/web/{name}"):
-        app.router.routes.append(Route(path, serve_file, methods=["GET", "HEAD"], include_in_schema=False))
-
-
-def file_response(file: WebFile, known: str | None) -> Response:
-    """Returns the response to a browser whose cached version of the file is `known`, or None."""
-    headers = {**HEADERS, "ETag": file.etag}
-    if known == file.etag:
-        return Response(status_code=304, headers=headers)
-    return Response(file.body, headers={**headers, "Content-Type": file.content_type})
+        app.router.routes.append(Route(path, web.serve, methods=["GET", "HEAD"], include_in_schema=False))
