@@ -24,7 +24,7 @@ from PIL import Image
 
 from casa_serving.cluster import launch
 from casa_serving.cluster.address import check_port
-from casa_serving.cluster.warmup import first_request
+from casa_serving.cluster.warmup import warm_up
 
 HOST = "127.0.0.1"
 # Ray reserves a third of the memory for each node otherwise; nothing here passes objects.
@@ -97,7 +97,7 @@ class LocalCluster:
                 self.wait_until(lambda replicas: any(replica.state == "RUNNING" for replica in replicas))
             else:
                 self.deploy(self._config)
-            first_request(self.url)
+            warm_up(self.url)
         except BaseException:
             self.__exit__()
             raise

@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 
 from casa_serving.cluster import build_app
 from casa_serving.cluster.launch import APPLICATION, set_environment
-from casa_serving.cluster.warmup import first_request
+from casa_serving.cluster.warmup import warm_up
 from serving_process import free_port
 
 # One replica fits on each node.
@@ -87,7 +87,7 @@ def cluster() -> Iterator[RunningCluster]:
         running = RunningCluster(f"http://127.0.0.1:{http_port}", metrics_urls)
         serve.start(http_options={"host": "127.0.0.1", "port": http_port})
         running.deploy(CONFIG)
-        first_request(running.url)
+        warm_up(running.url)
         yield running
     finally:
         serve.shutdown()

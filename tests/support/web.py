@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 def site() -> Iterator[Site]:
     """Runs a `Site` on a free port."""
     server = Site()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield server

@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
+
 from casa_engine.errors import CasaError, InputError
 from casa_serving.cluster import tenancy
 from casa_serving.cluster.address import check_port, local, port_number, reach, url_host, whole_number
 from casa_serving.cluster.config_file import ConfigFile, read_file
-from casa_serving.cluster.warmup import first_request
+from casa_serving.cluster.warmup import warm_up
 from casa_serving.drain.processes import Deadline, SignalCounter
 
 if TYPE_CHECKING:
@@ -135,9 +137,11 @@ def start(file: ConfigFile, options: argparse.Namespace, program: str) -> None:
         deploy(application)
         url = f"http://{url_host(address['host'])}:{address['port']}"
         try:
-            first_request(f"http://{url_host(local(address['host']))}:{address['port']}")
-        except OSError as error:
-            raise InputError(f"The application runs, but does not answer at {url}: {error}.") from error
+            warm_up(f"http://{url_host(local(address['host']))}:{address['port']}")
+        except httpx.HTTPError as error:
+            # httpx's second line is an address to read about the status.
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"The application runs, but does not answer at {url}: {reason}.") from error
         stop = threading.Event()
         for number in SIGNALS:
             signal.signal(number, lambda *_: stop.set())

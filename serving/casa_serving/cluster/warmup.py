@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
+import httpx
 
 from casa_engine.errors import InputError
 from casa_serving.endpoint.api_key import VARIABLE, key_header
@@ -12,46 +10,40 @@ from casa_serving.endpoint.api_key import VARIABLE, key_header
 TIMEOUT_S = 120.0
 
 
-def first_request(url: str) -> None:
-    """Sends one request through proxy, ingress and a replica, which warms them up.
+def warm_up(url: str) -> None:
+    """Sends one request through proxy, ingress and a replica.
 
     Args:
         url: The server's address without a path.
 
     Raises:
-        OSError: It does not return a completion.
+        httpx.HTTPError: It does not return a completion.
         InputError: A key is set here, and the server does not require it; or it is another server.
     """
-    check_key(url)
-    with send(f"{url}/v1/models", key_header()) as answer:
+    # Without the environment's proxies: the server is on this machine, or in this cluster.
+    with httpx.Client(base_url=url, headers=key_header(), timeout=TIMEOUT_S, trust_env=False) as client:
+        check_key(client)
+        models = client.get("/v1/models").raise_for_status()
         try:
-            model = json.load(answer)["data"][0]["id"]
+            model = models.json()["data"][0]["id"]
         except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"Something else than casa-engine answers at {url}/v1/models.") from error
-    message = {"role": "user", "content": "ok"}
-    body = json.dumps({"model": model, "messages": [message], "max_tokens": 1}).encode()
-    with send(f"{url}/v1/chat/completions", {"Content-Type": "application/json", **key_header()}, body):
-        pass
+            raise InputError(f"The server at {url} is not casa-engine: /v1/models lists no model.") from error
+        message = {"role": "user", "content": "ok"}
+        request = {"model": model, "messages": [message], "max_tokens": 1}
+        client.post("/v1/chat/completions", json=request).raise_for_status()
 
 
-def check_key(url: str) -> None:
+def check_key(client: httpx.Client) -> None:
     """Rejects a server that requires no key although one is set here: each node has its own environment."""
     if not key_header():
         return
-    try:
-        with send(f"{url}/v1/models", {}):
-            pass
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            return
-        raise
+    request = client.build_request("GET", "/v1/models")
+    del request.headers["Authorization"]
+    response = client.send(request)
+    if response.status_code == 401:
+        return
+    response.raise_for_status()
     raise InputError(
-        f"{VARIABLE} is set here, but not where the ingress runs: everybody could ask. Set it in the environment of "
-        "`ray start` on every node."
+        f"{VARIABLE} is set here, but not where the ingress runs, which serves requests without a key. Set it in the "
+        "environment of `ray start` on every node."
     )
-
-
-def send(url: str, headers: dict[str, str], body: bytes | None = None) -> urllib.request.addinfourl:
-    """Sends a request without the environment's proxies."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(urllib.request.Request(url, data=body, headers=headers), timeout=TIMEOUT_S)
