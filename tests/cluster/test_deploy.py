@@ -9,9 +9,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Gauge
+from promql_parser import Call
 from ray.scripts.scripts import cli as ray_cli
 from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeDeploySchema
@@ -22,7 +24,7 @@ from casa_serving.cluster.config_file import read_file
 from casa_serving.cluster.replica_metrics import casa_samples
 from casa_serving.live.metrics import LiveMetrics
 from casa_vllm import metrics as image_metrics
-from dashboard import board, dashboard_metrics, metric_names, panels, queries
+from dashboard import board, dashboard_metrics, metric_names, nodes, panels, queries
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -138,6 +140,26 @@ def test_a_manifest_has_what_kuberay_requires(name):
         }
 
 
+def validate_pod(template):
+    # `strict` rejects keys that are unknown. The schema of a RayService itself is KubeRay's, which no package has.
+    as_pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **template}
+    kubernetes_validate.validate(as_pod, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_kubernetes_takes_the_pods(name):
+    for group in groups(load(name)):
+        validate_pod(group["template"])
+
+
+@pytest.mark.parametrize("change", [{"securityContxt": {}}, {"terminationGracePeriodSeconds": "150"}])
+def test_kubernetes_schema_rejects_what_is_no_pod(change):
+    _, workers = groups(load("kuberay-cpu.yaml"))
+    workers["template"]["spec"] |= change
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate_pod(workers["template"])
+
+
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_the_workers_hold_exactly_the_replicas(name):
     manifest = load(name)
@@ -214,6 +236,15 @@ def instructions(name="Containerfile"):
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
 
 
+def test_hadolint_finds_nothing_in_the_container():
+    done = subprocess.run(
+        [Path(sys.executable).parent / "hadolint", "--no-color", DEPLOY / "Containerfile"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
 def test_the_container_copies_what_is_there_and_what_its_ignore_file_lets_through():
     copied = [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
     ignore = (DEPLOY / "Containerfile.dockerignore").read_text().splitlines()
@@ -274,6 +305,12 @@ def test_names_are_found_in_queries(query, names):
     assert metric_names(query) == names
 
 
+@pytest.mark.parametrize("query", ["sum(", "rate(a_total)", "rate(a_total[5m]", "a b", "sum by (a)", "averagee(a)"])
+def test_what_is_no_query_is_found_out(query):
+    with pytest.raises(ValueError):
+        metric_names(query)
+
+
 def test_the_board_has_what_grafana_needs():
     shown = board()
     assert shown["schemaVersion"] >= 39
@@ -318,8 +355,10 @@ def test_queries_use_only_variables_that_exist():
 def test_quantiles_are_of_buckets_and_rates_of_counters():
     for query in queries():
         assert ("histogram_quantile" in query) == any("_bucket" in name for name in metric_names(query))
-        for name in re.findall(r"(?:rate|increase)\((\w+)", query):
-            assert name.endswith(("_total", "_bucket", "_sum", "_count")), name
+        for call in nodes(query):
+            if isinstance(call, Call) and call.func.name in {"rate", "irate", "increase"}:
+                (counter,) = metric_names(str(call.args[0]))
+                assert counter.endswith(("_total", "_bucket", "_sum", "_count")), counter
 
 
 def test_names_of_our_own_metrics_are_those_that_are_exported():

@@ -6,21 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BOARD = Path(__file__).parents[2] / "deploy" / "grafana.json"
+from promql_parser import Expr, VectorSelector, parse, walk
 
-# In this order: what is inside quotes, braces and brackets can look like anything else.
-NO_METRICS = (
-    re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'|`[^`]*`'),
-    re.compile(r"{[^{}]*}"),
-    re.compile(r"\[[^][]*\]"),
-    re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^()]*\)"),
-    # Numbers with their exponents, and durations behind `offset`.
-    re.compile(r"(?<![\w:])\d[\w.]*"),
-)
-# A name that opens a bracket is a function.
-NAME = re.compile(r"[a-zA-Z_:][\w:]*(?!\s*\(|[\w:])")
-WORDS = {"and", "or", "unless", "bool", "offset", "by", "without", "on", "ignoring", "group_left", "group_right"}
-WORDS |= {"inf", "nan", "sum", "min", "max", "avg", "count", "atan2"}
+BOARD = Path(__file__).parents[2] / "deploy" / "grafana.json"
 
 
 def board() -> dict[str, Any]:
@@ -33,11 +21,21 @@ def panels() -> list[dict[str, Any]]:
     return [panel for panel in board()["panels"] if panel["type"] != "row"]
 
 
+def nodes(query: str) -> list[Expr]:
+    """Returns a PromQL expression and every expression inside it.
+
+    Raises:
+        ValueError: It is not PromQL.
+    """
+    found: list[Expr] = []
+    # Grafana puts a duration there. Its other variables stand inside strings.
+    walk(parse(query.replace("$__rate_interval", "5m")), found.append)
+    return found
+
+
 def metric_names(query: str) -> set[str]:
     """Returns the names of the metrics in a PromQL expression."""
-    for pattern in NO_METRICS:
-        query = pattern.sub(" ", query)
-    return {name for name in NAME.findall(query) if name.lower() not in WORDS}
+    return {node.name for node in nodes(query) if isinstance(node, VectorSelector)}
 
 
 def queries() -> Iterator[str]:
