@@ -65,21 +65,20 @@ def imported_names(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative import"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value.strip():
             names.add(node.value.strip().replace(":", "."))
     return names
 
 
 def used_modules(path: Path, known: dict[str, Path]) -> set[str]:
-    """Returns the modules of ours that a file uses; a name inside a module stands for the module."""
+    """Returns the modules of ours that a file uses; a name inside a module or an `__init__` stands for it."""
     used = set()
     for name in imported_names(path):
         while name and name not in known:
             name = name.rpartition(".")[0]
         used.add(name)
-    # `from package import module` uses the module; the package above it is only on the way.
-    return {name for name in used - {""} if not any(other.startswith(f"{name}.") for other in used)}
+    return used - {""}
 
 
 KNOWN = modules()
@@ -163,6 +162,14 @@ def test_the_checks_see_what_they_should(tmp_path):
         "casa_vllm.ops.window_attention",
         "casa_engine.rope",
         "casa_vllm.caption_processor",
+    }
+    # A name out of a package's `__init__` beside one of its modules.
+    lines = ("from casa_serving.cluster import build_app, tenancy", "from casa_serving.cluster.live import proxy")
+    source.write_text("\n".join(lines))
+    assert used_modules(source, KNOWN) == {
+        "casa_serving.cluster",
+        "casa_serving.cluster.tenancy",
+        "casa_serving.cluster.live.proxy",
     }
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
