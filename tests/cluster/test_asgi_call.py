@@ -74,10 +74,10 @@ async def everything(asked):
     return [part async for part in call_app(APP, asked)]
 
 
-def test_request_and_answer_pass_unchanged():
+async def test_request_and_answer_pass_unchanged():
     headers = [(b"X-Key", b"v"), (b"content-length", b"999"), (b"transfer-encoding", b"chunked"), (b"x-key", b"w")]
     asked = request("POST", "/echo", b"a=%20b", b"hello", headers)
-    (head,) = asyncio.run(everything(asked))
+    (head,) = await everything(asked)
     assert (head.status, head.is_complete) == (201, True)
     assert (b"x-a", b"b") in head.headers
     # The body is whole: what describes the connection would be false.
@@ -88,41 +88,35 @@ def test_request_and_answer_pass_unchanged():
     assert heard.pop("background")
 
 
-def test_what_is_not_there_is_answered_too():
-    (head,) = asyncio.run(everything(request("DELETE", "/echo")))
+async def test_what_is_not_there_is_answered_too():
+    (head,) = await everything(request("DELETE", "/echo"))
     assert (head.status, head.is_complete) == (405, True)
-    (nowhere,) = asyncio.run(everything(request("GET", "/nowhere")))
+    (nowhere,) = await everything(request("GET", "/nowhere"))
     assert nowhere.status == 404
 
 
-def test_closing_early_is_the_client_leaving():
-    async def leave_a_stream():
-        async with aclosing(call_app(APP, request("GET", "/stream"))) as parts:
-            head = await anext(parts)
-            assert isinstance(head, ResponseHead)
-            assert not head.is_complete
-            assert await anext(parts) == b"1 "
-        assert heard.pop("stream ended")
-
-    async def leave_before_an_answer():
-        task = asyncio.create_task(everything(request("GET", "/listen")))
-        await soon(lambda: "listening" in heard)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert heard.pop("left")
-
-    asyncio.run(leave_a_stream())
-    asyncio.run(leave_before_an_answer())
+async def test_closing_early_is_the_client_leaving():
+    async with aclosing(call_app(APP, request("GET", "/stream"))) as parts:
+        head = await anext(parts)
+        assert isinstance(head, ResponseHead)
+        assert not head.is_complete
+        assert await anext(parts) == b"1 "
+    assert heard.pop("stream ended")
 
 
-def test_a_fault_is_raised_wherever_it_comes():
-    async def in_the_middle():
-        parts = call_app(APP, request("GET", "/stream", b"break"))
-        assert (await anext(parts)).body == b"0 "
-        with pytest.raises(ArithmeticError, match="in the middle"):
-            await anext(parts)
+async def test_leaving_before_an_answer_is_the_client_leaving_too():
+    task = asyncio.create_task(everything(request("GET", "/listen")))
+    await soon(lambda: "listening" in heard)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert heard.pop("left")
 
+
+async def test_a_fault_is_raised_wherever_it_comes():
     with pytest.raises(ArithmeticError, match="before anything"):
-        asyncio.run(everything(request("GET", "/fail")))
-    asyncio.run(in_the_middle())
+        await everything(request("GET", "/fail"))
+    parts = call_app(APP, request("GET", "/stream", b"break"))
+    assert (await anext(parts)).body == b"0 "
+    with pytest.raises(ArithmeticError, match="in the middle"):
+        await anext(parts)

@@ -12,7 +12,6 @@ from casa_serving.cluster.inflight import InflightTracker
 from casa_serving.cluster.live.session_ticket import ReplicaShutdown
 from casa_serving.cluster.router import CasaRequestRouter
 from casa_serving.cluster.routing_context import RoutingContext
-from event_loop import in_loop
 
 pytestmark = pytest.mark.unit
 
@@ -47,7 +46,6 @@ def test_a_request_that_starts_again_counts_where_it_is():
     assert (work.num_requests("a"), work.num_requests("b")) == (0, 1)
 
 
-@in_loop
 async def test_live_sessions_are_counted_apart_and_found_when_their_replica_goes():
     work = InflightTracker()
     session, request = at("a", replica_shutdown=ReplicaShutdown()), at("b")
@@ -109,7 +107,6 @@ async def route(router, context, session=""):
     return context.replica
 
 
-@in_loop
 async def test_a_full_replica_gets_no_request_but_sessions(make_router):
     router = make_router(max_waiting=64)
     contexts = [RoutingContext() for _ in range(4)]
@@ -125,7 +122,6 @@ async def test_a_full_replica_gets_no_request_but_sessions(make_router):
     assert await asyncio.wait_for(waiting, 5) == homes[0]
 
 
-@in_loop
 async def test_requests_of_a_full_session_hold_up_nobody_else(make_router):
     router = make_router(max_waiting=64)
     held = [RoutingContext() for _ in range(2)]

@@ -26,7 +26,6 @@ from casa_engine.live.stream_format import StreamFormat
 from casa_serving.cluster.launch import APPLICATION
 from casa_serving.live.client import LiveClient
 from casa_serving.live.protocol import LiveError
-from event_loop import in_loop
 from image_files import encoded
 from live_messages import rest, take
 from waiting import until
@@ -78,7 +77,6 @@ async def watch(client, files):
     return captions
 
 
-@in_loop
 async def test_sessions_on_both_replicas_say_what_the_eager_model_says(two, videos):
     async with LiveClient(two.live_url) as first, LiveClient(two.live_url) as second:
         assert {home(first), home(second)} == set(two.replicas())
@@ -87,7 +85,6 @@ async def test_sessions_on_both_replicas_say_what_the_eager_model_says(two, vide
     assert sum(map(bool, said[0])) >= 3
 
 
-@in_loop
 async def test_a_question_and_a_stop(two, videos):
     async with LiveClient(two.live_url) as client:
         await client.create()
@@ -99,7 +96,6 @@ async def test_a_question_and_a_stop(two, videos):
         assert (client._socket.close_code, client._socket.close_reason) == (1000, "stopped")
 
 
-@in_loop
 async def test_a_session_joins_the_requests_of_its_name(two):
     for name in ("one", "two", "three"):
         headers = {"x-session-id": f"live {name}"}
@@ -110,7 +106,6 @@ async def test_a_session_joins_the_requests_of_its_name(two):
             assert socket.response.headers["x-casa-session"] == "kept"
 
 
-@in_loop
 async def test_frames_of_megabytes(two):
     noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
     file = encoded(Image.fromarray(noise))
@@ -120,7 +115,6 @@ async def test_frames_of_megabytes(two):
         await caption(client, file, 0.0)
 
 
-@in_loop
 async def test_faults_are_answered_as_by_casa_serve(two):
     async with connect(two.live_url, subprotocols=["casa-live"]) as socket:
         assert socket.subprotocol == "casa-live"
@@ -135,7 +129,6 @@ async def test_faults_are_answered_as_by_casa_serve(two):
         assert socket.close_code == 1009
 
 
-@in_loop
 async def test_pages_of_other_origins_are_refused_and_the_page_is_there(two):
     with pytest.raises(InvalidStatus) as refused:
         await connect(two.live_url, origin="http://evil.example")
@@ -153,7 +146,6 @@ def sessions_held(cluster):
     return sum(map(float, found)) if found else None
 
 
-@in_loop
 async def test_clients_that_vanish_leave_nothing_behind(two, videos):
     async def vanish(seed):
         socket = await connect(two.live_url)
@@ -191,7 +183,6 @@ async def resumes(client, file):
 
 
 @pytest.mark.slow
-@in_loop
 async def test_a_killed_replica_is_told_and_the_session_goes_on(two, videos):
     files, wanted = videos[0]
     async with LiveClient(two.live_url) as client:
@@ -223,7 +214,6 @@ async def is_told(client):
 
 
 @pytest.mark.slow
-@in_loop
 async def test_a_new_version_tells_the_sessions(two, videos):
     """From here on the number of replicas follows that of live sessions."""
     files, wanted = videos[0]
@@ -289,7 +279,6 @@ def test_sessions_scale_up_and_scaling_down_tells_them(two, videos):
     asyncio.run(run())
 
 
-@in_loop
 async def test_sessions_are_told_when_the_application_is_deleted(two):
     """The last test: there is no application afterwards."""
     async with LiveClient(two.live_url) as client:

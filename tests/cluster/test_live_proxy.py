@@ -15,7 +15,6 @@ from websockets.exceptions import InvalidStatus
 from casa_serving.cluster.live import placement, proxy, replica_server
 from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, SessionRejection
 from casa_serving.live.client import LiveClient
-from event_loop import in_loop
 from image_files import encoded, plain
 from live_messages import rest, take
 from live_replicas import ingress_over
@@ -38,7 +37,6 @@ async def nothing_is_held(ingress):
         assert all(session.is_closed for session in replica.engine.sessions)
 
 
-@in_loop
 async def test_a_session_goes_through_from_create_to_stop():
     async with ingress_over("a") as ingress:
         async with LiveClient(ingress.url) as client:
@@ -57,7 +55,6 @@ async def test_a_session_goes_through_from_create_to_stop():
         assert ingress.replicas[0].server.frames.sample() == (1, 0)
 
 
-@in_loop
 async def test_late_and_dropped_frames_count_for_the_last_seconds(monkeypatch):
     async with ingress_over("a") as ingress:
         replica = ingress.replicas[0]
@@ -78,7 +75,6 @@ async def test_late_and_dropped_frames_count_for_the_last_seconds(monkeypatch):
         assert replica.server.frames.sample() == (0, 0)
 
 
-@in_loop
 async def test_the_subprotocol_and_the_replicas_name_come_with_the_handshake():
     async with ingress_over("a") as ingress:
         async with connect(ingress.url, subprotocols=["other", "casa-live"]) as socket:
@@ -88,7 +84,6 @@ async def test_the_subprotocol_and_the_replicas_name_come_with_the_handshake():
             assert socket.subprotocol is None
 
 
-@in_loop
 async def test_frames_of_megabytes_go_through_and_larger_ones_end_the_session():
     async with ingress_over("a", max_frame_bytes=8_000_000) as ingress:
         async with connect(ingress.url, max_size=None) as socket:
@@ -106,7 +101,6 @@ async def test_frames_of_megabytes_go_through_and_larger_ones_end_the_session():
         await nothing_is_held(ingress)
 
 
-@in_loop
 async def test_fifty_clients_vanish_in_the_middle_of_a_frame():
     async with ingress_over("a", max_sessions=1) as ingress:
         engine = ingress.replicas[0].engine
@@ -125,7 +119,6 @@ async def test_fifty_clients_vanish_in_the_middle_of_a_frame():
         await soon(lambda: len(asyncio.all_tasks()) <= tasks_before)
 
 
-@in_loop
 async def test_a_client_that_never_reads_holds_nothing_for_long(monkeypatch):
     monkeypatch.setattr(proxy, "CLOSE_TIMEOUT_S", 0.5)
     # Each of them is answered by a longer error, which fills all buffers between here and the replica.
@@ -156,7 +149,6 @@ async def test_a_client_that_never_reads_holds_nothing_for_long(monkeypatch):
 
 
 @pytest.mark.parametrize("message", [b"?" * 100_000, "?"])
-@in_loop
 async def test_a_client_that_is_far_ahead_of_its_replica_is_sent_away(monkeypatch, message):
     monkeypatch.setattr(proxy, "MAX_WAITING_BYTES", 1_000_000)
     monkeypatch.setattr(proxy, "MAX_WAITING_MESSAGES", 100)
@@ -176,7 +168,6 @@ async def test_a_client_that_is_far_ahead_of_its_replica_is_sent_away(monkeypatc
         await nothing_is_held(ingress)
 
 
-@in_loop
 async def test_a_replica_that_dies_is_no_silent_break():
     async with ingress_over("a", "b") as ingress:
         async with LiveClient(ingress.url) as client:
@@ -196,7 +187,6 @@ async def test_a_replica_that_dies_is_no_silent_break():
         await nothing_is_held(ingress)
 
 
-@in_loop
 async def test_full_replicas_are_passed_over_and_when_all_are_full_the_client_is_told():
     async with ingress_over("a", "b", max_sessions=1) as ingress:
         async with LiveClient(ingress.url) as first, LiveClient(ingress.url) as second:
@@ -213,7 +203,6 @@ async def test_full_replicas_are_passed_over_and_when_all_are_full_the_client_is
         await nothing_is_held(ingress)
 
 
-@in_loop
 async def test_a_replica_that_leaves_tells_its_sessions_and_is_asked_once(monkeypatch):
     drains = []
     post = proxy.post_drain
@@ -245,7 +234,6 @@ async def test_a_replica_that_leaves_tells_its_sessions_and_is_asked_once(monkey
         await nothing_is_held(ingress)
 
 
-@in_loop
 async def test_a_replica_that_leaves_without_a_word_is_left():
     async with ingress_over("a") as ingress:
         async with connect(ingress.url) as socket:
@@ -259,7 +247,6 @@ async def test_a_replica_that_leaves_without_a_word_is_left():
         await nothing_is_held(ingress)
 
 
-@in_loop
 async def test_a_drained_replica_that_stays_takes_sessions_again():
     async with ingress_over("a") as ingress:
         async with LiveClient(ingress.url) as client:
@@ -270,7 +257,6 @@ async def test_a_drained_replica_that_stays_takes_sessions_again():
         await nothing_is_held(ingress)
 
 
-@in_loop
 async def test_a_session_without_a_token_or_with_a_used_one_is_refused():
     async with ingress_over("a") as ingress:
         server = ingress.replicas[0].server
@@ -286,7 +272,6 @@ async def test_a_session_without_a_token_or_with_a_used_one_is_refused():
             await proxy.post_drain(proxy.SessionTicket(place.url, "", place.drain_url, place.token))
 
 
-@in_loop
 async def test_a_place_that_nobody_comes_for_is_free_again(monkeypatch):
     monkeypatch.setattr(replica_server, "CONNECT_TIMEOUT_S", 0.1)
     async with ingress_over("a", max_sessions=1) as ingress:
@@ -299,7 +284,6 @@ async def test_a_place_that_nobody_comes_for_is_free_again(monkeypatch):
         assert server.num_sessions == 0
 
 
-@in_loop
 async def test_a_call_that_is_cancelled_ends_its_session():
     async with ingress_over("a") as ingress:
         server = ingress.replicas[0].server
@@ -320,7 +304,6 @@ async def test_a_call_that_is_cancelled_ends_its_session():
         (ActorDiedError(), "engine_error", 1011),
     ],
 )
-@in_loop
 async def test_a_router_that_finds_no_replica(error, code, close_code):
     async with ingress_over("a") as ingress:
 
@@ -334,7 +317,6 @@ async def test_a_router_that_finds_no_replica(error, code, close_code):
             assert (fault["code"], fault["fatal"], got) == (code, True, close_code)
 
 
-@in_loop
 async def test_a_router_that_never_answers(monkeypatch):
     monkeypatch.setattr(placement, "PLACEMENT_TIMEOUT_S", 0.1)
     async with ingress_over("a") as ingress:
@@ -349,7 +331,6 @@ async def test_a_router_that_never_answers(monkeypatch):
             assert (fault["code"], close_code) == ("too_many_sessions", 1008)
 
 
-@in_loop
 async def test_a_replica_that_cannot_be_reached_is_passed_over():
     async with ingress_over("a", "b") as ingress:
         ingress.replicas[0].die()

@@ -10,7 +10,6 @@ from ray.serve.request_router import RequestRouter
 from casa_serving.cluster.live.session_ticket import ReplicaShutdown
 from casa_serving.cluster.router import CasaRequestRouter
 from casa_serving.cluster.routing_context import RoutingContext
-from event_loop import in_loop
 
 pytestmark = pytest.mark.unit
 
@@ -68,7 +67,6 @@ def test_a_session_moves_from_a_home_that_is_to_be_avoided(router):
     assert choose(router, RoutingContext(), "mine") == [other]
 
 
-@in_loop
 async def test_sessions_of_a_replica_that_leaves_are_told(router):
     contexts = {name: RoutingContext(replica_shutdown=ReplicaShutdown()) for name in ("a", "b")}
     for name, context in contexts.items():
@@ -80,7 +78,6 @@ async def test_sessions_of_a_replica_that_leaves_are_told(router):
         await asyncio.wait_for(contexts["b"].replica_shutdown.wait(), 0.1)
 
 
-@in_loop
 async def test_a_session_that_comes_while_its_replica_leaves_is_told(router):
     context = RoutingContext(replica_shutdown=ReplicaShutdown())
     router.update_replicas([replica("b")])
@@ -88,7 +85,6 @@ async def test_a_session_that_comes_while_its_replica_leaves_is_told(router):
     await asyncio.wait_for(context.replica_shutdown.wait(), 5)
 
 
-@in_loop
 async def test_sessions_that_have_ended_are_forgotten(router):
     for _ in range(3):
         router.on_request_routed(pending(RoutingContext(replica_shutdown=ReplicaShutdown())), Name("a"), None)

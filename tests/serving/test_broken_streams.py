@@ -6,7 +6,6 @@ import pytest
 
 from casa_serving.drain.open_requests import OpenRequests
 from casa_serving.errors import INTERNAL_ERROR_MESSAGE, RequestError
-from event_loop import in_loop
 
 FIRST = b'data: {"sequence_number": 6}\n\n'
 SECRET = "a secret of the server"
@@ -33,7 +32,6 @@ async def answer(path, error, *, content_type=b"text/event-stream"):
     ("error", "status", "message"),
     [(RequestError(400, "Send less."), 400, "Send less."), (ValueError(SECRET), 500, INTERNAL_ERROR_MESSAGE)],
 )
-@in_loop
 async def test_a_stream_that_fails_ends_with_an_event(error, status, message):
     first, chat = await answer("/v1/chat/completions", error)
     assert first == FIRST
@@ -50,7 +48,6 @@ async def test_a_stream_that_fails_ends_with_an_event(error, status, message):
     assert said["type"] == ("invalid_request_error" if status == 400 else "api_error")
 
 
-@in_loop
 async def test_what_is_no_stream_cannot_be_mended():
     with pytest.raises(RuntimeError):
         await answer("/v1/chat/completions", ValueError(SECRET), content_type=b"application/json")

@@ -9,8 +9,6 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from event_loop import in_loop
-
 pytestmark = pytest.mark.vllm
 # Seven halves of 5.6 MB are below the limit on all bodies; half of one of 3 MB more is above it.
 BODIES = [11_200_000] * 7 + [3_000_000]
@@ -36,7 +34,6 @@ async def send_half(url, size):
     return int(head.split()[1]), json.loads(body)["error"]["message"], time.monotonic() - started
 
 
-@in_loop
 async def test_bodies_that_are_half_sent(server, good_request):
     expected = good_request()
     read_timeout_s = option_of(server, "--request-read-timeout")

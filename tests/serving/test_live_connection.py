@@ -11,7 +11,6 @@ from websockets.asyncio.client import connect
 
 from casa_serving.live.client import ConnectionLostError, LiveClient
 from casa_serving.live.protocol import LiveError, read_event
-from event_loop import in_loop
 from image_files import encoded, plain
 from live_messages import rest, take
 from scripted_live import scripted_server
@@ -28,7 +27,6 @@ def picture(width=28, height=28):
     return encoded(plain(width, height))
 
 
-@in_loop
 async def test_a_session_from_create_to_stop():
     async with scripted_server() as server, LiveClient(server.url) as client:
         created = await client.create(fps=4, instruction="Look.")
@@ -62,7 +60,6 @@ async def test_a_session_from_create_to_stop():
         assert server.metric("casa:live_frames_total", result="captioned") == 2
 
 
-@in_loop
 async def test_frames_are_dropped_and_never_queued():
     async with scripted_server() as server, LiveClient(server.url) as client:
         await client.create()
@@ -80,7 +77,6 @@ async def test_frames_are_dropped_and_never_queued():
         assert (statistics.frames, statistics.captioned, statistics.dropped) == (20, 2, 18)
 
 
-@in_loop
 async def test_questions_go_before_the_waiting_frame_and_only_four_wait():
     async with scripted_server() as server, LiveClient(server.url) as client:
         await client.create()
@@ -108,7 +104,6 @@ REFUSED_QUESTIONS = {
 
 
 @pytest.mark.parametrize("fields", REFUSED_QUESTIONS.values(), ids=REFUSED_QUESTIONS)
-@in_loop
 async def test_the_error_of_a_refused_question_has_its_id(fields):
     async with scripted_server() as server, connect(server.url) as socket:
         question = json.dumps({"type": "question", "id": "mine"} | fields)
@@ -121,7 +116,6 @@ async def test_the_error_of_a_refused_question_has_its_id(fields):
         assert (refused["type"], refused["code"], refused["id"]) == ("error", "bad_message", "mine")
 
 
-@in_loop
 async def test_an_id_that_is_none_is_not_echoed():
     async with scripted_server() as server, connect(server.url) as socket:
         await socket.send('{"type": "session.create"}')
@@ -155,7 +149,6 @@ BAD_MESSAGES = {
 
 
 @pytest.mark.parametrize("name", BAD_MESSAGES)
-@in_loop
 async def test_a_bad_message_in_a_session_is_refused_and_the_session_goes_on(name):
     message, code, words = BAD_MESSAGES[name]
     async with scripted_server(max_frame_bytes=100_000) as server, connect(server.url) as socket:
@@ -186,7 +179,6 @@ BAD_CREATES = {
 
 
 @pytest.mark.parametrize("name", BAD_CREATES)
-@in_loop
 async def test_a_bad_create_is_refused_and_a_good_one_taken_after_it(name):
     fields, code, words = BAD_CREATES[name]
     async with scripted_server() as server, LiveClient(server.url) as client:
@@ -197,7 +189,6 @@ async def test_a_bad_create_is_refused_and_a_good_one_taken_after_it(name):
         assert (await client.create()).type == "session.created"
 
 
-@in_loop
 async def test_a_history_that_is_too_long():
     """Our own client would have cut it."""
     async with scripted_server() as server, connect(server.url) as socket:
@@ -208,7 +199,6 @@ async def test_a_history_that_is_too_long():
             assert kind != "error" or (answer["code"] == "bad_settings" and "at most 4096 items" in answer["message"])
 
 
-@in_loop
 async def test_what_only_the_engine_can_see_ends_the_session():
     async with scripted_server() as server, connect(server.url) as socket:
         await socket.send(json.dumps({"type": "session.create", "instruction": "<bad>"}))
@@ -217,7 +207,6 @@ async def test_what_only_the_engine_can_see_ends_the_session():
 
 
 @pytest.mark.parametrize("message", [frame(), '{"type": "question", "text": "Hi"}', '{"type": "session.stop"}'])
-@in_loop
 async def test_nothing_goes_before_create(message):
     async with scripted_server() as server, connect(server.url) as socket:
         await socket.send(message)
@@ -227,7 +216,6 @@ async def test_nothing_goes_before_create(message):
         assert json.loads(await socket.recv())["type"] == "session.created"
 
 
-@in_loop
 async def test_a_hundred_clients_vanish_in_the_middle_of_a_frame():
     async with scripted_server(max_sessions=1) as server:
         await asyncio.sleep(0.1)
@@ -247,7 +235,6 @@ async def test_a_hundred_clients_vanish_in_the_middle_of_a_frame():
         await soon(lambda: len(asyncio.all_tasks()) <= tasks_before)
 
 
-@in_loop
 async def test_a_client_that_never_reads_is_cut_off():
     async with scripted_server(send_timeout=0.5) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(server.url).port)
@@ -267,7 +254,6 @@ async def test_a_client_that_never_reads_is_cut_off():
         writer.close()
 
 
-@in_loop
 async def test_a_client_that_sends_nothing():
     async with scripted_server(idle_timeout=0.3, create_timeout=0.3) as server:
         async with connect(server.url) as socket:
@@ -280,7 +266,6 @@ async def test_a_client_that_sends_nothing():
             assert (messages[1]["code"], messages[2]["reason"], close_code) == ("idle_timeout", "idle", 4000)
 
 
-@in_loop
 async def test_a_slow_engine_is_not_the_clients_silence():
     async with scripted_server(idle_timeout=0.2) as server, LiveClient(server.url) as client:
         await client.create()
@@ -291,7 +276,6 @@ async def test_a_slow_engine_is_not_the_clients_silence():
         assert (await take(client, "frame.done")).caption == "28 28"
 
 
-@in_loop
 async def test_one_session_too_many():
     async with scripted_server(max_sessions=2) as server:
         async with LiveClient(server.url) as first, LiveClient(server.url) as second:
@@ -310,7 +294,6 @@ async def test_one_session_too_many():
             await client.create()
 
 
-@in_loop
 async def test_sessions_share_the_memory_of_the_engine():
     async with scripted_server() as server, LiveClient(server.url) as client, connect(server.url) as second:
         server.engine.places = 1000
@@ -326,7 +309,6 @@ async def test_sessions_share_the_memory_of_the_engine():
                 await third.create(text_budget=500)
 
 
-@in_loop
 async def test_a_frame_that_only_the_engine_can_refuse():
     async with scripted_server() as server, LiveClient(server.url) as client:
         await client.create()
@@ -337,7 +319,6 @@ async def test_a_frame_that_only_the_engine_can_refuse():
         assert (await take(client, "frame.done")).caption == "28 28"
 
 
-@in_loop
 async def test_a_refused_question_leaves_the_history_right():
     async with scripted_server() as server, LiveClient(server.url) as client:
         await client.create()
@@ -354,7 +335,6 @@ def test_a_client_passes_over_what_a_later_server_may_send():
         read_event('{"type": "frame.done"}')
 
 
-@in_loop
 async def test_a_fault_of_the_engine_ends_one_session():
     async with scripted_server() as server, LiveClient(server.url) as neighbour, connect(server.url) as socket:
         await neighbour.create()
@@ -367,7 +347,6 @@ async def test_a_fault_of_the_engine_ends_one_session():
         assert (await take(neighbour, "frame.done")).caption == "28 28"
 
 
-@in_loop
 async def test_every_session_is_told_when_the_server_ends():
     async with scripted_server() as server, connect(server.url) as busy, connect(server.url) as waiting:
         await busy.send('{"type": "session.create"}')
@@ -383,7 +362,6 @@ async def test_every_session_is_told_when_the_server_ends():
         assert server.engine.num_in_work == 0
 
 
-@in_loop
 async def test_a_broken_connection_is_resumed_from_text():
     async with scripted_server() as server, LiveClient(server.url) as client:
         await client.create(fps=3)

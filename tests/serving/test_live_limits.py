@@ -12,7 +12,6 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from casa_serving.live.client import LiveClient
-from event_loop import in_loop
 from image_files import data_url, encoded, plain
 from live_messages import rest, take
 from posting import post
@@ -51,7 +50,6 @@ async def all_have_left(server):
             await asyncio.sleep(0.05)
 
 
-@in_loop
 async def test_a_key_is_taken_from_the_header(strict):
     async with LiveClient(strict.live_url, api_key=KEY) as client:
         assert (await client.create()).limits.max_frame_bytes == 10_000
@@ -62,7 +60,6 @@ async def test_a_key_is_taken_from_the_header(strict):
         assert refused.value.response.status_code == 401
 
 
-@in_loop
 async def test_a_key_is_taken_from_a_subprotocol(strict):
     def offer(key):
         return ["casa-live", "casa-key." + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")]
@@ -77,7 +74,6 @@ async def test_a_key_is_taken_from_a_subprotocol(strict):
         assert refused.value.response.status_code == 401
 
 
-@in_loop
 async def test_pages_of_other_origins_are_refused(strict):
     own = strict.url
     for origin in (own, "http://friend.example"):
@@ -91,7 +87,6 @@ async def test_pages_of_other_origins_are_refused(strict):
         assert b"--allowed-origins" in refused.value.response.body
 
 
-@in_loop
 async def test_one_session_too_many_is_told_at_once(strict):
     async with LiveClient(strict.live_url, api_key=KEY) as first, LiveClient(strict.live_url, api_key=KEY) as second:
         await first.create()
@@ -105,7 +100,6 @@ async def test_one_session_too_many_is_told_at_once(strict):
         await client.create()
 
 
-@in_loop
 async def test_a_session_and_a_chat_share_the_pixels_in_flight(strict):
     async def chat():
         picture = {"type": "image_url", "image_url": {"url": data_url(encoded(plain(150, 150, "red")))}}
@@ -127,7 +121,6 @@ async def test_a_session_and_a_chat_share_the_pixels_in_flight(strict):
             await asyncio.sleep(0.1)
 
 
-@in_loop
 async def test_silence_ends_a_session(strict):
     await all_have_left(strict)
     async with connect(strict.live_url, additional_headers=HEADERS) as socket:
@@ -140,7 +133,6 @@ async def test_silence_ends_a_session(strict):
         assert (messages[1]["code"], close_code) == ("idle_timeout", 4000)
 
 
-@in_loop
 async def test_a_client_that_never_reads_costs_little_and_is_cut_off(strict):
     address = urlsplit(strict.url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
@@ -173,7 +165,6 @@ def resident_bytes(server):
     return float(line.split()[1])
 
 
-@in_loop
 async def test_sessions_are_told_that_the_server_ends(strict):
     async with connect(strict.live_url, additional_headers=HEADERS) as socket:
         await socket.send(CREATE)

@@ -14,7 +14,6 @@ from websockets.exceptions import ConnectionClosed
 
 from casa_digits.cases import draw_video
 from casa_serving.live.client import LiveClient
-from event_loop import in_loop
 from image_files import encoded, plain
 from live_messages import take
 
@@ -66,7 +65,6 @@ def wait_until_nothing_is_held(server, good_request):
         time.sleep(0.2)
 
 
-@in_loop
 async def test_digits_are_captioned_when_they_change(server):
     files, texts = video(1, 24)
     events = await watch(server.live_url, files)
@@ -80,7 +78,6 @@ async def test_digits_are_captioned_when_they_change(server):
     assert all(event.queue_ms <= event.delay_ms for event in events)
 
 
-@in_loop
 async def test_a_question_while_the_video_runs(server):
     files, _ = video(1, 4)
     async with LiveClient(server.live_url) as client:
@@ -102,7 +99,6 @@ def len_said(event):
     return event.num_tokens - 1
 
 
-@in_loop
 async def test_the_history_is_known_after_a_broken_connection(server):
     files, _ = video(1, 3)
     async with LiveClient(server.live_url) as client:
@@ -121,7 +117,6 @@ async def test_the_history_is_known_after_a_broken_connection(server):
     assert done.text_tokens - len_said(done) == alone.text_tokens - len_said(alone) + before
 
 
-@in_loop
 async def test_frames_of_other_sizes_and_types_in_mid_session(server):
     pictures = [plain(56, 28, "red"), plain(300, 200, "blue"), plain(1, 1), plain(1600, 1200, "green")]
     files = [encoded(picture, kind) for picture in pictures for kind in ("JPEG", "PNG", "WEBP")]
@@ -129,7 +124,6 @@ async def test_frames_of_other_sizes_and_types_in_mid_session(server):
     assert [event.frame for event in events] == list(range(12))
 
 
-@in_loop
 async def test_broken_frames_are_refused_and_the_session_goes_on(server):
     good = struct.pack("<d", 0.0) + encoded(plain(56, 28))
     bad = [b"garbage", encoded(plain(1, 5000)), bytes(2_000_001), good[8:40]]
@@ -146,7 +140,6 @@ async def test_broken_frames_are_refused_and_the_session_goes_on(server):
         assert json.loads(await socket.recv())["type"] in ("caption.delta", "frame.done")
 
 
-@in_loop
 async def test_a_frame_of_30_megabytes_closes_the_connection(server):
     async with connect(server.live_url) as socket:
         await socket.send(CREATE)
@@ -158,7 +151,6 @@ async def test_a_frame_of_30_megabytes_closes_the_connection(server):
     assert await watch(server.live_url, [encoded(plain())])
 
 
-@in_loop
 async def test_twenty_frames_at_once(server):
     async with LiveClient(server.live_url) as client:
         await client.create()
@@ -206,9 +198,9 @@ def test_a_hundred_clients_that_vanish_leave_nothing_behind(server, good_request
     assert after["rss"] < before["rss"] + 20_000_000
 
 
-def test_neighbours_go_on_beside_clients_that_misbehave(server, good_request):
+async def test_neighbours_go_on_beside_clients_that_misbehave(server, good_request):
     files, _ = video(4, 16)
-    alone = [event.caption for event in asyncio.run(watch(server.live_url, files))]
+    alone = [event.caption for event in await watch(server.live_url, files)]
     expected = good_request()
 
     async def misbehave():
@@ -223,12 +215,9 @@ def test_neighbours_go_on_beside_clients_that_misbehave(server, good_request):
     async def chat():
         return [await asyncio.to_thread(good_request) for _ in range(10)]
 
-    async def together():
-        return await asyncio.gather(
-            watch(server.live_url, files), watch(server.live_url, files), chat(), misbehave(), misbehave()
-        )
-
-    first, second, answers, *_ = asyncio.run(together())
+    first, second, answers, *_ = await asyncio.gather(
+        watch(server.live_url, files), watch(server.live_url, files), chat(), misbehave(), misbehave()
+    )
     assert [event.caption for event in first] == [event.caption for event in second] == alone
     assert set(answers) == {expected}
     wait_until_nothing_is_held(server, good_request)

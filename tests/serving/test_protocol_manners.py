@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 import pytest
 from websockets.asyncio.client import connect
 
-from event_loop import in_loop
 from image_files import data_url, encoded, plain
 
 pytestmark = pytest.mark.vllm
@@ -209,7 +208,6 @@ def test_headers_that_are_none_or_too_many(server, good_request, headers):
     assert good_request()
 
 
-@in_loop
 async def test_live_messages_are_not_compressed(server):
     """A client that offers compression is told no: 16 kB could be 16 MB."""
     async with connect(server.live_url, compression="deflate") as client:

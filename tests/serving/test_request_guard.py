@@ -11,7 +11,6 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from casa_serving.endpoint.request_guard import RequestGuard
-from event_loop import in_loop
 
 pytestmark = pytest.mark.unit
 
@@ -71,7 +70,6 @@ def message_of(answer):
     return json.loads(answer[2])["error"]["message"]
 
 
-@in_loop
 async def test_a_body_that_stops_coming_is_given_up():
     client = Client(request_read_timeout=0.2)
     status, headers, _ = answer = await client.post([b'{"a": "' + b"x" * 1000], end=False)
@@ -80,13 +78,11 @@ async def test_a_body_that_stops_coming_is_given_up():
     assert "got 1007 bytes in 0.2 s (--request-read-timeout)" in message_of(answer)
 
 
-@in_loop
 async def test_a_body_that_trickles_is_given_up_too():
     status, *_ = await Client(request_read_timeout=0.3).post([b" ", 0.1] * 100)
     assert status == 408
 
 
-@in_loop
 async def test_bytes_in_flight_are_bounded_over_all_requests_and_given_back():
     """Those that are being read count, and those of requests that are being answered."""
     release = asyncio.Event()
@@ -114,7 +110,6 @@ async def test_bytes_in_flight_are_bounded_over_all_requests_and_given_back():
     assert (await client.post(body))[0] == 200
 
 
-@in_loop
 async def test_bytes_are_given_back_whatever_happens():
     async def fail(request: Request):
         raise RuntimeError("a fault of ours")
@@ -134,7 +129,6 @@ async def test_bytes_are_given_back_whatever_happens():
     assert (await Client(max_request_bytes=600, max_request_bytes_in_flight=600).post([b"{}"]))[0] == 200
 
 
-@in_loop
 async def test_a_client_that_leaves_gets_no_answer():
     client = Client()
 
@@ -162,14 +156,12 @@ async def test_a_client_that_leaves_gets_no_answer():
         ([(b"content-encoding", b"br, gzip")], 415, "Content-Encoding"),
     ],
 )
-@in_loop
 async def test_bodies_are_taken_as_they_are(headers, status, message):
     answer = await Client().post([b"{}"], headers=headers)
     assert answer[0] == status
     assert message is None or message in message_of(answer)
 
 
-@in_loop
 async def test_a_refusal_waits_only_for_what_is_still_to_come(monkeypatch):
     """A body that is all there is answered at once; of one that is not, a little is taken off the wire."""
     monkeypatch.setattr("casa_serving.endpoint.request_body.DISCARD_TIMEOUT_S", 3600)
@@ -189,7 +181,6 @@ async def test_a_refusal_waits_only_for_what_is_still_to_come(monkeypatch):
     assert sum(given) <= 1_200_000
 
 
-@in_loop
 async def test_the_application_gets_the_body_as_it_was_sent():
     body = '{"a":  [1, 2.50, "ä\\u00e4"]}'.encode()
     assert json.loads((await Client().post([body[:7], body[7:]]))[2]) == {"got": len(body)}

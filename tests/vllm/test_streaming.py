@@ -71,9 +71,9 @@ async def stream(folder):
 
 
 @pytest.mark.parametrize(("preset", "fusion"), [("tiny-qwen", "ca_tv"), ("tiny-llama", "ca")], ids=["ca_tv", "ca"])
-def test_thirty_chunks_with_an_image_each(preset, fusion, checkpoints, eager):
+async def test_thirty_chunks_with_an_image_each(preset, fusion, checkpoints, eager):
     folder = checkpoints(preset, fusion=fusion)
-    answers = asyncio.run(stream(folder))
+    answers = await stream(folder)
 
     assert_same(answers, continued(eager(folder)))
 
