@@ -52,6 +52,11 @@ class RunningCluster:
         serve.run(build_app(config), name=APPLICATION, route_prefix="/")
         self.config = config
 
+    def delete(self) -> None:
+        """Deletes the application; Ray Serve stays."""
+        serve.delete(APPLICATION)
+        self.config = {}
+
     def client(self) -> OpenAI:
         """Returns OpenAI's own client, without retries that would hide an error."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)

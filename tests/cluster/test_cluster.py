@@ -207,7 +207,6 @@ def test_a_client_that_leaves_ends_its_request(cluster, http):
 
 
 def test_a_killed_replica_costs_no_answer(cluster, http):
-    """The last test: it replaces a replica."""
     replicas = cluster.replicas()
     victim = replicas[ask(http, headers={"x-session-id": "on the victim"}).headers["x-casa-replica"]]
     # All on the replica that is going to die.

@@ -13,7 +13,6 @@ import pytest
 import ray
 import torch
 from PIL import Image
-from ray import serve
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -23,7 +22,6 @@ from casa_engine.digits import checkpoint_path
 from casa_engine.live import LiveSettings
 from casa_engine.live.eager_stream import EagerStream
 from casa_engine.live.stream_format import StreamFormat
-from casa_serving.cluster.launch import APPLICATION
 from casa_serving.live.client import LiveClient
 from casa_serving.live.protocol import LiveError
 from image_files import encoded
@@ -36,11 +34,15 @@ CREATE = '{"type": "session.create"}'
 NUM_FRAMES = 24
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def two(cluster):
-    """The cluster with both its replicas, one of which the tests before may have replaced."""
+    """The cluster with both its replicas, before a test and after it, whatever that deploys or deletes."""
     until(lambda: len(cluster.replicas()) == 2, 180)
-    return cluster
+    config = cluster.config
+    yield cluster
+    if cluster.config != config:
+        cluster.deploy(config)
+        until(lambda: len(cluster.replicas()) == 2, 180)
 
 
 @pytest.fixture(scope="module")
@@ -213,12 +215,16 @@ async def is_told(client):
     assert (client._socket.close_code, client._socket.close_reason) == (1012, "server is shutting down")
 
 
+def follows_sessions(config):
+    """The configuration with a number of replicas that follows that of live sessions."""
+    replicas = config["replicas"] | {"min": 1, "target_live_sessions": 1, "upscale_delay_s": 1, "downscale_delay_s": 4}
+    return config | {"replicas": replicas}
+
+
 @pytest.mark.slow
 async def test_a_new_version_tells_the_sessions(two, videos):
-    """From here on the number of replicas follows that of live sessions."""
     files, wanted = videos[0]
-    replicas = two.config["replicas"] | {"min": 1, "target_live_sessions": 1, "upscale_delay_s": 1}
-    config = two.config | {"replicas": replicas | {"downscale_delay_s": 4}}
+    config = follows_sessions(two.config)
     async with LiveClient(two.live_url) as first, LiveClient(two.live_url) as second:
         assert home(first) != home(second)
         for client in (first, second):
@@ -245,44 +251,41 @@ async def go_on_until(condition, clients, file, timeout_s):
 
 
 @pytest.mark.slow
-def test_sessions_scale_up_and_scaling_down_tells_them(two, videos):
+@pytest.mark.timeout(600)
+async def test_sessions_scale_up_and_scaling_down_tells_them(two, videos):
     files, wanted = videos[0]
+    await asyncio.to_thread(two.deploy, follows_sessions(two.config))
+    async with AsyncExitStack() as opened:
 
-    async def run():
-        async with AsyncExitStack() as opened:
+        async def open_one():
+            client = await opened.enter_async_context(LiveClient(two.live_url))
+            await client.create()
+            return client
 
-            async def open_one():
-                client = await opened.enter_async_context(LiveClient(two.live_url))
-                await client.create()
-                return client
-
-            clients = [await open_one(), await open_one()]
-            # A replica takes a minute to start on a busy machine.
-            await go_on_until(lambda: len(two.replicas()) == 2, clients, files[0], 240)
-            clients.append(await open_one())
-            replicas = two.replicas()
-            assert {home(client) for client in clients} == set(replicas)
-            head = node_of_the_driver()
-            (stays,) = (name for name, replica in replicas.items() if replica["node_id"] == head)
-            leaving = next(client for client in clients if home(client) != stays)
-            await caption(leaving, files[0], 0.0)
-            assert leaving.history[0]["caption"] == wanted[0]
-            for client in clients:
-                if client is not leaving:
-                    await client.stop()
-            async with asyncio.timeout(60):
-                await is_told(leaving)
-            await resumes(leaving, files[1])
-            assert home(leaving) == stays
-            await go_on_until(lambda: set(two.replicas()) == {stays}, [leaving], files[1], 60)
-
-    asyncio.run(run())
+        clients = [await open_one(), await open_one()]
+        # A replica takes a minute to start on a busy machine.
+        await go_on_until(lambda: len(two.replicas()) == 2, clients, files[0], 240)
+        clients.append(await open_one())
+        replicas = two.replicas()
+        assert {home(client) for client in clients} == set(replicas)
+        head = node_of_the_driver()
+        (stays,) = (name for name, replica in replicas.items() if replica["node_id"] == head)
+        leaving = next(client for client in clients if home(client) != stays)
+        await caption(leaving, files[0], 0.0)
+        assert leaving.history[0]["caption"] == wanted[0]
+        for client in clients:
+            if client is not leaving:
+                await client.stop()
+        async with asyncio.timeout(60):
+            await is_told(leaving)
+        await resumes(leaving, files[1])
+        assert home(leaving) == stays
+        await go_on_until(lambda: set(two.replicas()) == {stays}, [leaving], files[1], 60)
 
 
 async def test_sessions_are_told_when_the_application_is_deleted(two):
-    """The last test: there is no application afterwards."""
     async with LiveClient(two.live_url) as client:
         await client.create()
-        deleting = asyncio.create_task(asyncio.to_thread(serve.delete, APPLICATION))
+        deleting = asyncio.create_task(asyncio.to_thread(two.delete))
         await is_told(client)
         await deleting

@@ -1,4 +1,4 @@
-"""Keys, origins and limits of `/v1/live`, on a server whose limits are small; its end is the last test."""
+"""Keys, origins and limits of `/v1/live`, on a server whose limits are small."""
 
 import asyncio
 import base64
@@ -163,15 +163,3 @@ def resident_bytes(server):
     """Returns the memory of the server's own process."""
     line = next(x for x in server.get("/metrics").splitlines() if x.startswith("process_resident_memory_bytes "))
     return float(line.split()[1])
-
-
-async def test_sessions_are_told_that_the_server_ends(strict):
-    async with connect(strict.live_url, additional_headers=HEADERS) as socket:
-        await socket.send(CREATE)
-        await socket.recv()
-        await socket.send(struct.pack("<d", 0.0) + encoded(plain()))
-        strict.process.terminate()
-        messages, close_code = await rest(socket)
-    assert (messages[-1]["type"], messages[-1]["reason"]) == ("session.closed", "server is shutting down")
-    assert messages[-1]["statistics"]["frames"] == 1
-    assert close_code == 1012

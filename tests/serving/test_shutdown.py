@@ -123,6 +123,9 @@ def test_everybody_is_told_within_the_bound(tmp_path, number, options):
             assert httpx.get(f"{server.url}/metrics").status_code == 200
         assert ended(server, TIMEOUT_S) == 0
         clients.check("shutting down")
+        message, code = clients.live.result(5)
+        assert (message["reason"], code) == ("server is shutting down", 1012)
+        assert message["statistics"]["frames"] == 1
 
 
 @pytest.mark.slow
