@@ -15,6 +15,8 @@ from PIL import Image
 from casa_engine.errors import InputError
 from casa_engine.image_preparation import DECODER_FAULTS, without_texts
 
+# For messages; `sniff` decides.
+IMAGE_TYPES = "JPEG, PNG or WebP"
 # A progressive JPEG refines the whole picture once for each scan. Encoders write about ten;
 # hundreds are a way to keep a decoder busy for minutes with a small file.
 MAX_JPEG_SCANS = 100
@@ -89,7 +91,7 @@ def check_image(data: bytes, limits: ImageFileLimits) -> tuple[int, int]:
 def check_size(num_bytes: int, limits: ImageFileLimits) -> None:
     """Refuses an image file of `num_bytes` that is empty or over the limit."""
     if num_bytes == 0:
-        raise ImageRefusedError("The image is empty: got 0 bytes. Send a JPEG, PNG or WebP file.")
+        raise ImageRefusedError(f"The image is empty: got 0 bytes. Send a {IMAGE_TYPES} file.")
     if num_bytes > limits.max_image_bytes:
         raise ImageRefusedError(
             f"The image file is too large: got {num_bytes} bytes, at most "

@@ -152,7 +152,7 @@ def test_kubernetes_takes_the_pods(name):
         validate_pod(group["template"])
 
 
-@pytest.mark.parametrize("change", [{"securityContxt": {}}, {"terminationGracePeriodSeconds": "150"}])
+@pytest.mark.parametrize("change", [{"securityContextOf": {}}, {"terminationGracePeriodSeconds": "150"}])
 def test_kubernetes_schema_rejects_what_is_no_pod(change):
     _, workers = groups(load("kuberay-cpu.yaml"))
     workers["template"]["spec"] |= change

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from casa_engine.errors import CasaError, InputError
+from casa_engine.image_guard import IMAGE_TYPES
 from casa_engine.live import LiveSettings
 from casa_engine.live.settings import MAX_TEXT_CHARACTERS
 from casa_serving.options.image_limits import ImageLimits
@@ -199,7 +200,7 @@ def read_frame(message: bytes, number: int, arrived_s: float, max_bytes: int) ->
         raise LiveError(
             "bad_frame",
             f"The frame is too short: got {len(message)} bytes, expected 8 bytes with the timestamp in seconds "
-            "(little-endian float64) and then a JPEG, PNG or WebP file.",
+            f"(little-endian float64) and then a {IMAGE_TYPES} file.",
         )
     if len(message) - TIMESTAMP.size > max_bytes:
         raise LiveError(
