@@ -24,6 +24,7 @@ from casa_serving.cluster.config_file import read_file
 from casa_serving.cluster.replica_metrics import casa_samples
 from casa_serving.live.metrics import LiveMetrics
 from casa_vllm import metrics as image_metrics
+from casa_vllm.metric_names import COUNTERS, GAUGES, LAST_STEP
 from dashboard import board, dashboard_metrics, metric_names, nodes, panels, queries
 
 ROOT = Path(__file__).parents[2]
@@ -309,6 +310,12 @@ def test_names_are_found_in_queries(query, names):
 def test_what_is_no_query_is_found_out(query):
     with pytest.raises(ValueError):
         metric_names(query)
+
+
+def test_every_metric_of_the_engine_is_documented():
+    counters = [f"{name}_total" for name in COUNTERS]
+    written = set(re.findall(r"^\| `casa:(\w+)`", (ROOT / "docs" / "deploy.md").read_text(), re.MULTILINE))
+    assert written == {*GAUGES, *counters, LAST_STEP}
 
 
 def test_the_board_has_what_grafana_needs():
