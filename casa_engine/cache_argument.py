@@ -17,7 +17,7 @@ NAMES = ("cache", "past_key_values")
 CACHE_ARGUMENT = next(name for name in NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
 
 
-def take_cache(arguments: dict[str, Any]) -> Cache | None:
+def pop_cache(arguments: dict[str, Any]) -> Cache | None:
     """Takes the cache out of keyword arguments, whichever name it has.
 
     Args:

@@ -79,7 +79,7 @@ def check_inputs(
     return CallInputs(real, positions, num_seen.tolist(), images)
 
 
-def left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def pad_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Moves each row's padding to its beginning, so that the last column is every row's last token.
 
     Args:

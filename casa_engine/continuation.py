@@ -18,7 +18,7 @@ from torch import Tensor
 from casa_engine.cache import CasaCache
 from casa_engine.call_inputs import CallInputs
 from casa_engine.errors import InputError
-from casa_engine.image_inputs import padded_points
+from casa_engine.image_inputs import pad_insertion_points
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,6 @@ def select_images(images: dict[str, Tensor], inputs: CallInputs, chosen: list[in
     return selected
 
 
-def with_points(images: dict[str, Tensor], points: list[list[int]], device: torch.device) -> dict[str, Tensor]:
+def add_insertion_points(images: dict[str, Tensor], points: list[list[int]], device: torch.device) -> dict[str, Tensor]:
     """Adds `insertion_points` (B, M) to a call's images, if there are any."""
-    return images | {"insertion_points": padded_points(points).to(device)} if images else {}
+    return images | {"insertion_points": pad_insertion_points(points).to(device)} if images else {}

@@ -40,7 +40,7 @@ def folders_of(folder: Path) -> Iterator[str]:
                 yield from (f"{entry.name}/{path}" for path in folders_of(Path(entry.path)))
 
 
-def carry_over(old: Path, new: Path, owned: frozenset[str]) -> None:
+def link_foreign_files(old: Path, new: Path, owned: frozenset[str]) -> None:
     """Links what is in `old` and not ours into `new`, and gives the folders their owner and permissions.
 
     Raises:
@@ -63,8 +63,8 @@ def _copy_rights(old: Path, new: Path) -> None:
     shutil.copystat(old, new)
 
 
-def drop_carried(old: Path, new: Path) -> None:
-    """Undoes `carry_over`: removes the links from `new`; the files stay in `old`."""
+def unlink_foreign_files(old: Path, new: Path) -> None:
+    """Undoes `link_foreign_files`: removes the links from `new`; the files stay in `old`."""
     for path in files_of(new):
         if _same_file(old / path, new / path):
             (new / path).unlink()

@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from casa_engine.cache import CasaCache, check_cache
-from casa_engine.cache_argument import CACHE_ARGUMENT, take_cache
-from casa_engine.call_inputs import CallInputs, left_padded
-from casa_engine.continuation import find_continuation, select_images, with_points
+from casa_engine.cache_argument import CACHE_ARGUMENT, pop_cache
+from casa_engine.call_inputs import CallInputs, pad_left
+from casa_engine.continuation import add_insertion_points, find_continuation, select_images
 from casa_engine.errors import InputError
 from casa_engine.token_ids import list_token_ids
 
@@ -30,7 +30,7 @@ class CasaGenerationMixin(GenerationMixin):
         Raises:
             InputError: As `forward`; or the conversation is not the cached one's continuation.
         """
-        cache = take_cache(kwargs)
+        cache = pop_cache(kwargs)
         input_ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         if input_ids is not None:
             mask = kwargs.get("attention_mask")
@@ -88,7 +88,7 @@ class CasaGenerationMixin(GenerationMixin):
             input_ids, attention_mask, kwargs = self._new_part(cache, input_ids, attention_mask, padding_ids, kwargs)
             next_sequence_length = None
         elif attention_mask is not None and attention_mask.shape == input_ids.shape:
-            input_ids, attention_mask = left_padded(input_ids, attention_mask)
+            input_ids, attention_mask = pad_left(input_ids, attention_mask)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -124,7 +124,7 @@ class CasaGenerationMixin(GenerationMixin):
 
     def _images(self, content: dict[str, Tensor], points: list[list[int]], device: torch.device) -> dict[str, Tensor]:
         """Image arguments of a call: with insertion points where the fusion takes them."""
-        return with_points(content, points, device) if self.config.is_cross_attention else content
+        return add_insertion_points(content, points, device) if self.config.is_cross_attention else content
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Tensor]:

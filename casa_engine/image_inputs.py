@@ -51,7 +51,7 @@ class ImageInputs:
         return self.grids.prod(dim=-1).tolist()
 
 
-def padded_points(rows: Sequence[Sequence[int]]) -> Tensor:
+def pad_insertion_points(rows: Sequence[Sequence[int]]) -> Tensor:
     """int64 (B, M): insertion points of B rows, padded as the model takes them."""
     return torch.from_numpy(pad_rows(rows, NO_IMAGE))
 

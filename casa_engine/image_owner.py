@@ -12,7 +12,7 @@ from casa_engine.errors import InputError
 OWNER: ContextVar[str] = ContextVar("casa_image_owner", default="")
 
 
-def owned_name(uuid: object, cache_salt: object = None) -> str:
+def scope_image_name(uuid: object, cache_salt: object = None) -> str:
     """Returns the name under which this request's client knows an image.
 
     Args:

@@ -22,7 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from casa_engine.attention import CasaProjections, masked_attention
 from casa_engine.cache import CasaCache, check_cache
-from casa_engine.cache_argument import output_with_cache, take_cache
+from casa_engine.cache_argument import output_with_cache, pop_cache
 from casa_engine.call_inputs import CallInputs, check_inputs, check_labels, check_logits_to_keep
 from casa_engine.configuration import CasaConfig
 from casa_engine.generation import CasaGenerationMixin
@@ -365,7 +365,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         Raises:
             InputError: As `CasaModel.forward`; or labels of another shape than `input_ids`.
         """
-        cache = take_cache({"past_key_values": past_key_values, "cache": cache})
+        cache = pop_cache({"past_key_values": past_key_values, "cache": cache})
         check_logits_to_keep(logits_to_keep)
         if labels is not None:
             check_labels(labels, input_ids, self.config.text_config.vocab_size)

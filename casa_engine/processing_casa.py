@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from casa_engine.errors import InputError
-from casa_engine.image_inputs import padded_points
+from casa_engine.image_inputs import pad_insertion_points
 from casa_engine.image_patches import byte_patches
 from casa_engine.image_preparation import EncodedImage, as_image
 from casa_engine.padding import pad_rows
@@ -118,7 +118,7 @@ class CasaProcessor(ProcessorMixin):
             return BatchFeature(_left_padded(prompts, self._pad_id()) | vision)
         split = [split_image_markers(ids, self.image_token_id) for ids in prompts]
         if flat:
-            vision["insertion_points"] = padded_points([points for _, points in split])
+            vision["insertion_points"] = pad_insertion_points([points for _, points in split])
         return BatchFeature(_left_padded([stream for stream, _ in split], self._pad_id()) | vision)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:

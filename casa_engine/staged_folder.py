@@ -25,13 +25,13 @@ from typing import Self
 from casa_engine.atomic_files import sync, write_atomically
 from casa_engine.errors import OutputError
 from casa_engine.folder_swap import (
-    carry_over,
-    drop_carried,
     exchange,
     files_of,
     folders_of,
+    link_foreign_files,
     move_into,
     remove_exchanged,
+    unlink_foreign_files,
 )
 
 WORK_NAME = "casa-work"
@@ -88,7 +88,7 @@ class StagedFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._release()
-        cause = as_os_error(error)
+        cause = find_os_error(error)
         if cause is not None:
             raise self._refusal(cause) from error  # a full disk, most often
 
@@ -116,11 +116,11 @@ class StagedFolder:
             return False
         self._write_journal(state="exchange", inode=self.path.stat().st_ino, owned=sorted(owned))
         try:
-            carry_over(self.target, self.path, owned)
+            link_foreign_files(self.target, self.path, owned)
             _sync_folders(self.path)
             exchange(self.path, self.target)
         except OSError:
-            drop_carried(self.target, self.path)
+            unlink_foreign_files(self.target, self.path)
             return False
         # The new one is in its place: where the older one cannot be removed now, it is by the next run.
         with suppress(OSError):
@@ -287,7 +287,7 @@ def is_within(folder: Path, other: Path) -> bool:
     return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(other))
 
 
-def as_os_error(error: BaseException | None) -> OSError | None:
+def find_os_error(error: BaseException | None) -> OSError | None:
     """The operating system's error behind an exception: itself, or what a library written in Rust puts into words."""
     if isinstance(error, OSError) or error is None:
         return error

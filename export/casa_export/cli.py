@@ -160,11 +160,11 @@ def _check(options: argparse.Namespace) -> "ExportPlan":
 
 
 def _validate(source: Path, folder: Path, num_prompts: int, progress: "Progress") -> None:
-    from casa_export.validation import check, table, validate
+    from casa_export.validation import check, format_table, validate
 
     with progress.step("validate against the eager model"):
         comparisons = validate(source, folder, num_prompts)
-    print(table(comparisons))
+    print(format_table(comparisons))
     check(comparisons)
 
 

@@ -55,6 +55,6 @@ class ExportedCache:
             self, images=[list(images) for images in self.images], text=dict(self.text), image_kv=dict(self.image_kv)
         )
 
-    def become(self, other: Self) -> None:
+    def assign(self, other: Self) -> None:
         """Takes over another cache's state. Mutates this one."""
         vars(self).update(vars(other))

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from casa_engine.cache_argument import output_with_cache
-from casa_engine.call_inputs import CallInputs, check_inputs, check_logits_to_keep, left_padded
+from casa_engine.call_inputs import CallInputs, check_inputs, check_logits_to_keep, pad_left
 from casa_engine.checkpoints import read_config
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
@@ -33,7 +33,7 @@ from casa_export.exported_cache import ExportedCache, SeenImage
 from casa_export.graph_spec import cache_names
 from casa_export.manifest import Manifest, check_files, read_manifest
 from casa_export.ort_backend import OrtBackend
-from casa_export.plan import PADDING, RowPlan, cuts, plan_row, vision_inputs
+from casa_export.plan import PADDING, RowPlan, cut_columns, plan_row, vision_inputs
 
 
 class ExportedModel:
@@ -128,7 +128,7 @@ class ExportedModel:
             logits = self._decode(going_on, ids[:, piece], positions[:, piece], keep)
             if len(keep):
                 outputs.append(torch.from_numpy(logits))
-        cache.become(going_on)
+        cache.assign(going_on)
         return output_with_cache(torch.cat(outputs, dim=1), cache)
 
     @torch.inference_mode()
@@ -178,7 +178,7 @@ class ExportedModel:
         inputs = check_inputs(self.config, self.device, input_ids, attention_mask, None, **images)
         self.limits.check_text(int(inputs.real.sum(dim=1).max()) + max_new_tokens)
         cache = self.new_cache()
-        ids, mask = left_padded(input_ids, attention_mask)
+        ids, mask = pad_left(input_ids, attention_mask)
         output = self(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1, **images)
         running = torch.ones(len(input_ids), 1, dtype=torch.bool)
         for step in range(max_new_tokens):
@@ -241,7 +241,7 @@ class ExportedModel:
             totals = [total + _image_tokens_of(kept) for total, kept in zip(totals, cache.images, strict=True)]
         fits = max(totals) <= self.limits.call_image_tokens
         points = np.array([] if fits else [column for row in columns for column in row], dtype=np.int64)
-        pieces = cuts(num_tokens, self.limits.call_tokens, points)
+        pieces = cut_columns(num_tokens, self.limits.call_tokens, points)
         return [(piece, [_in_piece(row, piece, num_tokens) for row in columns]) for piece in pieces]
 
     def _check_windows(self, cache: ExportedCache, inputs: CallInputs, pieces: list[tuple[slice, list[slice]]]) -> None:

@@ -80,7 +80,7 @@ def plan_row(positions: np.ndarray, num_seen: int, points: np.ndarray) -> RowPla
     return RowPlan(starts, seen, (kept[0], kept[1]), first_start)
 
 
-def cuts(num_tokens: int, max_tokens: int, points: np.ndarray) -> list[slice]:
+def cut_columns(num_tokens: int, max_tokens: int, points: np.ndarray) -> list[slice]:
     """Cuts a call's columns into pieces for the decoder.
 
     Args:

@@ -16,7 +16,7 @@ from casa_export.manifest import Manifest, check_files, graph_file, graph_hashes
 from casa_export.progress import Progress
 from casa_export.trt_manifest import FILE_NAME, FOLDER_NAME, Engine, EngineManifest, engine_files, read_engine_manifest
 from casa_export.trt_package import CollectingLogger, load_tensorrt
-from casa_export.trt_profiles import Profile, profiles
+from casa_export.trt_profiles import Profile, build_profiles
 
 
 def engine_targets(package: str, compute_capabilities: tuple[str, ...] = ()) -> tuple[ModuleType, list[Any]]:
@@ -74,7 +74,7 @@ def build_engines(
     engines = {}
     with StagedFolder(folder / FOLDER_NAME, FILE_NAME, engine_files) as staged:
         for graph in manifest.graphs:
-            shapes = profiles(manifest, graph)
+            shapes = build_profiles(manifest, graph)
             key = _key(trt, manifest, graph, compute_capabilities, shapes)
             path = staged.path / f"{graph}.engine"
             with progress.step(f"{trt.__name__}: build {graph}"):

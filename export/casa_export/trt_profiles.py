@@ -47,7 +47,7 @@ class Profile:
             )
 
 
-def profiles(manifest: Manifest, graph: str) -> list[Profile]:
+def build_profiles(manifest: Manifest, graph: str) -> list[Profile]:
     """The profiles of a graph.
 
     Args:

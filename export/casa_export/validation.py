@@ -69,7 +69,7 @@ def check_limits(plan: ExportPlan, num_prompts: int) -> None:
             )
 
 
-def table(comparisons: list[Comparison]) -> str:
+def format_table(comparisons: list[Comparison]) -> str:
     """The comparisons as text, a line each."""
     lines = [f"{'comparison':<44} {'error':>10} {'limit':>10}"]
     lines += [f"{c.what:<44} {c.error:>10.3g} {c.limit:>10.3g}  {'ok' if c.passed else 'FAILED'}" for c in comparisons]
@@ -100,7 +100,7 @@ def validate(source: str | Path, folder: str | Path, num_prompts: int = 20, seed
         lines = _compare_graphs(eager, naive, exported, generator)
         if naive is None and num_prompts:
             prompts = [multi_image_prompt(exported, generator) for _ in range(num_prompts)]
-            wrong = sum(greedy(eager, *prompt) != greedy(exported, *prompt) for prompt in prompts)
+            wrong = sum(generate_greedily(eager, *prompt) != generate_greedily(exported, *prompt) for prompt in prompts)
             lines.append(Comparison(f"{NUM_GREEDY_TOKENS} greedy tokens, {num_prompts} prompts, differing", wrong, 0))
     return lines
 
@@ -129,7 +129,7 @@ def multi_image_prompt(exported: ExportedModel, generator: torch.Generator) -> t
     return ids, _images(exported, grids, generator) | {"insertion_points": points}
 
 
-def greedy(model, ids: Tensor, images: dict[str, Tensor], num_tokens: int = NUM_GREEDY_TOKENS) -> list[int]:
+def generate_greedily(model, ids: Tensor, images: dict[str, Tensor], num_tokens: int = NUM_GREEDY_TOKENS) -> list[int]:
     """Greedy tokens of a prompt, going on past stop tokens."""
     cache, new = model.new_cache(), []
     output = model(ids, past_key_values=cache, logits_to_keep=1, **images)

@@ -67,7 +67,7 @@ def cosine_filters(count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start_with_cosines(tower: Qwen2_5_VisionTransformerPretrainedModel, share: float = 0.75) -> None:
+def init_with_cosines(tower: Qwen2_5_VisionTransformerPretrainedModel, share: float = 0.75) -> None:
     """Lets most patch filters start as smooth grey waves: pen strokes are smooth, so learning starts further on.
 
     Mutates:
@@ -107,5 +107,5 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> CasaForConditi
     """The untrained model."""
     torch.manual_seed(seed)
     model = CasaForConditionalGeneration(casa_config(tokenizer))
-    start_with_cosines(model.model.visual)
+    init_with_cosines(model.model.visual)
     return model

@@ -28,7 +28,7 @@ from casa_digits.language import teach_language
 from casa_digits.live import write_live_settings
 from casa_digits.model import MAX_POSITIONS, build_model, build_processor
 from casa_digits.tokenizer import build_tokenizer
-from casa_digits.vision_warmup import read_exactly, warm_up
+from casa_digits.vision_warmup import measure_accuracy, warm_up
 from casa_engine.atomic_files import write_atomically
 from casa_engine.checkpoint_folder import list_files, stage_checkpoint
 from casa_engine.checkpoints import save_checkpoint, weight_bytes, write_checkpoint
@@ -129,7 +129,7 @@ def teach(model: CasaForConditionalGeneration, processor: CasaProcessor, options
     samples = load_samples(held_out=False)
     if not options.vision_weights:
         head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
-        right = read_exactly(model.model.visual, head, np.random.default_rng(1), load_samples(held_out=True), 1000)
+        right = measure_accuracy(model.model.visual, head, np.random.default_rng(1), load_samples(held_out=True), 1000)
         print("vision tower on held-out digits:", json.dumps(right))
     if options.keep_vision:
         keep_vision(model.model.visual, options.keep_vision)

@@ -70,7 +70,7 @@ def draw_scenes(rng: np.random.Generator, num_frames: int, fps: int) -> list[Sce
     return scenes
 
 
-def spans(scenes: list[Scene], fps: int) -> list[Span]:
+def caption_spans(scenes: list[Scene], fps: int) -> list[Span]:
     """The truth about scenes shown at `fps`."""
     ends = np.cumsum([scene.num_frames for scene in scenes])
     return [
@@ -148,7 +148,7 @@ def make_video(path: Path, seconds: float, fps: int, seed: int = 0, scale: int =
     """Writes a video, and the truth beside it as .json; returns the truth."""
     scenes_rng, noise_rng = np.random.default_rng(seed).spawn(2)
     scenes = draw_scenes(scenes_rng, max(1, round(seconds * fps)), fps)
-    truth = spans(scenes, fps)
+    truth = caption_spans(scenes, fps)
     truth_path = path.with_suffix(".json")
     with staged_beside(path) as video, staged_beside(truth_path) as texts:
         write_video(video, frames(scenes, scale, noise, noise_rng), fps)

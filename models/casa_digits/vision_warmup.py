@@ -82,7 +82,9 @@ def loss_of(tower: nn.Module, head: CellHead, batch: CellBatch) -> Tensor:
 
 
 @torch.no_grad()
-def read_exactly(tower: nn.Module, head: CellHead, rng: np.random.Generator, samples: DigitSamples, count: int) -> dict:
+def measure_accuracy(
+    tower: nn.Module, head: CellHead, rng: np.random.Generator, samples: DigitSamples, count: int
+) -> dict:
     """Share of digits, of ranks and of whole images that the head gets right on images of `samples`."""
     right = {"digit": [], "rank": [], "image": []}
     for _ in range(count):

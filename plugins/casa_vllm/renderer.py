@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.renderers.hf import HfRenderer
 
-from casa_engine.image_owner import owned_name
+from casa_engine.image_owner import scope_image_name
 from casa_vllm.content_parts import checked_messages
 
 MODE = "casa"
@@ -53,7 +53,7 @@ def with_owned_names(prompt: dict[str, Any]) -> dict[str, Any]:
     salt = prompt.get("cache_salt")
     owned = {
         modality: [
-            None if uuid is None else owned_name(uuid, salt)
+            None if uuid is None else scope_image_name(uuid, salt)
             for uuid in ([uuids] if isinstance(uuids, str) else uuids or ())
         ]
         for modality, uuids in named.items()

@@ -3,7 +3,7 @@
 import pytest
 
 from casa_serving.cluster.affinity import Affinity, preference
-from casa_serving.cluster.image_digests import image_keys
+from casa_serving.cluster.image_digests import digest_images
 
 pytestmark = pytest.mark.unit
 
@@ -68,20 +68,21 @@ def test_images_are_named_by_content_or_uuid():
     one, two = "data:image/png;base64,AAAA", "data:image/png;base64,BBBB"
     text = {"type": "text", "text": "and"}
     messages = [{"role": "user", "content": [image(one), text, image(two)]}, {"role": "user", "content": [image(one)]}]
-    names = image_keys(messages)
+    names = digest_images(messages)
     assert len(names) == len(set(names)) == 2
-    assert image_keys([{"content": [image(two)]}]) == names[1:]
-    by_uuid = image_keys([{"content": [image(one, uuid="u")]}])
-    assert image_keys([{"content": [{"type": "image_url", "image_url": None, "uuid": "u"}]}]) == by_uuid
-    assert by_uuid != image_keys([{"content": [image("u")]}])
-    assert len(image_keys([{"content": [image(one, uuid="u" * 1_000_000)]}])[0]) == len(by_uuid[0])
+    assert digest_images([{"content": [image(two)]}]) == names[1:]
+    by_uuid = digest_images([{"content": [image(one, uuid="u")]}])
+    assert digest_images([{"content": [{"type": "image_url", "image_url": None, "uuid": "u"}]}]) == by_uuid
+    assert by_uuid != digest_images([{"content": [image("u")]}])
+    assert len(digest_images([{"content": [image(one, uuid="u" * 1_000_000)]}])[0]) == len(by_uuid[0])
 
 
 def test_what_is_no_image_has_no_name():
-    assert image_keys(None) == ()
-    assert image_keys([{"role": "user", "content": "text"}, "message", {"content": ["part", {"image_url": 3}]}]) == ()
+    assert digest_images(None) == ()
+    messages = [{"role": "user", "content": "text"}, "message", {"content": ["part", {"image_url": 3}]}]
+    assert digest_images(messages) == ()
 
 
 def test_large_images_are_named_as_well():
     large = "data:image/png;base64," + "A" * 2_000_000
-    assert image_keys([{"content": [image(large)]}]) != image_keys([{"content": [image(large + "B")]}])
+    assert digest_images([{"content": [image(large)]}]) != digest_images([{"content": [image(large + "B")]}])

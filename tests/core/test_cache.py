@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from casa_engine.cache import CasaCache
-from casa_engine.image_inputs import padded_points
+from casa_engine.image_inputs import pad_insertion_points
 from tiny_presets import TINY_PRESETS
 
 IDS = torch.randint(3, 300, (1, 14), generator=torch.Generator().manual_seed(3))
@@ -80,7 +80,7 @@ def test_row_of_a_batch_equals_the_row_alone(tiny, images, preset: str, fields: 
             batch,
             image_embeds=torch.cat(embeds[:3]),
             image_grid_thw=grids[:3],
-            insertion_points=padded_points([own for _, own, _ in rows]),
+            insertion_points=pad_insertion_points([own for _, own, _ in rows]),
             attention_mask=mask,
             past_key_values=cache,
         ).logits

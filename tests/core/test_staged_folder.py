@@ -191,7 +191,7 @@ def test_file_systems_without_exchange_or_links(target, monkeypatch):
     def refuse(*paths, **options):
         raise OSError(22, "Invalid argument")
 
-    for name in ("exchange", "carry_over"):
+    for name in ("exchange", "link_foreign_files"):
         with monkeypatch.context() as patch:
             patch.setattr(staged_folder, name, refuse)
             write(target)

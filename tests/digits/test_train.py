@@ -27,7 +27,7 @@ def output(tmp_path):
 def quick_evaluation(monkeypatch):
     """Accuracy takes minutes and is not what is tested: a training of one step reads nothing anyhow."""
     monkeypatch.setattr(train, "evaluate_eager", lambda folder: Report([Score("read", 0, 1, 0.0)]))
-    monkeypatch.setattr(train, "read_exactly", lambda *arguments: {})
+    monkeypatch.setattr(train, "measure_accuracy", lambda *arguments: {})
 
 
 def tree(folder) -> dict:

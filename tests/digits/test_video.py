@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from casa_digits.data import load_samples
-from casa_digits.video import HOLD_S, draw_scenes, frames, main, make_video, read_truth, spans
+from casa_digits.video import HOLD_S, caption_spans, draw_scenes, frames, main, make_video, read_truth
 
 FPS = 10
 
@@ -37,15 +37,15 @@ def test_all_digits_are_held_out_ones():
 
 
 def test_spans_follow_each_other_without_a_gap():
-    truth = spans(scenes(20), FPS)
+    truth = caption_spans(scenes(20), FPS)
     assert truth[0].start == 0.0
     assert truth[-1].end == 20.0
     assert all(before.end == after.start for before, after in pairwise(truth))
 
 
 def test_a_seed_gives_one_video_and_another_seed_another():
-    assert spans(scenes(20), FPS) == spans(scenes(20), FPS)
-    assert spans(scenes(20), FPS) != spans(scenes(20, seed=1), FPS)
+    assert caption_spans(scenes(20), FPS) == caption_spans(scenes(20), FPS)
+    assert caption_spans(scenes(20), FPS) != caption_spans(scenes(20, seed=1), FPS)
 
 
 def test_noise_is_in_every_frame_anew():

@@ -11,7 +11,7 @@ from casa_digits.frames import fill_pool
 from casa_digits.model import MAX_POSITIONS, build_model
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.windowed import build_batch, loss_of
-from casa_engine.image_inputs import padded_points
+from casa_engine.image_inputs import pad_insertion_points
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def eager_loss(model, talks, pool, batch):
         images = {
             "image_embeds": torch.cat([pool.tokens[image] for talk in talks for image in talk.images]),
             "image_grid_thw": torch.tensor([[1, 2 * grid.rows, 2 * grid.columns] for grid in grids]),
-            "insertion_points": padded_points([talk.points for talk in talks]),
+            "insertion_points": pad_insertion_points([talk.points for talk in talks]),
         }
     lengths = torch.tensor([len(talk.ids) for talk in talks])
     mask = (torch.arange(batch.input_ids.shape[1]) < lengths[:, None]).long()

@@ -14,7 +14,7 @@ from casa_engine.checkpoints import load_processor
 from casa_engine.digits import checkpoint_path
 from casa_export import cli
 from casa_export.exported_model import ExportedModel
-from casa_export.validation import table, validate
+from casa_export.validation import format_table, validate
 from exports import embedded_export
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "export.md"
@@ -29,7 +29,7 @@ def exported_runner() -> EagerRunner:
 
 def test_validation_table():
     comparisons = validate(checkpoint_path(), embedded_export(), num_prompts=20)
-    assert all(comparison.passed for comparison in comparisons), table(comparisons)
+    assert all(comparison.passed for comparison in comparisons), format_table(comparisons)
 
 
 def answers(runner: EagerRunner, conversation) -> list[str]:

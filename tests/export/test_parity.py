@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from casa_engine.streaming import CasaStream
 from casa_export.errors import ExportError
-from casa_export.validation import FP32_LIMIT, check, multi_image_prompt, relative_error, table, validate
+from casa_export.validation import FP32_LIMIT, check, format_table, multi_image_prompt, relative_error, validate
 from exports import KINDS, checkpoint, export
 
 # 6, 5, 16, 1, 15 and 4 image tokens: one attention window, several of unequal size, one token high.
@@ -32,7 +32,7 @@ def batch(generator):
 @pytest.mark.parametrize(("backbone", "fusion"), KINDS)
 def test_every_graph_and_64_greedy_tokens(backbone, fusion):
     comparisons = validate(checkpoint(backbone, fusion), export(backbone, fusion), num_prompts=4)
-    assert [c for c in comparisons if not c.passed] == [], table(comparisons)
+    assert [c for c in comparisons if not c.passed] == [], format_table(comparisons)
     assert {c.what.split(",")[0] for c in comparisons} >= {"vision", "image KV", "decoder prefill", "decoder decode"}
 
 
@@ -115,7 +115,7 @@ def test_validation_finds_a_wrong_graph(tmp_path, name, change, wrong, right):
     other = with_other_weight(checkpoint("qwen", "ca_tv"), tmp_path / "other", name, change)
     comparisons = validate(other, export("qwen", "ca_tv"), num_prompts=0)
     failed = {comparison.what.partition(",")[0] for comparison in comparisons if not comparison.passed}
-    assert failed >= wrong and not failed & right, table(comparisons)
+    assert failed >= wrong and not failed & right, format_table(comparisons)
     with pytest.raises(ExportError, match=r"differ from the eager model in: .*decoder prefill"):
         check(comparisons)
 

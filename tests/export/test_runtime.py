@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from casa_engine.streaming import CasaStream
-from casa_export.plan import cuts
+from casa_export.plan import cut_columns
 
 GRID = torch.tensor([[1, 4, 4]])
 
@@ -95,5 +95,5 @@ def test_conversations_in_turns_and_in_threads_do_not_mix(exported):
     ],
 )
 def test_cuts(num_tokens, max_tokens, points, expected):
-    pieces = cuts(num_tokens, max_tokens, np.array(points, dtype=int))
+    pieces = cut_columns(num_tokens, max_tokens, np.array(points, dtype=int))
     assert [(piece.start, piece.stop) for piece in pieces] == expected

@@ -14,7 +14,7 @@ from casa_export.manifest import read_manifest
 from casa_export.trt_builder import build_engine, build_engines
 from casa_export.trt_manifest import FOLDER_NAME, read_engine_manifest
 from casa_export.trt_package import load_tensorrt
-from casa_export.trt_profiles import profiles
+from casa_export.trt_profiles import build_profiles
 from casa_export.trt_runner import load_trt_model
 from exports import KINDS, embedded_export, export
 
@@ -42,16 +42,16 @@ def check_build(folder):
 
 def test_profiles_reach_down_to_empty_caches():
     manifest = read_manifest(export("qwen", "ca_tv"))
-    prefill, decode = profiles(manifest, "decoder")
+    prefill, decode = build_profiles(manifest, "decoder")
     assert prefill.shapes["past_key.0"][0] == (1, 1, 0, 32) and prefill.shapes["past_key.0"][2] == (3, 1, 160, 32)
     assert prefill.shapes["image_key.0"][0][2] == 0 and prefill.shapes["input_ids"][2] == (3, 48)
     assert decode.shapes["input_ids"] == ((1, 1), (1, 1), (3, 1))
-    (vision,) = profiles(manifest, "vision")
+    (vision,) = build_profiles(manifest, "vision")
     assert vision.shapes["pixel_values"] == ((4, 1176), (256, 1176), (256, 1176))
 
 
 def test_shape_out_of_profile():
-    _, decode = profiles(read_manifest(export("qwen", "ca_tv")), "decoder")
+    _, decode = build_profiles(read_manifest(export("qwen", "ca_tv")), "decoder")
     decode.check("decoder", "input_ids", (3, 1))
     with pytest.raises(InputError, match=r"input_ids of graph decoder has shape \(3, 2\); profile 'decode'.*\(3, 1\)"):
         decode.check("decoder", "input_ids", (3, 2))

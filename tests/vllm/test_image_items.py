@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from casa_engine.errors import InputError
-from casa_engine.image_owner import OWNER, owned_name
+from casa_engine.image_owner import OWNER, scope_image_name
 from casa_engine.image_patches import PatchValues
 from vllm_harness import Engine, Prompt, picture
 
@@ -149,7 +149,7 @@ def test_names_differ_between_clients():
     seen = set()
     for owner in ("", "one", "two"):
         token = OWNER.set(owner)
-        seen |= {owned_name("uuid", salt) for salt in (None, "salt")} | {owned_name("uuidsalt")}
+        seen |= {scope_image_name("uuid", salt) for salt in (None, "salt")} | {scope_image_name("uuidsalt")}
         OWNER.reset(token)
     assert len(seen) == 9
 

@@ -32,10 +32,10 @@ def request_image_keys(headers: Mapping[str, str], body: bytes) -> tuple[str, ..
     if not isinstance(parsed, dict):
         return ()
     # The latter in /v1/responses.
-    return image_keys(parsed.get("messages") or parsed.get("input"))
+    return digest_images(parsed.get("messages") or parsed.get("input"))
 
 
-def image_keys(messages: Any) -> tuple[str, ...]:
+def digest_images(messages: Any) -> tuple[str, ...]:
     """Returns the digests of all images in OpenAI chat messages, each once, in order.
 
     Args:

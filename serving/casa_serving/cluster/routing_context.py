@@ -23,7 +23,7 @@ class RoutingContext:
     """A request's images, and the router's decision.
 
     Attributes:
-        images: Digests of its images (`image_keys`).
+        images: Digests of its images (`digest_images`).
         hits: Images that each replica had seen when the request was first routed; None before.
         replica: The replica that accepted the request.
         session: "new", "kept" or "moved" (its replica is gone); "" for a request without a session.
