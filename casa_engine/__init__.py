@@ -1,4 +1,4 @@
-"""casa-engine's core: the CASA model itself. Importing it makes transformers' Auto classes know CASA."""
+"""casa-engine's core: the CASA model itself. Importing it registers CASA with transformers' Auto classes."""
 
 from importlib.metadata import version
 
@@ -11,7 +11,7 @@ __all__ = ["CasaConfig"]
 
 
 def __getattr__(name: str) -> str:
-    """Return `__version__`, which pyproject.toml says; only when asked, since a bare folder has no metadata."""
+    """Return `__version__`, as in pyproject.toml; looked up on demand, since a bare folder has no metadata."""
     if name == "__version__":
         return version("casa-engine")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

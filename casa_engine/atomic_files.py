@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a crash."""
+"""Files that are written as a whole or not at all, also across a crash."""
 
 import fcntl
 import glob
@@ -13,7 +13,7 @@ HASH_CHUNK_BYTES = 1 << 22
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file, so that nobody ever reads half of it.
+    """Writes a file so that no reader ever sees half of it.
 
     Args:
         path: Where it belongs; what is there is replaced. Its folder must exist.
@@ -28,7 +28,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 @contextmanager
 def replaced_atomically(path: Path) -> Iterator[Path]:
-    """Gives the path of a new file beside `path`; once it is written, it takes the place of `path`.
+    """Yields the path of a new file beside `path`, which replaces `path` when the block ends.
 
     Raises:
         OSError: It cannot be written; what was there is unchanged.
@@ -40,9 +40,9 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_beside(path: Path) -> Iterator[Path]:
-    """Gives the path of a new file beside `path` and of its suffix, for `publish`; where it is not moved, it goes.
+    """Yields the path of a new file beside `path`, with its suffix, for `publish`; removed unless it is moved.
 
-    A file that a killed run left is removed: nobody holds its lock.
+    A file that a killed run left is removed: its lock is free.
 
     Raises:
         OSError: It cannot be made.
@@ -59,13 +59,13 @@ def staged_beside(path: Path) -> Iterator[Path]:
 
 
 def publish(staged: Mapping[Path, Path]) -> None:
-    """Puts finished files into their places: all of them are on the disk before the first one is moved.
+    """Moves finished files to their paths: all of them are on the disk before the first one is moved.
 
     Args:
-        staged: Places by the files of `staged_beside`; a place is a path in the same folder.
+        staged: Target paths by the files of `staged_beside`; a target is in the same folder.
 
     Raises:
-        OSError: They cannot be written; where it is one of several places that cannot be, the others may be new.
+        OSError: They cannot be written; if one of several targets cannot be, the others may be new.
     """
     for part in staged:
         sync(part)
@@ -104,7 +104,7 @@ def sync(path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
+    """Returns the SHA-256 of a file in hexadecimal, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK_BYTES):

@@ -7,7 +7,7 @@ from casa_engine.configuration import CasaConfig
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Scaled dot-product attention where a query without any key gets exactly zero.
+    """Computes scaled dot-product attention; a query without any key gets exactly zero.
 
     Args:
         query: (B, H, T, D).
@@ -43,16 +43,16 @@ class CasaProjections(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def query(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, H, T, D)."""
+        """Projects (B, T, C) to queries (B, H, T, D)."""
         return self.q_norm(self._heads(self.q_proj(x)))
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> two (B, Hkv, T, D)."""
+        """Projects (B, T, C) to keys and values, (B, Hkv, T, D) each."""
         return self.k_norm(self._heads(self.k_proj(x))), self._heads(self.v_proj(x))
 
 
 def _head_norm(config: CasaConfig) -> nn.Module:
-    """The norm of each head of queries or keys; the identity where the backbone has none."""
+    """Returns the norm of each head of queries or keys; the identity where the backbone has none."""
     if not config.backbone.has_qk_norm:
         return nn.Identity()
     return config.backbone.norm_class(config.head_dim, eps=config.text_config.rms_norm_eps)

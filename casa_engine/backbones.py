@@ -1,6 +1,6 @@
 """The text decoders that CASA can be built on: everything in which they differ, one entry each.
 
-Eager model, vLLM plugin and export ask this table and never compare names of backbones. To add one, write its entry
+Eager model, vLLM plugin and export look it up here and never compare names of backbones. To add one, write its entry
 here and a preset (`presets.py`); `docs/checkpoints.md`, "Adding a backbone", lists what follows by itself.
 """
 
@@ -27,9 +27,9 @@ class Backbone:
         norm_class: Built from a size and `eps`; norms of blocks, the final one and those of queries and keys.
         rotary_class: Built from the configuration; gives `inv_freq`, the frequencies of half-split rotation.
         has_qk_norm: Whether each head of queries and keys is normed before it is rotated.
-        qkv_bias: Whether query, key and value projections have a bias; None: as `attention_bias` says.
-        output_bias: Whether the output projection of attention has one; None: as `attention_bias` says.
-        mlp_bias: Whether the MLP's projections have one; None: as `mlp_bias` says.
+        qkv_bias: Whether query, key and value projections have a bias; None: `attention_bias` decides.
+        output_bias: Whether the output projection of attention has one; None: `attention_bias` decides.
+        mlp_bias: Whether the MLP's projections have one; None: `mlp_bias` decides.
     """
 
     config_class: type[PreTrainedConfig]
@@ -120,7 +120,7 @@ def build_text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig
 
 
 def _check_attention(config: PreTrainedConfig) -> None:
-    """Raises ConfigError unless every layer sees all earlier text, at positions that only turn queries and keys."""
+    """Raises ConfigError unless every layer sees all earlier text, at positions that only rotate queries and keys."""
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others:
         raise ConfigError(

@@ -5,7 +5,7 @@
     window KV       CA keys and values of the images of each row's LAST window (bounded: earlier images are gone)
     what was read   ids and insertion points, so that a grown conversation is known to be this one's continuation
 
-Key positions are kept so that rows of a padded batch know which cached keys are theirs.
+Key positions are kept to tell which cached keys belong to a row of a padded batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,15 +51,15 @@ class CasaCache(DynamicCache):
         self.window_values: dict[int, Tensor] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of cached text positions, padding included (the same for all layers, replaced ones too)."""
+        """Returns the number of cached text positions, padding included (the same for all layers)."""
         return 0 if self.key_positions is None else self.key_positions.shape[1]
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the cache."""
         self.__init__(self.config)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Makes row i what row `beam_idx[i]` was; int64 (B,)."""
+        """Replaces row i by row `beam_idx[i]`; int64 (B,)."""
         super().reorder_cache(beam_idx)
         for layer in self.ca_text:
             layer.reorder_cache(beam_idx)
@@ -75,7 +75,7 @@ class CasaCache(DynamicCache):
         self._take_rows(lambda tensor: tensor[indices.to(tensor.device)], rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row so many times, copies next to each other."""
+        """Repeats each row `repeats` times; copies are adjacent."""
         num_rows = 0 if self.key_positions is None else len(self.key_positions)
         super().batch_repeat_interleave(repeats)
         for layer in self.ca_text:
@@ -84,7 +84,7 @@ class CasaCache(DynamicCache):
         self._take_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0), rows)
 
     def _take_rows(self, take: Callable[[Tensor], Tensor], rows: list[int]) -> None:
-        """Takes rows of all that the layers' own methods do not know: of tensors by `take`, of lists by index."""
+        """Selects rows of all state outside the layers: of tensors by `take`, of lists by index."""
         for name in ROW_TENSORS:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, take(tensor))
@@ -96,19 +96,19 @@ class CasaCache(DynamicCache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether text can be forgotten (transformers asks): no, an earlier window's images may be gone already."""
+        """Whether text can be cropped (read by transformers): no, an earlier window's images may be gone already."""
         return False
 
     def crop(self, *args: int, **kwargs: int) -> None:
-        """Refuses to forget text. The argument's name and meaning differ between versions of transformers."""
+        """Raises InputError. The argument's name and meaning differ between versions of transformers."""
         raise InputError("the cache cannot be cropped: images of earlier windows are gone; start a new conversation.")
 
     def row_ids(self, row: int) -> list[int]:
-        """Ids of the text that a row has read, padding excluded."""
+        """Returns the ids of a row's cached text, padding excluded."""
         return self.token_ids[row][self.key_positions[row] >= 0].tolist()
 
     def hide_last_tokens(self, row: int, count: int) -> None:
-        """Turns a row's last so many tokens into padding; no image may stand behind them."""
+        """Turns a row's last `count` tokens into padding; no image may follow them."""
         if not count:
             return
         self.key_positions = self.key_positions.clone()
@@ -132,7 +132,7 @@ class CasaCache(DynamicCache):
     def with_window(
         self, layer: int, keys: Tensor | None, values: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Image keys and values of a layer: those of the last window, then new ones (B, Hkv, N, D)."""
+        """Returns image keys and values of a layer: those of the last window, then new ones (B, Hkv, N, D)."""
         if layer not in self.window_keys:
             return keys, values
         if keys is None:
@@ -140,16 +140,16 @@ class CasaCache(DynamicCache):
         return torch.cat([self.window_keys[layer], keys], dim=2), torch.cat([self.window_values[layer], values], dim=2)
 
     def keep_window(self, layer: int, keys: Tensor, values: Tensor, kept: Tensor) -> None:
-        """Stores of (B, Hkv, N, D) image keys and values those at `kept`, int64 (B, Nw), index -1 for padding."""
+        """Stores those of the (B, Hkv, N, D) image keys and values at index `kept`, int64 (B, Nw), -1 for padding."""
         index = kept.clamp(min=0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.window_keys[layer] = keys.gather(2, index)
         self.window_values[layer] = values.gather(2, index)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Puts everything back as it was if the block raises: out of memory, an interrupt, a fault of the model.
+        """Restores the cache if the block raises: out of memory, an interrupt, an error of the model.
 
-        The text KV is cut to its length before instead of being held, so that no step needs it twice.
+        The text KV is truncated to its former length rather than copied, so that no step needs it twice.
         """
         length = self.get_seq_length()
         before = {name: getattr(self, name) for name in (*ROW_TENSORS, *ROW_LISTS)}

@@ -1,7 +1,7 @@
 """The name under which transformers passes a cache: `past_key_values` up to 5.23, `cache` from 5.24 on.
 
-This is the only place that knows. CASA's own calls take both names on every version; what goes to transformers or
-comes from it (arguments of generation's hooks, fields of outputs) carries `CACHE_ARGUMENT`.
+The only place that depends on it. CASA's own calls accept both names on every version; what is passed to transformers
+or comes from it (arguments of generation's hooks, fields of outputs) is named `CACHE_ARGUMENT`.
 """
 
 from dataclasses import fields
@@ -18,7 +18,7 @@ CACHE_ARGUMENT = next(name for name in NAMES if name in {field.name for field in
 
 
 def pop_cache(arguments: dict[str, Any]) -> Cache | None:
-    """Takes the cache out of keyword arguments, whichever name it has.
+    """Removes the cache from keyword arguments under either name and returns it.
 
     Args:
         arguments: Keyword arguments of a call. Mutated.

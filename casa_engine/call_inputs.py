@@ -123,7 +123,7 @@ def _check_ids(config: CasaConfig, ids: Tensor, device: torch.device) -> None:
 
 
 def _check_mask(mask: Tensor | None, ids: Tensor, cached: Tensor) -> Tensor:
-    """Bool (B, T): which columns of this call are real."""
+    """Returns which columns of this call are real, bool (B, T)."""
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     check_tensor("attention_mask", mask, "mask", (len(ids), "T"), ids.device)

@@ -1,4 +1,4 @@
-"""How a command ends: what a user can mend is one sentence and exit status 1, never a traceback."""
+"""How a command ends: an error that the user can fix is one sentence and exit status 1, never a traceback."""
 
 import signal
 import sys
@@ -44,13 +44,13 @@ def _fail(program: str, sentence: str) -> int:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Meanwhile SIGTERM ends the command as Ctrl-C does: what is half done is put away."""
+    """Makes SIGTERM end the command as Ctrl-C does within the block: unfinished files are removed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     previous = None
-    with suppress(ValueError):  # not in the main thread: signals are somebody else's
+    with suppress(ValueError):  # not in the main thread: the program that it belongs to handles signals
         previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

@@ -25,10 +25,10 @@ class CasaConfig(PreTrainedConfig):
         text_config: Backbone, a configuration of one of `casa_engine.backbones` (or a dict of one).
         vision_config: Vision encoder of Qwen2.5-VL; its `out_hidden_size` is the backbone's `hidden_size`.
         fusion: How images reach the text. `ca`: each text token attends to the images of its window (paper Eq. 2).
-            `ca_tv`: to the images and, causally, to the text of its window (Eq. 4). `insertion`: image tokens stand
+            `ca_tv`: to the images and, causally, to the text of its window (Eq. 4). `insertion`: image tokens are
             in the text stream (the baseline).
         ca_weights: `own`: each CA layer has projections of its own. `shared`: CA uses those of self-attention (D1).
-        ca_placement: `parallel`: CA is added to self-attention. `replace`: CA stands instead of it (D3).
+        ca_placement: `parallel`: CA is added to self-attention. `replace`: CA replaces it (D3).
         ca_layers: Decoder layers that have CA; None means all.
         normalize_image_tokens: Whether a block's input norm is applied to image tokens before its CA keys and values.
         image_rope: Rotary position of image tokens in `ca_tv`. `frozen`: all at the insertion point. `grid`: temporal
@@ -113,7 +113,7 @@ class CasaConfig(PreTrainedConfig):
 
     @property
     def backbone(self) -> Backbone:
-        """What kind of decoder `text_config` describes."""
+        """The kind of decoder that `text_config` describes."""
         return backbone_of(self.text_config)
 
     @property
@@ -158,9 +158,9 @@ class CasaConfig(PreTrainedConfig):
         return sorted(set(range(self.text_config.num_hidden_layers) if self.ca_layers is None else self.ca_layers))
 
     def has_ca(self, layer: int) -> bool:
-        """Whether decoder layer `layer` has a CA part."""
+        """Returns whether decoder layer `layer` has CA."""
         return layer in self.cross_attention_layers
 
     def has_sa(self, layer: int) -> bool:
-        """Whether decoder layer `layer` has self-attention."""
+        """Returns whether decoder layer `layer` has self-attention."""
         return self.ca_placement == "parallel" or not self.has_ca(layer)

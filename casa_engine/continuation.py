@@ -1,7 +1,7 @@
 """A grown conversation over a cache: what is new in it.
 
 `generate` gets the whole conversation again, text and images, with the cache that has read its beginning. Each row's
-text must begin with the text of its cached row, and its first images stand where the cached ones stand; what follows
+text must begin with the text of its cached row, and its first images must be where the cached ones are; what follows
 is new. Pixels of images already seen are not compared: nothing of them is kept.
 
 Rows may be padded otherwise than before, since a tokenizer pads each batch anew:
@@ -91,7 +91,7 @@ def find_continuation(cache: CasaCache, input_ids: Tensor, inputs: CallInputs, p
 
 
 def _shared_length(row: int, ids: list[int], cached: list[int], padding_ids: set[int]) -> int:
-    """How much of the cached text the conversation begins with: all but what pads a row that ended early."""
+    """Returns how many cached tokens the conversation begins with: all but what pads a row that ended early."""
     shared = next((i for i, (a, b) in enumerate(zip(ids, cached, strict=False)) if a != b), min(len(ids), len(cached)))
     if not padding_ids.issuperset(cached[shared:]):
         raise InputError(
@@ -108,7 +108,7 @@ def _shared_length(row: int, ids: list[int], cached: list[int], padding_ids: set
 
 
 def select_images(images: dict[str, Tensor], inputs: CallInputs, chosen: list[int]) -> dict[str, Tensor]:
-    """Takes some of a call's images, in this order, out of `pixel_values` or `image_embeds` and `image_grid_thw`.
+    """Selects some of a call's images, in this order, from `pixel_values` or `image_embeds` and `image_grid_thw`.
 
     Args:
         images: The call's arguments.

@@ -10,7 +10,7 @@ class ConfigError(CasaError, ValueError):
 
 
 class CheckpointError(CasaError, ValueError):
-    """A checkpoint folder that does not hold the model it describes."""
+    """A checkpoint folder that does not contain the model it describes."""
 
 
 class InputError(CasaError, ValueError):

@@ -1,4 +1,4 @@
-"""Two ways to put a finished folder in the place of an older one, and what belongs to each.
+"""Two ways to replace an older folder by a finished one, and the steps of each.
 
 Exchange    the kernel swaps both folders in one step: a reader sees the old or the new, never a mixture. Files that
             are not ours are linked into the new folder first, so that they are in their place at every moment.
@@ -22,7 +22,7 @@ RENAME_EXCHANGE = 2
 
 
 def files_of(folder: Path) -> Iterator[str]:
-    """Relative paths of all that is no folder. Raises OSError for a folder that cannot be read."""
+    """Yields the relative paths of all that is no folder. Raises OSError for a folder that cannot be read."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):
@@ -32,7 +32,7 @@ def files_of(folder: Path) -> Iterator[str]:
 
 
 def folders_of(folder: Path) -> Iterator[str]:
-    """Relative paths of all folders in it, outer ones first."""
+    """Yields the relative paths of all folders in it, outer ones first."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):

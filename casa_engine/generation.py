@@ -19,7 +19,7 @@ PADDING_IDS = "padding_ids"
 
 
 class CasaGenerationMixin(GenerationMixin):
-    """`GenerationMixin` with the hooks of a model whose images stand beside the text."""
+    """`GenerationMixin` with the hooks of a model whose images are outside the text stream."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates as `GenerationMixin.generate` does; a cache may be given under either of its names.
@@ -40,7 +40,7 @@ class CasaGenerationMixin(GenerationMixin):
         return super().generate(*args, **kwargs, **({} if cache is None else {CACHE_ARGUMENT: cache}))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """GenerationMixin's hook for models with a cache of their own."""
+        """Hook called by GenerationMixin for models with a cache of their own."""
         if generation_config.prefill_chunk_size is not None and _given(model_kwargs):
             raise InputError("prefill_chunk_size cuts text and not the images between; leave it out.")
         if generation_config.cache_implementation is not None:
@@ -56,7 +56,7 @@ class CasaGenerationMixin(GenerationMixin):
             model_kwargs[CACHE_ARGUMENT] = CasaCache(self.config)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """GenerationMixin's hook for several answers to one prompt: its images go with each, encoded once."""
+        """Hook called by GenerationMixin for several answers to one prompt: its images go with each, encoded once."""
         images = _given(model_kwargs)
         if expand_size == 1 or not images:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
@@ -75,16 +75,16 @@ class CasaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, is_first_iteration=False, attention_mask=None, **kwargs
     ):
-        """GenerationMixin's hook: images go in with the prompt, once; of a grown conversation what is new.
+        """Hook called by GenerationMixin: passes images with the prompt, once; of a grown conversation what is new.
 
-        Rows that are padded on the right are turned: the next token follows the last column.
+        Rows that are padded on the right are padded on the left instead: the next token follows the last column.
         """
         cache, padding_ids = kwargs.get(CACHE_ARGUMENT), kwargs.pop(PADDING_IDS, set())
         if cache is not None and not is_first_iteration:
             kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_ARGUMENTS}
             attention_mask = None  # what `generate` appends is real
         elif isinstance(cache, CasaCache) and cache.get_seq_length() and next_sequence_length is not None:
-            # transformers would cut the columns that are new, and leave the images: it knows neither rows nor images.
+            # transformers would cut the columns that are new and pass all images: it handles neither rows nor images.
             input_ids, attention_mask, kwargs = self._new_part(cache, input_ids, attention_mask, padding_ids, kwargs)
             next_sequence_length = None
         elif attention_mask is not None and attention_mask.shape == input_ids.shape:
@@ -105,7 +105,7 @@ class CasaGenerationMixin(GenerationMixin):
         padding_ids: set[int],
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The ids, mask and other arguments of what a cache has not read of a conversation."""
+        """Returns the ids, mask and other arguments of what a cache has not read of a conversation."""
         images = _given(kwargs)
         inputs = self._check(input_ids, attention_mask, images)
         new = find_continuation(cache, input_ids, inputs, padding_ids)
@@ -123,15 +123,15 @@ class CasaGenerationMixin(GenerationMixin):
         return self.model.check_inputs(input_ids, cache, device, attention_mask=mask, **_given(arguments))
 
     def _images(self, content: dict[str, Tensor], points: list[list[int]], device: torch.device) -> dict[str, Tensor]:
-        """Image arguments of a call: with insertion points where the fusion takes them."""
+        """Returns a call's image arguments: with insertion points where the fusion takes them."""
         return add_insertion_points(content, points, device) if self.config.is_cross_attention else content
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The image arguments among these."""
+    """Returns the image arguments among these."""
     return {name: arguments[name] for name in IMAGE_ARGUMENTS if arguments.get(name) is not None}
 
 
 def _padding_ids(generation_config: GenerationConfig) -> set[int]:
-    """Ids that `generate` writes behind the end of a row: the padding token, or a stop token in its place."""
+    """Returns the ids that `generate` writes behind the end of a row: the padding token, or a stop token instead."""
     return {*list_token_ids(generation_config.pad_token_id), *list_token_ids(generation_config.eos_token_id)}

@@ -1,7 +1,7 @@
 """Decides from its first bytes whether an image file may be decoded, for casa-serve and casa-export alike.
 
 Nothing here decodes pixels: Pillow only reads the header of one of three formats, found by
-content and not by the name or type that the client claims. What Pillow says about a bad
+content and not by the name or type that the client claims. Pillow's own message about a bad
 file stays out of the message, because such texts have leaked memory addresses before.
 """
 
@@ -41,12 +41,12 @@ class ImageFileLimits:
     max_image_aspect: int = 200
 
     def option_note(self, name: str) -> str:
-        """What an error says of the option that sets a limit: nothing where there is none."""
+        """Returns what an error adds about the option that sets a limit; empty where there is none."""
         return ""
 
 
 class ImageRefusedError(InputError):
-    """An image that is not decoded; the message says why and what would be taken."""
+    """An image that is not decoded; the message has the reason and what would be accepted."""
 
 
 def check_image(data: bytes, limits: ImageFileLimits) -> tuple[int, int]:
@@ -89,7 +89,7 @@ def check_image(data: bytes, limits: ImageFileLimits) -> tuple[int, int]:
 
 
 def check_size(num_bytes: int, limits: ImageFileLimits) -> None:
-    """Refuses an image file of `num_bytes` that is empty or over the limit."""
+    """Rejects an image file of `num_bytes` that is empty or over the limit."""
     if num_bytes == 0:
         raise ImageRefusedError(f"The image is empty: got 0 bytes. Send a {IMAGE_TYPES} file.")
     if num_bytes > limits.max_image_bytes:

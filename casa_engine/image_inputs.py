@@ -1,6 +1,6 @@
-"""The check of a call's images: which row each belongs to, and where in that row's text it stands.
+"""The check of a call's images: which row each belongs to, and its insertion point in that row's text.
 
-Images of all rows lie behind each other, ordered by row, as in Qwen2.5-VL. The CA fusions say by their insertion
+Images of all rows are concatenated, ordered by row, as in Qwen2.5-VL. The CA fusions show by their insertion
 points, a row of numbers for each prompt, which images are whose; with `insertion` the image tokens in the text do.
 Points count a row's real tokens, so that whoever pads a batch, on either side, leaves them as they are:
 
@@ -41,7 +41,7 @@ class ImageInputs:
 
     @property
     def by_row(self) -> list[list[int]]:
-        """For each row the indexes of its images."""
+        """The indexes of each row's images."""
         ends = list(itertools.accumulate(len(row) for row in self.points))
         return [list(range(end - len(row), end)) for row, end in zip(self.points, ends, strict=True)]
 
@@ -52,7 +52,7 @@ class ImageInputs:
 
 
 def pad_insertion_points(rows: Sequence[Sequence[int]]) -> Tensor:
-    """int64 (B, M): insertion points of B rows, padded as the model takes them."""
+    """Pads the insertion points of B rows as the model takes them: int64 (B, M)."""
     return torch.from_numpy(pad_rows(rows, NO_IMAGE))
 
 
@@ -170,7 +170,7 @@ def _row_points(row: int, values: list[int], num_tokens: int) -> list[int]:
 
 
 def _points_in_streams(config: CasaConfig, streams: list[list[int]], counts: list[int]) -> list[list[int]]:
-    """Where images stand in streams with image tokens: each run of them must be a whole number of images."""
+    """Returns where images are in streams with image tokens: each run of these must be a whole number of images."""
     left, rows = list(reversed(counts)), []
     for row, stream in enumerate(streams):
         points, index = [], 0

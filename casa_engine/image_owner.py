@@ -1,7 +1,7 @@
 """Whose a request's image names are: clients with different keys do not share the UUIDs that they give to images.
 
 Set where a request comes in, read where it is rendered. It is no secret and no permission: a digest that differs
-between clients, and "" where nothing tells them apart.
+between clients, and "" where they cannot be distinguished.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ OWNER: ContextVar[str] = ContextVar("casa_image_owner", default="")
 
 
 def scope_image_name(uuid: object, cache_salt: object = None) -> str:
-    """Returns the name under which this request's client knows an image.
+    """Returns the name of an image that is unique to this request's client.
 
     Args:
         uuid: What the client calls it.

@@ -17,7 +17,7 @@ CHANNELS = 3
 
 
 def byte_patches(image_processor: Any, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resizes and cuts one image.
+    """Resizes one image and cuts it into patches.
 
     Args:
         image_processor: A Qwen2-VL image processor.
@@ -53,7 +53,7 @@ class PatchValues:
             self._table[channel, of_levels.flatten()] = of_values.flatten()
 
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
-        """uint8 (P, 3 * S) -> float32 (P, 3 * T * S), on the same device."""
+        """Converts uint8 (P, 3 * S) to float32 (P, 3 * T * S), on the same device."""
         if self._table.device != patches.device:
             self._table = self._table.to(patches.device)
         channels = patches.view(len(patches), CHANNELS, -1)

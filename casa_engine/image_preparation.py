@@ -32,7 +32,7 @@ DECODER_FAULTS = (
     Image.DecompressionBombError,
 )
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Pillow refuses a PNG with more than 1 MB of any of these; none of them changes what is seen here.
+# Pillow rejects a PNG with more than 1 MB of any of these; none of them changes what is seen here.
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 ORIENTATION = 0x0112
 TRANSPOSITIONS = {
@@ -145,7 +145,7 @@ def without_texts(data: bytes) -> bytes:
 
 
 def _shown(image: Image.Image) -> Image.Image:
-    # Both before the pixels are loaded: what stands behind them in a file is not looked at.
+    # Both before the pixels are loaded: what follows these in a file is not read.
     key_bits, turned = _sample_bits(image), TRANSPOSITIONS.get(_orientation(image))
     image.load()
     shown = _rgb(image, key_bits)
@@ -153,15 +153,15 @@ def _shown(image: Image.Image) -> Image.Image:
 
 
 def _without_notes(image: Image.Image) -> Image.Image:
-    """What they asked for is done, and must not be done again."""
+    """Drops notes that have been followed and must not be followed again."""
     image.info = {}
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation where Chromium follows it, else 1.
+    """Returns EXIF's orientation where Chromium follows it, else 1.
 
-    It does in JPEG, and in PNG where EXIF stands before the pixels. It does not in WebP, nor does it follow XMP, as
+    It does in JPEG, and in PNG where EXIF precedes the pixels. It does not in WebP, nor does it follow XMP, as
     Pillow would. tests/browser/test_picture_files.py holds this to Chromium.
     """
     if image.format == "WEBP":
@@ -177,7 +177,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _sample_bits(image: Image.Image) -> int:
-    """Bits of a sample in a PNG that is not yet loaded; 8 where nothing else is known."""
+    """Returns the bits of a sample in a PNG that is not yet loaded; 8 where nothing else is known."""
     modes = [str(arguments) for *_, arguments in getattr(image, "tile", ())]
     for bits in (16, 4, 2, 1):
         if any(f";{bits}" in mode or (bits == 1 and mode == "1") for mode in modes):
@@ -233,7 +233,7 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _without_key(image: Image.Image, key: object, key_bits: int) -> Image.Image:
-    """White where the one transparent colour stands. PNG gives it in samples of the file, Pillow's are of 8 bits."""
+    """Returns the image with white for its one transparent colour, which PNG states in samples of the file's depth."""
     samples = np.asarray([key] if isinstance(key, int) else list(key), dtype=np.int64)
     if key_bits == 16 or samples.max(initial=0) > 255:
         samples = samples >> 8

@@ -77,7 +77,7 @@ class CasaDecoderLayer(nn.Module):
         self.post_attention_layernorm = backbone.norm_class(text.hidden_size, eps=text.rms_norm_eps)
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        """(B, T, C) -> (B, T, C). Mutates `inputs.cache`."""
+        """Runs the layer on hidden states (B, T, C). Mutates `inputs.cache`."""
         h = self.input_layernorm(x)
         if self.has_sa:
             x = x + self._self_attention(h, inputs)
@@ -96,7 +96,7 @@ class CasaDecoderLayer(nn.Module):
         return self.self_attn.o_proj(inputs.attend(query, key, value, inputs.causal_mask))
 
     def _cross_attention(self, h: Tensor, inputs: LayerInputs) -> Tensor:
-        """CA (Eq. 2) or CA_t+v (Eq. 4): keys are the image tokens of the window, then its text."""
+        """Computes CA (Eq. 2) or CA_t+v (Eq. 4): keys are the image tokens of the window, then its text."""
         project = self.cross_attn or self.self_attn
         query, mask = project.query(h), inputs.windows.image_mask
         key, value = self._window_key_value(inputs)
@@ -116,7 +116,7 @@ class CasaDecoderLayer(nn.Module):
         return output * (mask.sum(dim=-1, keepdim=True) > 0)
 
     def image_key_value(self, images: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """This layer's CA keys and values of image tokens.
+        """Computes this layer's CA keys and values of image tokens.
 
         Args:
             images: (B, N, C). Vision output.
@@ -221,14 +221,14 @@ class CasaModel(CasaPreTrainedModel):
         past_key_values: CasaCache | None = None,
         image_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of the new tokens.
+        """Computes the hidden states of the new tokens.
 
         Args:
             input_ids: int64 (B, T). In the CA fusions the text stream, without image markers.
             pixel_values: (P, 1176). Patches of all new images.
             image_grid_thw: int64 (I, 3). Temporal, height, width of each image in patches; images ordered by row.
             insertion_points: int64 (B, M), -1 behind the points of rows with fewer images. CA fusions: how many of
-                this call's real tokens of the row stand before each image. (M,) for one row.
+                this call's real tokens of the row precede each image. (M,) for one row.
             attention_mask: int64 (B, T) or (B, past + T); 0 for padding, on either side of the text.
             past_key_values: Continues these conversations. Mutated; as it was if the call raises.
             image_embeds: (sum of N, C). Instead of `pixel_values`: output of `encode_images`.
@@ -255,7 +255,7 @@ class CasaModel(CasaPreTrainedModel):
             return self._decode(input_ids.long(), inputs, image_embeds, cache)
 
     def _decode(self, ids: Tensor, inputs: CallInputs, image_embeds: Tensor | None, cache: CasaCache | None) -> Tensor:
-        """(B, T, C) of a checked call. Mutates the cache."""
+        """Computes the hidden states (B, T, C) of a checked call. Mutates the cache."""
         positions = inputs.positions
         key_positions = positions if cache is None else cache.append_text(positions, ids)
         causal = (key_positions[:, None] >= 0) & (key_positions[:, None] <= positions[..., None])
@@ -288,7 +288,7 @@ class CasaModel(CasaPreTrainedModel):
         return self.language_model.norm(x)
 
     def _insertion_positions(self, ids: Tensor, inputs: CallInputs, cache: CasaCache | None) -> Tensor:
-        """int64 (3, B, T) rotary positions of an insertion stream. Mutates `cache.next_rope`."""
+        """Returns the rotary positions of an insertion stream, int64 (3, B, T). Mutates `cache.next_rope`."""
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
         following = []
         for row, images in enumerate(inputs.images.by_row):
@@ -349,7 +349,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Logits of the new tokens; see `CasaModel.forward` for the other inputs.
+        """Computes the logits of the new tokens; see `CasaModel.forward` for the other inputs.
 
         Args:
             position_ids: Taken because `generate` passes it, and ignored: positions follow from `attention_mask`.
@@ -387,5 +387,5 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         return output_with_cache(logits, cache, loss)
 
     def new_cache(self) -> CasaCache:
-        """An empty cache, for conversations fed piece by piece (`CasaStream`)."""
+        """Returns an empty cache, for conversations fed piece by piece (`CasaStream`)."""
         return CasaCache(self.config)

@@ -27,7 +27,7 @@ class CasaProcessor(ProcessorMixin):
 
     Args:
         image_processor: A Qwen2-VL image processor.
-        tokenizer: Any fast tokenizer that knows the image marker.
+        tokenizer: Any fast tokenizer that has the image marker.
         chat_template: Jinja text.
         fusion: The model's fusion (`CasaConfig.fusion`).
         image_token: The marker.
@@ -89,7 +89,7 @@ class CasaProcessor(ProcessorMixin):
         Returns:
             input_ids and attention_mask int64 (B, T); with images also pixel_values float32 (P, 1176),
             image_grid_thw int64 (I, 3), images ordered by row, and, for the CA fusions, insertion_points int64 (B, M):
-            for each prompt how many of its tokens, padding excluded, stand before each of its images; -1 behind
+            for each prompt how many of its tokens, padding excluded, precede each of its images; -1 behind
             those of prompts with fewer images. Batches may be put together and padded anew: points stay right.
 
         Raises:
@@ -122,7 +122,7 @@ class CasaProcessor(ProcessorMixin):
         return BatchFeature(_left_padded([stream for stream, _ in split], self._pad_id()) | vision)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, with images as pixels only.
+        """Renders a conversation as transformers does, with images as pixels only.
 
         Raises:
             InputError: An image is given by its path or address, which transformers would read or fetch.
@@ -131,7 +131,7 @@ class CasaProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
-        """Prepares, resizes and cuts images: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3).
+        """Prepares images and cuts them into patches: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3).
 
         Raises:
             InputError: One is no image, or cannot be resized.
@@ -141,7 +141,7 @@ class CasaProcessor(ProcessorMixin):
         return {name: torch.cat([one[name] for one in cut]) for name in ("pixel_values", "image_grid_thw")}
 
     def image_bytes(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepares, resizes and cuts one image: uint8 (P, 588) and int64 (3,), for `image_patches.PatchValues`.
+        """Prepares one image and cuts it into patches: uint8 (P, 588) and int64 (3,), for `image_patches.PatchValues`.
 
         Raises:
             InputError: It is no image, or cannot be resized.
@@ -202,7 +202,7 @@ def _refuse_addresses(conversation: Any) -> None:
 
 
 def _flatten(images: Any) -> list[Any]:
-    """One flat list of images from None, one image, a list, or a list of lists (None entries dropped)."""
+    """Returns one flat list of images from None, one image, a list, or a list of lists (None entries dropped)."""
     if images is None:
         return []
     if not isinstance(images, (list, tuple)):

@@ -3,7 +3,7 @@
 CA_t+v rotates by positions *relative to the window's start*: text token p of a window that starts at K by p - K, an
 image by 0 (temporal) and, for `image_rope` "grid", its row and column. Rotary attention depends on differences only,
 so this equals the paper's absolute positions (text p, image frozen at K), and makes an image's keys independent of
-where it stands: they can be cached once and shared.
+its insertion point: they can be cached once and shared.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from casa_engine.errors import InputError
 
 
 def image_token_counts(grids: Tensor, merge_size: int) -> list[int]:
-    """Number of image tokens of each image; `grids` is int64 (I, 3): temporal, height, width in patches."""
+    """Returns the number of image tokens of each image; `grids` is int64 (I, 3): temporal, height, width in patches."""
     return (grids.prod(dim=-1) // merge_size**2).tolist()
 
 
 def image_positions(grid: Tensor, config: CasaConfig) -> Tensor:
-    """Rotary positions of one image's tokens, relative to the start of its window.
+    """Returns the rotary positions of one image's tokens, relative to the start of its window.
 
     Args:
         grid: int64 (3,): temporal, height, width of the image in patches.
@@ -40,7 +40,7 @@ def image_positions(grid: Tensor, config: CasaConfig) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the half-split rotary embedding, for positions on one axis.
+    """Computes cosines and sines of the half-split rotary embedding, for positions on one axis.
 
     Args:
         positions: int (..., T).
@@ -53,7 +53,7 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def axes_rotary_tables(positions: Tensor, inv_freq: Tensor, mrope_section: list[int] | None) -> tuple[Tensor, Tensor]:
-    """The same for positions on three axes.
+    """Computes `rotary_tables` for positions on three axes.
 
     Args:
         positions: int (3, ..., T): temporal, height, width.
@@ -81,9 +81,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def insertion_positions(token_ids: list[int], grids: Tensor, config: CasaConfig, start: int = 0) -> tuple[Tensor, int]:
-    """Rotary positions of a stream with image tokens in it.
+    """Returns the rotary positions of a stream with image tokens in it.
 
-    Without M-RoPE positions just count. With it an image's tokens stand at (t, t + row, t + column) and the text goes
+    Without M-RoPE positions just count. With it an image's tokens are at (t, t + row, t + column) and the text goes
     on after the largest of them, as in Qwen2.5-VL.
 
     Args:

@@ -43,7 +43,7 @@ class StagedFolder:
 
     Args:
         target: Where it belongs. Missing parents are made; a symbolic link is followed.
-        last: Name of the file that makes the folder complete; readers refuse a folder without it.
+        last: Name of the file that makes the folder complete; readers reject a folder without it.
         owned: Called with a target that holds files; returns the relative paths of those that may be replaced. Raises
             for a folder that is not to be touched.
         needed_bytes: At least so much must be free.
@@ -93,7 +93,7 @@ class StagedFolder:
             raise self._refusal(cause) from error  # a full disk, most often
 
     def commit(self) -> None:
-        """Puts the folder in its place.
+        """Moves the folder to its target.
 
         Raises:
             OutputError: It cannot; the target is as before.
@@ -183,7 +183,7 @@ class StagedFolder:
             )
 
     def _check_clashes(self, owned: frozenset[str]) -> None:
-        """Refuses to write over files of others."""
+        """Raises OutputError where files of other programs would be overwritten."""
         for path in files_of(self.path):
             parents = [str(parent) for parent in Path(path).parents[:-1]]
             taken = [parent for parent in parents if _is_file(self.target / parent) and parent not in owned]
@@ -202,7 +202,7 @@ class StagedFolder:
             self._made_parents.append(parent)
 
     def _remove_parents(self) -> None:
-        with suppress(OSError):  # meanwhile somebody else's files are in it
+        with suppress(OSError):  # another program's files are in it by now
             for parent in reversed(self._made_parents):
                 parent.rmdir()
 
@@ -230,7 +230,7 @@ class StagedFolder:
             os.close(lock)
 
     def _is_ours(self) -> bool:
-        """Whether the work folder has nothing that a run of ours does not leave: the lock comes first and goes last."""
+        """Returns whether the work folder has only what runs of ours leave: the lock comes first and goes last."""
         names = {entry.name for entry in self._work.iterdir()}
         unfinished = {name for name in names if name.startswith(f".{self._journal.stem}.")}
         return not names or ("lock" in names and names <= {"lock", "new", self._journal.name} | unfinished)
@@ -283,12 +283,12 @@ def check_apart(folder: Path, other: Path) -> None:
 
 
 def is_within(folder: Path, other: Path) -> bool:
-    """Whether a folder is the other one or in it, links followed; neither has to exist."""
+    """Returns whether a folder is the other one or in it, links followed; neither has to exist."""
     return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(other))
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind an exception: itself, or what a library written in Rust puts into words."""
+    """Returns the operating system's error behind an exception: itself, or the one that a library in Rust describes."""
     if isinstance(error, OSError) or error is None:
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
@@ -301,7 +301,7 @@ def _work_folder(target: Path) -> Path:
 
 
 def _is_mount_point(path: Path) -> bool:
-    """Also for a folder that is mounted from the same file system, which `os.path.ismount` does not see."""
+    """Returns whether it is one; unlike `os.path.ismount`, also for a folder of the same file system."""
     if os.path.ismount(path) or not MOUNTS.exists():
         return os.path.ismount(path)
     escaped = str(path).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
@@ -309,7 +309,7 @@ def _is_mount_point(path: Path) -> bool:
 
 
 def _works_in(folder: Path) -> bool:
-    """Whether the current folder is this one or in it: a shell there would be left in a folder that is gone."""
+    """Returns whether the current folder is this one or in it: a shell there would be left in a deleted folder."""
     try:
         return Path.cwd().is_relative_to(folder)
     except FileNotFoundError:
@@ -321,7 +321,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_file_within(folder: Path, path: str) -> bool:
-    """Whether a relative path is a file in the folder, by no detour: `..`, a symbolic link on the way."""
+    """Returns whether a relative path is a file in the folder, without a detour: `..`, a symbolic link on the way."""
     parts = Path(path).parts
     if not parts or ".." in parts or Path(path).is_absolute() or not _is_file(folder / path):
         return False

@@ -2,7 +2,7 @@
 
 State is one explicit object. Each turn or video frame feeds new tokens and images, then generates; the end token that
 was really emitted is recorded once, as the published captioner does (`docs/live.md`), so that the text KV holds
-exactly what was said. Live sessions in the engine are compared with this, token for token.
+exactly what was generated. Live sessions in the engine are compared with this, token for token.
 """
 
 from collections.abc import Callable, Sequence

@@ -24,7 +24,7 @@ def check_tensor(
         name: Of the argument, for the message.
         value: What was given.
         kind: A key of `KINDS`.
-        shape: Sizes of its axes; a name stands for any size.
+        shape: Sizes of its axes; a name means any size.
         device: Where it should lie.
         small: Whether it may lie on the CPU as well, because it is read there.
 

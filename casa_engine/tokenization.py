@@ -1,7 +1,7 @@
 """A tokenizer for checkpoints that have none: every byte one token, and the ChatML marks.
 
 Random checkpoints of the published sizes need some tokenizer, and no published vocabulary may be shipped. The 256 byte
-tokens stand at ids 2 to 257, special tokens where the model's configuration wants them.
+tokens have ids 2 to 257, special tokens the ids of the model's configuration.
 """
 
 from importlib.resources import files
@@ -24,7 +24,7 @@ def chat_template() -> str:
 
 
 def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer whose special tokens have the ids that the configuration names.
+    """Builds a byte-level tokenizer whose special tokens have the ids that the configuration names.
 
     Args:
         config: Gives the vocabulary's size and the ids of end, image and image delimiters.

@@ -16,7 +16,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def stored_shapes(folder: str | Path) -> Shapes:
-    """Name and shape of each tensor that loading the folder reads (headers only).
+    """Returns name and shape of each tensor that loading the folder reads (headers only).
 
     Raises:
         CheckpointError: There are no weights; a file is damaged, missing, or not one of them; or the index and the
@@ -51,7 +51,7 @@ def stored_shapes(folder: str | Path) -> Shapes:
 
 
 def _weight_map(folder: Path, present: set[str]) -> dict[str, str]:
-    """File of each tensor, as the index says."""
+    """Returns the file of each tensor, from the index."""
     path = folder / INDEX
     if not path.is_file():
         raise CheckpointError(
@@ -77,7 +77,7 @@ def _shapes_of_file(path: Path) -> Shapes:
 
 
 def share_files(folder: str | Path, pattern: str) -> None:
-    """Gives files the mode that a new file gets by the umask; safetensors writes its own for their owner alone."""
+    """Sets files to the mode that the umask gives new ones; safetensors makes its own readable by the owner alone."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         probe = Path(scratch) / "probe"
         probe.touch()

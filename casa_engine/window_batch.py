@@ -1,7 +1,7 @@
 """The window plan of a padded batch, as the masks and positions that eager attention takes.
 
 `windows.py` plans one row; here the rows of one forward call are put together with what a cache kept of their last
-windows. Positions are indexes in each row's own text stream; -1 stands for padding.
+windows. Positions are indexes in each row's own text stream; -1 is padding.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from casa_engine.windows import check_insertion_points, last_window, plan_window
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """What CA needs to know of one forward call of B rows of T tokens.
+    """The windows of one forward call of B rows of T tokens, as CA reads them.
 
     Attributes:
         relative: int64 (B, T). Position of each token relative to the start of its window.

@@ -1,6 +1,6 @@
 """Windows: the only definition of which key a cross-attention query sees.
 
-An image stands at an *insertion point* K: after K tokens of the text stream, so that token K is the first to see it.
+An image has an *insertion point* K: it comes after K tokens of the text stream, so that token K is the first to see it.
 Images with the same insertion point share one window. Token t belongs to the window of the latest K <= t:
 
     text      t0 t1 | t2 t3 t4 | t5 t6         | = an image, K = 2 and K = 5
@@ -8,7 +8,7 @@ Images with the same insertion point share one window. Token t belongs to the wi
     CA        t3 sees image 1;      t0 and t1 see nothing and get exactly zero
     CA_t+v    t3 sees image 1, t2 and t3;      t1 sees t0 and t1 (a window of text only)
 
-Eager attention, the vLLM plugin and the exported graphs all consume these plans. Pure NumPy: it knows no runner.
+Eager attention, the vLLM plugin and the exported graphs all consume these plans. Pure NumPy, without any runner.
 
 Source: paper Eq. 2 (CA), Eq. 4 (CA_t+v) and A.2 (consecutive images share a window).
 """
@@ -65,13 +65,13 @@ def plan_windows(positions: np.ndarray, insertion_points: np.ndarray) -> WindowP
 
 
 def last_window(num_tokens: int, insertion_points: np.ndarray) -> tuple[int, int, int]:
-    """The window that token `num_tokens`, the next one of the stream, belongs to: (start, first image, end image)."""
+    """Returns the window of token `num_tokens`, the next one of the stream: (start, first image, end image)."""
     plan = plan_windows(np.array([num_tokens]), insertion_points)
     return int(plan.starts[0]), int(plan.first_images[0]), int(plan.end_images[0])
 
 
 def split_image_markers(token_ids: list[int], image_token_id: int) -> tuple[list[int], list[int]]:
-    """Takes the image markers out of a prompt.
+    """Removes the image markers from a prompt.
 
     Args:
         token_ids: A prompt with one marker per image.
