@@ -27,4 +27,4 @@ class Backend(Protocol):
         """
 
     def empty(self, shape: tuple[int, ...]) -> Handle:
-        """A cache without tokens, in the model's dtype: one axis of `shape` is 0."""
+        """Returns a cache without tokens, in the model's dtype: one axis of `shape` is 0."""

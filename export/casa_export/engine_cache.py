@@ -27,7 +27,7 @@ class EngineCache:
             raise OutputError(f"--engine-cache {folder} is not writable. Change its permissions, or name another.")
 
     def find(self, key: str) -> Path | None:
-        """The engine of a key; damaged ones are removed."""
+        """Returns the engine of a key; damaged ones are removed."""
         for path in sorted(filter(Path.is_file, self.folder.glob(f"{key}-*.engine"))):
             if file_hash(path) == path.stem.removeprefix(f"{key}-"):
                 return path

@@ -76,7 +76,7 @@ class ExportedModel:
         return cls(read_config(folder), manifest, GenerationConfig.from_pretrained(folder), backend)
 
     def new_cache(self) -> ExportedCache:
-        """An empty cache, for conversations fed piece by piece."""
+        """Returns an empty cache, for conversations fed piece by piece."""
         return ExportedCache()
 
     def __call__(
@@ -89,7 +89,7 @@ class ExportedModel:
         past_key_values: ExportedCache | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
-        """Logits of the new tokens; arguments as of `CasaForConditionalGeneration.forward`.
+        """Computes the logits of the new tokens; arguments as of `CasaForConditionalGeneration.forward`.
 
         Returns:
             logits float32 (B, T or logits_to_keep, V), and the cache.
@@ -207,7 +207,7 @@ class ExportedModel:
         return np.concatenate(frames)
 
     def _empty_cache(self, num_rows: int) -> ExportedCache:
-        """The cache of `num_rows` conversations in which nothing was said."""
+        """Returns the cache of `num_rows` empty conversations."""
         shape = (num_rows, self.config.text_config.num_key_value_heads, 0, self.config.head_dim)
         return ExportedCache(
             positions=np.zeros((num_rows, 0), dtype=np.int64),
@@ -265,7 +265,7 @@ class ExportedModel:
                 counts, points = counts[slice(*plan.kept)], points[slice(*plan.kept)]
 
     def _encode(self, inputs: CallInputs, pixel_values: Tensor | None) -> list[list[SeenImage]]:
-        """The new images of each row, encoded."""
+        """Encodes the new images of each row."""
         if pixel_values is None:
             return [[] for _ in inputs.num_seen]
         images = inputs.images
@@ -334,7 +334,7 @@ class ExportedModel:
         cache.image_kv = self.backend.run("image_kv", host, {}, None)[1]
 
     def _drop_passed_windows(self, cache: ExportedCache, plans: list[RowPlan]) -> None:
-        """Empties the CA text cache where every row's window starts after all it holds: nothing reads it again."""
+        """Empties the CA text cache if every row's window starts after all of it: nothing reads it again."""
         starts = np.array([plan.first_start for plan in plans])[:, None]
         if cache.window_positions.shape[1] and (cache.window_positions < starts).all():
             cache.window_positions = np.zeros((len(plans), 0), dtype=np.int64)
@@ -343,22 +343,22 @@ class ExportedModel:
 
 
 def _image_tokens_of(images: list[SeenImage]) -> int:
-    """Image tokens of these images together."""
+    """Returns the number of image tokens of these images together."""
     return sum(len(image.embeds) for image in images)
 
 
 def _columns(real: np.ndarray, points: list[int]) -> list[int]:
-    """Column of the first token after each image of a row: that of the row's real token `point`, or one past all."""
+    """Returns the column of the first token after each image: of the row's real token `point`, or one past all."""
     columns = [*np.flatnonzero(real).tolist(), len(real)]
     return [columns[point] for point in points]
 
 
 def _in_piece(columns: list[int], piece: slice, num_tokens: int) -> slice:
-    """Which of a row's images, at ascending columns, belong to a piece; one at the end belongs to the last."""
+    """Returns which of a row's images, at ascending columns, belong to a piece; one at the end is in the last."""
     last = num_tokens + 1 if piece.stop == num_tokens else piece.stop
     return slice(bisect_left(columns, piece.start), bisect_left(columns, last))
 
 
 def _starts_of(images: list[SeenImage]) -> np.ndarray:
-    """int64 (N,): for each image token the start of its window, which is its image's insertion point."""
+    """Returns each image token's window start, its image's insertion point, int64 (N,)."""
     return np.concatenate([np.full(len(i.embeds), i.point, dtype=np.int64) for i in images] or [np.zeros(0, np.int64)])

@@ -47,7 +47,7 @@ NUM_STEPS = 3 + len(GRAPHS)
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All that an export needs to know, checked.
+    """What an export is made from, checked.
 
     Attributes:
         source: The checkpoint's folder.
@@ -107,7 +107,7 @@ def export_checkpoint(
         folder: Where to write; an older export there is replaced, files of others stay.
         dtype: Of weights and caches: one of `DTYPES`.
         limits: Fields of `Limits`; None leaves one to its default.
-        progress: Told of every step; silent by default.
+        progress: Reports every step; silent by default.
 
     Returns:
         The manifest that was written.

@@ -20,7 +20,7 @@ from casa_export.graph_spec import GraphSpec, cache_layers
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis in float32; a row that sees nothing comes out uniform, not as NaN.
+    """Computes softmax over the last axis in float32; a row that sees nothing comes out uniform, not as NaN.
 
     Args:
         scores: (..., T, S), any dtype.
@@ -31,7 +31,7 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """`casa_engine.attention.masked_attention` in operations that every runtime has.
+    """Computes `casa_engine.attention.masked_attention` in operations that every runtime has.
 
     The H / Hkv query heads of a key head are laid under each other as rows of one matrix product, so keys and values
     are never expanded. Lengths of zero work everywhere: nothing takes a maximum over keys but the softmax.
@@ -59,7 +59,7 @@ class VisionGraph(nn.Module):
     """Qwen2.5-VL's vision encoder for one image; patches keep their order throughout.
 
     Attention windows come in as a table of image tokens: row w of `vision_windows` lists those of window w, -1 where
-    there are fewer than slots. `vision_slots` is its inverse: where in the flattened table each image token stands.
+    there are fewer than slots. `vision_slots` is its inverse: where in the flattened table each image token is.
     """
 
     def __init__(self, model: CasaForConditionalGeneration, spec: GraphSpec) -> None:
@@ -67,7 +67,7 @@ class VisionGraph(nn.Module):
         self.visual = model.model.visual
 
     def forward(self, pixel_values: Tensor, patch_positions: Tensor, windows: Tensor, slots: Tensor) -> Tensor:
-        """See `graph_spec.vision_spec` for shapes."""
+        """Computes the image tokens; see `graph_spec.vision_spec` for shapes."""
         visual = self.visual
         weight = visual.patch_embed.proj.weight
         # The convolution's stride is its kernel, so that it is a product with each flattened patch.
@@ -82,7 +82,7 @@ class VisionGraph(nn.Module):
         return visual.merger(x).float()
 
     def _attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], table: Any) -> Tensor:
-        """(P, C) -> (P, C): over the whole image, or within each window of the table."""
+        """Attends over the whole image, or within each window of the table: (P, C) -> (P, C)."""
         query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         query, key = apply_rotary_pos_emb_vision(query, key, *rope)
         query = query * attn.head_dim**-0.5
@@ -115,7 +115,7 @@ class ImageKvGraph(nn.Module):
         self.config = model.config
 
     def forward(self, image_embeds: Tensor, image_positions: Tensor | None = None) -> tuple[Tensor, ...]:
-        """See `graph_spec.image_kv_spec` for shapes."""
+        """Computes the keys and values; see `graph_spec.image_kv_spec` for shapes."""
         images = image_embeds.to(self.language_model.embed_tokens.weight.dtype)
         rope = None
         if image_positions is not None:
@@ -171,7 +171,7 @@ class DecoderGraph(nn.Module):
         self.config, self.spec = model.config, spec
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """See `graph_spec.decoder_spec` for names and shapes."""
+        """Computes logits and caches; see `graph_spec.decoder_spec` for names and shapes."""
         tensors = dict(zip((tensor.name for tensor in self.spec.inputs), inputs, strict=True))
         x = self.language_model.embed_tokens(tensors["input_ids"])
         layer_inputs = self._layer_inputs(tensors)

@@ -9,7 +9,7 @@ FAULTS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, Recurs
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The one object that a file holds. Raises one of `FAULTS`."""
+    """Returns the one object that a file contains. Raises one of `FAULTS`."""
     return expect(json.loads(path.read_bytes()), dict, path.name)
 
 

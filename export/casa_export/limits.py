@@ -45,7 +45,7 @@ class Limits:
             )
 
     def axes(self, config: CasaConfig) -> dict[str, dict[str, tuple[int, int]]]:
-        """Smallest and largest size of every named axis of every graph."""
+        """Returns the smallest and largest size of every named axis of every graph."""
         vision = config.vision_config
         side = vision.window_size // vision.spatial_merge_size // vision.patch_size
         decoder = {
@@ -101,13 +101,13 @@ class Limits:
 
 
 def _most_windows(image_tokens: int, side: int) -> int:
-    """Most windows of `side` x `side` image tokens over all shapes of an image of so many tokens."""
+    """Returns the most windows of `side` x `side` image tokens over all shapes of an image of so many tokens."""
     # An image and the same on its side have as many windows, so the shorter side is enough.
     return max(-(-h // side) * -(-(image_tokens // h) // side) for h in range(1, math.isqrt(image_tokens) + 1))
 
 
 def default_limits(config: CasaConfig, largest_image: int, **given: int | None) -> Limits:
-    """Limits of a model where none are given.
+    """Returns the limits of a model where none are given.
 
     Args:
         config: Gives the longest text.

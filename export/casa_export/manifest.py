@@ -1,6 +1,6 @@
 """`manifest.json`: what an exported folder holds, so that a runtime in any language can load and check it.
 
-format_version   raised when a reader must change; readers refuse a newer one
+format_version   raised when a reader must change; readers reject a newer one
 model            fusion, backbone, dtype, opset, stop tokens
 source           name and hash of the checkpoint
 limits, axes     largest sizes; smallest and largest size of every named axis of each graph
@@ -50,12 +50,12 @@ class Manifest:
 
 
 def graph_file(name: str) -> str:
-    """File of a graph; weights over 2 GB lie beside it, in the same name with `.data`."""
+    """Returns the file of a graph; weights over 2 GB are beside it, under the same name with `.data`."""
     return f"{name}.onnx"
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's files, in order of their names."""
+    """Returns the SHA-256 over names and contents of a folder's files, in order of their names."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(os.fsencode(f"{path.name} {file_hash(path)}\n"))
@@ -92,13 +92,13 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def graph_hashes(manifest: Manifest, graph: str) -> dict[str, str]:
-    """SHA-256 of a graph's file and of the weights beside it, by name."""
+    """Returns the SHA-256 of a graph's file and of the weights beside it, by name."""
     file = graph_file(graph)
     return {name: entry["sha256"] for name, entry in manifest.files.items() if name.startswith(file)}
 
 
 def check_files(folder: str | Path, manifest: Manifest, names: list[str] | None = None) -> None:
-    """Compares files with their hashes.
+    """Checks files against their hashes.
 
     Args:
         folder: The exported folder.

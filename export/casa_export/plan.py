@@ -1,4 +1,4 @@
-"""Inputs of the graphs that say who sees what, in NumPy, from the one window rule in `casa_engine.windows`."""
+"""The graphs' inputs for windows and positions, in NumPy, from the one window rule in `casa_engine.windows`."""
 
 import itertools
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ NO_WINDOW = -2
 
 
 def vision_inputs(config: CasaConfig, grid: np.ndarray) -> dict[str, np.ndarray]:
-    """Positions and attention windows of one frame, from transformers' own functions.
+    """Returns positions and attention windows of one frame, from transformers' own functions.
 
     Args:
         config: Gives patch, merge and window size.
@@ -81,7 +81,7 @@ def plan_row(positions: np.ndarray, num_seen: int, points: np.ndarray) -> RowPla
 
 
 def cut_columns(num_tokens: int, max_tokens: int, points: np.ndarray) -> list[slice]:
-    """Cuts a call's columns into pieces for the decoder.
+    """Splits a call's columns into pieces for the decoder.
 
     Args:
         num_tokens: Columns T of the call.

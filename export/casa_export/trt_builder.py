@@ -55,13 +55,13 @@ def build_engines(
         package: `tensorrt`, `tensorrt_rtx` or `auto`.
         compute_capabilities: TensorRT-RTX only: GPUs to build for, such as `8.9`; empty for its default set.
         engine_cache: A folder to share built engines between exports, in files named by key.
-        progress: Told of every step; silent by default.
+        progress: Reports every step; silent by default.
         earlier: An older export whose engines may be used again; `folder` itself where not given.
 
     Raises:
         RunnerError: TensorRT is missing, or cannot build for what was asked.
         ManifestError: The folder is no whole export.
-        ExportError: TensorRT refuses a graph; the message holds its words.
+        ExportError: TensorRT rejects a graph; the message has TensorRT's own.
         OutputError: Engines or cache cannot be written.
     """
     folder = Path(folder)
@@ -93,7 +93,7 @@ def build_engines(
 
 
 def _known_engines(folder: Path) -> dict[str, Path]:
-    """Undamaged engines of an engine folder, by key."""
+    """Returns the undamaged engines of an engine folder, by key."""
     try:
         engines = read_engine_manifest(folder).engines.values()
     except ManifestError:
@@ -116,7 +116,7 @@ def build_engine(trt: ModuleType, onnx: Path, shapes: list[Profile], targets: li
     """
     logger = CollectingLogger(trt)
     builder = _builder(trt, logger)
-    # Strongly typed: every tensor has the dtype that the graph gives it. Newer versions know nothing else.
+    # Strongly typed: every tensor has the dtype that the graph gives it. Newer versions support nothing else.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
@@ -148,7 +148,7 @@ def _builder(trt: ModuleType, logger: Any) -> Any:
 
 
 def _targets(trt: ModuleType, compute_capabilities: tuple[str, ...]) -> list[Any]:
-    """TensorRT-RTX's names of compute capabilities such as `8.9`."""
+    """Returns TensorRT-RTX's names of compute capabilities such as `8.9`."""
     if not compute_capabilities:
         return []
     if not hasattr(trt, "ComputeCapability"):

@@ -54,7 +54,7 @@ class EngineManifest:
         write_atomically(folder / FILE_NAME, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     def check_runtime(self, package_version: str, capability: str) -> None:
-        """Compares with the TensorRT and the GPU that are here.
+        """Checks it against the TensorRT and the GPU of this machine.
 
         Args:
             package_version: Version of the installed package.
@@ -75,7 +75,7 @@ class EngineManifest:
             )
 
     def check_graphs(self, manifest: Manifest) -> None:
-        """Compares with the graphs that are there now.
+        """Checks it against the graphs of the folder.
 
         Raises:
             ManifestError: There is no engine of a graph, or it was built from another one.
@@ -88,7 +88,7 @@ class EngineManifest:
                 )
 
     def check_file(self, folder: Path, graph: str) -> Path:
-        """Path of a graph's engine, once its hash was compared.
+        """Returns the path of a graph's engine after checking its hash.
 
         Raises:
             ManifestError: It is missing or damaged.
@@ -118,7 +118,7 @@ def read_engine_manifest(folder: str | Path) -> EngineManifest:
 
 
 def engine_files(folder: Path) -> frozenset[str]:
-    """Names of the files of ours in an engine folder: those that its `engines.json` lists, and itself."""
+    """Returns the names of our files in an engine folder: those that its `engines.json` lists, and itself."""
     try:
         return frozenset({FILE_NAME, *(engine.file for engine in read_engine_manifest(folder).engines.values())})
     except ManifestError:

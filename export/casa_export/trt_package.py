@@ -1,7 +1,7 @@
 """The two TensorRT packages behind one name: `tensorrt` (data centre) and `tensorrt_rtx` (TensorRT for RTX).
 
 Their Python interfaces agree in all that is used here. What differs: `tensorrt` builds for the GPU of this machine;
-`tensorrt_rtx` also builds without a GPU, for the compute capabilities it is told.
+`tensorrt_rtx` also builds without a GPU, for the compute capabilities given to it.
 """
 
 import importlib
@@ -41,7 +41,7 @@ class CollectingLogger:
     """TensorRT's logger: keeps error messages, for the exception that follows them, and drops the rest."""
 
     def __new__(cls, trt: ModuleType):
-        """An instance of the package's own logger class."""
+        """Returns an instance of the package's own logger class."""
 
         class Logger(trt.ILogger):
             def __init__(self) -> None:

@@ -48,7 +48,7 @@ class Profile:
 
 
 def build_profiles(manifest: Manifest, graph: str) -> list[Profile]:
-    """The profiles of a graph.
+    """Returns the optimisation profiles of a graph.
 
     Args:
         manifest: Of the exported folder.

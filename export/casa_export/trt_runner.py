@@ -1,6 +1,6 @@
 """TensorRT behind `Backend`: engines on an NVIDIA GPU, caches as CUDA tensors that stay there.
 
-Not run on a GPU yet (docs/export.md says what was checked): engines are built and refusals tested without one.
+Not run on a GPU yet (docs/export.md lists what was checked): engines are built and errors tested without one.
 """
 
 import threading
@@ -58,7 +58,7 @@ class TrtBackend:
     def run(
         self, graph: str, host: dict[str, np.ndarray], resident: dict[str, Tensor], fetch: str | None
     ) -> tuple[np.ndarray | None, dict[str, Tensor]]:
-        """See `Backend.run`."""
+        """Runs a graph; see `Backend.run`."""
         inputs = {name: torch.from_numpy(array).cuda() for name, array in host.items()} | resident
         with self._lock:
             outputs = self._execute(graph, inputs)
@@ -72,7 +72,7 @@ class TrtBackend:
             profile.check(graph, name, tuple(tensor.shape))
             context.set_input_shape(name, tuple(tensor.shape))
         outputs = self._outputs(graph, inputs)
-        # TensorRT wants an address even for a tensor without elements.
+        # TensorRT requires an address even for a tensor without elements.
         spare = torch.empty(1, device="cuda")
         for name, tensor in (inputs | outputs).items():
             context.set_tensor_address(name, tensor.data_ptr() if tensor.numel() else spare.data_ptr())
@@ -83,12 +83,12 @@ class TrtBackend:
         return outputs
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """See `Backend.empty`."""
+        """Returns an empty cache; see `Backend.empty`."""
         dtype = getattr(torch, self.manifest.graphs["image_kv"].outputs[0].dtype)
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     def _profile(self, graph: str, inputs: dict[str, Tensor]) -> tuple[int, Profile]:
-        """Decode's profile for one token a row, else the first."""
+        """Returns decode's profile for one token a row, else the first."""
         known = self.engines.engines[graph].profiles
         decode = graph == "decoder" and inputs["input_ids"].shape[1] == 1
         index = next(i for i, profile in enumerate(known) if (profile.name == "decode") == decode)
@@ -102,7 +102,7 @@ class TrtBackend:
         return self._contexts[graph, index]
 
     def _outputs(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Buffers for the outputs, whose sizes follow from those of the inputs' named axes."""
+        """Allocates the outputs, whose sizes follow from those of the inputs' named axes."""
         spec = self.manifest.graphs[graph]
         sizes: dict[str, int] = {}
         for tensor in spec.inputs:
@@ -118,7 +118,7 @@ class TrtBackend:
 
 
 def load_trt_model(folder: str | Path) -> ExportedModel:
-    """An exported model that runs on its TensorRT engines; same interface as `ExportedModel.load`.
+    """Loads an exported model that runs on its TensorRT engines; same interface as `ExportedModel.load`.
 
     Raises:
         ManifestError: Folder or engines are missing or damaged.
