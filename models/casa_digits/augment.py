@@ -37,7 +37,7 @@ class GlyphBank:
 
 
 def _affine(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 2, 3) maps from output to input coordinates in -1..1; about a third are the identity."""
+    """Draws (count, 2, 3) maps from output to input coordinates in -1..1; about a third are the identity."""
     angle = rng.normal(0.0, 0.12, count)
     shear = rng.normal(0.0, 0.10, count)
     scale_x, scale_y = rng.uniform(0.92, 1.15, (2, count))
@@ -55,7 +55,7 @@ def _affine(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def make_bank(rng: np.random.Generator, samples: DigitSamples, variants: int) -> GlyphBank:
-    """`variants` augmented glyphs of every sample, each with its own size and filter."""
+    """Draws `variants` augmented glyphs of every sample, each with its own size and filter."""
     count = len(samples) * variants
     source = np.tile(np.arange(len(samples)), variants)
     sizes = rng.choice(DIGIT_SIZES_PX, count)
@@ -83,13 +83,13 @@ def make_bank(rng: np.random.Generator, samples: DigitSamples, variants: int) ->
 
 
 def linear_luminance(colour: np.ndarray) -> np.ndarray:
-    """Relative luminance of the web's contrast rules: Rec. 709 weights on linear light; (..., 3) -> (...)."""
+    """Computes relative luminance of the web's contrast rules: Rec. 709 weights on linear light; (..., 3) -> (...)."""
     linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
     return linear @ np.array([0.2126, 0.7152, 0.0722])
 
 
 def draw_training_colours(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Colours of ink and paper, (count, 3) each in 0..1.
+    """Draws colours of ink and paper, (count, 3) each in 0..1.
 
     Luminance is mostly that of `data.luminance`, for a fifth that of the web's contrast rules (the two differ in light
     greys); a tenth is black and white.
@@ -106,7 +106,7 @@ def draw_training_colours(rng: np.random.Generator, count: int) -> tuple[np.ndar
 
 
 def camera_noise(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """What a codec or a sensor does to (H, W, 3) uint8: JPEG blocks, grain, a change of brightness."""
+    """Degrades (H, W, 3) uint8 as a codec or a sensor does: JPEG blocks, grain, a change of brightness."""
     kind = rng.random()
     if kind < 0.5:
         buffer = BytesIO()

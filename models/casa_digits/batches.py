@@ -16,13 +16,13 @@ NOTHING = -1
 
 @dataclass(frozen=True)
 class Scenes:
-    """B images of one grid, not drawn yet. Digits stand in reading order; -1 fills the places of missing ones.
+    """B images of one grid, not drawn yet. Digits are in reading order; -1 fills the places of missing ones.
 
     Attributes:
         grid: size in cells.
         glyphs: (B, 4) int64, index into the `GlyphBank`.
         cells: (B, 4) int64, row-major.
-        places: (B, 4, 2) float, where in its cell a glyph stands, 0..1 down and right.
+        places: (B, 4, 2) float, where in its cell a glyph is, 0..1 down and right.
         ink, paper: (B, 3) colours in 0..1.
     """
 
@@ -39,11 +39,11 @@ class Scenes:
         return (self.glyphs != NOTHING).sum(axis=1)
 
     def digits(self, bank: GlyphBank) -> np.ndarray:
-        """(B, 4) int64, -1 where an image has fewer."""
+        """Returns the digits, (B, 4) int64, -1 where an image has fewer."""
         return np.where(self.glyphs != NOTHING, bank.labels[self.glyphs], NOTHING)
 
     def draw(self, bank: GlyphBank) -> np.ndarray:
-        """(B, H, W, 3) uint8."""
+        """Draws the images, (B, H, W, 3) uint8."""
         masks = np.zeros((len(self.glyphs), self.grid.rows * CELL_PX, self.grid.columns * CELL_PX), np.uint8)
         used = self.glyphs != NOTHING
         images, glyphs = np.nonzero(used)[0], self.glyphs[used]
@@ -58,7 +58,7 @@ class Scenes:
 def draw_scenes(
     rng: np.random.Generator, bank: GlyphBank, grid: Grid, count: int, num_digits: np.ndarray | None = None
 ) -> Scenes:
-    """`count` random scenes, each with 1 to 4 digits (or `num_digits`, (count,))."""
+    """Draws `count` random scenes, each with 1 to 4 digits (or `num_digits`, (count,))."""
     if num_digits is None:
         num_digits = rng.integers(1, grid.max_digits + 1, count)
     used = np.arange(MAX_DIGITS) < num_digits[:, None]
@@ -77,7 +77,7 @@ def draw_scenes(
 
 
 def edit_scenes(rng: np.random.Generator, bank: GlyphBank, scenes: Scenes) -> Scenes:
-    """What a later frame may show: another image, one digit exchanged or gone, or the same digits drawn anew."""
+    """Draws a later frame: another image, one digit exchanged or gone, or the same digits drawn anew."""
     count = len(scenes.glyphs)
     other = draw_scenes(rng, bank, scenes.grid, count)
     redrawn = draw_scenes(rng, bank, scenes.grid, count, scenes.num_digits)
@@ -112,7 +112,7 @@ def add_noise(rng: np.random.Generator, pixels: np.ndarray, share: float) -> np.
 
 
 def paint_batch(masks: np.ndarray, ink: np.ndarray, paper: np.ndarray) -> np.ndarray:
-    """(B, H, W) uint8 ink, two (B, 3) colours in 0..1 -> (B, H, W, 3) uint8."""
+    """Mixes ink (B, H, W) uint8 and two (B, 3) colours in 0..1 to (B, H, W, 3) uint8."""
     table = np.arange(256, dtype=np.float32)[:, None] / 255.0
     colours = ((paper[:, None] + table * (ink - paper)[:, None]) * 255.0 + 0.5).astype(np.uint8)
     return colours[np.arange(len(masks))[:, None, None], masks]

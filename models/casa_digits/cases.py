@@ -17,7 +17,7 @@ class Turn:
     Attributes:
         question: What the user writes.
         image: What the user shows with it, if anything.
-        expected: The right answer; None stands for the conversation's own first answer.
+        expected: The right answer; None means the conversation's own first answer.
     """
 
     question: str
@@ -45,7 +45,7 @@ def _count(rng: np.random.Generator) -> Turn:
 
 
 def draw_suites(seed: int = 0, scale: float = 1.0) -> list[Suite]:
-    """The four suites of the acceptance test: 200 single images and 100 of each other kind, times `scale`."""
+    """Draws the four suites of the acceptance test: 200 single images and 100 of each other kind, times `scale`."""
     rngs = np.random.default_rng(seed).spawn(4)
     num_single, num_other = max(1, round(200 * scale)), max(1, round(100 * scale))
     single = [[_read(rngs[0])] for _ in range(num_single)]
@@ -72,7 +72,7 @@ class Video:
 
 
 def draw_video(rng: np.random.Generator, num_frames: int, min_hold: int = 3, max_hold: int = 12) -> Video:
-    """A video whose digits change every few frames; half of the frames look as if a codec had touched them."""
+    """Draws a video whose digits change every few frames; half of the frames are degraded as by a codec."""
     samples, grid = load_samples(held_out=True), draw_grid(rng)
     frames: list[np.ndarray] = []
     texts: list[str] = []

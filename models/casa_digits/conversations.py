@@ -1,15 +1,15 @@
-r"""Training conversations: token ids, what is learned of them, and where the images stand.
+r"""Training conversations: token ids, which of them are learned, and where the images are.
 
     chat     <|im_start|>user\n<|vision_start|>[image]<|vision_end|>Read the digits.<|im_end|>\n
              <|im_start|>assistant\n 3 7 1<|im_end|> \n ...                              (learned: 3 7 1<|im_end|>)
 
     stream   <|im_start|>user\nSay the digits when they change.<|im_end|>\n<|im_start|>assistant\n
-             <|vision_start|>[frame]<|vision_end|> 3 7 1<|im_end|>                        first frame: always said
+             <|vision_start|>[frame]<|vision_end|> 3 7 1<|im_end|>                        first frame: always captioned
              <|vision_start|>[frame]<|vision_end|> <|im_end|>                             the same digits: silence
-             <|vision_start|>[frame]<|vision_end|> 3 7 2<|im_end|>                        others: said
+             <|vision_start|>[frame]<|vision_end|> 3 7 2<|im_end|>                        others: captioned
 
 (No spaces or line breaks but those written as \n.) A stream is one assistant turn that never ends. Its rule compares
-with the digits last *said*, right or wrong, so some streams hold captions that are wrong or missing and not learned.
+with the last *caption*, right or wrong, so some streams have captions that are wrong or missing and not learned.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from casa_digits.phrases import COUNT, FIRST, NO_IMAGE, READ, SMALL_TALK, SYSTEM
 from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
 IGNORED = -100
-SILENCE_LEARNED = 0.5  # of the unchanged frames: a missed change costs more than a caption said twice
+SILENCE_LEARNED = 0.5  # of the unchanged frames: a missed change costs more than a repeated caption
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Writer:
         self.spell = lru_cache(maxsize=20_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
 
     def chat(self, pool: FramePool) -> Conversation:
-        """One to four turns with an image (some of the turns with two), each read or counted, perhaps asked again."""
+        """Writes one to four turns with an image (some with two), each read or counted, perhaps asked again."""
         talk = self._begin()
         if self._chance(0.1):
             self._exchange(talk, self._pick(SMALL_TALK + READ + COUNT), NO_IMAGE)
@@ -74,7 +74,7 @@ class Writer:
         return talk
 
     def memory(self, pool: FramePool) -> Conversation:
-        """A conversation in which the first answer is asked for; it may have been wrong, the text decides.
+        """Writes a conversation that asks for its first answer; it may have been wrong, the text decides.
 
         In half of them nothing else is learned: this is the hardest thing to find out about, and easily drowned.
         """
@@ -99,7 +99,7 @@ class Writer:
         return talk
 
     def stream(self, pool: FramePool, num_tokens: int) -> Conversation:
-        """Frames in one assistant turn, up to about `num_tokens`; perhaps resumed from text, perhaps with questions."""
+        """Writes frames in one assistant turn, up to about `num_tokens`; at times resumed or with questions."""
         talk = self._begin()
         self._turn(talk, "user", self._pick(WATCH))
         talk.append(self.spell(f"{TURN_START}assistant\n"))
@@ -138,7 +138,7 @@ class Writer:
         talk.append(self.spell(caption + TURN_END), learn)
 
     def _interrupt(self, talk: Conversation, pool: FramePool, image: int) -> None:
-        """A question typed into a stream; the frames go on right after its answer."""
+        """Writes a question typed into a stream; the frames go on right after its answer."""
         talk.append(self.spell("\n"))
         question, answer = self._question(pool.texts[image])
         self._turn(talk, "user", question)
@@ -193,5 +193,5 @@ class Writer:
         return bool(self.rng.random() < probability)
 
     def _pick(self, phrases: tuple[str, ...]) -> str:
-        """The first phrase, the canonical one, half of the time."""
+        """Returns the first phrase, the canonical one, half of the time."""
         return phrases[0] if self._chance(0.5) else phrases[int(self.rng.integers(len(phrases)))]

@@ -69,7 +69,7 @@ class DigitSamples:
     Attributes:
         images: (S, 8, 8) float32, ink in 0..1.
         labels: (S,) int64.
-        indices: (S,) int64, where each sample stands in `load_digits`.
+        indices: (S,) int64, the index of each sample in `load_digits`.
     """
 
     images: np.ndarray
@@ -82,7 +82,7 @@ class DigitSamples:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the digits of one image stand, in reading order.
+    """Where the digits of one image are, in reading order.
 
     Attributes:
         grid: size in cells.
@@ -120,17 +120,17 @@ class DigitImage:
 
     @property
     def text(self) -> str:
-        """The digits as the model says them."""
+        """The digits as the model writes them."""
         return " ".join(str(digit) for digit in self.digits)
 
     def to_pil(self) -> Image.Image:
-        """The image for a processor or a file."""
+        """Returns the image for a processor or a file."""
         return Image.fromarray(self.pixels)
 
 
 @lru_cache(maxsize=2)
 def load_samples(held_out: bool) -> DigitSamples:
-    """The held-out samples (index a multiple of 5) or all the others.
+    """Loads the held-out samples (index a multiple of 5) or all the others.
 
     Raises:
         ModuleNotFoundError: scikit-learn, which carries the data, is missing.
@@ -151,19 +151,19 @@ def load_samples(held_out: bool) -> DigitSamples:
 
 @cache
 def upscaling_matrix(size: int, filter_name: str) -> np.ndarray:
-    """(size, 8) float32 matrix M such that M @ image @ M.T is PIL's resize of an 8x8 image."""
+    """Returns the (size, 8) float32 matrix M for which M @ image @ M.T is PIL's resize of an 8x8 image."""
     rows = [Image.fromarray(row[None]).resize((size, 1), FILTERS[filter_name]) for row in np.eye(8, dtype=np.float32)]
     return np.concatenate([np.asarray(row) for row in rows]).T.copy()
 
 
 def upscale(image: np.ndarray, size: int, filter_name: str) -> np.ndarray:
-    """(8, 8) ink -> (size, size) ink, clipped to 0..1."""
+    """Resizes (8, 8) ink to (size, size), clipped to 0..1."""
     matrix = upscaling_matrix(size, filter_name)
     return np.clip(matrix @ image @ matrix.T, 0.0, 1.0)
 
 
 def draw_grid(rng: np.random.Generator) -> Grid:
-    """Any size, all equally likely."""
+    """Draws a grid of any size, all equally likely."""
     return Grid(int(rng.integers(1, MAX_ROWS + 1)), int(rng.integers(1, MAX_COLUMNS + 1)))
 
 
@@ -190,12 +190,12 @@ def draw_layout(
 
 
 def luminance(colour: np.ndarray) -> np.ndarray:
-    """Rec. 601 luma, 0..1, of sRGB values (..., 3) in 0..1."""
+    """Computes Rec. 601 luma, 0..1, of sRGB values (..., 3) in 0..1."""
     return colour @ LUMA_WEIGHTS
 
 
 def draw_colours(rng: np.random.Generator) -> Colours:
-    """Two random colours whose luminance differs by at least 0.4."""
+    """Draws two random colours whose luminance differs by at least 0.4."""
     while True:
         ink, paper = rng.integers(0, 256, (2, 3)) / 255.0
         if abs(luminance(ink) - luminance(paper)) >= MIN_LUMINANCE_DIFFERENCE:
@@ -213,13 +213,13 @@ def ink_mask(layout: Layout, glyphs: list[np.ndarray]) -> np.ndarray:
 
 
 def paint(mask: np.ndarray, colours: Colours) -> np.ndarray:
-    """(H, W) ink -> (H, W, 3) uint8."""
+    """Mixes the colours by (H, W) ink to (H, W, 3) uint8."""
     image = colours.paper + mask[..., None] * (colours.ink - colours.paper)
     return (image * 255.0 + 0.5).astype(np.uint8)
 
 
 def render(samples: DigitSamples, layout: Layout, colours: Colours) -> DigitImage:
-    """One image from its description; no randomness."""
+    """Draws one image from its description; no randomness."""
     glyphs = [
         upscale(samples.images[sample], int(size), filter_name)
         for sample, size, filter_name in zip(layout.samples, layout.sizes, layout.filters, strict=True)
@@ -234,6 +234,6 @@ def draw_image(
     grid: Grid | None = None,
     num_digits: int | None = None,
 ) -> DigitImage:
-    """A random image of the specification above."""
+    """Draws a random image of the specification above."""
     layout = draw_layout(rng, len(samples), grid or draw_grid(rng), num_digits)
     return render(samples, layout, draw_colours(rng))

@@ -1,4 +1,4 @@
-"""Ask a model behind an OpenAI-compatible endpoint; whatever goes wrong there is an `EndpointError` of one sentence."""
+"""Runs conversations on an OpenAI-compatible endpoint; any failure there is an `EndpointError` of one sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_SHOWN_CHARACTERS = 200
 
 
 class EndpointError(CasaError):
-    """The endpoint cannot be reached, refuses, or answers with something else than OpenAI's protocol."""
+    """The endpoint cannot be reached, rejects the request, or does not answer in OpenAI's protocol."""
 
 
 class EndpointRunner:
@@ -29,7 +29,7 @@ class EndpointRunner:
         api_key: The server's key, if it has one.
 
     Raises:
-        EndpointError: There is no such server, it refuses the key, or it serves no such model.
+        EndpointError: There is no such server, it rejects the key, or it serves no such model.
         ModuleNotFoundError: OpenAI's client is not installed.
     """
 
@@ -53,7 +53,7 @@ class EndpointRunner:
         self.model = model or served[0]
 
     def answer(self, messages: list[Message]) -> str:
-        """See `runners.Runner`."""
+        """Return the server's answer; see `runners.Runner`."""
         sent = [
             {**message, "content": [_for_endpoint(item) for item in content_items(message)]} for message in messages
         ]
@@ -99,7 +99,7 @@ class EndpointRunner:
             raise self._no_openai_server(text) from error
 
     def _find(self, body: Any, *path: str | int) -> Any:
-        """Return what stands at a path in an answer."""
+        """Return the value at a path in an answer."""
         found = body
         for key in path:
             try:
@@ -117,7 +117,7 @@ class EndpointRunner:
 
 
 def check_address(base_url: str) -> None:
-    """Refuse what is not the address of a server.
+    """Reject what is not the address of a server.
 
     Raises:
         EndpointError: It is none.

@@ -39,7 +39,7 @@ class Score:
 
     @property
     def share(self) -> float:
-        """Of 1."""
+        """Share of right answers, 0..1."""
         return self.right / max(1, self.total)
 
     @property
@@ -60,11 +60,11 @@ class Report:
         return all(score.passed for score in self.scores)
 
     def as_dict(self) -> dict[str, float]:
-        """Share by name."""
+        """Returns the shares by name."""
         return {score.name: round(score.share, 4) for score in self.scores}
 
     def table(self) -> str:
-        """For people."""
+        """Returns the report as text."""
         lines = [f"{'':24}{'right':>12}{'share':>9}{'demanded':>11}"]
         for score in self.scores:
             sign = "<=" if score.at_most else ">="
@@ -75,7 +75,7 @@ class Report:
 
 
 def play(runner: Runner, turns: list[Turn]) -> bool:
-    """Plays one conversation with the model's own answers as its history; True if the last answer is right."""
+    """Runs one conversation with the model's own answers as its history; True if the last answer is right."""
     messages: list[Message] = []
     answers: list[str] = []
     for turn in turns:
@@ -88,10 +88,10 @@ def play(runner: Runner, turns: list[Turn]) -> bool:
 
 
 def run_suites(runner: Runner, suites: list[Suite]) -> list[Score]:
-    """One score for each suite."""
+    """Returns one score for each suite."""
     scores = []
     for suite in suites:
-        # Closed on the way out of an error, so that what is said about it has a line of its own.
+        # Closed on the way out of an error, so that the message about it has a line of its own.
         with tqdm(suite.conversations, desc=suite.name, mininterval=2.0) as conversations:
             right = [play(runner, turns) for turns in conversations]
         scores.append(Score(suite.name, sum(right), len(right), suite.threshold))
@@ -120,7 +120,7 @@ def run_streams(runner: EagerRunner, num_videos: int, num_frames: int, seed: int
 
 
 def evaluate_eager(checkpoint: Path, scale: float = 1.0, seed: int = 0) -> Report:
-    """All suites and the streams, with the eager model."""
+    """Runs all suites and the streams with the eager model."""
     runner = EagerRunner(checkpoint)
     scores = run_suites(runner, draw_suites(seed, scale))
     return Report(scores + run_streams(runner, max(1, round(8 * scale)), 120, seed))
@@ -141,7 +141,7 @@ def build_parser(program: str = "casa-eval-digits") -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None, program: str = "casa-eval-digits") -> int:
-    """Print the table; return the exit status: 1 if a demand is missed or the model cannot be asked.
+    """Print the table; return the exit status: 1 if a demand is missed or the model cannot be run.
 
     Args:
         arguments: The command line without the command's name; default: this process's.
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None, program: str = "casa-eval-digits") 
 
 
 def evaluate(options: argparse.Namespace) -> Report:
-    """Ask the server or the eager model, as the command line says.
+    """Evaluate the server or the eager model, as the command line chooses.
 
     Raises:
         CasaError: The checkpoint is none, or the server does not answer as it should.

@@ -21,7 +21,7 @@ MAX_POSITIONS = 4096
 
 
 def vision_config() -> Qwen2_5_VLVisionConfig:
-    """Three blocks: one looks inside each 28-px cell (which digit?), two over the whole image (in which order?)."""
+    """Returns three blocks: one attends within a 28-px cell (which digit?), two to the whole image (which order?)."""
     return Qwen2_5_VLVisionConfig(
         depth=3,
         hidden_size=HIDDEN,
@@ -38,7 +38,7 @@ def vision_config() -> Qwen2_5_VLVisionConfig:
 
 
 def text_config(end_id: int, pad_id: int) -> Qwen2Config:
-    """Three layers; the vocabulary has some unused rows at its end."""
+    """Returns three layers; the vocabulary has some unused rows at its end."""
     return Qwen2Config(
         vocab_size=VOCABULARY_ROWS,
         hidden_size=HIDDEN,
@@ -56,7 +56,7 @@ def text_config(end_id: int, pad_id: int) -> Qwen2Config:
 
 
 def cosine_filters(count: int) -> torch.Tensor:
-    """The `count` lowest two-dimensional cosine waves on a patch, (count, 14, 14), each of unit length."""
+    """Returns the `count` lowest two-dimensional cosine waves on a patch, (count, 14, 14), each of unit length."""
     steps = (torch.arange(PATCH_PX) + 0.5) * math.pi / PATCH_PX
     waves = torch.stack([torch.cos(steps * frequency) for frequency in range(PATCH_PX)])
     waves = waves / waves.norm(dim=1, keepdim=True)
@@ -68,7 +68,7 @@ def cosine_filters(count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def init_with_cosines(tower: Qwen2_5_VisionTransformerPretrainedModel, share: float = 0.75) -> None:
-    """Lets most patch filters start as smooth grey waves: pen strokes are smooth, so learning starts further on.
+    """Initialises most patch filters as smooth grey waves: pen strokes are smooth, so learning starts further on.
 
     Mutates:
         tower: its patch embedding.
@@ -80,7 +80,7 @@ def init_with_cosines(tower: Qwen2_5_VisionTransformerPretrainedModel, share: fl
 
 
 def casa_config(tokenizer: PreTrainedTokenizerFast) -> CasaConfig:
-    """CA_t+v in every layer, in parallel, with its own weights; Qwen2.5-VL's kind of backbone and delimiters."""
+    """Returns CA_t+v in every layer, in parallel with its own weights; Qwen2.5-VL's kind of backbone and delimiters."""
     image, before, after, end = tokenizer.convert_tokens_to_ids([IMAGE, IMAGE_START, IMAGE_END, TURN_END])
     return CasaConfig(
         text_config=text_config(end, tokenizer.pad_token_id),
@@ -96,7 +96,7 @@ def casa_config(tokenizer: PreTrainedTokenizerFast) -> CasaConfig:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> CasaProcessor:
-    """Images up to 8x4 cells keep their size; larger ones are made to fit, so a screenshot of one can be read too."""
+    """Builds it so that images up to 8x4 cells keep their size; larger ones, a screenshot, are shrunk to fit."""
     images = Qwen2VLImageProcessorPil(
         min_pixels=CELL_PX**2, max_pixels=MAX_ROWS * MAX_COLUMNS * CELL_PX**2, patch_size=PATCH_PX, merge_size=MERGE
     )
@@ -104,7 +104,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> CasaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> CasaForConditionalGeneration:
-    """The untrained model."""
+    """Builds the untrained model."""
     torch.manual_seed(seed)
     model = CasaForConditionalGeneration(casa_config(tokenizer))
     init_with_cosines(model.model.visual)

@@ -1,4 +1,4 @@
-"""The words of casa-tiny-digits: what it is asked and what it answers besides digits."""
+"""The phrases of casa-tiny-digits: its questions, and its answers besides digits."""
 
 READ = (
     "Read the digits.",
@@ -46,7 +46,7 @@ PUBLISHED_SYSTEM = SYSTEM[1]
 
 
 def vocabulary_text() -> list[str]:
-    """Everything that should tokenise into few tokens."""
+    """Returns everything that should tokenise into few tokens."""
     roles = ["system\n", "user\n", "assistant\n"] * 50
     phrases = [*READ, *COUNT, *FIRST, NO_IMAGE, *SYSTEM, *WATCH, *SMALL_TALK]
     digits = [f"{first} {second}" for first in range(10) for second in range(10)] * 20

@@ -1,4 +1,4 @@
-"""Ask a model: the eager reference in this process. `endpoint.py` asks a server."""
+"""Runs conversations on a model: the eager reference in this process. `endpoint.py` runs them on a server."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +14,10 @@ Message = dict[str, Any]
 
 
 class Runner(Protocol):
-    """Answers a conversation; images stand in it as `{"type": "image", "image": PIL image}`."""
+    """Answers a conversation, whose images are parts `{"type": "image", "image": PIL image}`."""
 
     def answer(self, messages: list[Message]) -> str:
-        """The assistant's next words, greedily decoded."""
+        """Returns the assistant's next words, greedily decoded."""
         ...
 
 
@@ -35,7 +35,7 @@ class EagerRunner:
 
     @torch.inference_mode()
     def answer(self, messages: list[Message]) -> str:
-        """See `Runner`."""
+        """Returns the model's answer; see `Runner`."""
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         images = [item["image"] for message in messages for item in content_items(message) if item["type"] == "image"]
         inputs = self.processor(images=images, text=text)

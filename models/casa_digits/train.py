@@ -105,7 +105,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.snapshots:
         check_apart(options.snapshots, options.output)
         with stage_checkpoint(options.snapshots):
-            pass  # it can be written, or says why not
+            pass  # it can be written, or raises the reason
 
 
 def load_vision(tower: torch.nn.Module, path: Path) -> None:
@@ -118,7 +118,7 @@ def load_vision(tower: torch.nn.Module, path: Path) -> None:
 
 def keep_vision(tower: torch.nn.Module, path: Path) -> None:
     """Writes the tower's weights."""
-    content = BytesIO()  # torch.save does not say why when a disk is full
+    content = BytesIO()  # torch.save hides the reason when a disk is full
     torch.save(tower.state_dict(), content)
     write_atomically(path, content.getbuffer())
 

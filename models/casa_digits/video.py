@@ -1,4 +1,4 @@
-"""`casa-digits-video`: a video of handwritten digits that change every few seconds, and a file that says when.
+"""`casa-digits-video`: a video of handwritten digits that change every few seconds, and a file with the times.
 
 Every frame is a grid of 4x8 cells (224x112 px, the most that casa-tiny-digits looks at), enlarged for people by a
 whole number: the processor shrinks it back, so the model sees digits of 22 to 28 px. The digits are held-out ones.
@@ -27,7 +27,7 @@ from casa_engine.atomic_files import publish, staged_beside
 GRID = Grid(rows=4, columns=8)
 HOLD_S = (2.0, 6.0)
 MAX_SCALE = 10
-# FFmpeg's numbers for what browsers take for granted where a file does not say.
+# FFmpeg's numbers for what browsers assume where a file does not specify it.
 BT709, LIMITED_RANGE = 1, 1
 # 4:2:0 keeps one colour for four pixels: enlarged frames lose nothing of it that the model would see.
 ENCODERS = {
@@ -49,14 +49,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and for how many frames it stands."""
+    """One image and for how many frames it is shown."""
 
     image: DigitImage
     num_frames: int
 
 
 def draw_scenes(rng: np.random.Generator, num_frames: int, fps: int) -> list[Scene]:
-    """Scenes of `HOLD_S` seconds each that fill `num_frames`; the last one may be shorter."""
+    """Draws scenes of `HOLD_S` seconds each that fill `num_frames`; the last one may be shorter."""
     samples = load_samples(held_out=True)
     shortest, longest = round(HOLD_S[0] * fps), round(HOLD_S[1] * fps)
     scenes: list[Scene] = []
@@ -71,7 +71,7 @@ def draw_scenes(rng: np.random.Generator, num_frames: int, fps: int) -> list[Sce
 
 
 def caption_spans(scenes: list[Scene], fps: int) -> list[Span]:
-    """The truth about scenes shown at `fps`."""
+    """Returns the truth about scenes shown at `fps`."""
     ends = np.cumsum([scene.num_frames for scene in scenes])
     return [
         Span(round((end - scene.num_frames) / fps, 6), round(end / fps, 6), scene.image.text)
@@ -82,7 +82,7 @@ def caption_spans(scenes: list[Scene], fps: int) -> list[Span]:
 def frames(
     scenes: list[Scene], scale: int = 1, noise: float = 0.0, rng: np.random.Generator | None = None
 ) -> Iterator[np.ndarray]:
-    """Every frame in turn, uint8 (112 * scale, 224 * scale, 3).
+    """Yields every frame in turn, uint8 (112 * scale, 224 * scale, 3).
 
     Args:
         scenes: What is shown.
@@ -130,7 +130,7 @@ def write_video(path: Path, pictures: Iterator[np.ndarray], fps: int) -> None:
 
 
 def import_av() -> ModuleType:
-    """PyAV, which only videos need.
+    """Imports PyAV, which only videos need.
 
     Raises:
         ImportError: it is missing.
@@ -158,7 +158,7 @@ def make_video(path: Path, seconds: float, fps: int, seed: int = 0, scale: int =
 
 
 def read_truth(path: Path) -> list[Span]:
-    """What `make_video` wrote beside the video."""
+    """Reads what `make_video` wrote beside the video."""
     return [Span(**span) for span in json.loads(path.read_text())]
 
 
@@ -175,7 +175,7 @@ def build_parser(program: str = "casa-digits-video") -> argparse.ArgumentParser:
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Leaves with status 2 and a sentence where an option is invalid."""
+    """Exits with status 2 and an error message where an option is invalid."""
     if options.video.suffix.lower() not in ENCODERS:
         parser.error(f"{str(options.video)!r} ends in {options.video.suffix!r}; expected .mp4 or .webm")
     if not options.video.parent.is_dir():

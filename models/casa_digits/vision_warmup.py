@@ -1,6 +1,6 @@
 """Stage 1: teaches the vision tower alone, with a truth for every cell.
 
-Each image token stands for one 28-px cell. A throw-away linear head asks it two questions: which digit is here (or
+Each image token covers one 28-px cell. A throw-away linear head reads two things from it: which digit is here (or
 none), and the how-manieth in reading order is it. This is a far denser signal than an answer of a few tokens.
 """
 
@@ -52,13 +52,13 @@ class CellHead(nn.Module):
         self.rank = nn.Linear(width, NUM_RANKS)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., C) -> logits (..., 11) of the digit and (..., 5) of the rank."""
+        """Maps (..., C) to logits (..., 11) of the digit and (..., 5) of the rank."""
         tokens = self.norm(tokens)
         return self.digit(tokens), self.rank(tokens)
 
 
 def draw_cells(rng: np.random.Generator, bank: GlyphBank, grid: Grid, count: int) -> CellBatch:
-    """A training batch of augmented images with the truth of each cell."""
+    """Draws a training batch of augmented images with the truth of each cell."""
     num_digits = rng.integers(1, grid.max_digits + 1, count)
     num_digits[rng.random(count) < FULL_SHARE] = grid.max_digits
     scenes = draw_scenes(rng, bank, grid, count, num_digits)
@@ -73,7 +73,7 @@ def draw_cells(rng: np.random.Generator, bank: GlyphBank, grid: Grid, count: int
 
 
 def loss_of(tower: nn.Module, head: CellHead, batch: CellBatch) -> Tensor:
-    """Cross-entropy of both questions; cells with a digit count as much as all blank ones together."""
+    """Computes the cross-entropy of both; cells with a digit count as much as all blank ones together."""
     digit_logits, rank_logits = head(encode(tower, batch.patches, batch.grid))
     weight = torch.where(batch.ranks.flatten() > 0, 1.0, 0.25)
     losses = functional.cross_entropy(digit_logits.flatten(0, 1), batch.digits.flatten(), reduction="none")
@@ -85,7 +85,7 @@ def loss_of(tower: nn.Module, head: CellHead, batch: CellBatch) -> Tensor:
 def measure_accuracy(
     tower: nn.Module, head: CellHead, rng: np.random.Generator, samples: DigitSamples, count: int
 ) -> dict:
-    """Share of digits, of ranks and of whole images that the head gets right on images of `samples`."""
+    """Measures the share of digits, of ranks and of whole images that the head gets right on images of `samples`."""
     right = {"digit": [], "rank": [], "image": []}
     for _ in range(count):
         image = draw_image(rng, samples)
@@ -109,7 +109,7 @@ def warm_up(
     peak_rate: float = 1.5e-3,
     variants: int = 40,
 ) -> CellHead:
-    """Trains the tower and returns the head it was asked with.
+    """Trains the tower and returns the head that it was trained with.
 
     Args:
         tower: What is trained.

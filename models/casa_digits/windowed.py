@@ -82,7 +82,7 @@ class TrainingBatch:
 def build_batch(
     model: CasaForConditionalGeneration, conversations: list[Conversation], pool: FramePool
 ) -> TrainingBatch:
-    """Puts conversations and their encoded images together."""
+    """Builds a batch of conversations and their encoded images."""
     input_ids = pad_rows([talk.ids for talk in conversations], model.config.text_config.pad_token_id)
     labels = pad_rows([talk.labels for talk in conversations], IGNORED)
     relative = np.zeros_like(input_ids)
@@ -140,14 +140,14 @@ def _group(windows: list[Window]) -> list[WindowGroup]:
 
 
 def loss_of(model: CasaForConditionalGeneration, batch: TrainingBatch) -> Tensor:
-    """Cross-entropy of the learned tokens; only their positions go through the output layer."""
+    """Computes the cross-entropy of the learned tokens; only their positions go through the output layer."""
     labels = batch.labels[:, 1:]
     learned = labels != IGNORED
     return functional.cross_entropy(model.lm_head(hidden_states(model, batch)[:, :-1][learned]), labels[learned])
 
 
 def hidden_states(model: CasaForConditionalGeneration, batch: TrainingBatch) -> Tensor:
-    """(B, T, C) for `ca_tv` with own weights, in parallel, in every layer."""
+    """Computes the hidden states (B, T, C) for `ca_tv` with own weights, in parallel, in every layer."""
     language, config = model.model.language_model, model.config
     inv_freq = language.rotary_emb.inv_freq
     text_rope = rotary_tables(torch.arange(batch.input_ids.shape[1]), inv_freq)
@@ -194,5 +194,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 
 
 def _flat(heads: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B * T, H, D)."""
+    """Flattens (B, H, T, D) to (B * T, H, D)."""
     return heads.transpose(1, 2).flatten(0, 1)
