@@ -17,7 +17,7 @@ from importlib import import_module
 from casa_commands.missing import run
 from casa_commands.scripts import COMMANDS, Parser, Words
 
-# Each place of a command line and what may follow there, with a sentence: ("digits",) -> {"train": "Train ..."}.
+# Each place of a command line and what may follow there, with a summary: ("digits",) -> {"train": "Train ..."}.
 Table = dict[Words, dict[str, str]]
 SUMMARY = "Print the completion script of a shell: bash, zsh or fish."
 BASH = """\
@@ -78,7 +78,7 @@ def main(arguments: list[str], program: str, casa: argparse.ArgumentParser) -> i
 
 
 def read_table(program: str, casa: argparse.ArgumentParser) -> Table:
-    """Return what may follow where; says which options are left out because a package is not installed."""
+    """Return what may follow where; prints which options are left out because a package is not installed."""
     table: Table = dict(walk((), casa))
     table["completion",] |= dict.fromkeys(SCRIPTS, "")
     for parser in [parser for command in COMMANDS for parser in command.parsers]:
@@ -131,7 +131,7 @@ def zsh(table: Table) -> str:
 
 
 def fish(table: Table) -> str:
-    """Return the script for fish, which shows the sentences too."""
+    """Return the script for fish, which shows the summaries too."""
     lines = [FISH.replace("PLACES", " ".join(shlex.quote(" ".join(place)) for place in table if place))]
     for place, choices in table.items():
         condition = shlex.quote(" ".join(("__casa_at", *place)))

@@ -1,4 +1,4 @@
-"""Runs a command, and says in one sentence what to install where a package is missing or cannot be imported.
+"""Runs a command; where a package is missing or cannot be imported, one message names what to install.
 
 Each extra of the distribution installs what some commands need (pyproject.toml). A command must not end in a traceback
 because its extra was not asked for, wherever in its code, or in that of others, the import stands.

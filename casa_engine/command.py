@@ -1,4 +1,4 @@
-"""How a command ends: an error that the user can fix is one sentence and exit status 1, never a traceback."""
+"""How a command ends: an error that the user can fix is one message and exit status 1, never a traceback."""
 
 import signal
 import sys
@@ -14,7 +14,7 @@ def run_command(program: str, work: Callable[[], None]) -> int:
     """Runs a command to its end.
 
     Args:
-        program: Its name, which begins the sentence.
+        program: Its name, which begins the message.
         work: What it does. Ctrl-C and SIGTERM end it with its clean-up done.
 
     Returns:
@@ -37,8 +37,8 @@ def run_command(program: str, work: Callable[[], None]) -> int:
     return 0
 
 
-def _fail(program: str, sentence: str) -> int:
-    print(f"{program}: {sentence}", file=sys.stderr)
+def _fail(program: str, message: str) -> int:
+    print(f"{program}: {message}", file=sys.stderr)
     return 1
 
 

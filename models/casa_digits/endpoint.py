@@ -1,4 +1,4 @@
-"""Runs conversations on an OpenAI-compatible endpoint; any failure there is an `EndpointError` of one sentence."""
+"""Runs conversations on an OpenAI-compatible endpoint; any failure there is an `EndpointError` of one line."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Installing the distribution is enough: vLLM calls `register` (entry point group
 
     prompt -> renderer.py: names of images bound to the client
            -> processing.py: markers out of the stream, images attached to text positions
-           -> image_items.py: pixels in at one door, processed images kept by content
+           -> image_items.py: one entry point for pixels, processed images kept by content
            -> scheduler.py, encoder_cache.py, image_manager.py: pages of images, shared by content
               sessions.py: prompts that grow by chunks, and that no mix of them stops the engine
            -> v1_runner.py (CPU) or v2_model_state.py (GPU): encode images, write their K/V
