@@ -1,11 +1,11 @@
-// The page: what people can do on it.
+// The page's controls and what they do.
 
 import { closeSource, openCamera, openFile, watchFrames } from "./frames.js";
 import { Screen } from "./screen.js";
 import { Session } from "./session.js";
 import { createState } from "./state.js";
 import { Transcript } from "./transcript.js";
-import { SourceError } from "./words.js";
+import { SourceError } from "./messages.js";
 
 class App {
   constructor(document) {
@@ -74,19 +74,19 @@ class App {
       show = await open();
     } catch (error) {
       if (!(error instanceof SourceError)) throw error;
-      this.screen.passingProblem(error.message);
+      this.screen.temporaryProblem(error.message);
       return;
     }
-    this.session.leave();
-    this.forget();
+    this.session.abandon();
+    this.reset();
     closeSource(this.video);
     await show(this.video);
     this.state.source = source;
     this.session.connect(true);
   }
 
-  /** Another video comes, or this one from its beginning. */
-  forget() {
+  /** Clears the transcript and the screen, for another video or for this one from its beginning. */
+  reset() {
     this.state.transcript = new Transcript();
     this.state.seen.clear();
     this.screen.clear();
@@ -96,13 +96,13 @@ class App {
     this.video.pause();
     this.state.client.stop();
     if (!this.state.source?.isCamera) return;
-    closeSource(this.video); // Its light goes off; what was said stays to be read.
+    closeSource(this.video); // The camera is off; its captions stay.
     this.state.source = null;
   }
 
   restart() {
-    this.session.leave();
-    this.forget();
+    this.session.abandon();
+    this.reset();
     if (!this.state.source.isCamera) this.video.currentTime = 0;
     this.session.connect(true);
   }

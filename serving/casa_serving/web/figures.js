@@ -1,4 +1,4 @@
-// The live figures under the video: what became of the frames, and what each one cost.
+// The live figures under the video: counts of frames, and the cost of each.
 
 import { Plot } from "./plot.js";
 import { Recent } from "./series.js";

@@ -1,6 +1,6 @@
-// Where pictures come from: a file or the camera in a <video>, and its frames as small image files.
+// Sources of frames: a file or the camera in a <video>, and its frames as small image files.
 
-import { SourceError, cameraProblem, fileProblem } from "./words.js";
+import { SourceError, cameraProblem, fileProblem } from "./messages.js";
 
 // The server shrinks pictures to what the model sees; more than this only costs time on the way.
 const MAX_SIDE = 640;
@@ -8,7 +8,7 @@ const TYPE = "image/webp";
 const QUALITY = 0.95;
 
 /**
- * Opens a file; rejects with a sentence if it cannot be played.
+ * Opens a file; rejects with an error message if it cannot be played.
  * @returns a function that puts it into a video
  */
 export async function openFile(file) {
@@ -23,7 +23,7 @@ export async function openFile(file) {
 }
 
 /**
- * Opens the camera; rejects with a sentence if there is none or it may not be used.
+ * Opens the camera; rejects with an error message if there is none or it may not be used.
  * @returns a function that puts it into a video
  */
 export async function openCamera() {
@@ -36,7 +36,7 @@ export async function openCamera() {
   }
 }
 
-/** Empties the video and lets go of the file or the camera. */
+/** Empties the video and releases the file or the camera. */
 export function closeSource(video) {
   for (const track of video.srcObject?.getTracks() ?? []) track.stop();
   if (video.src) URL.revokeObjectURL(video.src);

@@ -1,9 +1,9 @@
-// The protocol of /v1/live: one WebSocket is one session. Knows nothing of the page.
+// The protocol of /v1/live: one WebSocket is one session. Independent of the page.
 
 const PROTOCOL = "casa-live";
 const TIMESTAMP_BYTES = 8;
 
-/** Returns text as base64url without padding, which is all that a subprotocol's name may hold. */
+/** Returns text as base64url without padding, as a subprotocol's name requires. */
 export function base64url(text) {
   const bytes = String.fromCharCode(...new TextEncoder().encode(text));
   return btoa(bytes).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
@@ -40,7 +40,7 @@ export class LiveClient {
     this.socket.onclose = ({ code, reason }) => onEnd({ opened, code, reason });
   }
 
-  /** Tells whether the last frame is still on its way out: the next one would only queue up behind it. */
+  /** Whether the last frame is still being sent: the next one would only queue up behind it. */
   get congested() {
     return this.socket.bufferedAmount > 0;
   }
@@ -61,7 +61,7 @@ export class LiveClient {
     this.#send({ type: "session.stop" });
   }
 
-  /** Lets go at once; nothing is reported any more. */
+  /** Closes at once; nothing is reported any more. */
   abandon() {
     this.socket.onmessage = this.socket.onclose = null;
     this.socket.close();

@@ -12,10 +12,10 @@ export class Screen {
     this.ui = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
     this.figures = new Figures(this.ui.counts, this.ui.plots);
     this.view = new TranscriptView(this.ui.captions, this.ui["captions-scroll"], this.ui["captions-empty"], onSeek);
-    this.notice = null; // Timer of a problem that goes by itself.
+    this.notice = null; // Timer that hides a problem.
   }
 
-  /** Shows a phase, what there is to say about it and what can be done in it. */
+  /** Shows a phase with its status text and its buttons. */
   show(state, status, kind = "idle") {
     const { ui } = this;
     const { phase, source } = state;
@@ -35,20 +35,20 @@ export class Screen {
     ui.question.disabled = ui.ask.disabled = phase !== "live";
   }
 
-  /** While an answer is awaited the next question may be typed, not sent. */
+  /** Enables sending: while an answer is awaited the next question may be typed, not sent. */
   allowQuestion(allowed) {
     this.ui.ask.disabled = !allowed;
   }
 
-  /** Shows what is wrong, or hides it with "". */
+  /** Shows an error message, or hides it with "". */
   problem(message) {
     clearTimeout(this.notice);
     this.ui.problem.textContent = message;
     this.ui.problem.hidden = !message;
   }
 
-  /** Shows what is wrong for a while: the session goes on. */
-  passingProblem(message) {
+  /** Shows an error message for a while: the session goes on. */
+  temporaryProblem(message) {
     this.problem(message);
     this.notice = setTimeout(() => this.problem(""), NOTICE_MS);
   }
@@ -69,7 +69,7 @@ export class Screen {
     this.view.mark(entry);
   }
 
-  /** Forgets everything about a video. */
+  /** Clears everything about a video. */
   clear() {
     this.view.clear();
     this.figures.clear();

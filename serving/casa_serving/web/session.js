@@ -1,9 +1,9 @@
-// A session: connecting, what the server says, and the frames that it gets.
+// A session: its connection, the server's events, and the frames that are sent.
 
 import { play, takePicture } from "./frames.js";
 import { LiveClient, address } from "./live_client.js";
 import { fillSettings, readSettings } from "./settings.js";
-import { endProblem, farewell, refusedProblem } from "./words.js";
+import { connectProblem, endProblem, sessionSummary } from "./messages.js";
 
 export class Session {
   constructor(state, screen) {
@@ -13,10 +13,10 @@ export class Session {
     this.canvas = document.createElement("canvas");
   }
 
-  /** Opens a session that knows what was said so far; leaves the one before. */
+  /** Opens a session with the captions so far as its history; abandons the one before. */
   connect(playWhenLive) {
-    this.leave();
-    Object.assign(this.state, { playWhenLive, fatal: null, farewell: null, asleep: false, phase: "connecting" });
+    this.abandon();
+    Object.assign(this.state, { playWhenLive, fatal: null, summary: null, idle: false, phase: "connecting" });
     this.screen.problem("");
     this.screen.ui["key-form"].hidden = true;
     this.screen.show(this.state, "Connecting…", "busy");
@@ -29,8 +29,8 @@ export class Session {
     );
   }
 
-  /** Lets go of the session, and of what it had begun to say. */
-  leave() {
+  /** Abandons the session and drops its unfinished captions and answers. */
+  abandon() {
     this.state.client?.abandon();
     this.state.client = null;
     for (const entry of this.state.transcript.dropUnfinished()) this.screen.view.remove(entry);
@@ -44,7 +44,7 @@ export class Session {
     this.state.client.ask(text, id);
   }
 
-  // What the server says
+  // Events of the server
 
   onEvent(event) {
     const { transcript } = this.state;
@@ -58,7 +58,7 @@ export class Session {
       "session.closed": () => this.onClosed(event),
       error: () => this.onError(event),
     };
-    handlers[event.type]?.(); // A newer server may say more.
+    handlers[event.type]?.(); // A newer server may send others.
   }
 
   onCreated({ settings }) {
@@ -90,15 +90,15 @@ export class Session {
     if (event.fatal) {
       this.state.fatal = event;
     } else if (this.state.phase === "connecting") {
-      this.leave();
+      this.abandon();
       this.fail(event.message);
     } else {
-      this.screen.passingProblem(event.message);
+      this.screen.temporaryProblem(event.message);
       if (event.frame === null) this.dropQuestion();
     }
   }
 
-  /** Forgets the question that was refused. */
+  /** Drops the question that was rejected. */
   dropQuestion() {
     const gone = this.state.transcript.dropUnfinished("question");
     for (const entry of gone) this.screen.view.remove(entry);
@@ -106,36 +106,36 @@ export class Session {
   }
 
   onClosed({ statistics }) {
-    if (!this.state.fatal) this.state.farewell = farewell(statistics);
+    if (!this.state.fatal) this.state.summary = sessionSummary(statistics);
   }
 
   onEnd({ opened, code }) {
     const { state } = this;
-    this.leave();
+    this.abandon();
     if (!opened) {
-      this.explainRefusal();
-    } else if (state.farewell && code === 1000) {
+      this.explainFailedConnect();
+    } else if (state.summary && code === 1000) {
       state.phase = state.source ? "stopped" : "empty";
-      this.screen.show(state, state.farewell);
+      this.screen.show(state, state.summary);
     } else if (state.fatal?.code === "idle_timeout") {
-      Object.assign(state, { phase: "stopped", asleep: true });
+      Object.assign(state, { phase: "stopped", idle: true });
       this.screen.show(state, "No frame came for a while: goes on when the video plays");
     } else {
       this.fail(endProblem(state.fatal, code));
     }
   }
 
-  /** A browser does not say why a WebSocket was refused; a plain request to the same server does. */
-  async explainRefusal() {
+  /** Finds out why a WebSocket was rejected, which browsers do not report, by a plain request. */
+  async explainFailedConnect() {
     const { key } = this.state;
     // A header cannot hold every character; a key that has others is none of this server's.
     const headers = /^[\x20-\x7e]+$/.test(key) ? { Authorization: `Bearer ${key}` } : {};
     const answer = await fetch(address("v1/models"), { headers }).catch(() => null);
-    this.fail(refusedProblem(answer?.status ?? null, Boolean(key)));
+    this.fail(connectProblem(answer?.status ?? null, Boolean(key)));
     this.screen.ui["key-form"].hidden = answer?.status !== 401;
   }
 
-  /** Says what went wrong, and waits where the video is: nothing is missed until it goes on. */
+  /** Shows an error and pauses the video, so that nothing is missed until it goes on. */
   fail(message) {
     this.state.phase = this.state.source ? "stopped" : "empty";
     this.video.pause();
@@ -145,16 +145,16 @@ export class Session {
 
   // Frames
 
-  /** The number of the frame that a time belongs to, at the session's fps. */
+  /** Returns the number of the frame that a time belongs to, at the session's fps. */
   frameNumber(time) {
     return Math.floor(time * this.state.settings.fps + 1e-3);
   }
 
-  /** The video shows something else: shows its caption, and sends it if it is the next frame's turn. */
+  /** Handles a new picture of the video: shows its caption, and sends it if the next frame is due. */
   onVideoFrame(time) {
     const { state, screen } = this;
     screen.caption(state.transcript, time);
-    if (state.asleep && !this.video.paused) this.connect(true);
+    if (state.idle && !this.video.paused) this.connect(true);
     if (state.phase !== "live" || state.seen.has(this.frameNumber(time))) return;
     state.seen.add(this.frameNumber(time));
     if (state.encoding || state.client.congested) screen.figures.count("skipped");

@@ -1,6 +1,6 @@
-// The form of a session's settings. Empty fields are the server's defaults, which it tells us.
+// The form of a session's settings. Empty fields are the server's defaults, which its answer contains.
 
-/** Returns what the form asks for, as session.create takes it. */
+/** Returns the form's settings for session.create. */
 export function readSettings(form) {
   const fields = [...form.elements].filter((field) => field.name && field.value.trim() !== "");
   return Object.fromEntries(fields.map((field) => [field.name, field.type === "number" ? field.valueAsNumber : field.value]));

@@ -1,4 +1,4 @@
-// The state of the page: one object, made once and handed to whoever works on it.
+// The state of the page: one object, created once and passed to all classes that use it.
 
 import { Transcript } from "./transcript.js";
 
@@ -7,15 +7,15 @@ export function createState() {
     phase: "empty", // empty | connecting | live | stopped
     source: null, // {name, isCamera} of what is shown, or null.
     client: null, // The connection, which is the session, or null.
-    settings: null, // What the server says the session's settings are.
+    settings: null, // The session's settings, from the server.
     key: "",
     transcript: new Transcript(),
     seen: new Set(), // Numbers of the frames, in time at this fps, that were sent.
-    encoding: false, // A picture is being made.
+    encoding: false, // A frame is being encoded.
     questions: 0,
-    fatal: null, // The server's last word before it closes, or null.
-    farewell: null, // What there is to say after a stop, or null.
-    asleep: false, // Closed for want of frames; goes on when the video does.
+    fatal: null, // The server's fatal error event, or null.
+    summary: null, // The status text after a stop, or null.
+    idle: false, // Closed by the idle timeout; reconnects when the video plays.
     playWhenLive: false,
   };
 }

@@ -1,4 +1,4 @@
-// What was said when: the captions and answers of a video. It outlives sessions, which resume from it.
+// The captions and answers of a video by time. It outlives sessions, which resume from it.
 
 // The server keeps what fits its text budget, and takes no more characters in one item.
 const MAX_HISTORY = 400;
@@ -7,7 +7,7 @@ const MAX_CHARACTERS = 2000;
 export class Transcript {
   constructor() {
     this.entries = []; // By time in the video.
-    this.arrived = []; // As they came, which is the order the model knows them in.
+    this.arrived = []; // In order of arrival, which is the model's.
     this.open = new Map(); // Key of a caption or answer that is being written -> entry.
   }
 
@@ -27,7 +27,7 @@ export class Transcript {
     return this.#finish(`frame ${frame}`, caption);
   }
 
-  /** Notes a question; its answer is written into the entry that is returned. */
+  /** Adds a question; its answer is written into the entry that is returned. */
   question(id, timestamp, question) {
     return this.#add(`question ${id}`, { kind: "question", timestamp, question, text: "", done: false });
   }
@@ -42,7 +42,7 @@ export class Transcript {
     return this.#finish(`question ${id}`, text);
   }
 
-  /** Forgets what is not finished, of one kind or all; returns the entries that are gone. */
+  /** Drops unfinished entries of one kind, or all; returns them. */
   dropUnfinished(kind = null) {
     const gone = [...this.open].filter(([, entry]) => kind === null || entry.kind === kind);
     for (const [key] of gone) this.#drop(key);
@@ -57,16 +57,16 @@ export class Transcript {
     return null;
   }
 
-  /** Returns what a new session is told of the old one, as session.create takes it. */
+  /** Returns the history for session.create. */
   history() {
     const finished = this.arrived.filter((entry) => entry.done).slice(-MAX_HISTORY);
     return finished.map(({ kind, timestamp, question, text }) => {
-      const said = text.slice(0, MAX_CHARACTERS);
-      return kind === "caption" ? { caption: said, timestamp } : { question, answer: said };
+      const kept = text.slice(0, MAX_CHARACTERS);
+      return kind === "caption" ? { caption: kept, timestamp } : { question, answer: kept };
     });
   }
 
-  /** Number of entries up to and including a time, found by halving. */
+  /** Returns the number of entries up to and including a time, by binary search. */
   #after(time) {
     let low = 0;
     let high = this.entries.length;

@@ -1,4 +1,4 @@
-// What the page says when something goes wrong: what happened, and what to do.
+// The page's error messages: what happened, and what to do.
 
 /** A video or camera that cannot be shown; the message is for people. */
 export class SourceError extends Error {}
@@ -18,7 +18,7 @@ export function cameraProblem(name, message) {
 }
 
 const RECONNECT = "Reconnect goes on with the captions so far.";
-// What a session died of, where the server's own words are meant for programs.
+// Fatal errors whose message from the server is meant for programs.
 const FATAL = {
   slow_client: `This browser or its network was too slow for the server. ${RECONNECT}`,
   engine_error: `The model’s engine failed. ${RECONNECT}`,
@@ -29,21 +29,21 @@ const CLOSED = {
   1012: `The server is shutting down. When it is back, ${RECONNECT}`,
 };
 
-/** Says why a connection ended that nobody asked to end; `error` is the server's last word, or null. */
+/** Returns why a connection ended unasked; `error` is the server's last error event, or null. */
 export function endProblem(error, code) {
   if (error) return FATAL[error.code] ?? error.message;
   return CLOSED[code] ?? `The connection to the server broke (code ${code}). ${RECONNECT}`;
 }
 
-/** Says why no connection came about; `status` is what the server answered to a plain request, null if nothing. */
-export function refusedProblem(status, hadKey) {
+/** Returns why no connection came about; `status` is that of a plain HTTP request, null without a response. */
+export function connectProblem(status, hadKey) {
   if (status === null) return `No server answers at ${location.host}. Is casa-serve still running? Then press Reconnect.`;
   if (status === 401) return hadKey ? "The server does not know this API key." : "This server asks for an API key.";
   return "The server runs but refused the session: it may have been restarted without live sessions (--live-max-sessions), or does not know this page’s address (--allowed-origins).";
 }
 
-/** Says what a session was like, from its statistics. */
-export function farewell({ frames, captioned, silent, dropped, delay_ms: delay }) {
+/** Returns the statistics of a session as text. */
+export function sessionSummary({ frames, captioned, silent, dropped, delay_ms: delay }) {
   const times = delay?.p50 == null ? "" : ` Delay ${Math.round(delay.p50)} ms (p50), ${Math.round(delay.p95)} ms (p95).`;
   return `Session ended: ${frames} frames, ${captioned} captioned, ${silent} silent, ${dropped} dropped.${times}`;
 }
