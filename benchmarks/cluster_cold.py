@@ -2,7 +2,7 @@
 
     python benchmarks/cluster_cold.py [--config CONFIG.yaml]
 
-starts `casa-serve --ray` with the embedded model and one replica, waits until it says that it is ready, and asks about
+starts `casa-serve --ray` with the embedded model and one replica, waits until it is ready, and asks about
 an image once, which is the first request of a client, and then twenty times about others.
 """
 

@@ -4,7 +4,7 @@
 
 starts a local cluster. Eight clients ask about images, one request streamed and the next not, and go on while the
 victim dies and until two replicas run again. Victims are a replica's own process, and the engine below it alone, whose
-death nobody but the replica can notice.
+death that only the replica can notice.
 """
 
 import argparse
@@ -38,7 +38,7 @@ async def load(url, model, options, stop, outcomes):
             stream = turn % 2 == 0
             body = chat_body(model, "Read.", image, max_tokens=options.tokens, ignore_eos=True, stream=stream)
             outcomes.append(await ask(client, body))
-            # Not all at the same time, or the death may meet nobody.
+            # Not all at the same time, or the death may hit no request.
             await asyncio.sleep(random.uniform(0, 2 * options.pause_s))
 
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:

@@ -217,7 +217,7 @@ class Outcome:
         kind: "answered" is the only good one of a request that is not streamed; a stream is "whole", or it ends with
             an "error event" and [DONE].
         headers: Of the answer; empty if there was none.
-        detail: What an error said.
+        detail: The message of an error.
     """
 
     streamed: bool
@@ -239,12 +239,12 @@ class Outcome:
 
     @property
     def replica(self) -> str:
-        """Who answered; "" if nobody did."""
+        """The replica that answered; "" if none did."""
         return self.headers.get("x-casa-replica", "")
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> Outcome:
-    """Sends a chat request and tells how it ended."""
+    """Sends a chat request and returns how it ended."""
     started = time.monotonic()
     streamed = body.get("stream", False)
     got: Mapping[str, str] = {}

@@ -4,7 +4,7 @@
 
 starts both, one replica each, and sends every streamed request first to one and then to the other. The same engine is
 also asked through a handle from here, which leaves out proxy and ingress, and each layer's own log of its durations
-says where the rest is. `--environment` sets variables of Ray's processes, to try what they change.
+shows where the rest is. `--environment` sets variables of Ray's processes, to try what they change.
 """
 
 import argparse

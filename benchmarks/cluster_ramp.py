@@ -43,7 +43,7 @@ QUIET_S = 15.0
 
 
 class Load:
-    """Clients without pause, as many as `number` says at the time.
+    """Clients without pause, as many as `number` is at the time.
 
     Attributes:
         outcomes: Of all requests, in the order in which they ended.

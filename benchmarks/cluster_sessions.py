@@ -1,11 +1,11 @@
-"""Sticky sessions while replicas come and go: a session changes its replica only when that one is gone, and is told.
+"""Sticky sessions while replicas come and go: a session changes its replica only when that one is gone, and reports it.
 
     python benchmarks/cluster_sessions.py
 
 starts a local cluster of two replicas. Twenty sessions (`x-session-id`) ask in turn all the time. Other requests raise
 the load until a third replica runs; ten more sessions begin, so that each replica has some; the load falls, and a
 replica is drained. A session may be answered by another replica only when its own is gone, and then the answer must
-say `x-casa-session: moved`; everything else is a violation.
+have `x-casa-session: moved`; everything else is a violation.
 """
 
 import argparse
@@ -103,18 +103,18 @@ def violations(sessions, samples):
     running_until = {name: at for at, states in samples for name, state in states if state == "RUNNING"}
     found = []
     for name, answers in sessions.items():
-        home = ""
+        assigned = ""
         for number, answer in enumerate(answers):
             said, replica = answer.headers.get("x-casa-session", ""), answer.replica
-            expected = "new" if not home else "kept" if replica == home else "moved"
+            expected = "new" if not assigned else "kept" if replica == assigned else "moved"
             if not answer.good:
                 found.append(f"{name}: answer {number} is {answer.kind}: {answer.detail}")
                 continue
             if said != expected:
-                found.append(f"{name}: answer {number} from {replica} after {home or 'none'} says {said!r}")
-            if expected == "moved" and running_until.get(home, 0.0) > answer.ended:
-                found.append(f"{name}: answer {number} moved from {home} to {replica}, but {home} ran on")
-            home = replica
+                found.append(f"{name}: answer {number} from {replica} after {assigned or 'none'} says {said!r}")
+            if expected == "moved" and running_until.get(assigned, 0.0) > answer.ended:
+                found.append(f"{name}: answer {number} moved from {assigned} to {replica}, but {assigned} ran on")
+            assigned = replica
     return found
 
 

@@ -59,7 +59,7 @@ class Folder:
     Attributes:
         path: The folder.
         checkpoint: What is exported.
-        batch: Its `--max-batch`, another one for each export: tells the older from the new.
+        batch: Its `--max-batch`, another one for each export: distinguishes the older from the new.
         inodes: Of the files of others.
     """
 

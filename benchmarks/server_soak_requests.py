@@ -108,7 +108,7 @@ def judge(kind: str, status: int, text: str, wanted: Callable[[int], bool], late
 
 
 async def stream(client: httpx.AsyncClient, body: dict[str, Any], break_off_after: int | None) -> Outcome:
-    """Sends a chat whose answer is streamed; leaves after so many lines if told to."""
+    """Sends a chat whose answer is streamed; leaves after so many lines if given."""
     started, kind = asyncio.get_running_loop().time(), "stream" if break_off_after is None else "abort"
     lines: list[str] = []
     async with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
@@ -150,10 +150,10 @@ async def send(
 
     Args:
         client: With the server as its base address.
-        number: Of the request; with `seed` it says all there is about it.
+        number: Of the request; with `seed` it determines the request.
         seed: Of the soak.
         urls: Data URLs of the images.
-        malformed: Requests that nobody should send.
+        malformed: Invalid requests.
     """
     rng = np.random.default_rng([seed, number])
     kind = str(rng.choice(list(MIX), p=list(MIX.values())))

@@ -82,7 +82,7 @@ def explain(error: Exception, extras: tuple[str, ...]) -> str | None:
 
 
 def missing_module(error: Exception, extras: tuple[str, ...]) -> str | None:
-    """Return the top-level module for want of which an import failed, if that was the reason."""
+    """Return the top-level module whose absence made an import fail, if that was the reason."""
     if not isinstance(error, ImportError):
         return None
     name = (error.name or "").partition(".")[0]

@@ -1,6 +1,6 @@
 """Show a model one image after another in one conversation, then ask about the first.
 
-The model sees the latest image alone. What it said about the first one is text, and that is what it remembers:
+The model sees the latest image alone. Its answer about the first one is text, which stays in its context:
 an old image costs no memory.
 
     casa serve                                  # in another terminal

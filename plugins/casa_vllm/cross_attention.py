@@ -231,7 +231,7 @@ class CrossAttention(CacheLayer):
         """Computes keys and values of image tokens and writes them into their pages.
 
         Args:
-            images: (N, C) vision output, normed where the configuration says so.
+            images: (N, C) vision output, normed if the configuration asks for it.
             rope: cos, sin (N, D) of the image tokens; None for `ca`.
             slots: (N,) int64 cache slots.
 

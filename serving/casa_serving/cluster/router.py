@@ -1,7 +1,7 @@
 """Ray Serve's request router for CASA: a session stays on its replica, an image goes where it is cached.
 
 1.  A known session goes to its replica, and waits for it while it is full. If that replica is gone,
-    another is chosen and the response says so (`x-casa-session: moved`).
+    another is chosen and the response has `x-casa-session: moved`.
 2.  Otherwise the replica that has seen most of the request's images is preferred, unless it has
     `max_imbalance` requests more than the least loaded one.
 3.  Otherwise the least loaded replica.
@@ -83,11 +83,11 @@ class CasaRequestRouter(RequestRouter):
         images = context.images if self._enabled else ()
         hits = {replica: self._affinity.num_images_on(replica, images) for replica in replicas}
         context.hits = hits if context.hits is None else context.hits
-        home = self._affinity.session_replica(session) if session else None
-        context.session = context.session or session_state(session, home, replicas)
+        assigned = self._affinity.session_replica(session) if session else None
+        context.session = context.session or session_state(session, assigned, replicas)
         free = [name for name in replicas if context.is_live or self._inflight.num_requests(name) < self._max_requests]
-        if home in replicas:
-            return [[replicas[home]]] if home in free else []
+        if assigned in replicas:
+            return [[replicas[assigned]]] if assigned in free else []
         tie_key = session or next(iter(images), pending_request.metadata.internal_request_id)
         order = preference(hits, {name: self._load(replicas[name]) for name in free}, self._max_imbalance, tie_key)
         if self._enabled and order:
@@ -138,10 +138,10 @@ class CasaRequestRouter(RequestRouter):
                 self._images_counter.inc(amount, tags={"result": result})
 
 
-def session_state(session: str, home: str | None, replicas: dict[str, Any]) -> str:
+def session_state(session: str, assigned: str | None, replicas: dict[str, Any]) -> str:
     """Returns the value of the session header; "" for a request without a session."""
     if not session:
         return ""
-    if home is None:
+    if assigned is None:
         return "new"
-    return "kept" if home in replicas else "moved"
+    return "kept" if assigned in replicas else "moved"
