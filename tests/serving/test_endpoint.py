@@ -1,9 +1,11 @@
 """What a client of `casa-serve` can use, through OpenAI's own client."""
 
+import contextlib
 import json
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -147,6 +149,29 @@ def test_metrics_are_those_of_prometheus(server, good_request):
     good_request()
     metrics = server.get("/metrics")
     assert re.search(r'vllm:request_success_total\{.*finished_reason="length".*\} [1-9]', metrics)
+
+
+def http_requests(server):
+    """Returns vLLM's count of requests by status and path; unknown paths are one."""
+    found = re.findall(
+        r'^http_requests_total\{handler="([^"]*)",method="\w+",status="(\w+)"\} (\S+)', server.get("/metrics"), re.M
+    )
+    return {(status, path): float(count) for path, status, count in found}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "counted"),
+    [
+        ("/v1/models", None, ("2xx", "/v1/models")),
+        ("/v1/chat/completions", b"{", ("4xx", "/v1/chat/completions")),  # the guard's answer
+        ("/v1/nothing", None, ("4xx", "none")),
+    ],
+)
+def test_every_request_is_counted_once(server, path, body, counted):
+    before = http_requests(server).get(counted, 0)
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}{path}", data=body), timeout=20).close()
+    assert http_requests(server).get(counted, 0) == before + 1
 
 
 def test_health_is_answered_while_images_are_decoded(server, ask):

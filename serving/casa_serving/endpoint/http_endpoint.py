@@ -16,6 +16,7 @@ from vllm.engine.protocol import EngineClient
 
 from casa_engine.errors import ConfigError
 from casa_serving.endpoint.generate_patch import reject_failed_grammars
+from casa_serving.endpoint.http_metrics import count_every_request, keep_metrics
 from casa_serving.endpoint.messages_patch import preserve_stream_errors
 from casa_serving.errors import add_error_handlers, error_response
 
@@ -27,8 +28,9 @@ class HttpEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds a route and stores the app. Mutates `app`."""
+        """Adds a route and stores the app. Mutates `app`; see `http_metrics`."""
         self._app = app
+        keep_metrics(app)
         app.add_api_route("/v1/models/{model_id:path}", show_model, methods=["GET"])
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
@@ -44,6 +46,7 @@ class HttpEndpoint:
         add_error_handlers(self._app)
         reject_failed_grammars(engine_client)
         preserve_stream_errors(state.anthropic_serving_messages)
+        count_every_request(self._app)
         # SageMaker's standards, which vLLM puts around the app, have built it already.
         self._app.middleware_stack = self._app.build_middleware_stack()
         max_chars_per_token = engine_client.renderer.get_tokenizer().max_chars_per_token
