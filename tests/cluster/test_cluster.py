@@ -17,8 +17,8 @@ from casa_digits.cases import draw_suites
 from casa_digits.endpoint import EndpointRunner
 from casa_digits.evaluate import play
 from casa_engine.errors import InputError
-from dashboard import dashboard_metrics
 from image_files import data_url, encoded
+from monitoring import CLUSTER_BOARD, alert_metrics, board_metrics
 from waiting import until
 
 pytestmark = pytest.mark.vllm
@@ -158,10 +158,10 @@ def test_bad_requests_get_a_sentence(cluster, http, path, request_body, status, 
     ask(http)
 
 
-def test_metrics_of_the_dashboard_exist(cluster, http):
+def test_metrics_of_the_board_and_the_alerts_exist(cluster, http):
     ask(http, noise(1, 56), headers={"x-session-id": "for the metrics"})
     ask(http, noise(1, 56), headers={"x-session-id": "for the metrics"})
-    wanted = dashboard_metrics()
+    wanted = board_metrics(CLUSTER_BOARD) | alert_metrics("casa-cluster")
     assert wanted
 
     def missing():

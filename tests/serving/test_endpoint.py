@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from image_files import data_url, encoded, plain
+from monitoring import SERVER_BOARD, alert_metrics, board_metrics
 from web import site
 
 pytestmark = pytest.mark.vllm
@@ -149,6 +150,13 @@ def test_metrics_are_those_of_prometheus(server, good_request):
     good_request()
     metrics = server.get("/metrics")
     assert re.search(r'vllm:request_success_total\{.*finished_reason="length".*\} [1-9]', metrics)
+
+
+def test_metrics_of_the_board_and_the_alerts_exist(server, good_request):
+    good_request()
+    exported = set(re.findall(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)[{ ]", server.get("/metrics"), re.MULTILINE))
+    # `up` is Prometheus' own.
+    assert board_metrics(SERVER_BOARD) | alert_metrics("casa-serve") <= exported | {"up"}
 
 
 def http_requests(server):
