@@ -1,6 +1,6 @@
 """What deploy/ gives Prometheus and Grafana: queries that can be parsed, of metrics that are exported.
 
-Whether a running server and a running cluster export them: tests/serving/test_endpoint.py, tests/cluster/test_cluster.py.
+Whether a running server and a running cluster export them: test_endpoint.py in tests/serving, test_cluster.py here.
 """
 
 import itertools
