@@ -52,14 +52,14 @@ def test_every_door_shows_the_model_the_same_pixels(name, processor, auto_proces
     data, _, _ = FILES[name]
     (tmp_path / "picture").write_bytes(data)
     expected = of_patches(processor, GuardedFileIO(ImageLimits()).load_bytes(data))
-    doors = {
+    entries = {
         "live": of_patches(processor, GuardedImageIO(ImageLimits()).load_bytes(data).media),
         "casa-export run": of_export_run(tmp_path / "picture", monkeypatch),
     }
     if name not in ONLY_OURS:
         prompt = f"{processor.image_token} Read."
         inputs = auto_processor(images=[Image.open(BytesIO(data))], text=prompt)
-        doors["AutoProcessor"] = inputs["pixel_values"], inputs["image_grid_thw"]
-    for door, (pixels, grid) in doors.items():
-        assert torch.equal(grid, expected[1]), door
-        assert torch.equal(pixels, expected[0]), door
+        entries["AutoProcessor"] = inputs["pixel_values"], inputs["image_grid_thw"]
+    for entry, (pixels, grid) in entries.items():
+        assert torch.equal(grid, expected[1]), entry
+        assert torch.equal(pixels, expected[0]), entry

@@ -1,4 +1,4 @@
-"""Pixels come in by one door: every content part that vLLM knows, on every path that renders messages."""
+"""Pixels have one entry point: every content part that vLLM knows, on every path that renders messages."""
 
 import json
 import socket
@@ -168,7 +168,7 @@ def test_prompts_in_other_forms(server, orders, path):
 
 
 def test_an_image_goes_through_every_path(server):
-    """The door is no wall."""
+    """What is allowed is not rejected with the rest."""
     image = data_url(encoded(plain()))
     for path, body in PATHS.items():
         part = {"type": "image_url", "image_url": {"url": image}}
