@@ -45,8 +45,8 @@ class PageMeter:
 
         def and_note(logger, scheduler_stats=None, *args, **kwargs):
             if scheduler_stats is not None:
-                images = scheduler_stats.running_lora_adapters.get("casa:image_pages_in_use", 0)
-                self.image_pages = max(self.image_pages, images)
+                # The baseline, which inserts image tokens, has none.
+                self.image_pages = max(self.image_pages, logger.read().get("image_pages_in_use", 0))
                 self.usage = max(self.usage, scheduler_stats.kv_cache_usage)
             return record(logger, scheduler_stats, *args, **kwargs)
 

@@ -1,6 +1,7 @@
 """Names and meanings of the metrics that the plugin exports; needs no vLLM."""
 
 PREFIX = "casa:"
+LABELS = ("model_name", "engine")
 GAUGES = {
     "image_pages_in_use": "Image pages that running requests read or are about to read.",
     "image_pages_free": "Cache pages that can be taken (shared with text).",

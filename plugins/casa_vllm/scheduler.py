@@ -18,8 +18,9 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from casa_vllm import compat
 from casa_vllm.encoder_cache import ImageEncoderCacheManager
+from casa_vllm.engine_counters import EngineCounters
 from casa_vllm.image_manager import ImageCacheManager
-from casa_vllm.metrics import attach_image_stats
+from casa_vllm.metrics import image_stats
 from casa_vllm.request_images import RequestImages
 from casa_vllm.sessions import SessionScheduling
 
@@ -45,6 +46,7 @@ class ImageScheduling(SessionScheduling):
             )
         assert isinstance(self.encoder_cache_manager, ImageEncoderCacheManager)
         self.encoder_cache_manager.bind(self.image_managers)
+        self.engine_counters = EngineCounters(self.vllm_config) if self.log_stats else None
 
     def add_request(self, request: Request) -> None:
         """Stock, after a fix of the request's block hasher to hash all images (compat.py)."""
@@ -69,12 +71,17 @@ class ImageScheduling(SessionScheduling):
         return output
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Stock, plus the image counters."""
-        stats = super().make_stats(*args, **kwargs)
-        if stats is not None:
+        """Stock; the image counters go their own way, see `engine_counters`."""
+        if self.engine_counters is not None:
             num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-            attach_image_stats(stats, [m.counters for m in self.image_managers], num_free)
-        return stats
+            self.engine_counters.write(image_stats([m.counters for m in self.image_managers], num_free))
+        return super().make_stats(*args, **kwargs)
+
+    def shutdown(self) -> None:
+        """Stock, and removes the file of counters."""
+        super().shutdown()
+        if self.engine_counters is not None:
+            self.engine_counters.close()
 
     def check_chunk(self, session: Request, update: StreamingUpdate, num_tokens: int) -> None:
         """Check that a chunk's images fit after those that its first token can still see.

@@ -11,6 +11,8 @@ import urllib.request
 import pytest
 from PIL import Image
 
+from casa_serving.engine_defaults import EMBEDDED_NAME
+from casa_vllm.metric_names import COUNTERS, GAUGES
 from image_files import data_url, encoded, plain
 from monitoring import SERVER_BOARD, alert_metrics, board_metrics
 from web import site
@@ -146,10 +148,17 @@ def test_an_image_from_an_allowed_domain(ask):
     assert answer.choices[0].message.content == same.choices[0].message.content
 
 
-def test_metrics_are_those_of_prometheus(server, good_request):
+def test_metrics_are_those_of_prometheus(server, good_request, ask):
     good_request()
+    ask("Read.", part(picture()))
     metrics = server.get("/metrics")
     assert re.search(r'vllm:request_success_total\{.*finished_reason="length".*\} [1-9]', metrics)
+    labels = f'{{engine="0",model_name="{EMBEDDED_NAME}"}}'
+    for name in COUNTERS:
+        assert f"# TYPE casa:{name}_total counter\ncasa:{name}_total{labels} " in metrics
+    for name in GAUGES:
+        assert f"# TYPE casa:{name} gauge\ncasa:{name}{labels} " in metrics
+    assert re.search(rf"casa:vision_encoder_runs_total{re.escape(labels)} [1-9]", metrics)
 
 
 def test_metrics_of_the_board_and_the_alerts_exist(server, good_request):

@@ -37,10 +37,10 @@ class Meter:
         record = ImageStatLogger.record
 
         def and_note(logger, scheduler_stats=None, *args, **kwargs):
-            carried = {} if scheduler_stats is None else scheduler_stats.running_lora_adapters
-            if "casa:image_pages_in_use" in carried:
-                self.image_pages = carried["casa:image_pages_in_use"]
-                self.free_pages = carried["casa:image_pages_free"]
+            if scheduler_stats is not None:
+                counters = logger.read()
+                self.image_pages = counters["image_pages_in_use"]
+                self.free_pages = counters["image_pages_free"]
                 self.max_image_pages = max(self.max_image_pages, self.image_pages)
             return record(logger, scheduler_stats, *args, **kwargs)
 
