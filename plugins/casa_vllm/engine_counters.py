@@ -3,11 +3,12 @@
 vLLM sends `SchedulerStats` after every step, without a field for plugins. The scheduler writes its counters into two
 files instead, one of counters and one of gauges:
 
-    one API server    in a folder of the engine's own, named by its instance; `ImageStatLogger` maps them
+    one API server    in a folder of the engine's own, named by its instance, from which the server maps them
     several           in PROMETHEUS_MULTIPROC_DIR, from which any of them answers for all processes
 
-An engine locks its own folder, and the kernel unlocks it however the engine ends. The folder is removed with the
-scheduler, or, if the engine was killed, by the next engine that starts.
+The server removes the folder as soon as it has the files, so that nothing is left of processes that are killed. An
+engine without one removes its folder at its end; that of an engine that was killed while it started is removed by the
+next one: an engine locks its folder, and the kernel unlocks it however the engine ends.
 """
 
 import fcntl
@@ -70,18 +71,19 @@ class EngineCounters:
 
 
 class EngineCountersReader:
-    """Reads what `EngineCounters` wrote into its own folder; the engine has started.
+    """Reads what `EngineCounters` writes into its own folder, which is removed; the engine has started.
 
     Args:
         vllm_config: The engine's, which it was started with.
 
     Raises:
-        FileNotFoundError: No such engine runs on this machine.
+        FileNotFoundError: No such engine runs on this machine, or it has a reader.
     """
 
     def __init__(self, vllm_config: "VllmConfig") -> None:
         folder = engine_folder(vllm_config)
         self._files = [MmapedDict(file_path(folder, kind, vllm_config), read_mode=True) for kind in KINDS]
+        shutil.rmtree(folder)
         self._names = {key: name for keys in metric_keys(vllm_config).values() for name, key in keys.items()}
 
     def read(self) -> dict[str, int]:

@@ -46,11 +46,19 @@ def test_a_server_reads_what_the_engine_has_counted():
     assert reader.read() == dict.fromkeys(VALUES, 0)
     counters.write(VALUES)
     assert reader.read() == VALUES
-    other = EngineCounters(config("18"))
+    EngineCounters(config("18")).write(dict.fromkeys(VALUES, 1))
     assert reader.read() == VALUES
     counters.close()
     counters.close()
-    other.close()
+
+
+def test_nothing_is_left_of_an_engine_that_is_killed_while_it_serves(folders):
+    engine = run_engine("17")
+    reader = EngineCountersReader(config("17"))
+    assert not list(folders.iterdir())
+    engine.kill()
+    engine.wait()
+    assert reader.read() == dict.fromkeys(VALUES, 0)
 
 
 def test_nobody_else_can_read_them():
@@ -94,7 +102,7 @@ def test_two_engines_of_one_name_do_not_share_a_folder():
     first.close()
 
 
-def test_folders_of_killed_engines_are_removed_by_the_next(folders):
+def test_folders_of_engines_that_were_killed_before_are_removed(folders):
     engines = {name: run_engine(name) for name in ("killed", "living")}
     engines["killed"].send_signal(signal.SIGKILL)
     engines["killed"].wait()
