@@ -28,7 +28,7 @@ from casa_digits.cases import draw_video
 from casa_digits.live import write_live_settings
 from casa_engine.checkpoints import load_processor, random_model, read_config, save_checkpoint
 from casa_engine.digits import checkpoint_path
-from casa_serving.engine_defaults import is_eager, runs_on_cpu, set_environment
+from casa_serving.engine_defaults import environment, runs_on_cpu, set_environment
 from casa_serving.live.session import FrameResult, LiveEngine, start_engine
 
 INSERTION_CAPTION_TOKENS = 2
@@ -144,7 +144,7 @@ def main():
     options = parser.parse_args()
     # What `casa-serve` sets for the embedded model goes for its twin as well; before vLLM is imported.
     on_cpu = runs_on_cpu()
-    set_environment(embedded=True, on_cpu=on_cpu, eager=is_eager(embedded=True, on_cpu=on_cpu), live=False)
+    set_environment(environment(embedded=True, on_cpu=on_cpu, eager=on_cpu), live=False)
     rows = []
     try:
         if options.fusion == "casa":

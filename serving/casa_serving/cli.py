@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -22,10 +23,10 @@ from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, exit_immedi
 from casa_serving.drain.startup_patch import replace_run_server
 from casa_serving.endpoint.plugin_entry import register
 from casa_serving.engine_defaults import (
+    SERVER_ARGUMENTS,
     SHUTDOWN_TIMEOUT_S,
     embedded_checkpoint,
-    engine_options,
-    logits_processors,
+    engine_arguments,
     read_checkpoint,
     runs_on_cpu,
     set_environment,
@@ -82,24 +83,27 @@ def build_parser(
     return parser
 
 
-def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namespace, bool]:
+def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namespace, dict[str, str]]:
     """Parses the command line, twice: the defaults depend on the checkpoint that it names.
 
     Returns:
-        The arguments for vLLM, and whether they name the embedded checkpoint.
+        The arguments for vLLM, and environment variables to set where they are not set.
 
     Raises:
         CheckpointError: the checkpoint is not one.
         InputError: two options contradict each other, or a limit is invalid.
     """
     named = named_checkpoint(argv, program)
-    embedded = named is None
     checkpoint = embedded_checkpoint() if named is None else Path(named)
-    defaults = engine_options(read_checkpoint(checkpoint), embedded=embedded, on_cpu=runs_on_cpu())
-    if embedded:
+    engine = functools.partial(
+        engine_arguments, read_checkpoint(checkpoint), embedded=named is None, on_cpu=runs_on_cpu()
+    )
+    defaults, _ = engine()
+    if named is None:
         argv = [str(checkpoint), *argv]
-    args = build_parser(defaults, program).parse_args(["serve", *argv])
-    return add_guards(args), embedded
+    args = add_guards(build_parser({**SERVER_ARGUMENTS, **defaults}, program).parse_args(["serve", *argv]))
+    arguments, variables = engine(live=args.live_max_sessions > 0, given=vars(args))
+    return argparse.Namespace(**arguments), variables
 
 
 def named_checkpoint(argv: list[str], program: str = "casa-serve") -> str | None:
@@ -122,10 +126,10 @@ def named_checkpoint(argv: list[str], program: str = "casa-serve") -> str | None
 
 
 def add_guards(args: argparse.Namespace) -> argparse.Namespace:
-    """Returns vLLM's arguments with CASA's limits, middleware and logits processor added.
+    """Returns vLLM's arguments with CASA's limits and middleware added.
 
     Mutates:
-        args: `media_io_kwargs`, `middleware` and `logits_processors`.
+        args: `media_io_kwargs` and `middleware`.
     """
     media = dict(args.media_io_kwargs or {})
     if media.get("image"):
@@ -139,6 +143,7 @@ def add_guards(args: argparse.Namespace) -> argparse.Namespace:
             "images. Leave them out, or use `vllm serve` and keep clients away yourself."
         )
     RequestLimits.from_options(vars(args))
+    LiveOptions.from_arguments(vars(args))
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be a number from 0 to 65535, got {args.port}.")
     limits = ImageLimits.from_options(vars(args)).as_options()
@@ -147,8 +152,6 @@ def add_guards(args: argparse.Namespace) -> argparse.Namespace:
     # Set in this process by casa_serving.drain.shutdown.
     args.was_asked_to_end, args.engine_processes = False, []
     args.middleware = [*args.middleware, *MIDDLEWARE]
-    has_live = LiveOptions.from_arguments(vars(args)).live_max_sessions > 0
-    args.logits_processors = logits_processors(args.logits_processors, live=has_live, on_cpu=runs_on_cpu())
     return args
 
 
@@ -192,11 +195,9 @@ def run(argv: list[str], program: str = "casa-serve") -> int:
 
         return run_cluster(argv[1:], program)
     try:
-        args, embedded = parse(argv, program)
+        args, variables = parse(argv, program)
         has_several = has_several_servers(args)
-        set_environment(
-            embedded=embedded, on_cpu=runs_on_cpu(), eager=args.enforce_eager, live=args.live_max_sessions > 0
-        )
+        set_environment(variables, live=args.live_max_sessions > 0)
     except CasaError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1

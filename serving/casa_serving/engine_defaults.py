@@ -1,4 +1,4 @@
-"""What `casa-serve` sets where the user does not: vLLM's options and environment for CASA.
+"""The arguments and the environment of a CASA engine, for `casa-serve`, a cluster's replicas and `casa-caption`.
 
 Every value here is a default of vLLM's own option or variable of that name, so that naming
 it on the command line, or setting it in the environment, wins.
@@ -7,9 +7,10 @@ it on the command line, or setting it in the environment, wins.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from casa_engine.checkpoints import check_tensors, read_config
@@ -39,48 +40,61 @@ PLUGIN_GROUPS = (
 )
 
 
-def engine_options(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[str, Any]:
-    """Returns defaults for vLLM's options, by argument name.
+# Arguments of vLLM's server, beside those of its engine. CORS: no other origin is allowed unless the operator names it.
+SERVER_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"allowed_origins": []})
+
+
+def engine_arguments(
+    config: CasaConfig,
+    *,
+    embedded: bool,
+    on_cpu: bool,
+    live: bool = False,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the arguments of a CASA engine by vLLM's names, and the environment variables that belong to them.
+
+    The caller adds the checkpoint's folder, which each of vLLM's interfaces takes in another way.
 
     Args:
         config: The checkpoint's configuration.
         embedded: Whether it is the model in the package, which is known to be tiny.
         on_cpu: Whether vLLM will run on the CPU.
+        live: Whether there are live sessions.
+        given: Arguments that are set already; they override the defaults.
     """
+    arguments = {**default_arguments(config, embedded=embedded, on_cpu=on_cpu), **given}
+    if live and on_cpu:
+        # On GPUs Model Runner V2 supports no logits processors; there the plugin wraps the sampler.
+        arguments["logits_processors"] = [*(arguments.get("logits_processors") or ()), CAPTION_PROCESSOR]
+    eager = arguments.get("enforce_eager", False)
+    return arguments, environment(embedded=embedded, on_cpu=on_cpu, eager=eager)
+
+
+def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[str, Any]:
+    """Returns the engine's arguments where the user sets none; see `engine_arguments`."""
     from vllm.config import StructuredOutputsConfig
 
-    options: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "max_model_len": config.text_config.max_position_embeddings,
         "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
         "enable_prefix_caching": True,
         # The default of 4 GiB is kept twice, in the server and in the engine.
         "mm_processor_cache_gb": 1,
-        # CORS: no other origin is allowed unless the operator names it.
-        "allowed_origins": [],
         # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=embedded),
     }
     if embedded:
-        options |= embedded_options(on_cpu=on_cpu)
-    return options
-
-
-def embedded_options(*, on_cpu: bool) -> dict[str, Any]:
-    """Returns defaults for the embedded model alone."""
-    return {
-        "served_model_name": [EMBEDDED_NAME],
-        # vLLM would round float32 weights to 16 bits, which a 10 MB model has no use for.
-        "dtype": "float32",
-        # Its images are small: thousands of frames fit, and no session looks at a frame twice.
-        "mm_processor_cache_gb": 0.125,
-        # Compiling takes longer than the rest of the start, and brings a tenth (docs/benchmarks.md).
-        "enforce_eager": is_eager(embedded=True, on_cpu=on_cpu),
-    }
-
-
-def is_eager(*, embedded: bool, on_cpu: bool) -> bool:
-    """Returns the default of `enforce_eager`."""
-    return embedded and on_cpu
+        arguments |= {
+            "served_model_name": [EMBEDDED_NAME],
+            # vLLM would round float32 weights to 16 bits, which a 10 MB model has no use for.
+            "dtype": "float32",
+            # Its images are small: thousands of frames fit, and no session looks at a frame twice.
+            "mm_processor_cache_gb": 0.125,
+            # Compiling takes longer than the rest of the start, and brings a tenth (docs/benchmarks.md).
+            "enforce_eager": on_cpu,
+        }
+    return arguments
 
 
 def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
@@ -113,19 +127,17 @@ def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
     return variables
 
 
-def set_environment(*, embedded: bool, on_cpu: bool, eager: bool, live: bool) -> None:
+def set_environment(variables: Mapping[str, str], *, live: bool) -> None:
     """Sets these variables unless they are set already; those that guard the server are always set.
 
     Args:
-        embedded: Whether the embedded model is served.
-        on_cpu: Whether vLLM will run on the CPU.
-        eager: Whether the model is not compiled.
-        live: Whether there are live sessions.
+        variables: See `engine_arguments`.
+        live: Whether the server has live sessions.
 
     Raises:
         ConfigError: the package was installed before it had its endpoints.
     """
-    for name, value in environment(embedded=embedded, on_cpu=on_cpu, eager=eager).items():
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     enable_endpoints([HTTP_PLUGIN, LIVE_PLUGIN] if live else [HTTP_PLUGIN])
@@ -197,15 +209,3 @@ def runs_on_cpu() -> bool:
     import torch
 
     return not torch.cuda.is_available()
-
-
-def logits_processors(given: Sequence[str] | None, *, live: bool, on_cpu: bool) -> list[str] | None:
-    """Returns vLLM's option of that name: the user's own and, where it is needed, CASA's caption processor.
-
-    Args:
-        given: The user's own.
-        live: Whether there are live sessions.
-        on_cpu: Whether vLLM will run on the CPU. On GPUs Model Runner V2 supports none; the plugin wraps the sampler.
-    """
-    added = [CAPTION_PROCESSOR] if live and on_cpu else []
-    return [*(given or ()), *added] or None

@@ -141,8 +141,9 @@ def test_a_file_of_options_can_name_the_checkpoint(tmp_path):
 
 
 def test_defaults_give_way_to_the_command_line(random_checkpoint):
-    args, embedded = cli.parse([str(random_checkpoint), "--max-model-len", "128"])
-    assert not embedded
+    args, variables = cli.parse([str(random_checkpoint), "--max-model-len", "128"])
+    assert args.model_tag == str(random_checkpoint)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in variables
     assert args.max_model_len == 128
     assert args.limit_mm_per_prompt == {"image": 256, "video": 0}
     assert args.media_io_kwargs["image"]["max_image_pixels"] == 4096 * 4096

@@ -4,7 +4,7 @@ import os
 from unittest import mock
 
 from casa_serving import cli
-from casa_serving.engine_defaults import set_environment
+from casa_serving.engine_defaults import environment, set_environment
 
 
 def build_real_app(*arguments, live=True):
@@ -14,7 +14,7 @@ def build_real_app(*arguments, live=True):
     """
     with mock.patch.dict(os.environ):
         os.environ.pop("VLLM_PLUGINS", None)
-        set_environment(embedded=True, on_cpu=True, eager=True, live=live)
+        set_environment(environment(embedded=True, on_cpu=True, eager=True), live=live)
         args, _ = cli.parse(list(arguments))
 
         from vllm.entrypoints.launchers.app import build_app

@@ -28,10 +28,9 @@ from casa_serving.engine_defaults import (
     CONNECTOR,
     EMBEDDED_NAME,
     HTTP_PLUGIN,
+    SERVER_ARGUMENTS,
     embedded_checkpoint,
-    engine_options,
-    environment,
-    logits_processors,
+    engine_arguments,
     plugins_with,
     read_checkpoint,
 )
@@ -118,25 +117,24 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
     """
     embedded = config.checkpoint is None
     checkpoint = checkpoint_folder(config)
-    options = engine_options(read_config(checkpoint), embedded=embedded, on_cpu=not on_gpu)
     name = config.model or (EMBEDDED_NAME if embedded else checkpoint.resolve().name)
-    # Ray Serve LLM sets it to `name`.
-    options.pop("served_model_name", None)
-    options |= {
-        # Each live session takes one sequence, whether it is captioning or waiting for its next frame.
-        "max_num_seqs": config.concurrency.running + config.live.max_sessions,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "media_io_kwargs": {"image": media_limits(config)},
-        "allowed_media_domains": list(config.images.allowed_media_domains),
-        **copy.deepcopy(config.engine),
-    }
-    processors = logits_processors(
-        options.get("logits_processors"), live=config.live.max_sessions > 0, on_cpu=not on_gpu
+    arguments, defaults = engine_arguments(
+        read_config(checkpoint),
+        embedded=embedded,
+        on_cpu=not on_gpu,
+        live=config.live.max_sessions > 0,
+        given={
+            **SERVER_ARGUMENTS,
+            # Each live session takes one sequence, whether it is captioning or waiting for its next frame.
+            "max_num_seqs": config.concurrency.running + config.live.max_sessions,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "media_io_kwargs": {"image": media_limits(config)},
+            "allowed_media_domains": list(config.images.allowed_media_domains),
+            **copy.deepcopy(config.engine),
+        },
     )
-    if processors:
-        options["logits_processors"] = processors
-    eager = options.get("enforce_eager", False)
-    defaults = environment(embedded=embedded, on_cpu=not on_gpu, eager=eager)
+    # Ray Serve LLM sets it to `name`.
+    arguments.pop("served_model_name", None)
     variables = {**defaults, **config.environment, **SAFETY}
     # Only the HTTP plugin: a replica's live sessions have a server of their own.
     variables["VLLM_PLUGINS"] = plugins_with([HTTP_PLUGIN], variables.get("VLLM_PLUGINS"))
@@ -145,7 +143,7 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
         accelerator_type=config.accelerator_type if on_gpu else None,
         accelerator_config={"kind": "gpu" if on_gpu else "cpu"},
         placement_group_config={"bundle_per_worker": bundle(config, on_gpu=on_gpu), "strategy": "STRICT_PACK"},
-        engine_kwargs={key: asdict(value) if is_dataclass(value) else value for key, value in options.items()},
+        engine_kwargs={key: asdict(value) if is_dataclass(value) else value for key, value in arguments.items()},
         deployment_config=deployment_options(config, surge=surge),
         runtime_env={"env_vars": variables},
         log_engine_metrics=True,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casa_serving.engine_defaults import (
     embedded_checkpoint,
-    engine_options,
-    is_eager,
-    logits_processors,
+    engine_arguments,
     read_checkpoint,
     runs_on_cpu,
     set_environment,
@@ -34,17 +31,17 @@ async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
         CheckpointError: The folder contains no CASA model.
     """
     checkpoint = Path(checkpoint)
-    config, on_cpu = read_checkpoint(checkpoint), runs_on_cpu()
-    embedded = checkpoint.resolve() == embedded_checkpoint().resolve()
-    eager = options.get("enforce_eager", is_eager(embedded=embedded, on_cpu=on_cpu))
-    set_environment(embedded=embedded, on_cpu=on_cpu, eager=eager, live=False)
-    # Imported here because vLLM reads the environment at import.
+    arguments, variables = engine_arguments(
+        read_checkpoint(checkpoint),
+        embedded=checkpoint.resolve() == embedded_checkpoint().resolve(),
+        on_cpu=runs_on_cpu(),
+        live=True,
+        given=options,
+    )
+    # No server's endpoint for sessions: they are opened in this process.
+    set_environment(variables, live=False)
+    # Imported here: the protocol and its client need no vLLM.
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    defaults = engine_options(config, embedded=embedded, on_cpu=on_cpu)
-    processors = logits_processors(options.pop("logits_processors", None), live=True, on_cpu=on_cpu)
-    arguments = {name: value for name, value in defaults.items() if name in known}
-    arguments |= {"model": str(checkpoint), "logits_processors": processors}
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | options)))
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(checkpoint), **arguments))
