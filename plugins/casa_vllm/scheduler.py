@@ -78,7 +78,7 @@ class ImageScheduling(SessionScheduling):
         return super().make_stats(*args, **kwargs)
 
     def shutdown(self) -> None:
-        """Stock, and removes the file of counters."""
+        """Stock, and removes the folder of the counters, if no server has done so."""
         super().shutdown()
         if self.engine_counters is not None:
             self.engine_counters.close()

@@ -38,8 +38,6 @@ PLUGIN_GROUPS = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
-
-
 # Arguments of vLLM's server, beside those of its engine. CORS: no other origin is allowed unless the operator names it.
 SERVER_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"allowed_origins": []})
 
