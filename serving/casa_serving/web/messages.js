@@ -5,7 +5,7 @@ export class SourceError extends Error {}
 
 export function fileProblem(file) {
   const kind = file.type ? ` (${file.type})` : "";
-  return `“${file.name}”${kind} cannot be played by this browser: it has no picture, or is of a kind the browser does not know. Choose an MP4 (H.264) or WebM file.`;
+  return `“${file.name}”${kind} cannot be played by this browser: it has no picture, or a format that the browser does not support. Choose an MP4 (H.264) or WebM file.`;
 }
 
 export function cameraProblem(name, message) {
@@ -25,7 +25,7 @@ const FATAL = {
 };
 const CLOSED = {
   1001: `The server is shutting down. When it is back, ${RECONNECT}`,
-  1009: "A frame was larger than the server takes in one message.",
+  1009: "A frame was larger than the server accepts in one message.",
   1012: `The server is shutting down. When it is back, ${RECONNECT}`,
 };
 
@@ -39,7 +39,7 @@ export function endProblem(error, code) {
 export function connectProblem(status, hadKey) {
   if (status === null) return `No server answers at ${location.host}. Is casa-serve still running? Then press Reconnect.`;
   if (status === 401) return hadKey ? "The server does not know this API key." : "This server asks for an API key.";
-  return "The server runs but refused the session: it may have been restarted without live sessions (--live-max-sessions), or does not know this page’s address (--allowed-origins).";
+  return "The server runs but rejected the session: it may have been restarted without live sessions (--live-max-sessions), or does not allow this page’s address (--allowed-origins).";
 }
 
 /** Returns the statistics of a session as text. */
