@@ -107,6 +107,8 @@ def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MEDIA_CONNECTOR": CONNECTOR,
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+        # As `vllm serve` has it: an engine inherits nothing of CUDA's, and no threads, from the server.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if on_cpu:
         # Pinning threads to cores needs the right to do so, which containers often lack, and
@@ -203,7 +205,10 @@ def read_checkpoint(checkpoint: Path) -> CasaConfig:
 
 
 def runs_on_cpu() -> bool:
-    """Returns whether vLLM will run on the CPU."""
-    import torch
+    """Returns whether vLLM will run on the CPU.
 
-    return not torch.cuda.is_available()
+    vLLM finds it out without CUDA; a process that has asked CUDA cannot fork an engine that uses it.
+    """
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()

@@ -34,6 +34,7 @@ VARIABLES = (
     "VLLM_MEDIA_CONNECTOR",
     "VLLM_NO_USAGE_STATS",
     "VLLM_PLUGINS",
+    "VLLM_WORKER_MULTIPROC_METHOD",
 )
 MODELS = [
     pytest.param(embedded, on_cpu, id=f"{'embedded' if embedded else 'own'}-{'cpu' if on_cpu else 'gpu'}")
@@ -81,6 +82,7 @@ def expected_environment(*, embedded, on_cpu, eager):
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MEDIA_CONNECTOR": "casa_guarded",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if on_cpu:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

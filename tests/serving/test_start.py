@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 
 import openai
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from casa_serving import cli
+from casa_serving.engine_defaults import embedded_checkpoint
 from image_files import data_url, encoded, plain
 from serving_process import CASA_SERVE, casa_serve
 
@@ -114,6 +116,29 @@ def test_the_command_itself_exits_with_the_sentence(tmp_path):
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert "has no config.json" in run.stderr.splitlines()[-1]
+
+
+# Whoever asks CUDA before vLLM has said how makes it unusable in the engine's process, on every GPU.
+ASKED = """
+import os, sys, torch
+from casa_serving import cli
+
+def ask(*_):
+    assert os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") == "1", "CUDA was asked"
+    return 0
+
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch._C._cuda_getDeviceCount = ask
+print(cli.parse(sys.argv[1:])[0].model_tag)
+"""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_cuda_is_not_asked_before_vllm_is_there(random_checkpoint, named):
+    arguments = [str(random_checkpoint)] if named else []
+    command = [sys.executable, "-c", ASKED, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == str(random_checkpoint if named else embedded_checkpoint())
 
 
 @pytest.mark.parametrize(
