@@ -85,10 +85,14 @@ def _keep_worker_in_engine(vllm_config: "VllmConfig") -> None:
 
     vLLM gives it a process of its own, in which it can bind OpenMP's threads; with "nobind" there is nothing to bind.
     """
+    from vllm.ray.lazy_utils import is_in_ray_actor
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     parallel = vllm_config.parallel_config
-    if parallel.distributed_executor_backend == "uni" and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
+    # Ray Serve LLM names "mp" for every engine on a CPU.
+    names = ("uni", "mp") if is_in_ray_actor() else ("uni",)
+    is_bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
+    if parallel.world_size == 1 and parallel.distributed_executor_backend in names and not is_bound:
         # The class and not the name, which vLLM's CPU platform replaces with "mp".
         parallel.distributed_executor_backend = UniProcExecutor
 

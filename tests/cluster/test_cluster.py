@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -80,6 +81,13 @@ def test_each_node_has_a_replica(cluster):
     replicas = cluster.replicas()
     assert len(replicas) == 2
     assert len({replica["node_id"] for replica in replicas.values()}) == 2
+
+
+def test_a_replica_is_two_processes(cluster):
+    """The server and the engine: the only worker is in the engine's."""
+    for replica in cluster.replicas().values():
+        started = [child.cmdline() for child in psutil.Process(replica["pid"]).children(recursive=True)]
+        assert [line[0] for line in started if line and line[0].startswith("VLLM::")] == ["VLLM::EngineCore"]
 
 
 def test_digits_are_read(cluster):
@@ -161,6 +169,8 @@ def test_bad_requests_get_a_sentence(cluster, http, path, request_body, status, 
 def test_metrics_of_the_board_and_the_alerts_exist(cluster, http):
     ask(http, noise(1, 56), headers={"x-session-id": "for the metrics"})
     ask(http, noise(1, 56), headers={"x-session-id": "for the metrics"})
+    # Errors are counted from the first one on.
+    assert http.post("/v1/chat/completions", json={"messages": []}).status_code == 400
     wanted = board_metrics(CLUSTER_BOARD) | alert_metrics("casa-cluster")
     assert wanted
 
