@@ -18,10 +18,11 @@ from casa_serving.caption.burn import burn
 from casa_serving.caption.camera import Camera
 from casa_serving.caption.captioners import encode, fit, live_url
 from casa_serving.caption.download import download
-from casa_serving.caption.subtitles import MAX_CAPTION_S, FrameRecord, subtitles, write_subtitles
+from casa_serving.caption.subtitles import MAX_CAPTION_S, subtitles, write_subtitles
 from casa_serving.caption.video import check_complete, sample, scan, upright_size
 from casa_serving.live.protocol import Limits
 from odd_videos import OddVideos, ffmpeg
+from scripted_caption import frame_result
 from web import site
 
 CLOCK = Fraction(1, 1000)
@@ -249,12 +250,8 @@ class TestCamera:
             list(camera.samples(fps=5))
 
 
-def record(timestamp, caption):
-    return FrameRecord(timestamp, caption, 2, 1.0, 2.0, 3, 1)
-
-
 def test_a_caption_stands_until_the_next_one_but_not_for_ever():
-    records = [record(0.0, "a"), record(0.5, ""), record(1.5, "b"), record(30.0, "c")]
+    records = [frame_result(0.0, "a"), frame_result(0.5, ""), frame_result(1.5, "b"), frame_result(30.0, "c")]
     events = list(subtitles(records, end_s=31.0))
     assert [(event.start, event.end) for event in events] == [
         (0, 1500),
@@ -266,7 +263,7 @@ def test_a_caption_stands_until_the_next_one_but_not_for_ever():
 @pytest.mark.parametrize("suffix", ["srt", "vtt", "ass"])
 def test_words_are_never_markup(tmp_path, suffix):
     words = "1 --> 2 {b} <i>c</i>\n\n\\N d & e"
-    write_subtitles(subtitles([record(0.0, words), record(1.0, "f")], 2.0), tmp_path / f"x.{suffix}")
+    write_subtitles(subtitles([frame_result(0.0, words), frame_result(1.0, "f")], 2.0), tmp_path / f"x.{suffix}")
     events = list(pysubs2.load(str(tmp_path / f"x.{suffix}")))
     assert [event.plaintext for event in events] == ["1 --\u203a 2 (b) \u2039i\u203ac\u2039/i\u203a /N d & e", "f"]
 
@@ -297,7 +294,7 @@ def test_a_frame_is_scaled_to_what_the_server_takes(size, limits, sent):
 def test_captions_are_burned_in_where_they_stand(odd_videos, tmp_path, name):
     video = odd_videos.make(name)
     info = scan(video)
-    captions = subtitles([record(info.late_s + 1.0, "MMMMMM")], info.late_s + 2.0)
+    captions = subtitles([frame_result(info.late_s + 1.0, "MMMMMM")], info.late_s + 2.0)
     burn(info, captions, tmp_path / "burned.mp4")
     before, after = (
         [np.asarray(item.image.crop((0, 90, *item.image.size)), int) for item in sample(scan(path), 2)]

@@ -3,7 +3,12 @@
 from contextlib import asynccontextmanager
 
 from casa_serving.caption import cli as caption_cli
-from casa_serving.caption.subtitles import FrameRecord
+from casa_serving.live.results import FrameResult
+
+
+def frame_result(timestamp, caption) -> FrameResult:
+    """Returns the result of a frame of which the caption alone matters."""
+    return FrameResult(timestamp, caption, 2, False, False, False, 0.0, 1.0, 2.0, 2.0, 3, 4, 1)
 
 
 def scripted(monkeypatch, caption) -> None:
@@ -12,7 +17,7 @@ def scripted(monkeypatch, caption) -> None:
     @asynccontextmanager
     async def open_scripted(*args):
         async def captioner(sample):
-            return FrameRecord(sample.timestamp, caption(sample), 2, 1.0, 2.0, 3, 1)
+            return frame_result(sample.timestamp, caption(sample))
 
         yield captioner
 

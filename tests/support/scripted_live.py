@@ -1,6 +1,7 @@
 """`/v1/live` over a real socket with an engine that follows a script, so that a test decides when a frame is done."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from casa_serving.live.connection import LiveService
 from casa_serving.live.endpoint import live
 from casa_serving.live.metrics import LiveMetrics
 from casa_serving.live.protocol import PATH
-from casa_serving.live.session import AnswerResult, FrameResult, TextDelta
+from casa_serving.live.results import AnswerResult, FrameResult, TextDelta
 from casa_serving.live.session_slots import SessionSlots
 from casa_serving.options.image_limits import ImageLimits
 from casa_serving.options.live_options import LiveOptions
@@ -50,7 +51,8 @@ class ScriptedSession:
     is_closed: bool = False
     sizes: list = field(default_factory=list)
 
-    async def caption(self, image, timestamp):
+    async def caption(self, image, timestamp, arrived_s):
+        started_s = time.monotonic()
         self.engine.num_in_work += 1
         try:
             self.sizes.append(image.size)
@@ -61,7 +63,22 @@ class ScriptedSession:
             if image.width == 17:
                 raise InputError("the image does not fit")
             yield TextDelta(f"{image.height}")
-            yield FrameResult(f"{image.width} {image.height}", 3, False, 1.0, 2.0, 40, 4, 2, False, False)
+            ended_s = time.monotonic()
+            yield FrameResult(
+                timestamp=timestamp,
+                caption=f"{image.width} {image.height}",
+                num_tokens=3,
+                truncated=False,
+                trimmed=False,
+                restarted=False,
+                queue_ms=1000 * (started_s - arrived_s),
+                ttft_ms=1.0,
+                total_ms=2.0,
+                delay_ms=1000 * (ended_s - arrived_s),
+                text_tokens=40,
+                image_tokens=4,
+                image_pages=2,
+            )
         finally:
             self.engine.num_in_work -= 1
 
@@ -70,7 +87,7 @@ class ScriptedSession:
             raise InputError("the question holds a special token")
         await self.engine.gate.wait()
         yield TextDelta("yes")
-        yield AnswerResult("yes", 2, False, 1.0, 2.0, 50, False, False)
+        yield AnswerResult("yes", 2, False, False, False, 1.0, 2.0, 50)
 
     async def close(self):
         self.is_closed = True

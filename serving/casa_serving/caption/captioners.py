@@ -16,8 +16,8 @@ from yarl import URL
 
 from casa_engine.errors import InputError
 from casa_engine.live import LiveSettings
-from casa_serving.caption.subtitles import FrameRecord
 from casa_serving.caption.video import Sample
+from casa_serving.live.results import FrameResult
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from casa_serving.live.protocol import Limits
     from casa_serving.live.session import LiveSession
 
-Captioner = Callable[[Sample], Awaitable[FrameRecord]]
+Captioner = Callable[[Sample], Awaitable[FrameResult]]
 JPEG_QUALITY = 95
 
 
@@ -64,21 +64,11 @@ def block_sigint_in_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-async def caption_in_engine(session: LiveSession, sample: Sample) -> FrameRecord:
+async def caption_in_engine(session: LiveSession, sample: Sample) -> FrameResult:
     """Captions one frame in a session; returns when the caption is complete."""
-    from casa_serving.live.session import FrameResult
-
     async for item in session.caption(sample.image, sample.timestamp):
         if isinstance(item, FrameResult):
-            return FrameRecord(
-                timestamp=round(sample.timestamp, 6),
-                caption=item.caption,
-                tokens=item.num_tokens,
-                ttft_ms=round(item.ttft_ms, 3),
-                delay_ms=round(item.total_ms, 3),
-                text_tokens=item.text_tokens,
-                image_pages=item.image_pages,
-            )
+            return item
     raise RuntimeError("The session gave no result for a frame.")
 
 
@@ -110,7 +100,7 @@ async def server_captioner(server: str, api_key: str | None, settings: dict[str,
         raise InputError(f"The server {server!r} cannot be used: {error}") from error
 
 
-async def caption_by_server(client: LiveClient, sample: Sample) -> FrameRecord:
+async def caption_by_server(client: LiveClient, sample: Sample) -> FrameResult:
     """Sends one frame and waits until its caption is complete."""
     from casa_serving.live.protocol import ErrorEvent, FrameDone, LiveError
 
@@ -121,15 +111,7 @@ async def caption_by_server(client: LiveClient, sample: Sample) -> FrameRecord:
         if isinstance(event, ErrorEvent):
             raise LiveError(event.code, event.message)
         if isinstance(event, FrameDone) and event.frame == number:
-            return FrameRecord(
-                timestamp=round(sample.timestamp, 6),
-                caption=event.caption,
-                tokens=event.num_tokens,
-                ttft_ms=event.ttft_ms,
-                delay_ms=event.delay_ms,
-                text_tokens=event.text_tokens,
-                image_pages=event.image_pages,
-            )
+            return event.result
     raise InputError("The server closed the session before the video's end.")
 
 

@@ -34,8 +34,9 @@ from casa_serving.caption.options import (
     is_url,
 )
 from casa_serving.caption.outputs import Outputs, building
-from casa_serving.caption.subtitles import FrameRecord, import_pysubs2
+from casa_serving.caption.subtitles import import_pysubs2
 from casa_serving.caption.video import Sample, VideoInfo, check_complete, sample, scan
+from casa_serving.live.results import FrameResult
 
 INTERRUPTED = 130  # Exit status of a command that was stopped by Ctrl-C.
 
@@ -103,7 +104,7 @@ def open_captioner(options: argparse.Namespace) -> AbstractAsyncContextManager[C
 
 
 async def caption_all(
-    records: list[FrameRecord],
+    records: list[FrameResult],
     source: Source,
     captioner: AbstractAsyncContextManager[Captioner],
     outputs: Outputs,
@@ -139,7 +140,7 @@ async def caption_all(
 
 
 async def caption_into(
-    records: list[FrameRecord],
+    records: list[FrameResult],
     source: Source,
     captioner: AbstractAsyncContextManager[Captioner],
     outputs: Outputs,
@@ -158,7 +159,7 @@ async def caption_into(
                 report(progress, records[-1])
 
 
-def report(progress: tqdm, record: FrameRecord) -> None:
+def report(progress: tqdm, record: FrameResult) -> None:
     """Shows a caption above the progress bar."""
     if record.caption and not progress.disable:
         progress.write(f"{record.timestamp:9.2f} s  {record.caption}")
@@ -173,7 +174,7 @@ def run(options: argparse.Namespace) -> int:
         find_ffmpeg()
     captioner = open_captioner(options)
     with sigterm_as_interrupt(), open_source(options) as source, building(options) as outputs:
-        records: list[FrameRecord] = []
+        records: list[FrameResult] = []
         complete, captions = False, None
         try:
             complete = asyncio.run(caption_all(records, source, captioner, outputs, options))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from casa_engine.atomic_files import publish, staged_beside
 from casa_serving.caption.burn import burn
 from casa_serving.caption.options import chosen_formats, output_path
-from casa_serving.caption.subtitles import FrameRecord, JsonLines, subtitles, write_subtitles
+from casa_serving.caption.subtitles import JsonLines, subtitles, write_subtitles
+from casa_serving.live.results import FrameResult
 
 if TYPE_CHECKING:
     from pysubs2 import SSAFile
@@ -56,7 +57,7 @@ class Outputs:
         self._options, self._parts, self._burned = options, parts, burned
         self._lines = JsonLines(parts[JSONL]) if JSONL in parts else None
 
-    def write(self, record: FrameRecord) -> None:
+    def write(self, record: FrameResult) -> None:
         """Appends a frame to the JSON lines, if requested."""
         if self._lines is not None:
             self._lines.write(record)
@@ -66,7 +67,7 @@ class Outputs:
         if self._lines is not None:
             self._lines.close()
 
-    def publish(self, records: list[FrameRecord], *, complete: bool) -> SSAFile:
+    def publish(self, records: list[FrameResult], *, complete: bool) -> SSAFile:
         """Moves all files to their final paths; returns the captions.
 
         Args:

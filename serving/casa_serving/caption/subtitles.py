@@ -7,12 +7,12 @@ entry in subtitles; in the JSON lines every frame has one.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from casa_engine.errors import InputError
+from casa_serving.live.results import FrameResult
 
 if TYPE_CHECKING:
     import pysubs2
@@ -21,29 +21,6 @@ MAX_CAPTION_S = 10.0
 FORMATS = ("srt", "vtt", "jsonl")
 # Replacements of characters with a meaning in one of the formats; captions are plain text, not markup.
 HARMLESS = str.maketrans({"{": "(", "}": ")", "<": "\u2039", ">": "\u203a", "\\": "/"})
-
-
-@dataclass(frozen=True)
-class FrameRecord:
-    """One frame and its caption.
-
-    Attributes:
-        timestamp: Seconds on the video's clock, as a player shows them.
-        caption: "" if the model stayed silent.
-        tokens: Generated tokens, the stop token included.
-        ttft_ms: Milliseconds from sending the frame to the first token.
-        delay_ms: Milliseconds to the last token.
-        text_tokens: Text tokens of the session in the KV cache.
-        image_pages: KV-cache pages of the frame.
-    """
-
-    timestamp: float
-    caption: str
-    tokens: int
-    ttft_ms: float
-    delay_ms: float
-    text_tokens: int
-    image_pages: int
 
 
 def import_pysubs2() -> ModuleType:
@@ -61,7 +38,7 @@ def import_pysubs2() -> ModuleType:
     return pysubs2
 
 
-def subtitles(records: list[FrameRecord], end_s: float) -> pysubs2.SSAFile:
+def subtitles(records: list[FrameResult], end_s: float) -> pysubs2.SSAFile:
     """Returns timed captions.
 
     Args:
@@ -70,11 +47,11 @@ def subtitles(records: list[FrameRecord], end_s: float) -> pysubs2.SSAFile:
     """
     pysubs2 = import_pysubs2()
     spoken = [record for record in records if record.caption]
-    starts = [record.timestamp for record in spoken]
+    starts = [rounded_timestamp(record) for record in spoken]
     file = pysubs2.SSAFile()
-    for record, following in zip(spoken, [*starts, end_s][1:], strict=True):
-        end = min(following, record.timestamp + MAX_CAPTION_S)
-        event = pysubs2.SSAEvent(start=pysubs2.make_time(s=record.timestamp), end=pysubs2.make_time(s=end))
+    for record, start, following in zip(spoken, starts, [*starts, end_s][1:], strict=True):
+        end = min(following, start + MAX_CAPTION_S)
+        event = pysubs2.SSAEvent(start=pysubs2.make_time(s=start), end=pysubs2.make_time(s=end))
         event.plaintext = " ".join(record.caption.translate(HARMLESS).split())
         file.append(event)
     return file
@@ -107,6 +84,24 @@ def styled(file: pysubs2.SSAFile, width: int, height: int) -> pysubs2.SSAFile:
     return file
 
 
+def rounded_timestamp(record: FrameResult) -> float:
+    """Returns a frame's time as all files have it: what is far below a microsecond is the arithmetic's."""
+    return round(record.timestamp, 6)
+
+
+def line(record: FrameResult) -> dict[str, Any]:
+    """Returns a frame's fields in the JSON lines, by their names there."""
+    return {
+        "timestamp": rounded_timestamp(record),
+        "caption": record.caption,
+        "tokens": record.num_tokens,
+        "ttft_ms": round(record.ttft_ms, 3),
+        "delay_ms": round(record.delay_ms, 3),
+        "text_tokens": record.text_tokens,
+        "image_pages": record.image_pages,
+    }
+
+
 class JsonLines:
     """A file of one JSON line for each frame.
 
@@ -117,9 +112,9 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self._file: IO[str] = path.open("w", encoding="utf-8")
 
-    def write(self, record: FrameRecord) -> None:
+    def write(self, record: FrameResult) -> None:
         """Appends a frame and flushes it."""
-        self._file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(line(record), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -54,7 +54,8 @@ from casa_serving.live.protocol import (
     read_frame,
     read_text,
 )
-from casa_serving.live.session import FrameResult, LiveEngine, LiveSession, TextDelta
+from casa_serving.live.results import TextDelta
+from casa_serving.live.session import LiveEngine, LiveSession
 from casa_serving.live.session_slots import SessionSlots
 from casa_serving.options.live_options import LiveOptions
 
@@ -282,24 +283,15 @@ class Connection:
 
     async def _caption(self, session: LiveSession, frame: Frame) -> None:
         image = await asyncio.to_thread(self._decode, frame.data)
-        started_s = time.monotonic()
         try:
-            async with contextlib.aclosing(session.caption(image, frame.timestamp)) as pieces:
+            async with contextlib.aclosing(session.caption(image, frame.timestamp, frame.arrived_s)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, TextDelta):
                         await self._send(CaptionDelta(frame=frame.number, timestamp=frame.timestamp, text=piece.text))
         except InputError as error:
             raise LiveError("bad_frame", str(error)) from error
-        done = self._frame_done(frame, piece, started_s)
-        self.statistics.add_frame(done)
-        await self._send(done)
-
-    def _frame_done(self, frame: Frame, result: FrameResult, started_s: float) -> FrameDone:
-        delay_s = time.monotonic() - frame.arrived_s
-        times = {"queue_ms": (started_s - frame.arrived_s) * 1000, "delay_ms": delay_s * 1000}
-        fields = asdict(result) | times
-        rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in fields.items()}
-        return FrameDone(frame=frame.number, timestamp=frame.timestamp, **rounded)
+        self.statistics.add_frame(piece)
+        await self._send(FrameDone.of(frame.number, piece))
 
     def _decode(self, data: bytes) -> Image.Image:
         try:
@@ -310,7 +302,6 @@ class Connection:
             raise LiveError("bad_frame", str(error)) from error
 
     async def _answer(self, session: LiveSession, question: PendingQuestion) -> None:
-        started_s = time.monotonic()
         try:
             async with contextlib.aclosing(session.ask(question.text)) as pieces:
                 async for piece in pieces:
@@ -318,14 +309,13 @@ class Connection:
                         await self._send(AnswerDelta(question=question.number, id=question.id, text=piece.text))
         except InputError as error:
             raise LiveError("bad_message", str(error), id=question.id) from error
-        total_ms = round((time.monotonic() - started_s) * 1000, 2)
         await self._send(
             AnswerDone(
                 question=question.number,
                 id=question.id,
                 text=piece.answer,
                 num_tokens=piece.num_tokens,
-                total_ms=total_ms,
+                total_ms=round(piece.total_ms, 2),
             )
         )
 

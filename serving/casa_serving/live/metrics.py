@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from casa_serving.live.protocol import Delays, FrameDone, Statistics
+from casa_serving.live.protocol import Delays, Statistics
+from casa_serving.live.results import FrameResult
 
 Result = Literal["captioned", "silent", "dropped", "refused"]
 # A session may run for days: percentiles are of its last frames, so that memory is bounded.
@@ -77,7 +78,7 @@ class SessionStatistics:
         self.counts[result] += 1
         self.metrics.frames.labels(result).inc()
 
-    def add_frame(self, frame: FrameDone) -> None:
+    def add_frame(self, frame: FrameResult) -> None:
         """Adds a captioned or silent frame."""
         self.count("captioned" if frame.caption else "silent")
         self.tokens += frame.num_tokens
@@ -95,7 +96,7 @@ class SessionStatistics:
     def summary(self) -> Statistics:
         """Returns the statistics for `session.closed`."""
         p50, p95 = (round(float(value), 1) for value in np.percentile(self.delays_ms or [0.0], [50, 95]))
-        delays = Delays(p50=p50, p95=p95, max=self.longest_delay_ms)
+        delays = Delays(p50=p50, p95=p95, max=round(self.longest_delay_ms or 0.0, 2))
         return Statistics(
             frames=self.frames,
             **self.counts,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
@@ -21,6 +21,7 @@ from casa_engine.errors import CasaError, InputError
 from casa_engine.image_guard import IMAGE_TYPES
 from casa_engine.live import LiveSettings
 from casa_engine.live.settings import MAX_TEXT_CHARACTERS
+from casa_serving.live.results import FrameResult
 from casa_serving.options.image_limits import ImageLimits
 from casa_serving.options.live_options import MAX_TEXT_BYTES
 
@@ -248,28 +249,28 @@ class CaptionDelta(Event):
     text: str
 
 
-class FrameDone(Event):
-    """A frame's caption is complete; `caption` is "" if the model stayed silent.
-
-    `queue_ms` arrival to the start of processing, `ttft_ms` start to the first token, `total_ms` start to
-    the last token, `delay_ms` arrival to the last token.
-    """
+class FrameDoneBase(Event):
+    """A frame's caption is complete: its number and the fields of its `FrameResult`."""
 
     type: Literal["frame.done"] = "frame.done"
     frame: int
-    timestamp: float
-    caption: str
-    num_tokens: int
-    truncated: bool
-    trimmed: bool
-    restarted: bool
-    queue_ms: float
-    ttft_ms: float
-    total_ms: float
-    delay_ms: float
-    text_tokens: int
-    image_tokens: int
-    image_pages: int
+
+    @classmethod
+    def of(cls, frame: int, result: FrameResult) -> FrameDone:
+        """Returns the event of a frame's number and result; times are rounded."""
+        values = {name: round(value, 2) if name.endswith("_ms") else value for name, value in asdict(result).items()}
+        return FrameDone(frame=frame, **values)
+
+    @property
+    def result(self) -> FrameResult:
+        """The frame's result, as the server's session gave it."""
+        return FrameResult(**self.model_dump(exclude={"type", "frame"}))
+
+
+# The result's fields are declared once, in FrameResult.
+FrameDone = create_model(
+    "FrameDone", __base__=FrameDoneBase, **{name: (hint, ...) for name, hint in get_type_hints(FrameResult).items()}
+)
 
 
 class FrameDropped(Event):

@@ -25,6 +25,7 @@ from casa_engine.live.stream_format import StreamFormat
 from casa_engine.live.transcript import Chunk, Entry
 from casa_serving.live.engine_request import EngineRequest, RequestLostError
 from casa_serving.live.engine_start import start_engine
+from casa_serving.live.results import AnswerResult, FrameResult, TextDelta
 from casa_vllm.api import CAPTION_PROCESSOR, PageCosts
 
 if TYPE_CHECKING:
@@ -44,56 +45,6 @@ __all__ = [
 ]
 # Retries of a chunk after the engine has lost the session.
 MAX_RESTARTS = 3
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """The next piece of the current caption or answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class FrameResult:
-    """Result of a frame.
-
-    Attributes:
-        caption: The whole caption; "" if the model stayed silent.
-        num_tokens: Tokens generated, the stop token included.
-        truncated: The caption reached its maximum length.
-        ttft_ms: Milliseconds from the start of processing to the first token.
-        total_ms: Milliseconds to the last token.
-        text_tokens: Text tokens of the session in the KV cache.
-        image_tokens: Image tokens of this frame.
-        image_pages: Their KV-cache pages, over all image groups.
-        trimmed: The text budget was reached before this frame: the oldest captions were removed.
-        restarted: The engine had lost the session; it was restarted from its text.
-    """
-
-    caption: str
-    num_tokens: int
-    truncated: bool
-    ttft_ms: float
-    total_ms: float
-    text_tokens: int
-    image_tokens: int
-    image_pages: int
-    trimmed: bool
-    restarted: bool
-
-
-@dataclass(frozen=True)
-class AnswerResult:
-    """Result of an answer; the attributes are those of `FrameResult`."""
-
-    answer: str
-    num_tokens: int
-    truncated: bool
-    ttft_ms: float
-    total_ms: float
-    text_tokens: int
-    trimmed: bool
-    restarted: bool
 
 
 class LiveEngine:
@@ -181,8 +132,8 @@ class LiveEngine:
 class Progress:
     """State of the current chunk's answer; times are of the monotonic clock, in seconds."""
 
-    started: float = field(default_factory=time.monotonic)
-    first_token: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None
     token_ids: list[int] = field(default_factory=list)
     sent_text: str = ""
     trimmed: bool = False
@@ -192,8 +143,8 @@ class Progress:
 
     def add(self, token_ids: Sequence[int]) -> None:
         """Appends tokens."""
-        if self.first_token is None:
-            self.first_token = time.monotonic()
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic()
         self.token_ids += token_ids
 
     def delta(self, text: str) -> str:
@@ -208,12 +159,12 @@ class Progress:
 
     def common_fields(self, stop_ids: Sequence[int]) -> dict[str, Any]:
         """Returns the fields that results of frames and answers share."""
-        ended = time.monotonic()
+        ended_s = time.monotonic()
         return {
             "num_tokens": len(self.token_ids),
             "truncated": self.token_ids[-1] not in stop_ids,
-            "ttft_ms": 1000 * ((self.first_token or ended) - self.started),
-            "total_ms": 1000 * (ended - self.started),
+            "ttft_ms": 1000 * ((self.first_token_s or ended_s) - self.started_s),
+            "total_ms": 1000 * (ended_s - self.started_s),
             "trimmed": self.trimmed,
             "restarted": self.restarts > 0,
         }
@@ -236,8 +187,15 @@ class LiveSession:
         self._is_unfinished = False
         self._is_closed = False
 
-    async def caption(self, image: Image.Image, timestamp: float) -> AsyncIterator[TextDelta | FrameResult]:
+    async def caption(
+        self, image: Image.Image, timestamp: float, arrived_s: float | None = None
+    ) -> AsyncIterator[TextDelta | FrameResult]:
         """Captions a frame; the last item is the `FrameResult`.
+
+        Args:
+            image: The frame.
+            timestamp: Its time in the video, in seconds.
+            arrived_s: When it arrived, on the monotonic clock; None is now.
 
         Raises:
             InputError: The image is invalid; the session goes on without it.
@@ -251,12 +209,17 @@ class LiveSession:
         progress = Progress()
         async for text in self._answer(next_chunk, image, timestamp, progress):
             yield TextDelta(text)
+        common = progress.common_fields(self.engine.format.stop_ids)
+        queue_ms = 0.0 if arrived_s is None else 1000 * (progress.started_s - arrived_s)
         yield FrameResult(
+            timestamp=timestamp,
             caption=progress.entry.text,
+            queue_ms=queue_ms,
+            delay_ms=queue_ms + common["total_ms"],
             text_tokens=self.transcript.num_tokens,
             image_tokens=progress.image_tokens,
             image_pages=self.engine.pages.image_pages(progress.image_tokens),
-            **progress.common_fields(self.engine.format.stop_ids),
+            **common,
         )
 
     async def ask(self, question: str) -> AsyncIterator[TextDelta | AnswerResult]:
