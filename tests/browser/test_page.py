@@ -5,6 +5,8 @@ import re
 import pytest
 from playwright.sync_api import expect
 
+from casa_engine.live.settings import INTEGER_RANGES, MAX_TEXT_CHARACTERS, NUMBER_RANGES
+from casa_serving.live.protocol import MAX_QUESTION_CHARACTERS
 from live_page import FRAME_S, IDLE_TIMEOUT_S, KEY, Watched, ask, begin, count, pick, transcript, wait_until
 
 PATIENCE_S = 20
@@ -116,6 +118,39 @@ def test_the_settings_are_the_servers_and_can_be_changed(page, videos):
     fields["fps"].fill("4")
     page.click("#apply")
     expect(page.locator("#status")).to_have_text("Live at 4 frames a second")
+
+
+@pytest.mark.vllm
+def test_the_fields_are_bounded_as_the_server_bounds_them(page):
+    wait_until(page, "document.getElementsByName('question')[0].maxLength > 0")
+    names = page.evaluate("[...document.querySelectorAll('input[type=number]')].map((field) => field.name)")
+    assert {"fps", "max_frame_tokens", "temperature", "text_budget"} == set(names)
+    for name in names:
+        low, high = (INTEGER_RANGES | NUMBER_RANGES)[name]
+        bounds = page.evaluate(f"((field) => [field.min, field.max])(document.getElementsByName('{name}')[0])")
+        assert [float(bound) for bound in bounds] == [low, high]
+    lengths = {"instruction": MAX_TEXT_CHARACTERS, "question": MAX_QUESTION_CHARACTERS}
+    for name, longest in lengths.items():
+        assert page.evaluate(f"document.getElementsByName('{name}')[0].maxLength") == longest
+
+
+TAKE_PICTURE = """async (limits) => {
+    const { takePicture } = await import("/web/frames.js");
+    const shown = Object.assign(document.createElement("canvas"), { width: 1280, height: 720 });
+    Object.assign(shown, { videoWidth: shown.width, videoHeight: shown.height });
+    const picture = await createImageBitmap(await takePicture(shown, document.createElement("canvas"), limits));
+    return [picture.width, picture.height];
+}"""
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("side", "pixels", "size"),
+    [(16_384, 4096 * 4096, [640, 360]), (320, 4096 * 4096, [320, 180]), (16_384, 160 * 160, [160, 90])],
+    ids=["the page's own", "side", "pixels"],
+)
+def test_a_picture_is_no_larger_than_the_server_takes(page, side, pixels, size):
+    assert page.evaluate(TAKE_PICTURE, {"max_frame_side": side, "max_frame_pixels": pixels}) == size
 
 
 @pytest.mark.vllm

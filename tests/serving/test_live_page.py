@@ -45,6 +45,17 @@ def test_every_file_has_its_type_and_is_asked_for_again(browser, name):
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+def test_the_bounds_of_the_fields_are_those_of_the_settings(browser):
+    answer = browser.get("/web/fields.json")
+    assert answer.headers["content-type"] == "application/json"
+    bounds = answer.json()
+    assert bounds["fps"] == {"min": 0.001, "max": 240.0, "step": "any"}
+    assert bounds["text_budget"] == {"min": 32, "max": 10_000_000, "step": 1}
+    assert bounds["instruction"] == {"maxlength": 20_000}
+    numbers = re.findall(r' (?:min|max|step|maxlength)="', (WEB / "index.html").read_text())
+    assert not numbers, "the page has bounds of its own"
+
+
 def test_a_known_file_is_not_sent_again(browser):
     etag = browser.get("/web/app.js").headers["etag"]
     again = browser.get("/web/app.js", headers={"If-None-Match": etag})

@@ -45,7 +45,7 @@ def build_parser(program: str = "casa-caption") -> argparse.ArgumentParser:
     model.add_argument("--checkpoint", type=Path, help="folder of the model (default: the one in the package)")
     model.add_argument("--server", metavar="URL", help="ask a running casa-serve, http://host:port, instead")
     parser.add_argument("--api-key", help="the server's key")
-    parser.add_argument("--fps", type=float, default=2.0, help="frames looked at a second (%(default)g)")
+    parser.add_argument("--fps", type=float, default=LiveSettings.fps, help="frames looked at a second (%(default)g)")
     parser.add_argument("--max-seconds", type=float, help="only the first so many seconds of the video")
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="PREFIX", help="files are PREFIX.srt ... (default: the video's name)")

@@ -34,7 +34,7 @@ from casa_serving.engine_defaults import (
     plugins_with,
     read_checkpoint,
 )
-from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits
+from casa_serving.options.image_limits import ALLOW_LOOPBACK
 
 ROUTER = "casa_serving.cluster.router:CasaRequestRouter"
 POLICY = "casa_serving.cluster.autoscaling:LoadPolicy"
@@ -152,8 +152,7 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
 
 def media_limits(config: ClusterConfig) -> dict[str, Any]:
     """Returns the limits on images as the media connector takes them."""
-    limits = config.images.model_dump(exclude={"allowed_media_domains"})
-    return {**ImageLimits(**limits).as_options(), ALLOW_LOOPBACK: False}
+    return {**config.images.limits().as_options(), ALLOW_LOOPBACK: False}
 
 
 def bundle(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:

@@ -10,11 +10,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from casa_engine.errors import InputError
 from casa_serving.options.image_limits import ImageLimits
-from casa_serving.options.live_options import MAX_FRAME_BYTES, LiveOptions
+from casa_serving.options.live_options import LOWEST, LiveOptions
 from casa_serving.options.request_limits import RequestLimits
 
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -131,7 +140,7 @@ class IngressBase(Section):
         return RequestLimits.from_options(self.model_dump())
 
 
-# The limits' fields are declared once, in RequestLimits.
+# Limits are declared once, in `options/`; their names and defaults are taken from there.
 Ingress = create_model(
     "Ingress",
     __base__=IngressBase,
@@ -142,46 +151,51 @@ Ingress = create_model(
 )
 
 
-class Images(Section):
+class ImagesBase(Section):
     """Limits on images; casa-serve's options of these names (docs/limits.md)."""
 
-    max_image_bytes: PositiveInt = ImageLimits.max_image_bytes
-    max_image_pixels: PositiveInt = ImageLimits.max_image_pixels
-    max_image_side: PositiveInt = ImageLimits.max_image_side
-    max_image_aspect: PositiveInt = ImageLimits.max_image_aspect
-    max_pixels_in_flight: PositiveInt = ImageLimits.max_pixels_in_flight
     allowed_media_domains: tuple[str, ...] = ()
 
+    def limits(self) -> ImageLimits:
+        """Returns the limits as `ImageLimits`."""
+        return ImageLimits.from_options(self.model_dump())
 
-class Live(Section):
-    """Live sessions; casa-serve's options `--live-...` (docs/limits.md).
 
-    Attributes:
-        max_sessions: Sessions of one replica; 0 turns `/v1/live` and the web page off.
-        idle_timeout_s: Seconds without a message from the client, after which the session is closed.
-        create_timeout_s: Seconds for the client to create its session.
-        send_timeout_s: Seconds for the client to read a message, after which it is disconnected.
-        max_frame_bytes: Largest frame; never more than any other image.
-        text_budget: Largest text budget that a client may ask for; None is the checkpoint's own.
-    """
+Images = create_model(
+    "Images", __base__=ImagesBase, **{field.name: (PositiveInt, field.default) for field in fields(ImageLimits)}
+)
 
-    max_sessions: Annotated[int, Field(ge=0)] = LiveOptions.live_max_sessions
-    idle_timeout_s: PositiveNumber = LiveOptions.live_idle_timeout
-    create_timeout_s: PositiveNumber = LiveOptions.live_create_timeout
-    send_timeout_s: PositiveNumber = LiveOptions.live_send_timeout
-    max_frame_bytes: PositiveInt = LiveOptions.live_max_frame_bytes
-    text_budget: PositiveInt | None = LiveOptions.live_text_budget
+
+# The option of casa-serve for each key under `live`, whose names say which are seconds.
+LIVE_OPTIONS = {
+    field.name.removeprefix("live_") + ("_s" if isinstance(field.default, float) else ""): field.name
+    for field in fields(LiveOptions)
+}
+
+
+class LiveBase(Section):
+    """Live sessions of one replica; casa-serve's options `--live-...` (docs/limits.md)."""
 
     def options(self, max_image_bytes: int) -> LiveOptions:
         """Returns them as `LiveOptions`."""
-        return LiveOptions(
-            live_max_sessions=self.max_sessions,
-            live_idle_timeout=self.idle_timeout_s,
-            live_create_timeout=self.create_timeout_s,
-            live_send_timeout=self.send_timeout_s,
-            live_max_frame_bytes=min(self.max_frame_bytes, max_image_bytes, MAX_FRAME_BYTES),
-            live_text_budget=self.text_budget,
-        )
+        given = {option: getattr(self, key) for key, option in LIVE_OPTIONS.items()}
+        return LiveOptions.from_arguments({**given, "max_image_bytes": max_image_bytes})
+
+
+def live_type(option: str) -> Any:
+    """Returns the type of a key under `live`, by its option."""
+    default = getattr(LiveOptions, option)
+    if isinstance(default, float):
+        return PositiveNumber
+    kind = PositiveInt if LOWEST[option] else NonNegativeInt
+    return kind | None if default is None else kind
+
+
+Live = create_model(
+    "Live",
+    __base__=LiveBase,
+    **{key: (live_type(option), getattr(LiveOptions, option)) for key, option in LIVE_OPTIONS.items()},
+)
 
 
 class ClusterConfig(Section):

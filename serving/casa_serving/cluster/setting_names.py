@@ -12,7 +12,7 @@ import re
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from casa_serving.cluster.config import Images, Ingress, Live
+from casa_serving.cluster.config import LIVE_OPTIONS, Images, Ingress
 
 OPTION = re.compile(r"--([a-z][a-z0-9]*(?:-[a-z0-9]+)+)")
 # vLLM's arguments, which are no limits of ours.
@@ -20,7 +20,7 @@ ENGINE_OPTIONS = ("max_model_len", "limit_mm_per_prompt", "allowed_local_media_p
 KEYS = {
     **{name: f"images.{name}" for name in Images.model_fields},
     **{name: f"ingress.{name}" for name in Ingress.model_fields},
-    **{f"live_{name.replace('_timeout_s', '_timeout')}": f"live.{name}" for name in Live.model_fields},
+    **{option: f"live.{key}" for key, option in LIVE_OPTIONS.items()},
     **{name: f"engine.{name}" for name in ENGINE_OPTIONS},
 }
 

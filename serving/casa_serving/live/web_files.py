@@ -9,11 +9,16 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
+from casa_engine.live.settings import INTEGER_RANGES, MAX_TEXT_CHARACTERS, NUMBER_RANGES
+from casa_serving.live.protocol import MAX_QUESTION_CHARACTERS
+
 INDEX = "index.html"
+# Written by this process, from the settings' declaration: the bounds of the page's fields.
+FIELDS = "fields.json"
 # By name, not by the machine's mime.types: a module of any other type is not run by browsers.
 CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -53,12 +58,15 @@ class WebFiles(StaticFiles):
         super().__init__(packages=[("casa_serving", "web")])
 
     async def serve(self, request: Request) -> Response:
-        """Returns the file that the path names, or 304 to a browser that has it.
+        """Returns the file that the path names, or 304 to a browser that has it, or the bounds of the page's fields.
 
         Raises:
             HTTPException: 404, there is no such file.
         """
-        return await self.get_response(request.path_params.get("name", INDEX), request.scope)
+        name = request.path_params.get("name", INDEX)
+        if name == FIELDS:
+            return JSONResponse(field_attributes(), headers=HEADERS)
+        return await self.get_response(name, request.scope)
 
     def file_response(self, full_path: str, *args: object, **kwargs: object) -> Response:
         """Adds the headers to starlette's response."""
@@ -67,6 +75,16 @@ class WebFiles(StaticFiles):
         if response.status_code != 304:
             response.headers["Content-Type"] = CONTENT_TYPES[Path(full_path).suffix]
         return response
+
+
+def field_attributes() -> dict[str, dict[str, float | str]]:
+    """Returns the HTML attributes that bound the page's fields, by the fields' names."""
+    texts = {"instruction": MAX_TEXT_CHARACTERS, "question": MAX_QUESTION_CHARACTERS}
+    return {
+        **{name: {"min": low, "max": high, "step": 1} for name, (low, high) in INTEGER_RANGES.items()},
+        **{name: {"min": low, "max": high, "step": "any"} for name, (low, high) in NUMBER_RANGES.items()},
+        **{name: {"maxlength": longest} for name, longest in texts.items()},
+    }
 
 
 def attach(app: Starlette) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 
 from casa_engine.errors import InputError
 from casa_engine.image_guard import ImageFileLimits
+from casa_serving.options.command_line import add_options
 
 # The one other option that the connector needs: image URLs may point to this machine (tests).
 ALLOW_LOOPBACK = "allow_loopback_media"
@@ -64,10 +65,4 @@ HELP = {
 
 def add_limit_options(group: argparse._ArgumentGroup) -> None:
     """Adds an option for every limit, each with its default in the help."""
-    for name, default in ImageLimits().as_options().items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=int,
-            default=default,
-            help=f"{HELP[name]} (default: {default})",
-        )
+    add_options(group, ImageLimits().as_options(), HELP)

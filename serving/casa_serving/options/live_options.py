@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from casa_engine.errors import InputError
+from casa_serving.options.command_line import add_options
 
 # uvicorn closes a WebSocket with 1009 at a message above 16 MiB; 8 bytes of it are the timestamp.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -83,10 +84,4 @@ HELP = {
 
 def add_live_options(group: argparse._ArgumentGroup) -> None:
     """Adds an option for each, with its default in the help."""
-    for name, default in asdict(LiveOptions()).items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=float if isinstance(default, float) else int,
-            default=default,
-            help=f"{HELP[name]} (default: {default})",
-        )
+    add_options(group, asdict(LiveOptions()), HELP)

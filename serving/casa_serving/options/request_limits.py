@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from casa_engine.errors import InputError
+from casa_serving.options.command_line import add_options
 from casa_serving.options.live_options import MAX_SECONDS
 
 DEFAULT_MAX_REQUEST_BYTES = 100_000_000
@@ -93,10 +94,4 @@ HELP = {
 
 def add_request_options(group: argparse._ArgumentGroup) -> None:
     """Adds an option for every limit, each with its default in the help."""
-    for name, default in asdict(RequestLimits()).items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default),
-            default=default,
-            help=f"{HELP[name]} (default: {default})",
-        )
+    add_options(group, asdict(RequestLimits()), HELP)

@@ -3,6 +3,7 @@
 import { closeSource, openCamera, openFile, watchFrames } from "./frames.js";
 import { Screen } from "./screen.js";
 import { Session } from "./session.js";
+import { boundFields } from "./settings.js";
 import { createState } from "./state.js";
 import { Transcript } from "./transcript.js";
 import { SourceError } from "./messages.js";
@@ -31,6 +32,7 @@ class App {
     watchFrames(this.video, (time) => this.session.onVideoFrame(time));
     this.video.addEventListener("timeupdate", () => this.screen.caption(this.state.transcript));
     this.screen.show(this.state, "Pick a video to begin");
+    boundFields(this.document);
   }
 
   onClick(selector, action) {

@@ -65,9 +65,15 @@ export function watchFrames(video, onFrame) {
   video.requestVideoFrameCallback(next);
 }
 
-/** Returns the picture that the video shows now as an image file. */
-export function takePicture(video, canvas) {
-  const scale = Math.min(1, MAX_SIDE / Math.max(video.videoWidth, video.videoHeight));
+/**
+ * Returns the picture that the video shows now as an image file.
+ * @param {HTMLVideoElement} video
+ * @param {HTMLCanvasElement} canvas
+ * @param {{max_frame_side: number, max_frame_pixels: number}} limits the server's
+ */
+export function takePicture(video, canvas, limits) {
+  const side = Math.min(MAX_SIDE, limits.max_frame_side, Math.floor(Math.sqrt(limits.max_frame_pixels)));
+  const scale = Math.min(1, side / Math.max(video.videoWidth, video.videoHeight));
   canvas.width = Math.max(1, Math.round(video.videoWidth * scale));
   canvas.height = Math.max(1, Math.round(video.videoHeight * scale));
   canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);

@@ -61,10 +61,10 @@ export class Session {
     handlers[event.type]?.(); // A newer server may send others.
   }
 
-  onCreated({ settings }) {
+  onCreated({ settings, limits }) {
     const { state, screen } = this;
     if (settings.fps !== state.settings?.fps) state.seen.clear();
-    Object.assign(state, { settings, phase: "live" });
+    Object.assign(state, { settings, limits, phase: "live" });
     fillSettings(screen.ui.settings, settings);
     screen.show(state, `Live at ${settings.fps} frames a second`, "live");
     this.onVideoFrame(this.video.currentTime); // The first frame is on the screen already.
@@ -163,7 +163,7 @@ export class Session {
 
   async sendFrame(client, time) {
     this.state.encoding = true;
-    const picture = await takePicture(this.video, this.canvas);
+    const picture = await takePicture(this.video, this.canvas, this.state.limits);
     this.state.encoding = false;
     if (client !== this.state.client || !picture) return;
     client.sendFrame(picture, time);

@@ -8,6 +8,7 @@ export function createState() {
     source: null, // {name, isCamera} of what is shown, or null.
     client: null, // The connection, which is the session, or null.
     settings: null, // The session's settings, from the server.
+    limits: null, // What the server accepts, from the server.
     key: "",
     transcript: new Transcript(),
     seen: new Set(), // Numbers of the frames, in time at this fps, that were sent.
