@@ -1,4 +1,4 @@
-"""Decode steps of CASA in vLLM against vLLM's own Llama, and what images cost in the KV cache.
+"""Decode steps of CASA in vLLM against vLLM's own Llama; what images cost is measured by `casa bench stream`.
 
     python benchmarks/decode_step.py [--seqs 1 8] [--rounds 7] [--dtype float32]
 
@@ -7,9 +7,6 @@ engines live in this process and take turns, some steps each, so that a slow min
 hits all of them; the figure is the median step. `ca` has nothing to do without an image. `ca_tv`
 attends to the window's text: its own attention and, with its own weights, projections that Llama
 has not; what that costs at least is the last column (weights read, relative to Llama).
-
-Memory: one conversation of 64 images is prefilled through `ca_tv` and through `insertion`; the
-bytes are blocks in use times the bytes of a block.
 """
 
 import argparse
@@ -26,7 +23,6 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
-from PIL import Image
 from transformers import LlamaConfig
 
 from casa_engine.checkpoints import default_processor
@@ -35,10 +31,6 @@ from casa_engine.presets import TINY_IDS, TINY_VISION
 
 PROMPT_TOKENS = 64
 STEPS_PER_TURN = 12
-NUM_IMAGES = 64
-IMAGE_PX = 448
-MEMORY_SIZE = {"layers": 2, "hidden": 256}  # bytes grow in proportion; 17,000 tokens of attention are slow
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CASA_MODELS = {
     "casa ca": {"fusion": "ca"},
     "casa ca, shared weights": {"fusion": "ca", "ca_weights": "shared"},
@@ -82,11 +74,10 @@ class Engine:
     Args:
         config: Model configuration; a processor is written beside it for CASA.
         options: Command line.
-        max_len: Longest sequence.
         **settings: Engine arguments.
     """
 
-    def __init__(self, config: Any, options: argparse.Namespace, max_len: int = 2048, **settings: Any) -> None:
+    def __init__(self, config: Any, options: argparse.Namespace, **settings: Any) -> None:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor.abstract import Executor
@@ -95,7 +86,6 @@ class Engine:
         config.save_pretrained(folder)
         if isinstance(config, CasaConfig):
             default_processor(config).save_pretrained(folder)
-            settings["limit_mm_per_prompt"] = {"image": NUM_IMAGES}
         else:
             settings["skip_tokenizer_init"] = True
         engine_config = EngineArgs(
@@ -103,7 +93,7 @@ class Engine:
             load_format="dummy",
             dtype=options.dtype,
             enforce_eager=not options.compile,
-            max_model_len=max_len,
+            max_model_len=2048,
             max_num_seqs=max(options.seqs),
             max_num_batched_tokens=1024,
             enable_prefix_caching=False,
@@ -139,14 +129,6 @@ class Engine:
             times.append((time.perf_counter() - start) * 1e3)
         return times
 
-    def kv_bytes(self) -> int:
-        """KV-cache bytes in use."""
-        scheduler = self.engine.engine_core.engine_core.scheduler
-        pool, config = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
-        in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # 1: the null block
-        allocated = max(tensor.size for tensor in config.kv_cache_tensors)
-        return in_use * (allocated // config.num_blocks)
-
 
 def measure_decode(engines: dict[str, Engine], num_seqs: int, rounds: int) -> dict[str, float]:
     """Median decode step of each engine in milliseconds; the engines take turns."""
@@ -179,22 +161,6 @@ def decoder_weights(config: Any) -> int:
     return text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
 
 
-def measure_memory(options: argparse.Namespace, fusion: str) -> tuple[int, int]:
-    """Greatest and last KV bytes while a conversation of 64 images is prefilled and answered."""
-    sized = argparse.Namespace(**(vars(options) | MEMORY_SIZE))
-    engine = Engine(casa_config(sized, fusion=fusion), options, max_len=32768)
-    rng = np.random.default_rng(0)
-    shape = (IMAGE_PX, IMAGE_PX, 3)
-    images = [Image.fromarray(rng.integers(0, 255, shape, np.uint8)) for _ in range(NUM_IMAGES)]
-    text = f"{IMAGE}a cat. " * NUM_IMAGES
-    engine.add({"prompt": text, "multi_modal_data": {"image": images}}, max_tokens=8)
-    used = []
-    while engine.engine.has_unfinished_requests():
-        used.append(engine.kv_bytes())
-        engine.engine.step()
-    return max(used), used[-1]
-
-
 def report_decode(options: argparse.Namespace) -> None:
     """Prints the table of decode steps."""
     configs: dict[str, Any] = {"llama": text_config(options)}
@@ -211,16 +177,6 @@ def report_decode(options: argparse.Namespace) -> None:
             print(f"| {name} | {num_seqs} | {cells} | {weights:.2f}x |", flush=True)
 
 
-def report_memory(options: argparse.Namespace) -> None:
-    """Prints the table of KV bytes."""
-    size = f"{MEMORY_SIZE['layers']} layers of {MEMORY_SIZE['hidden']}"
-    print(f"\n| KV bytes, {NUM_IMAGES} images of {IMAGE_PX} px, {size} | greatest | at the end |")
-    print("|---|---|---|")
-    for fusion in ("ca_tv", "insertion"):
-        greatest, last = measure_memory(options, fusion)
-        print(f"| {fusion} | {greatest:,} | {last:,} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seqs", type=int, nargs="+", default=[1, 8])
@@ -229,13 +185,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--compile", action="store_true", help="vLLM's defaults, not eager mode")
-    parser.add_argument("--skip-memory", action="store_true")
-    parser.add_argument("--skip-decode", action="store_true")
-    options = parser.parse_args()
-    if not options.skip_decode:
-        report_decode(options)
-    if not options.skip_memory:
-        report_memory(options)
+    report_decode(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -104,6 +104,13 @@ checkpoint = Command(
     "Check a checkpoint folder, or write one with random weights.",
     (Parser(("checkpoint",), "casa_engine.checkpoint_cli:build_parser"),),
 )
+bench = Command(
+    ("bench",),
+    "casa-bench",
+    "casa_bench.cli",
+    "Measure what frames, conversations, live sessions and second questions cost.",
+    (Parser(("bench",), "casa_bench.cli:build_parser", ("cpu", "serving", "live")),),
+)
 train_digits = Command(
     ("digits", "train"),
     "casa-train-digits",
@@ -126,4 +133,4 @@ digits_video = Command(
     (Parser(("digits", "video"), "casa_digits.video:build_parser", ("digits",)),),
 )
 # In the order of `casa --help`.
-COMMANDS = (serve, caption, export, checkpoint, train_digits, eval_digits, digits_video)
+COMMANDS = (serve, caption, export, checkpoint, bench, train_digits, eval_digits, digits_video)

@@ -17,6 +17,7 @@ ROOMS = {
     "casa_vllm": ROOT / "plugins" / "casa_vllm",
     "casa_export": ROOT / "export" / "casa_export",
     "casa_serving": ROOT / "serving" / "casa_serving",
+    "casa_bench": ROOT / "benchmarks" / "casa_bench",
     # The roof: console scripts. It may import every room, and no room imports it.
     "casa_commands": ROOT / "casa_commands",
 }
@@ -27,6 +28,7 @@ ALLOWED = {
     "casa_vllm": {"casa_engine"},
     "casa_export": {"casa_engine"},
     "casa_serving": {"casa_engine", "casa_vllm.api"},
+    "casa_bench": {"casa_engine", "casa_serving"},
     "casa_commands": set(ROOMS),
 }
 # Inside serving, from the ground up: each part and the parts that it may use.
@@ -187,7 +189,7 @@ def test_the_core_needs_only_its_own_packages():
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["models", "plugins", "serving", "export"])
+@pytest.mark.parametrize("name", ["models", "plugins", "serving", "export", "benchmarks"])
 def test_bare_names_cannot_be_imported(name):
     code = f"import {name}"
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)

@@ -38,7 +38,15 @@ def test_a_wheel_holds_packages_alone_each_typed_and_says_what_it_is(wheel):
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         said = message_from_bytes(archive.read(metadata))
     packages = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert packages == {"casa_commands", "casa_digits", "casa_engine", "casa_export", "casa_serving", "casa_vllm"}
+    assert packages == {
+        "casa_bench",
+        "casa_commands",
+        "casa_digits",
+        "casa_engine",
+        "casa_export",
+        "casa_serving",
+        "casa_vllm",
+    }
     assert {f"{package}/py.typed" for package in packages} <= set(names)
     addresses = dict(line.split(", ") for line in said.get_all("Project-URL"))
     assert addresses["Paper"].endswith("2512.19535")

@@ -187,6 +187,6 @@ def test_another_error_keeps_its_traceback():
 
 def test_every_console_script_is_one_of_these():
     scripts = [script for script in entry_points(group="console_scripts") if script.name.startswith("casa")]
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     assert {script.module for script in scripts if script.name != "casa"} == {"casa_commands.scripts"}
     assert all(callable(script.load()) for script in scripts)

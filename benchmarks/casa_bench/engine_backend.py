@@ -1,0 +1,275 @@
+"""`--backend engine`: vLLM with the CASA plugin in this process, without a server, so that its pages can be counted."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from casa_bench.backend import Answer, Message, Needs, Turn
+from casa_bench.frame_chunks import FrameChunks
+from casa_bench.process_use import Meter
+from casa_engine.checkpoints import load_processor
+from casa_engine.configuration import CasaConfig
+from casa_engine.errors import InputError
+from casa_engine.live.stream_format import StreamFormat
+from casa_serving.engine_defaults import engine_arguments, read_checkpoint, runs_on_cpu, set_environment
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What is set of vLLM beside the defaults of `casa serve`.
+
+    Attributes:
+        dtype: vLLM's option.
+        kv_cache_gib: Size of the KV cache; None is vLLM's default.
+        enforce_eager: Whether the model is not compiled.
+    """
+
+    dtype: str = "auto"
+    kv_cache_gib: float | None = None
+    enforce_eager: bool = False
+
+
+class EngineBackend:
+    """See `Backend`.
+
+    Args:
+        folder: The checkpoint.
+        needs: What will be asked at most; the engine is made as large. A conversation may be longer than the model was
+            made for, as in the published benchmark: its cost is right, its words are not.
+        settings: Of vLLM.
+
+    Raises:
+        CheckpointError: The folder holds no CASA model.
+        InputError: The engine cannot be started so.
+    """
+
+    name = "engine"
+
+    def __init__(self, folder: Path, needs: Needs, settings: EngineSettings) -> None:
+        config = read_checkpoint(folder)
+        self.format = StreamFormat.from_checkpoint(folder)
+        self.processor = load_processor(folder)
+        self.engine = start_engine(folder, config, longest_text(config, needs), needs, settings)
+        self.on_gpu = not runs_on_cpu()
+        self.about = {
+            "fusion": config.fusion,
+            "device": "cuda" if self.on_gpu else "cpu",
+            "dtype": str(self.engine.model_config.dtype).removeprefix("torch."),
+            "enforce_eager": settings.enforce_eager,
+        }
+        self._num_requests = 0
+
+    def open_stream(self) -> EngineStream:
+        """See `Backend`."""
+        return EngineStream(self, self.new_name())
+
+    def answer(self, chats: Sequence[Sequence[Message]], num_tokens: int) -> list[Answer]:
+        """See `Backend`; the conversations run in the same steps."""
+        from vllm.sampling_params import RequestOutputKind
+
+        begun_s = time.perf_counter()
+        open_requests: dict[str, _Progress] = {}
+        for messages in chats:
+            text = self.processor.apply_chat_template(list(messages), add_generation_prompt=True)
+            images = [item["image"] for message in messages for item in message["content"] if item["type"] == "image"]
+            name = self.new_name()
+            prompt = self.render({"prompt": text, "multi_modal_data": {"image": images}})
+            self.engine.add_request(name, prompt, sampling(num_tokens, RequestOutputKind.DELTA))
+            open_requests[name] = _Progress()
+        order = list(open_requests.values())
+        while open_requests:
+            for output in self.engine.step():
+                progress = open_requests[output.request_id]
+                progress.add(output.outputs[0].token_ids)
+                if output.finished:
+                    check_finish(output.outputs[0])
+                    del open_requests[output.request_id]
+        return [progress.answer(begun_s, self.format) for progress in order]
+
+    def close(self) -> None:
+        """See `Backend`."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.engine.engine_core.shutdown()
+        del self.engine
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def new_name(self) -> str:
+        """Return an id that no request has."""
+        self._num_requests += 1
+        return f"bench-{self._num_requests}"
+
+    def render(self, prompt: dict[str, Any]) -> Any:
+        """Return what vLLM's renderer makes of a prompt: ids, patches, hashes.
+
+        Raises:
+            InputError: The prompt does not fit into the engine.
+        """
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        renderer = self.engine.renderer
+        try:
+            parsed = parse_model_prompt(self.engine.model_config, prompt)
+            return renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)[0]
+        except ValueError as error:
+            raise InputError(f"the engine refuses a prompt: {error}") from error
+
+    def kv_use(self, request_id: str) -> tuple[int, int]:
+        """Return the positions in a request's text cache, and the bytes of all pages in use."""
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        pool, config = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
+        in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # 1: the null block
+        # All groups lie in one allocation: a page belongs to one of them at a time.
+        page_bytes = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        return scheduler.requests[request_id].num_computed_tokens, in_use * page_bytes
+
+
+class EngineStream:
+    """See `Stream`: one request whose prompt grows by chunks, as that of a live session.
+
+    As in the published captioner's default, an answer's last token is not kept, and the stop token is read with the
+    next frame.
+    """
+
+    def __init__(self, backend: EngineBackend, name: str) -> None:
+        self._backend, self._name = backend, name
+        self._chunks = FrameChunks(backend.format, folds_stop=True)
+        self._meter = Meter(on_gpu=backend.on_gpu)
+
+    def turn(self, frame: Image.Image, num_tokens: int) -> Turn:
+        """See `Stream`."""
+        self._meter.start()
+        begun_s = time.perf_counter()
+        ids, _ = self._chunks.next(1)
+        prompt = self._backend.render({"prompt_token_ids": ids, "multi_modal_data": {"image": [frame]}})
+        prepared_s = time.perf_counter()
+        self._add(prompt, num_tokens)
+        progress = _Progress()
+        is_open = True
+        while is_open:
+            for output in self._backend.engine.step():
+                progress.add(output.outputs[0].token_ids)
+                if output.outputs[0].finish_reason is not None:
+                    check_finish(output.outputs[0])
+                    is_open = False
+        cpu_ms, memory_bytes = self._meter.read()
+        kv_tokens, kv_bytes = self._backend.kv_use(self._name)
+        return Turn(
+            ttft_ms=1000 * (progress.first_s - prepared_s),
+            decode_ms=1000 * (progress.last_s - progress.first_s),
+            tokens=len(progress.token_ids),
+            prepare_ms=1000 * (prepared_s - begun_s),
+            cpu_ms=cpu_ms,
+            kv_tokens=kv_tokens,
+            kv_bytes=kv_bytes,
+            memory_bytes=memory_bytes,
+        )
+
+    def close(self) -> None:
+        """See `Stream`."""
+        self._backend.engine.abort_request([self._name])
+        while self._backend.engine.has_unfinished_requests():
+            self._backend.engine.step()
+
+    def _add(self, prompt: Any, num_tokens: int) -> None:
+        """Send a chunk of a request that stays open, as `AsyncLLM` does: the synchronous engine has no call for it."""
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, params = self._backend.engine, sampling(num_tokens, RequestOutputKind.DELTA)
+        request = engine.input_processor.process_inputs(
+            self._name, prompt, params, supported_tasks=("generate",), resumable=True
+        )
+        request.external_req_id = self._name
+        engine.output_processor.add_request(request, None)
+        # In processes of their own the two do not share a list that both let grow.
+        request.prompt_token_ids = list(request.prompt_token_ids)
+        engine.engine_core.add_request(request)
+
+
+@dataclass
+class _Progress:
+    """The tokens of an answer so far, and when the first and the last came (seconds of the performance counter)."""
+
+    token_ids: list[int] = field(default_factory=list)
+    first_s: float = 0.0
+    last_s: float = 0.0
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        if token_ids:
+            self.last_s = time.perf_counter()
+            self.first_s = self.first_s or self.last_s
+            self.token_ids += token_ids
+
+    def answer(self, begun_s: float, format: StreamFormat) -> Answer:
+        ttft_ms, total_ms = 1000 * (self.first_s - begun_s), 1000 * (self.last_s - begun_s)
+        return Answer(format.text(self.token_ids), ttft_ms, total_ms, len(self.token_ids))
+
+
+def sampling(num_tokens: int, output_kind: Any) -> Any:
+    """Return vLLM's parameters for exactly so many greedy tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, output_kind=output_kind
+    )
+
+
+def check_finish(completion: Any) -> None:
+    """Raise InputError where the engine has ended a request otherwise than by its length."""
+    if completion.finish_reason != "length":
+        raise InputError(
+            f"the engine ended a request: {completion.finish_reason} ({completion.stop_reason}). Ask for less, or give "
+            "it more memory with --kv-cache-gib."
+        )
+
+
+def longest_text(config: CasaConfig, needs: Needs) -> int:
+    """Return the longest text that a workload makes, in tokens."""
+    vision = config.vision_config
+    side = needs.image_px // (vision.patch_size * vision.spatial_merge_size) + 1
+    image_tokens = 0 if config.is_cross_attention else side**2
+    return needs.positions(image_tokens)
+
+
+def start_engine(folder: Path, config: CasaConfig, max_model_len: int, needs: Needs, settings: EngineSettings) -> Any:
+    """Start vLLM in this process with the defaults of `casa serve`.
+
+    Raises:
+        InputError: vLLM refuses a setting.
+    """
+    # Read when vLLM is imported. One process: pages, memory and processor time are all at hand.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    given: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "enforce_eager": settings.enforce_eager,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max(needs.concurrency, 2),
+    }
+    if max_model_len > config.text_config.max_position_embeddings:
+        given["hf_overrides"] = {"text_config": {"max_position_embeddings": max_model_len}}
+    if settings.kv_cache_gib is not None:
+        # The variable would win, and knows whole GiB only.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        given["kv_cache_memory_bytes"] = round(settings.kv_cache_gib * 2**30)
+    arguments, variables = engine_arguments(config, embedded=False, on_cpu=runs_on_cpu(), live=False, given=given)
+    set_environment(variables, live=False)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.abstract import Executor
+
+    try:
+        engine_config = EngineArgs(model=str(folder), **arguments).create_engine_config()
+        executor = Executor.get_class(engine_config)
+        return LLMEngine(vllm_config=engine_config, executor_class=executor, log_stats=False)
+    except ValueError as error:
+        raise InputError(f"vLLM does not start: {error}") from error
