@@ -31,6 +31,8 @@ class CasaConfig(PreTrainedConfig):
         ca_placement: `parallel`: CA is added to self-attention. `replace`: CA replaces it (D3).
         ca_layers: Decoder layers that have CA; None means all.
         normalize_image_tokens: Whether a block's input norm is applied to image tokens before its CA keys and values.
+        image_norm: Whether an RMSNorm of its own stands between vision encoder and decoder, as in other models of
+            CASA's authors; none of the published checkpoints is known to have one.
         image_rope: Rotary position of image tokens in `ca_tv`. `frozen`: all at the insertion point. `grid`: temporal
             coordinate frozen, height and width count rows and columns from it (M-RoPE backbones only).
         image_position_offset: Position of an image relative to the first token of its window: 0 at it, -1 before it.
@@ -55,6 +57,7 @@ class CasaConfig(PreTrainedConfig):
     ca_placement: str = "parallel"
     ca_layers: list[int] | None = None
     normalize_image_tokens: bool = True
+    image_norm: bool = False
     image_rope: str = "frozen"
     image_position_offset: int = 0
     mrope_section: list[int] | None = None

@@ -169,6 +169,9 @@ class CasaModel(CasaPreTrainedModel):
     def __init__(self, config: CasaConfig) -> None:
         super().__init__(config)
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        text = config.text_config
+        norm = config.backbone.norm_class
+        self.image_norm = norm(text.hidden_size, eps=text.rms_norm_eps) if config.image_norm else None
         self.language_model = CasaTextModel(config)
         self.post_init()
 
@@ -181,7 +184,7 @@ class CasaModel(CasaPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Runs the vision encoder.
+        """Runs the vision encoder, and the norm behind it where there is one.
 
         Args:
             pixel_values: (P, 1176). Patches of all images.
@@ -190,7 +193,8 @@ class CasaModel(CasaPreTrainedModel):
         Returns:
             (sum of N, C): the image tokens of all images, in order.
         """
-        return self.visual(pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw).pooler_output
+        images = self.visual(pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw).pooler_output
+        return images if self.image_norm is None else self.image_norm(images)
 
     def check_inputs(
         self,

@@ -64,7 +64,7 @@ class VisionGraph(nn.Module):
 
     def __init__(self, model: CasaForConditionalGeneration, spec: GraphSpec) -> None:
         super().__init__()
-        self.visual = model.model.visual
+        self.visual, self.image_norm = model.model.visual, model.model.image_norm
 
     def forward(self, pixel_values: Tensor, patch_positions: Tensor, windows: Tensor, slots: Tensor) -> Tensor:
         """Computes the image tokens; see `graph_spec.vision_spec` for shapes."""
@@ -79,7 +79,8 @@ class VisionGraph(nn.Module):
             table = None if layer in visual.fullatt_block_indexes else (windows, slots)
             x = x + self._attention(block.attn, block.norm1(x), rope, table)
             x = x + block.mlp(block.norm2(x))
-        return visual.merger(x).float()
+        images = visual.merger(x)
+        return (images if self.image_norm is None else self.image_norm(images)).float()
 
     def _attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], table: Any) -> Tensor:
         """Attends over the whole image, or within each window of the table: (P, C) -> (P, C)."""

@@ -228,8 +228,9 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         self.model = CasaModel()
         with self._mark_tower_model(vllm_config, "image"):
             self.model.visual = vision_encoder(config.vision_config, vllm_config.quant_config, "model.visual")
-        self.model.language_model = CasaTextModel(vllm_config=vllm_config, prefix="model.language_model")
         text = config.text_config
+        self.model.image_norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps) if config.image_norm else None
+        self.model.language_model = CasaTextModel(vllm_config=vllm_config, prefix="model.language_model")
         self.lm_head = ParallelLMHead(
             text.vocab_size,
             text.hidden_size,
@@ -245,7 +246,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         return self.model.language_model
 
     def embed_multimodal(self, **kwargs: object) -> Sequence[torch.Tensor]:
-        """Runs the vision encoder.
+        """Runs the vision encoder, and the norm behind it where there is one.
 
         Args:
             pixel_values: uint8 (P, 588) patches of I images (see `casa_engine.image_patches`).
@@ -259,6 +260,8 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
             return []
         visual = self.model.visual
         images = visual(self.patch_values(pixel_values).to(visual.dtype), grid_thw=grids.tolist())
+        if self.model.image_norm is not None:
+            images = self.model.image_norm(images)
         return images.split(image_token_counts(grids, self.merge_size))
 
     def write_images(self, images: torch.Tensor, grids: torch.Tensor, slots: dict[str, torch.Tensor]) -> None:

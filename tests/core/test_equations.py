@@ -68,6 +68,18 @@ def test_variants(tiny, images, preset: str, fusion: str, variant: dict) -> None
 
 
 @pytest.mark.parametrize("preset", TINY_PRESETS)
+def test_norm_of_images(tiny, images, preset: str) -> None:
+    """The norm stands behind the encoder, with a weight of its own and the backbone's epsilon."""
+    model = tiny(preset, image_norm=True)
+    with torch.no_grad():
+        plain = model.model.visual(images[0], grid_thw=images[1]).pooler_output.double().numpy()
+        normed = model.model.encode_images(*images)
+    weight = model.model.image_norm.weight.detach().double().numpy()
+    assert np.ptp(weight) > 0.1
+    assert relative_error(normed, equations.rms_norm(plain, weight, model.config.text_config.rms_norm_eps)) < 1e-5
+
+
+@pytest.mark.parametrize("preset", TINY_PRESETS)
 @pytest.mark.parametrize("points", POINTS.values(), ids=POINTS)
 def test_insertion(tiny, images, preset: str, points: list[int]) -> None:
     model = tiny(preset, fusion="insertion")

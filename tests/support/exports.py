@@ -23,7 +23,11 @@ def _root() -> tempfile.TemporaryDirectory:
 # replaced layer, shared weights, an encoder with only windowed or only full attention.
 VARIANTS = {
     ("llama", "ca"): {"layers": 2, "vision": {"depth": 2}, "fields": {"ca_placement": "replace", "ca_layers": [1]}},
-    ("llama", "ca_tv"): {"layers": 1, "vision": {"depth": 1, "fullatt_block_indexes": []}, "fields": {}},
+    ("llama", "ca_tv"): {
+        "layers": 1,
+        "vision": {"depth": 1, "fullatt_block_indexes": []},
+        "fields": {"image_norm": True},
+    },
     ("qwen", "ca"): {
         "layers": 1,
         "vision": {"depth": 1, "fullatt_block_indexes": [0]},

@@ -41,9 +41,9 @@ MODELS = {
         "tiny-qwen",
         {"fusion": "ca_tv", "ca_weights": "shared", "image_position_offset": -1},
     ),
-    "llama-ca-some-layers-raw": (
+    "llama-ca-some-layers-raw-image_norm": (
         "tiny-llama",
-        {"fusion": "ca", "ca_layers": [1], "normalize_image_tokens": False},
+        {"fusion": "ca", "ca_layers": [1], "normalize_image_tokens": False, "image_norm": True},
     ),
     "qwen-ca_tv-replacing-one": (
         "tiny-qwen",
