@@ -101,7 +101,7 @@ checkpoint = Command(
     ("checkpoint",),
     "casa-checkpoint",
     "casa_engine.checkpoint_cli",
-    "Check a checkpoint folder, or write one with random weights.",
+    "Inspect, convert and check checkpoints, or write random ones.",
     (Parser(("checkpoint",), "casa_engine.checkpoint_cli:build_parser"),),
 )
 bench = Command(

@@ -1,4 +1,4 @@
-"""`casa-checkpoint`: writes a random checkpoint of a preset, or checks a checkpoint folder."""
+"""`casa-checkpoint`: random checkpoints of presets, checks of folders, published checkpoints read and converted."""
 
 import argparse
 import sys
@@ -6,12 +6,21 @@ from pathlib import Path
 
 import torch
 
-from casa_engine.checkpoints import check_tensors, read_config, write_random_checkpoint
+from casa_engine.atomic_files import write_atomically
+from casa_engine.checkpoints import check_tensors, load_model, read_config, write_random_checkpoint
 from casa_engine.command import run_command
 from casa_engine.configuration import CA_PLACEMENTS, CA_WEIGHTS, FUSIONS
+from casa_engine.errors import CheckpointError
+from casa_engine.originals.converting import convert
+from casa_engine.originals.map_file import read_maps
+from casa_engine.originals.plan import make_plan
+from casa_engine.originals.report import proposals_as_map, report
+from casa_engine.originals.snapshot import read_snapshot, write_headers_file
+from casa_engine.originals.verifying import verify
+from casa_engine.originals.views import OWN_MAP
 from casa_engine.presets import PRESETS, preset_config
 
-DESCRIPTION = "Writes a random checkpoint of a preset, or checks a checkpoint folder."
+DESCRIPTION = "Writes random checkpoints, checks folders, and reads and converts published checkpoints."
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -33,6 +42,22 @@ def build_parser(program: str = "casa-checkpoint") -> argparse.ArgumentParser:
     )
     random.add_argument("--dtype", choices=DTYPES, default="fp32")
     random.add_argument("--seed", type=int, default=0)
+    inspect = commands.add_parser("inspect", help="compare a published checkpoint with what the engine knows")
+    inspect.add_argument("original", type=Path, metavar="FOLDER", help="its folder, or a headers file")
+    inspect.add_argument("--headers-only", type=Path, metavar="OUT.json", help="write a headers file, without weights")
+    inspect.add_argument("--proposals", type=Path, metavar="MAP", help="write places for unknown tensors as a map file")
+    convert = commands.add_parser("convert", help="write a published checkpoint in the engine's form")
+    convert.add_argument("original", type=Path, metavar="FOLDER")
+    convert.add_argument("output", type=Path, metavar="OUT")
+    for command in (inspect, convert):
+        command.add_argument(
+            "--map", type=Path, action="append", default=[], help="map file (docs/checkpoints.md); the last one counts"
+        )
+    verify = commands.add_parser("verify", help="compare a checkpoint with what the original's own code answers")
+    verify.add_argument("folder", type=Path, help="a converted checkpoint, or an original")
+    verify.add_argument(
+        "--reference", type=Path, required=True, metavar="FILE", help="written by scripts/reference_outputs.py"
+    )
     check = commands.add_parser("check", help="check that a folder holds the model of its config.json")
     check.add_argument("folder", type=Path)
     return parser
@@ -41,12 +66,46 @@ def build_parser(program: str = "casa-checkpoint") -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, program: str = "casa-checkpoint") -> int:
     """Run the command; return the exit status. `program` is its name in messages."""
     options = build_parser(program).parse_args(arguments)
-    return run_command(program, lambda: (_check if options.command == "check" else _write_random)(options))
+    return run_command(program, lambda: WORK[options.command](options))
 
 
 def _check(options: argparse.Namespace) -> None:
     check_tensors(options.folder, read_config(options.folder))
     print(f"{options.folder}: complete.")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    snapshot, user = read_snapshot(options.original), read_maps(_maps(options))
+    if options.headers_only is not None:
+        write_headers_file(snapshot, options.headers_only)
+        print(f"{options.headers_only}: {options.headers_only.stat().st_size} bytes, no weights.")
+    plan = make_plan(snapshot, user)
+    for line in report(plan, user):
+        print(line)
+    if options.proposals is not None:
+        text = proposals_as_map(make_plan(snapshot, user, with_proposals=True))
+        write_atomically(options.proposals, text.encode())
+        print(
+            f"{options.proposals}: proposals, for you to check. Then convert {options.original} with "
+            f"--map {options.proposals}."
+        )
+        return
+    plan.check()
+    print(f"{options.original}: every tensor has its place.")
+
+
+def _maps(options: argparse.Namespace) -> list[Path]:
+    """Map files of the command line, or the original's own where there is none."""
+    own = options.original / OWN_MAP
+    return options.map or ([own] if own.is_file() else [])
+
+
+def _convert(options: argparse.Namespace) -> None:
+    plan = make_plan(read_snapshot(options.original), read_maps(_maps(options)))
+    convert(plan, options.output)
+    print(f"{options.output}: converted from {options.original}, fingerprint {plan.snapshot.fingerprint[:16]}.")
+    for value in plan.open_values:
+        print(f"OPEN {value.name} = {value.value}: {value.origin}")
 
 
 def _write_random(options: argparse.Namespace) -> None:
@@ -58,6 +117,17 @@ def _write_random(options: argparse.Namespace) -> None:
     write_random_checkpoint(config, options.folder, options.seed, DTYPES[options.dtype])
     print(f"{options.folder}: {options.preset}, random weights (seed {options.seed}, {options.dtype}).")
 
+
+def _verify(options: argparse.Namespace) -> None:
+    failed = []
+    for comparison in verify(load_model(options.folder), options.reference):
+        print(f"{'ok  ' if comparison.passed else 'FAIL'} {comparison.what}: {comparison.found}", flush=True)
+        failed += [] if comparison.passed else [comparison.what]
+    if failed:
+        raise CheckpointError(f"{options.folder} differs from {options.reference} in {', '.join(failed)}.")
+
+
+WORK = {"random": _write_random, "check": _check, "inspect": _inspect, "convert": _convert, "verify": _verify}
 
 if __name__ == "__main__":
     sys.exit(main())

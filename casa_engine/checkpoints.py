@@ -4,7 +4,6 @@ config.json, model*.safetensors (+ index), generation_config.json,
 tokenizer files, preprocessor_config.json, processor_config.json, chat_template.jinja
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,11 +13,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from casa_engine.checkpoint_folder import list_files, stage_checkpoint
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import CheckpointError
+from casa_engine.json_files import read_object
 from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.originals.views import resolve_checkpoint
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.strict_weights import check_shapes, model_shapes
+from casa_engine.tensor_map import stored_shapes
 from casa_engine.tokenization import byte_tokenizer, chat_template
-from casa_engine.weight_files import share_files, stored_shapes
+from casa_engine.untrusted_folder import check_files, check_no_code
+from casa_engine.weight_files import share_files
 
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 1024 * 28 * 28
 
@@ -32,12 +35,11 @@ def read_config(folder: str | Path) -> CasaConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a CASA checkpoint folder (see casa-checkpoint).")
-    try:
-        kind = json.loads(path.read_text()).get("model_type")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a JSON object: {error}.") from error
+    check_files(Path(folder))
+    kind = read_object(path).get("model_type")
     if kind != CasaConfig.model_type:
         raise CheckpointError(f"{path} has model_type {kind!r}; expected {CasaConfig.model_type!r}.")
+    check_no_code(Path(folder))
     return AutoConfig.from_pretrained(folder)
 
 
@@ -51,11 +53,12 @@ def check_tensors(folder: str | Path, config: CasaConfig) -> None:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> CasaForConditionalGeneration:
-    """Loads the eager model, ready for inference.
+    """Loads the eager model, ready for inference; an original of a published model in place.
 
     Raises:
         CheckpointError: Anything about the folder is not as its configuration says.
     """
+    folder = resolve_checkpoint(folder)
     config = read_config(folder)
     check_tensors(folder, config)
     return CasaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype).eval()
@@ -63,7 +66,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> CasaFo
 
 def load_processor(folder: str | Path) -> CasaProcessor:
     """Loads a checkpoint's processor, with image preprocessing that needs no torchvision."""
-    return CasaProcessor.from_pretrained(folder)
+    return CasaProcessor.from_pretrained(resolve_checkpoint(folder))
 
 
 def save_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcessor, folder: str | Path) -> None:

@@ -41,6 +41,7 @@ class CasaConfig(PreTrainedConfig):
         pre_image_tokens: Ids that the template writes before an image; they belong to the window before.
         post_image_tokens: Ids that the template writes after an image; the first of its window ("gist" tokens).
         tie_word_embeddings: Whether the output layer is the embedding table.
+        source_fingerprint: Of the published checkpoint that it was converted from (`casa_engine.originals`).
 
     Raises:
         ConfigError: A field has a value outside its set, or two fields contradict each other.
@@ -65,6 +66,7 @@ class CasaConfig(PreTrainedConfig):
     pre_image_tokens: list[int] | None = None
     post_image_tokens: list[int] | None = None
     tie_word_embeddings: bool = False
+    source_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = build_text_config(self.text_config)

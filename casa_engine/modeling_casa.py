@@ -10,15 +10,19 @@ self-attention's projections (shared weights) and keys that no stock cache holds
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from casa_engine.attention import CasaProjections, masked_attention
 from casa_engine.cache import CasaCache, check_cache
@@ -26,12 +30,15 @@ from casa_engine.cache_argument import output_with_cache, pop_cache
 from casa_engine.call_inputs import CallInputs, check_inputs, check_labels, check_logits_to_keep
 from casa_engine.configuration import CasaConfig
 from casa_engine.generation import CasaGenerationMixin
+from casa_engine.json_files import read_object
 from casa_engine.rope import (
     axes_rotary_tables,
     insertion_positions,
     rotary_tables,
     rotate,
 )
+from casa_engine.tensor_map import mapped_weights, read_tensor_map
+from casa_engine.view_folder import is_view
 from casa_engine.window_batch import WindowBatch, build_window_batch
 
 
@@ -161,6 +168,32 @@ class CasaPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _no_split_modules: ClassVar = ["CasaDecoderLayer"]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike | None, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As transformers' own; weights of other names are read through the folder's tensor map, where it has one."""
+        folder = pretrained_model_name_or_path
+        if folder is not None and isinstance(config, CasaConfig) and _is_read_by_view(folder, config):
+            folder = config.name_or_path
+        tensor_map = None if folder is None else read_tensor_map(folder)
+        if tensor_map is None:
+            return super().from_pretrained(folder, *args, config=config, **kwargs)
+        config = CasaConfig.from_pretrained(folder) if config is None else config
+        tensors = dict(mapped_weights(folder, tensor_map))
+        model = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
+        model.config.name_or_path = str(folder)
+        if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+
+def _is_read_by_view(folder: str | PathLike, config: CasaConfig) -> bool:
+    """Whether a folder is an original whose configuration AutoModel has read, which is that of its view."""
+    path = Path(folder) / CONFIG_NAME
+    is_original = path.is_file() and read_object(path).get("model_type") != CasaConfig.model_type
+    return is_original and is_view(Path(config.name_or_path))
 
 
 class CasaModel(CasaPreTrainedModel):

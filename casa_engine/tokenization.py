@@ -4,7 +4,7 @@ Random checkpoints of the published sizes need some tokenizer, and no published 
 tokens have ids 2 to 257, special tokens the ids of the model's configuration.
 """
 
-from importlib.resources import files
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -20,7 +20,7 @@ FIRST_BYTE_ID = 2
 
 def chat_template() -> str:
     """The ChatML template of casa-engine's own checkpoints (Jinja)."""
-    return files("casa_engine").joinpath("chat_template.jinja").read_text()
+    return Path(__file__).with_name("chat_template.jinja").read_text()
 
 
 def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:

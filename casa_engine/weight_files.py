@@ -3,20 +3,19 @@
 model.safetensors; or model-00001-of-00002.safetensors, ... and model.safetensors.index.json
 """
 
-import json
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from casa_engine.errors import CheckpointError
+from casa_engine.json_files import read_json
+from casa_engine.safetensors_header import TensorHeader, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Shapes = dict[str, tuple[int, ...]]
 
 
-def stored_shapes(folder: str | Path) -> Shapes:
-    """Returns name and shape of each tensor that loading the folder reads (headers only).
+def stored_tensors(folder: str | Path) -> dict[str, TensorHeader]:
+    """Returns type, shape and file of each tensor that loading the folder reads, by name (headers only).
 
     Raises:
         CheckpointError: There are no weights; a file is damaged, missing, or not one of them; or the index and the
@@ -37,17 +36,17 @@ def stored_shapes(folder: str | Path) -> Shapes:
             f"{folder} has {', '.join(stray)}, which is not part of the weights in {', '.join(sorted(needed))}; remove "
             "it: programs that read every file would load it."
         )
-    shapes: Shapes = {}
+    tensors: dict[str, TensorHeader] = {}
     for name in sorted(needed):
-        of_file = _shapes_of_file(folder / name)
+        of_file = read_header(folder / name)
         listed = of_file.keys() if weight_map is None else {key for key, file in weight_map.items() if file == name}
         if wrong := sorted(listed ^ of_file.keys()):
             raise CheckpointError(
                 f"{folder}: {INDEX} and {name} do not fit together: {wrong[0]} is in one of them only; copy the whole "
                 "checkpoint."
             )
-        shapes |= of_file
-    return shapes
+        tensors |= of_file
+    return tensors
 
 
 def _weight_map(folder: Path, present: set[str]) -> dict[str, str]:
@@ -59,21 +58,13 @@ def _weight_map(folder: Path, present: set[str]) -> dict[str, str]:
             "index: copy the whole checkpoint."
         )
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         names = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index of safetensors: {error!r}.") from error
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CheckpointError(f"{path} names {sorted(map(str, names))[:3]}; expected files of the folder itself.")
     return weight_map
-
-
-def _shapes_of_file(path: Path) -> Shapes:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
 def share_files(folder: str | Path, pattern: str) -> None:

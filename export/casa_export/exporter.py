@@ -16,6 +16,7 @@ from torch.export import Dim
 from casa_engine.checkpoints import check_tensors, load_model, load_processor, read_config, stored_shapes
 from casa_engine.configuration import CasaConfig
 from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.originals.views import resolve_checkpoint
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.token_ids import list_token_ids
 from casa_export.errors import ExportError
@@ -80,7 +81,7 @@ def plan_export(source: str | Path, dtype: str = "fp32", limits: dict[str, int |
         CheckpointError: The checkpoint is not as its configuration says.
         ExportError: Its fusion, the dtype or a limit cannot be exported.
     """
-    source = Path(source)
+    source = resolve_checkpoint(source)
     if dtype not in DTYPES:
         raise ExportError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     config = read_config(source)

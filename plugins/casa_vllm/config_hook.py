@@ -1,12 +1,14 @@
 """CASA's changes to vLLM's configuration, and the options that it rejects."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from casa_engine.configuration import CasaConfig
+from casa_engine.originals.views import resolve_checkpoint
 from casa_vllm.renderer import MODE
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Selects CASA's renderer, and M-RoPE if the text uses it: insertion on Qwen backbones.
+        """Selects CASA's renderer, an original's view, and M-RoPE if the text uses it: insertion on Qwen backbones.
 
         CA text has one axis; only image keys have three. vLLM 0.32 treats any config with a field
         `mrope_section` as an M-RoPE model, so for CA the field has another name in the engine.
@@ -36,6 +38,9 @@ class CasaConfigHook(VerifyAndUpdateConfig):
                 "--tokenizer-mode out."
             )
         model_config.tokenizer_mode = MODE
+        view = resolve_checkpoint(model_config.model)
+        if view != Path(model_config.model):  # an original: its own tokenizer and processor are not used
+            model_config.model = model_config.tokenizer = str(view)
         config: CasaConfig = model_config.hf_config
         section = config.mrope_section
         if section is None:

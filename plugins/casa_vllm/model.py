@@ -41,6 +41,7 @@ from casa_engine.rope import (
     image_token_counts,
     insertion_positions,
 )
+from casa_engine.tensor_map import read_tensor_map
 from casa_vllm.cross_attention import CrossAttention
 from casa_vllm.image_cache_spec import ImageLimits
 from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
@@ -315,8 +316,9 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads a checkpoint that contains exactly this model's tensors."""
-        return load_strictly(self, self.config, weights)
+        """Loads a checkpoint that contains exactly this model's tensors, under the names of its tensor map if any."""
+        tensor_map = read_tensor_map(self.vllm_config.model_config.model)
+        return load_strictly(self, self.config, weights if tensor_map is None else tensor_map.apply(weights))
 
 
 def _patch_values(vllm_config: VllmConfig) -> PatchValues:

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from casa_engine.errors import CasaError, InputError
+from casa_engine.originals.views import resolve_checkpoint
 from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, exit_immediately
 from casa_serving.drain.startup_patch import replace_run_server
 from casa_serving.endpoint.plugin_entry import register
@@ -95,13 +96,15 @@ def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namesp
     """
     named = named_checkpoint(argv, program)
     checkpoint = embedded_checkpoint() if named is None else Path(named)
-    engine = functools.partial(
-        engine_arguments, read_checkpoint(checkpoint), embedded=named is None, on_cpu=runs_on_cpu()
-    )
+    folder = resolve_checkpoint(checkpoint)
+    engine = functools.partial(engine_arguments, read_checkpoint(folder), embedded=named is None, on_cpu=runs_on_cpu())
     defaults, _ = engine()
     if named is None:
         argv = [str(checkpoint), *argv]
     args = add_guards(build_parser({**SERVER_ARGUMENTS, **defaults}, program).parse_args(["serve", *argv]))
+    if folder != checkpoint:  # a view of an original, which is served under the name that was given
+        args.served_model_name = args.served_model_name or [named]
+        args.model_tag = args.model = str(folder)
     arguments, variables = engine(live=args.live_max_sessions > 0, given=vars(args))
     return argparse.Namespace(**arguments), variables
 

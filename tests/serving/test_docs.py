@@ -13,6 +13,7 @@ import pytest
 
 from image_files import data_url, encoded, plain
 from markdown_pages import prose
+from originals import candidate_names, original_model, write_original
 from programs import output_of
 from serving_process import free_port, running
 
@@ -66,7 +67,9 @@ def test_what_pip_is_told_to_install_exists():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_that_need_no_server(page, tmp_path):
+def test_commands_that_need_no_server(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_original(original_model("helium"), "helium", tmp_path / "CASA-Helium1-VL-2B", candidate_names("helium"))
     assert ": complete." in run(script(page, "run"), tmp_path)
 
 

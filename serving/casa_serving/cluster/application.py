@@ -18,6 +18,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from casa_engine.checkpoints import read_config
 from casa_engine.errors import InputError
+from casa_engine.originals.views import resolve_checkpoint
 from casa_serving.cluster.config import ClusterConfig, parse_config
 from casa_serving.cluster.engine_arguments import check_engine_arguments
 from casa_serving.cluster.ingress import ingress_class
@@ -95,8 +96,8 @@ def check_config(args: dict[str, Any]) -> ClusterConfig:
 
 
 def checkpoint_folder(config: ClusterConfig) -> Path:
-    """Returns the folder of the model that is served."""
-    return embedded_checkpoint() if config.checkpoint is None else config.checkpoint
+    """Returns the folder of the model that is served; of an original, its view."""
+    return embedded_checkpoint() if config.checkpoint is None else resolve_checkpoint(config.checkpoint)
 
 
 def max_prompt_chars(config: ClusterConfig, llm_config: LLMConfig) -> int:

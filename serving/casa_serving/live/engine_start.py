@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from casa_engine.originals.views import resolve_checkpoint
 from casa_serving.engine_defaults import (
     embedded_checkpoint,
     engine_arguments,
@@ -30,7 +31,7 @@ async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
     Raises:
         CheckpointError: The folder contains no CASA model.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = resolve_checkpoint(checkpoint)
     arguments, variables = engine_arguments(
         read_checkpoint(checkpoint),
         embedded=checkpoint.resolve() == embedded_checkpoint().resolve(),
