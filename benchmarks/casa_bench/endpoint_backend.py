@@ -22,7 +22,7 @@ from casa_engine.errors import InputError
 from casa_engine.live import LiveSettings
 
 TIMEOUT_S = 600.0
-# Of one request, base64 included; servers refuse larger ones (casa serve from 64 MiB on).
+# Of one request, base64 included; what is larger many servers refuse (casa serve takes 100 MB).
 MAX_BODY_BYTES = 60 * 2**20
 
 
