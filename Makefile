@@ -60,3 +60,4 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/typos
+	@! git grep -nE '^(<{7}|>{7}) ' 2>/dev/null || { echo "Merges were committed before they were resolved (see above)"; exit 1; }

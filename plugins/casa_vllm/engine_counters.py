@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # The kinds of files in prometheus_client's multi-process mode, and their metrics.
 KINDS = {"counter": COUNTERS, "gauge_mostrecent": GAUGES}
+# For so long a folder without its name may not be locked yet.
+UNLOCKED_S = 60
 # Several times what the keys need.
 FILE_BYTES = 16_384
 
@@ -51,7 +53,13 @@ class EngineCounters:
         self._remove: Callable[[], object] | None = None
         shared = shared_folder()
         if shared is not None:
-            self._files = create_files(shared, vllm_config)
+            try:
+                self._files = create_files(shared, vllm_config)
+            except OSError as error:
+                raise ConfigError(
+                    f"The engine's counters need new files in PROMETHEUS_MULTIPROC_DIR, {str(shared)!r}, got: "
+                    f"{error.strerror}. Let it be an empty folder of this user's with free space."
+                ) from error
         else:
             self._files, lock = create_folder(vllm_config)
             self._remove = weakref.finalize(self, remove_folder, engine_folder(vllm_config), lock, os.getpid())
@@ -134,15 +142,17 @@ def create_folder(vllm_config: "VllmConfig") -> tuple[dict[str, MmapedDict], int
     """Creates an engine's folder and its files; returns them by kind, and the descriptor that locks the folder."""
     folder = engine_folder(vllm_config)
     remove_stale_folders(folder.parent)
-    # It gets its name when it is locked, so that no engine takes it for a stale one.
-    unnamed = Path(tempfile.mkdtemp(prefix=".casa-", dir=folder.parent))
+    unnamed = None
     try:
+        # It gets its name when it is locked, so that no engine takes it for a stale one.
+        unnamed = Path(tempfile.mkdtemp(prefix=f".{folder_prefix()}", dir=folder.parent))
         lock = os.open(unnamed, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         files = create_files(unnamed, vllm_config)
         unnamed.rename(folder)
     except OSError as error:
-        shutil.rmtree(unnamed)
+        if unnamed is not None:
+            shutil.rmtree(unnamed, ignore_errors=True)
         raise ConfigError(
             f"The engine's counters need a new folder {str(folder)!r}, got: {error.strerror}. Remove what is there, "
             "free some space, or set VLLM_RPC_BASE_PATH to another folder."
@@ -174,12 +184,15 @@ def remove_folder(folder: Path, lock: int, owner: int) -> None:
 
 def remove_stale_folders(parent: Path) -> None:
     """Removes the folders of this user's engines that were killed."""
-    for folder in parent.glob(f"{folder_prefix()}*"):
+    unnamed = parent.glob(f".{folder_prefix()}*")
+    for folder in [*parent.glob(f"{folder_prefix()}*"), *unnamed]:
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:  # A link, a file, or removed meanwhile.
             continue
         try:
+            if folder.name.startswith(".") and time.time() - os.fstat(lock).st_mtime < UNLOCKED_S:
+                continue  # Another engine makes it just now.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:  # Its engine lives.

@@ -44,6 +44,7 @@ class ImageStatLogger(StatLoggerBase):
             name: _metric(Gauge, name, text, multiprocess_mode="mostrecent") for name, text in GAUGES.items()
         }
         self._last_step = _metric(Gauge, LAST_STEP, LAST_STEP_TEXT, multiprocess_mode="mostrecent")
+        self._last_step.labels(*self._labels).set_to_current_time()
         self._counters = {name: _metric(Counter, name, text) for name, text in COUNTERS.items()}
         config = vllm_config.model_config.hf_config
         has_counters = isinstance(config, CasaConfig) and config.is_cross_attention and shared_folder() is None

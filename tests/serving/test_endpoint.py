@@ -3,9 +3,11 @@
 import contextlib
 import json
 import re
+import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 import pytest
@@ -15,6 +17,7 @@ from casa_serving.engine_defaults import EMBEDDED_NAME
 from casa_vllm.metric_names import COUNTERS, GAUGES
 from image_files import data_url, encoded, plain
 from monitoring import SERVER_BOARD, alert_metrics, board_metrics
+from waiting import until
 from web import site
 
 pytestmark = pytest.mark.vllm
@@ -174,6 +177,21 @@ def http_requests(server):
         r'^http_requests_total\{handler="([^"]*)",method="\w+",status="(\w+)"\} (\S+)', server.get("/metrics"), re.M
     )
     return {(status, path): float(count) for path, status, count in found}
+
+
+def test_a_client_that_hangs_up_is_no_fault_of_the_server(server):
+    before, where = http_requests(server), ("4xx", "/v1/chat/completions")
+    address = urllib.parse.urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
+        )
+        time.sleep(0.5)  # The guard reads when the client leaves.
+    until(lambda: http_requests(server).get(where, 0) == before.get(where, 0) + 1, 10)
+    assert {key: count for key, count in http_requests(server).items() if key[0] == "5xx"} == {
+        key: count for key, count in before.items() if key[0] == "5xx"
+    }
 
 
 @pytest.mark.parametrize(

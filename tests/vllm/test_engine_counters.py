@@ -11,7 +11,7 @@ from prometheus_client import generate_latest
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from casa_engine.errors import ConfigError
-from casa_vllm.engine_counters import EngineCounters, EngineCountersReader, engine_folder
+from casa_vllm.engine_counters import EngineCounters, EngineCountersReader, engine_folder, folder_prefix
 from casa_vllm.metric_names import COUNTERS, GAUGES
 
 pytestmark = pytest.mark.unit
@@ -113,6 +113,21 @@ def test_folders_of_engines_that_were_killed_before_are_removed(folders):
     next_one.close()
     engines["living"].kill()
     engines["living"].wait()
+
+
+def test_folders_of_engines_that_were_killed_before_they_had_a_name_are_removed(folders):
+    old, new = (folders / f".{folder_prefix()}{name}" for name in ("old", "new"))
+    old.mkdir()
+    new.mkdir()  # Its engine locks it in a moment.
+    os.utime(old, (0, 0))
+    EngineCounters(config()).close()
+    assert list(folders.iterdir()) == [new]
+
+
+def test_servers_that_share_a_folder_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match="PROMETHEUS_MULTIPROC_DIR.*got: No such file or directory"):
+        EngineCounters(config())
 
 
 def run_engine(name):

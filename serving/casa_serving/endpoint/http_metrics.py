@@ -20,7 +20,8 @@ def keep_metrics(app: FastAPI) -> None:
     for middleware in _instrumentators(app):
         names = inspect.signature(metrics.default).parameters
         count = metrics.default(**{name: value for name, value in middleware.kwargs.items() if name in names})
-        middleware.kwargs["instrumentations"] = [count]
+        if count is not None:  # It is None where this process has registered them before.
+            middleware.kwargs["instrumentations"] = [count]
 
 
 def count_every_request(app: FastAPI) -> None:

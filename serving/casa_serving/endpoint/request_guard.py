@@ -87,7 +87,10 @@ class RequestGuard:
                 await discard(receive)
             await error.response()(scope, receive, send)
         except ClientDisconnectedError:
-            return
+            # Nobody reads it; without a response the metrics would count a 500.
+            await RequestError(408, "The client disconnected before it had sent the request.").response()(
+                scope, receive, send
+            )
         finally:
             reader.release()
 
