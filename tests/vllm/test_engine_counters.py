@@ -126,7 +126,7 @@ def test_folders_of_engines_that_were_killed_before_they_had_a_name_are_removed(
 
 def test_servers_that_share_a_folder_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "gone"))
-    with pytest.raises(ConfigError, match="PROMETHEUS_MULTIPROC_DIR.*got: No such file or directory"):
+    with pytest.raises(ConfigError, match=r"PROMETHEUS_MULTIPROC_DIR.*got: No such file or directory"):
         EngineCounters(config())
 
 
