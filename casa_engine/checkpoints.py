@@ -5,6 +5,7 @@ tokenizer files, preprocessor_config.json, processor_config.json, chat_template.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoConfig, GenerationConfig
@@ -52,8 +53,14 @@ def check_tensors(folder: str | Path, config: CasaConfig) -> None:
     check_shapes(str(folder), model_shapes(config), stored_shapes(folder))
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> CasaForConditionalGeneration:
+def load_model(
+    folder: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> CasaForConditionalGeneration:
     """Loads the eager model, ready for inference; an original of a published model in place.
+
+    Args:
+        folder: The checkpoint.
+        dtype: Of the weights; "auto" for the one that the checkpoint names, or is stored in.
 
     Raises:
         CheckpointError: Anything about the folder is not as its configuration says.

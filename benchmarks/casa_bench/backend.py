@@ -19,14 +19,17 @@ class Turn:
     """One frame and its answer. None stands for what a backend cannot see.
 
     Attributes:
-        ttft_ms: From the prepared input to the first token, vision encoder included.
+        ttft_ms: From the prepared input to the first token, vision encoder included. Of a server: from the request,
+            with upload, tokenisation and preprocessing of all that it holds.
         decode_ms: From the first token to the last.
         tokens: Generated tokens.
-        prepare_ms: Tokenisation and image preprocessing before it, which `ttft_ms` does not hold.
+        prepare_ms: What is done before it, and `ttft_ms` does not hold: tokenisation and image preprocessing; of a
+            server, encoding of the frame as JPEG.
         cpu_ms: Processor time of all threads of this process, for preparation, first token and the rest.
         kv_tokens: Positions in the text's KV cache afterwards; image tokens too where they stand in the text.
         kv_bytes: Bytes of all KV cache in use afterwards, images included.
         memory_bytes: Most memory during the turn: GPU memory allocated by torch, or resident memory of this process.
+            Of a KV cache that is allocated as a whole on a GPU, only what is in use.
     """
 
     ttft_ms: float

@@ -67,7 +67,12 @@ def _add_model_options(parser: argparse.ArgumentParser, workload: Workload) -> N
         parser.add_argument(
             "--backend", choices=(*LOCAL, ENDPOINT), help="default: engine for a folder, endpoint for an address"
         )
-        parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of a folder (%(default)s)")
+        parser.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            default="auto",
+            help="of a folder; auto is the checkpoint's own, which vLLM makes 16 bits of float32 (%(default)s)",
+        )
         parser.add_argument("--kv-cache-gib", type=bounded(0.01, 4096.0), help="engine: size of its KV cache")
         parser.add_argument("--enforce-eager", action="store_true", help="engine: do not compile the model")
         parser.add_argument("--served-model", help="endpoint: the model's name there; default: the first it serves")
@@ -183,7 +188,7 @@ def open_backend(kind: str, options: argparse.Namespace, workload: Workload) -> 
 
         from casa_bench.eager_backend import EagerBackend
 
-        dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+        dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
         return EagerBackend(Path(options.model), needs, dtype)
     from casa_bench.engine_backend import EngineBackend, EngineSettings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -28,7 +28,7 @@ class EagerBackend:
     Args:
         folder: The checkpoint.
         needs: What will be asked at most.
-        dtype: Of weights and cache.
+        dtype: Of weights and cache; "auto" for the checkpoint's own.
 
     Raises:
         CheckpointError: The folder holds no CASA model.
@@ -37,13 +37,17 @@ class EagerBackend:
 
     name = "eager"
 
-    def __init__(self, folder: Path, needs: Needs, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, needs: Needs, dtype: torch.dtype | Literal["auto"]) -> None:
         refuse_concurrency(needs)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.processor = load_model(folder, dtype).to(device), load_processor(folder)
         self.format = StreamFormat.from_checkpoint(folder)
         self._without_image = image_ban(self.format.image_token_id)
-        self.about = {"fusion": self.model.config.fusion, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+        self.about = {
+            "fusion": self.model.config.fusion,
+            "device": device,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
 
     def open_stream(self) -> EagerStream:
         """See `Backend`."""

@@ -1,7 +1,8 @@
 """`--backend endpoint`: anybody's OpenAI-compatible server, by streamed chat completions.
 
 A server keeps no conversation: each turn sends all of it again, frames included, and what that costs depends on the
-server's caches. Its memory, its KV cache and its processor time cannot be seen from outside.
+server's caches. Its time to first token holds upload, tokenisation and preprocessing of all of that. Its memory, its KV
+cache and its processor time cannot be seen from outside.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class EndpointBackend:
         listed = json.loads((await self._client.get("/models", cast_to=httpx.Response)).text)
         served = listed.get("data") if isinstance(listed, dict) else None
         if not served or not isinstance(served, list) or "id" not in served[0]:
-            raise InputError(f"{self.base_url} lists no model; expected one: name it with --model.")
+            raise InputError(f"{self.base_url} lists no model; expected one: name it with --served-model.")
         return served[0]["id"]
 
     def _run(self, work: Any) -> Any:

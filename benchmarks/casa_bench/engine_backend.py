@@ -67,6 +67,12 @@ class EngineBackend:
         }
         self._num_requests = 0
 
+    @property
+    def pool_bytes(self) -> int:
+        """Size of vLLM's KV cache, which is one allocation of its start, whatever is in use."""
+        config = self.engine.engine_core.engine_core.scheduler.kv_cache_config
+        return max(tensor.size for tensor in config.kv_cache_tensors)
+
     def open_stream(self) -> EngineStream:
         """See `Backend`."""
         return EngineStream(self, self.new_name())
@@ -126,10 +132,10 @@ class EngineBackend:
     def kv_use(self, request_id: str) -> tuple[int, int]:
         """Return the positions in a request's text cache, and the bytes of all pages in use."""
         scheduler = self.engine.engine_core.engine_core.scheduler
-        pool, config = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
+        pool = scheduler.kv_cache_manager.block_pool
         in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # 1: the null block
         # All groups lie in one allocation: a page belongs to one of them at a time.
-        page_bytes = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        page_bytes = self.pool_bytes // pool.num_gpu_blocks
         return scheduler.requests[request_id].num_computed_tokens, in_use * page_bytes
 
 
@@ -163,6 +169,9 @@ class EngineStream:
                     is_open = False
         cpu_ms, memory_bytes = self._meter.read()
         kv_tokens, kv_bytes = self._backend.kv_use(self._name)
+        if self._backend.on_gpu:
+            # torch counts the whole cache, which would hide everything else; the system counts what was touched.
+            memory_bytes += kv_bytes - self._backend.pool_bytes
         return Turn(
             ttft_ms=1000 * (progress.first_s - prepared_s),
             decode_ms=1000 * (progress.last_s - progress.first_s),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 JPEG_QUALITY = 75
 
 
-def noise_frame(seed: int, number: int, side_px: int) -> Image.Image:
+def noise_frame(seed: int | Sequence[int], number: int, side_px: int) -> Image.Image:
     """Return frame `number` of the video `seed`: a square RGB image of random pixels, always the same."""
     pixels = np.random.default_rng([seed, number]).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
     return Image.fromarray(pixels)

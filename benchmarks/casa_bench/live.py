@@ -1,7 +1,8 @@
 """`casa bench live`: how many live sessions a server bears before the delay of a frame passes a bound.
 
 Sessions of `/v1/live` (docs/live.md) show frames of noise by the clock, not by the answers: a server that is too slow
-drops frames, which count as late. Their number doubles until p95 passes the bound.
+drops frames, which count as late. Their number doubles until p95 passes the bound, the server has no place for more
+(--live-max-sessions, or its KV cache), or --max-sessions is reached; only the first says what the server bears.
 
 `--load vss` is that of NVIDIA VSS's table: 8 frames a second, and 100 tokens about each 10 s. A frame is given one
 token; each 10 s a question is asked, whose answer may have 100 tokens, and its delay is what is bounded.
@@ -12,18 +13,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from casa_bench.frames import jpeg, noise_frame
 from casa_bench.statistics import percentile
-from casa_bench.workload import Row, Settings, Workload, bounded, shown
+from casa_bench.workload import Row, Settings, Workload, add_seed_option, bounded, shown
 from casa_engine.errors import InputError
 
 WARMUP_FRAMES = 4
-# Frames of a session that differ; they come again and again.
-NUM_FRAMES = 8
 QUESTION = "Describe what happened in the last ten seconds."
 VSS_PERIOD_S = 10.0
 # Beyond p95.
@@ -65,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=bounded(28, 4096), default=448, help="side of the square frames, px (%(default)s)"
     )
-    parser.add_argument("--seed", type=bounded(0, 2**31), default=0, help="of the frames (%(default)s)")
+    add_seed_option(parser)
 
 
 def load_of(settings: Settings) -> Load:
@@ -79,38 +78,55 @@ def load_of(settings: Settings) -> Load:
 def run(server: str, settings: Settings) -> Iterator[Row]:
     """See `Workload`; `server` is its address. One row for each number of sessions.
 
+    The last row's `ended_by` says why there is no more: "bound", "places" (the server takes no more) or "max_sessions".
+
     Raises:
-        InputError: There is no such server, it has no live sessions, or it refuses a session or a frame.
+        InputError: There is no such server, it has no live sessions or no place for one, or the time is too short for
+            a question.
+        LiveError: It refuses a session or a frame.
     """
     from websockets.exceptions import WebSocketException
 
     from casa_serving.live.protocol import LiveError
 
     load, sessions = load_of(settings), 1
-    while True:
+    if load.question_s is not None and settings["seconds"] < load.question_s:
+        raise InputError(
+            f"--seconds is {settings['seconds']:g}; --load {settings['load']} asks its first question after "
+            f"{load.question_s:g} s: measure at least as long."
+        )
+    row: Row | None = None
+    while row is None or row["ended_by"] is None:
         try:
-            row = asyncio.run(_measure(server, settings, load, sessions))
+            measured = asyncio.run(_measure(server, settings, load, sessions))
         except LiveError as error:
-            if error.code == "too_many_sessions":
-                return
-            raise
+            if error.code != "too_many_sessions":
+                raise
+            if row is None:
+                raise InputError(f"{server!r} has no place for a single live session: {error}") from error
+            # Known only now, and the row is with the caller already, so that Ctrl-C loses none.
+            row["ended_by"] = "places"
+            return
         except (OSError, WebSocketException) as error:
             raise InputError(f"the live sessions of {server!r} cannot be used: {error}") from error
+        row = measured
+        if not row["holds"]:
+            row["ended_by"] = "bound"
+        elif sessions == settings["max_sessions"]:
+            row["ended_by"] = "max_sessions"
         yield row
-        if not row["holds"] or sessions == settings["max_sessions"]:
-            return
         sessions = min(2 * sessions, settings["max_sessions"])
 
 
 async def _measure(server: str, settings: Settings, load: Load, sessions: int) -> Row:
-    videos = [
-        [jpeg(noise_frame(settings["seed"] + place, number, settings["image_size"])) for number in range(NUM_FRAMES)]
-        for place in range(sessions)
-    ]
+    # `sessions` too, since no number of them may show the frames of the one before.
+    seeds = [(settings["seed"], sessions, place) for place in range(sessions)]
     shown = await asyncio.gather(
-        *(_show(server, settings, load, video, place / sessions / load.fps) for place, video in enumerate(videos))
+        *(_show(server, settings, load, seed, place / sessions / load.fps) for place, seed in enumerate(seeds))
     )
-    frames_ms, answers_ms = ([each for result in shown for each in result[name]] for name in ("frames", "answers"))
+    frames_ms, answers_ms, sent_late_ms = (
+        [each for result in shown for each in result[name]] for name in ("frames", "answers", "sent_late")
+    )
     dropped, tokens = (sum(result[name] for result in shown) for name in ("dropped", "tokens"))
     # A frame that was never shown to the model is later than any.
     late = sum(each > load.bound_ms for each in frames_ms) + dropped if load.question_s is None else dropped
@@ -128,8 +144,10 @@ async def _measure(server: str, settings: Settings, load: Load, sessions: int) -
         "answers": len(answers_ms),
         "answer_p50_ms": percentile(answers_ms, 50),
         "answer_p95_ms": percentile(answers_ms, 95),
+        "sent_late_p95_ms": percentile(sent_late_ms, 95),
         "tokens_per_s": tokens / settings["seconds"],
         "holds": holds,
+        "ended_by": None,
     }
 
 
@@ -138,8 +156,28 @@ def is_within(late: int, total: int) -> bool:
     return total > 0 and late <= MAX_LATE_SHARE * total
 
 
-async def _show(server: str, settings: Settings, load: Load, video: list[bytes], delay_s: float) -> dict[str, Any]:
-    """Show one video by the clock; return delays of frames and answers, dropped frames and tokens after the warm-up."""
+async def _frames(seed: tuple[int, ...], count: int, side_px: int) -> AsyncIterator[tuple[int, bytes]]:
+    """Yield the frames of a video with their numbers; each is made while the one before waits for its time.
+
+    No two are alike: a server keeps the pages of frames that it has seen, and encodes none again.
+    """
+
+    def make(number: int) -> asyncio.Task[bytes]:
+        return asyncio.create_task(asyncio.to_thread(lambda: jpeg(noise_frame(seed, number, side_px))))
+
+    upcoming = make(0)
+    for number in range(count):
+        frame = await upcoming
+        if number + 1 < count:
+            upcoming = make(number + 1)
+        yield number, frame
+
+
+async def _show(server: str, settings: Settings, load: Load, seed: tuple[int, ...], delay_s: float) -> dict[str, Any]:
+    """Show one video by the clock; return delays of frames and answers, dropped frames and tokens after the warm-up.
+
+    `sent_late` is how late frames were sent, in milliseconds: where that is much, this process is what is too slow.
+    """
     from casa_serving.caption.captioners import live_url
     from casa_serving.live.client import LiveClient
     from casa_serving.live.protocol import AnswerDone, ErrorEvent, FrameDone, FrameDropped, LiveError
@@ -147,7 +185,7 @@ async def _show(server: str, settings: Settings, load: Load, video: list[bytes],
     num_frames = WARMUP_FRAMES + round(settings["seconds"] * load.fps)
     every = round(load.question_s * load.fps) if load.question_s else 0
     asked_s: dict[str, float] = {}
-    result: dict[str, Any] = {"frames": [], "answers": [], "dropped": 0, "tokens": 0}
+    result: dict[str, Any] = {"frames": [], "answers": [], "sent_late": [], "dropped": 0, "tokens": 0}
 
     async def read(client: LiveClient) -> None:
         async for event in client.events():
@@ -167,11 +205,14 @@ async def _show(server: str, settings: Settings, load: Load, video: list[bytes],
         await asyncio.sleep(delay_s)
         reader = asyncio.create_task(read(client))
         begun_s = time.perf_counter()
-        for number in range(num_frames):
-            await asyncio.sleep(max(0.0, begun_s + number / load.fps - time.perf_counter()))
+        async for number, frame in _frames(seed, num_frames, settings["image_size"]):
+            due_s = begun_s + number / load.fps
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
             if reader.done():
                 break
-            await client.send_frame(video[number % len(video)], number / load.fps)
+            if number >= WARMUP_FRAMES:
+                result["sent_late"].append(1000 * (time.perf_counter() - due_s))
+            await client.send_frame(frame, number / load.fps)
             if every and number % every == every - 1:
                 asked_s[str(number)] = time.perf_counter()
                 await client.ask(QUESTION, id=str(number))
@@ -185,6 +226,7 @@ def summarize(rows: list[Row]) -> Row:
     return {
         "most_sessions": max((row["sessions"] for row in rows if row["holds"]), default=0),
         "stopped_at": rows[-1]["sessions"] if rows and not rows[-1]["holds"] else None,
+        "ended_by": rows[-1].get("ended_by") if rows else None,
         "last": rows[-1] if rows else None,
     }
 
@@ -195,12 +237,14 @@ def cells(summary: Row) -> list[str]:
     return [
         str(summary["most_sessions"]),
         shown(summary["stopped_at"]),
+        summary.get("ended_by") or "-",
         shown(last.get("fps"), 1),
         shown(last.get("bound_ms")),
         shown(last.get("frames")),
         shown(last.get("dropped")),
         shown(last.get("frame_p95_ms")),
         shown(last.get("answer_p95_ms")),
+        shown(last.get("sent_late_p95_ms")),
         shown(last.get("tokens_per_s"), 1),
     ]
 
@@ -215,12 +259,14 @@ LIVE = Workload(
     columns=(
         "sessions within the bound",
         "first number beyond",
+        "ended by",
         "fps",
         "bound, ms",
         "frames at the last number",
         "dropped",
         "frame p95, ms",
         "answer p95, ms",
+        "sent late p95, ms",
         "tok/s of all",
     ),
     cells=cells,

@@ -42,6 +42,8 @@ RUN_FIELDS = {
 }
 # A report of 10,000 turns has 4 MB.
 MAX_REPORT_BYTES = 256 * 2**20
+# What a backend says of itself that a table's reader must know to compare.
+TOLD = ("device", "dtype", "enforce_eager")
 
 
 def run_record(
@@ -114,9 +116,10 @@ def markdown(workload: Workload, runs: list[Row]) -> str:
         rows.append([name, run["about"].get("fusion") or "-", run["backend"], *workload.cells(run["summary"])])
     lines = [*table(header, rows), ""]
     for run in runs:
-        about = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
+        about = {key: run["about"][key] for key in TOLD if run["about"].get(key) not in (None, "")}
+        said = ", ".join(f"{key} {value}" for key, value in (about | run["versions"]).items())
         machine = ", ".join(str(value) for value in run["machine"].values())
-        lines.append(f"- {run['name']}: `{run['command']}`, {run['date']}, {about}; {machine}.")
+        lines.append(f"- {run['name']}: `{run['command']}`, {run['date']}, {said}; {machine}.")
     published = published_tables(workload.name)
     return "\n".join([*lines, *(["", *published] if published else []), ""])
 

@@ -90,7 +90,7 @@ STREAM = Workload(
         "processor ms a turn, first -> last",
         "KV tokens",
         "KV bytes",
-        "peak memory, MiB, first -> last",
+        "peak memory (of KV: pages in use), MiB, first -> last",
     ),
     cells=cells,
 )

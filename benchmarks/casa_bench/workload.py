@@ -62,7 +62,17 @@ def add_common_options(parser: argparse.ArgumentParser, tokens: int) -> None:
         "--image-size", type=bounded(28, 4096), default=896, help="side of the square frames, px (%(default)s)"
     )
     parser.add_argument("--tokens", type=bounded(2, 1024), default=tokens, help="tokens an answer (%(default)s)")
-    parser.add_argument("--seed", type=bounded(0, 2**31), default=0, help="of the frames (%(default)s)")
+    add_seed_option(parser)
+
+
+def add_seed_option(parser: argparse.ArgumentParser) -> None:
+    """Declare the seed of the frames."""
+    parser.add_argument(
+        "--seed",
+        type=bounded(0, 2**31),
+        default=0,
+        help="of the frames (%(default)s); a server may have those of an earlier run in its cache: give it new ones",
+    )
 
 
 def shown(value: float | None, digits: int = 0) -> str:

@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 
+from casa_bench.chat import CHAT
 from casa_bench.cli import main
 from casa_bench.live import is_within, load_of
 from casa_bench.live import summarize as summarize_live
 from casa_bench.plot import PANELS, POINTS, points
 from casa_bench.published import published_tables
-from casa_bench.report import read_report
+from casa_bench.report import markdown, read_report
 from casa_bench.reuse import summarize as summarize_reuse
 from casa_bench.statistics import first_and_last, percentile
 from casa_bench.stream import summarize as summarize_stream
@@ -79,6 +80,7 @@ def test_most_sessions_are_the_last_number_within_the_bound():
     rows = [{"sessions": number, "holds": number < 4} for number in (1, 2, 4)]
     assert summarize_live(rows)["most_sessions"] == 2
     assert summarize_live(rows)["stopped_at"] == 4
+    assert summarize_live([*rows[:2], rows[2] | {"ended_by": "bound"}])["ended_by"] == "bound"
     assert summarize_live(rows[:2])["stopped_at"] is None
 
 
@@ -121,6 +123,19 @@ RUN = {
     "rows": [],
 }
 GOOD = {"format": "casa-bench", "version": 1, "workload": "stream", "runs": [RUN]}
+
+
+def test_a_report_tells_apart_what_a_table_cannot_compare():
+    runs = [
+        RUN | {"about": {"device": "cuda", "dtype": "bfloat16", "enforce_eager": False}},
+        RUN | {"about": {"device": "cpu", "dtype": "float32"}},
+        RUN | {"about": {"device": ""}},
+    ]
+    text = markdown(CHAT, [run | {"summary": CHAT.summarize([])} for run in runs])
+    told = [line for line in text.splitlines() if line.startswith("- a: ")]
+    assert "device cuda, dtype bfloat16, enforce_eager False" in told[0]
+    assert "device cpu, dtype float32" in told[1]
+    assert not any(word in told[2] for word in ("device", "dtype", "enforce_eager"))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from casa_bench.cli import WORKLOADS, main
 from casa_bench.report import read_report
 from casa_bench.stream import STREAM
+from casa_engine.checkpoints import write_random_checkpoint
+from casa_engine.presets import preset_config
+from web import site
 
 TURNS, SIDE_PX = 12, 112
 IMAGE_TOKENS = (SIDE_PX // 28) ** 2
@@ -78,6 +82,17 @@ def test_a_report_says_what_was_measured_and_on_what(checkpoint, tmp_path):
         assert "secret" not in path.read_text()
 
 
+def test_auto_is_the_dtype_of_the_checkpoint(tmp_path, capsys):
+    write_random_checkpoint(preset_config("tiny-llama", fusion="ca"), tmp_path / "ca", dtype=torch.bfloat16)
+    run = stream(tmp_path, tmp_path / "ca", "--turns", 2)
+    assert run["about"]["dtype"] == "bfloat16"
+    row = run["rows"][-1]
+    assert row["kv_bytes"] == (row["kv_tokens"] + IMAGE_TOKENS) * TOKEN_BYTES // 2
+    assert f"device {run['about']['device']}, dtype bfloat16" in capsys.readouterr().out
+    run = stream(tmp_path, tmp_path / "ca", "--turns", 2, "--dtype", "float32")
+    assert run["about"]["dtype"] == "float32"
+
+
 def test_reports_are_put_together_in_their_order(checkpoint, tmp_path, capsys):
     for fusion in ("ca", "insertion"):
         (tmp_path / fusion).mkdir()
@@ -129,6 +144,7 @@ MISTAKES = [
     (["chat", "CA", "--backend", "eager", "--concurrency", "2"], "answers one conversation at a time"),
     (["live", "CA"], "start casa serve"),
     (["live", "http://127.0.0.1:9", "--seconds", "1"], "cannot be used"),
+    (["live", "http://127.0.0.1:9", "--load", "vss", "--seconds", "9.9"], "asks its first question after 10 s"),
     (["stream", "nowhere", "--backend", "eager"], "has no config.json"),
     (["stream", "nowhere"], "does not exist"),
     (["stream", "CA", "--output", "no/such/folder"], "make it first"),
@@ -143,6 +159,13 @@ def test_a_mistake_is_one_sentence(arguments, sentence, checkpoint, tmp_path, ca
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("casa bench: ")]
     assert sentence in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_without_a_model_is_told_by_the_option_that_there_is(tmp_path, capsys):
+    with site() as empty:
+        empty.bodies["/v1/models"] = b'{"data": []}'
+        assert main(["stream", empty.url("/v1"), "--turns", "2", "--output", str(tmp_path / "none")]) == 1
+    assert "lists no model; expected one: name it with --served-model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,19 @@ def test_a_stream_keeps_what_the_eager_model_keeps(engine, checkpoint):
     assert pages_in_use(engine) == 0
 
 
+def test_the_pool_is_all_that_was_allocated_for_pages(engine):
+    """On a GPU it is subtracted from what torch has allocated."""
+    core = engine.engine.engine_core.engine_core
+    caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (cache.untyped_storage() for cache in caches)}
+    assert engine.pool_bytes == sum(storages.values())
+    stream = engine.open_stream()
+    turn, pages = stream.turn(noise_frame(0, 0, SIDE_PX), TOKENS), pages_in_use(engine)
+    stream.close()
+    page_bytes = engine.pool_bytes // core.scheduler.kv_cache_config.num_blocks
+    assert turn.kv_bytes == pages * page_bytes < engine.pool_bytes
+
+
 def test_chats_run_together_and_reuse_is_measured(engine):
     settings = {
         "concurrency": 3,

@@ -3,6 +3,7 @@
 import pytest
 
 from casa_bench.cli import main
+from casa_bench.live import WARMUP_FRAMES
 from casa_bench.report import read_report
 
 pytestmark = pytest.mark.vllm
@@ -39,10 +40,15 @@ def test_chats_and_reuse(server, tmp_path):
 
 
 def test_live_sessions_by_the_clock(server, tmp_path):
-    run = bench(
-        tmp_path, "live", server.url, "--max-sessions", 2, "--seconds", 4, "--bound-ms", 60_000, "--fps", 2, *SIZE
-    )
+    encoded = server.metric("casa:vision_encoder_runs_total")
+    load = ("--max-sessions", 2, "--seconds", 4, "--bound-ms", 60_000, "--fps", 2, "--seed", 15)
+    run = bench(tmp_path, "live", server.url, *load, *SIZE)
     assert [row["sessions"] for row in run["rows"]] == [1, 2][: len(run["rows"])]
+    assert run["rows"][-1]["ended_by"] == ("max_sessions" if run["rows"][-1]["holds"] else "bound")
+    # Every frame that is captioned is one that the server has never seen; those of the warm-up are not in the rows.
+    shown = sum(row["frames"] - row["dropped"] for row in run["rows"])
+    warmup = WARMUP_FRAMES * sum(row["sessions"] for row in run["rows"])
+    assert shown <= server.metric("casa:vision_encoder_runs_total") - encoded <= shown + warmup
     first = run["rows"][0]
     assert first["frames"] == 8
     assert first["answers"] == 0

@@ -44,12 +44,6 @@ async def watch(url, files):
     return seen
 
 
-def metric(server, name):
-    """Returns a gauge of the server's; 0 where it has none yet."""
-    found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", server.get("/metrics"), re.MULTILINE)
-    return float(found[1]) if found else 0.0
-
-
 HELD = ("casa:live_sessions", "casa:image_pages_in_use", "vllm:kv_cache_usage_perc", "vllm:num_requests_running")
 
 
@@ -58,7 +52,7 @@ def wait_until_nothing_is_held(server, good_request):
     deadline = time.monotonic() + 30
     while True:
         good_request()
-        held = {name: metric(server, name) for name in HELD}
+        held = {name: server.metric(name) for name in HELD}
         if not any(held.values()):
             return
         assert time.monotonic() < deadline, held

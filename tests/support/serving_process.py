@@ -1,6 +1,7 @@
 """Starts the real `casa-serve` in a process of its own and stops it again."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -55,6 +56,11 @@ class Server:
         """Returns the body of a GET request that must succeed."""
         with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
             return answer.read().decode()
+
+    def metric(self, name: str) -> float:
+        """Returns a figure of its metrics; 0 where it has none yet."""
+        found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
 
 def free_port() -> int:
