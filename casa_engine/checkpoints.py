@@ -21,7 +21,7 @@ from casa_engine.processing_casa import CasaProcessor
 from casa_engine.strict_weights import check_shapes, model_shapes
 from casa_engine.tensor_map import stored_shapes
 from casa_engine.tokenization import byte_tokenizer, chat_template
-from casa_engine.untrusted_folder import check_files, check_no_code
+from casa_engine.untrusted_folder import check_files, check_folder, check_no_code
 from casa_engine.weight_files import share_files
 
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 1024 * 28 * 28
@@ -72,8 +72,15 @@ def load_model(
 
 
 def load_processor(folder: str | Path) -> CasaProcessor:
-    """Loads a checkpoint's processor, with image preprocessing that needs no torchvision."""
-    return CasaProcessor.from_pretrained(resolve_checkpoint(folder))
+    """Loads a checkpoint's processor, with image preprocessing that needs no torchvision.
+
+    Raises:
+        CheckpointError: The folder may not be trusted (see `untrusted_folder`).
+    """
+    folder = resolve_checkpoint(folder)
+    if folder.is_dir():
+        check_folder(folder)
+    return CasaProcessor.from_pretrained(folder)
 
 
 def save_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcessor, folder: str | Path) -> None:

@@ -38,6 +38,7 @@ from casa_engine.rope import (
     rotate,
 )
 from casa_engine.tensor_map import mapped_weights, read_tensor_map
+from casa_engine.untrusted_folder import check_no_code
 from casa_engine.view_folder import is_view
 from casa_engine.window_batch import WindowBatch, build_window_batch
 
@@ -173,20 +174,28 @@ class CasaPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike | None, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As transformers' own; weights of other names are read through the folder's tensor map, where it has one."""
+        """As transformers' own; weights of other names are read through the folder's tensor map, where it has one.
+
+        Raises:
+            CheckpointError: A configuration of the folder names code.
+        """
         folder = pretrained_model_name_or_path
         if folder is not None and isinstance(config, CasaConfig) and _is_read_by_view(folder, config):
             folder = config.name_or_path
+        if folder is not None and Path(folder).is_dir():
+            check_no_code(Path(folder))
         tensor_map = None if folder is None else read_tensor_map(folder)
         if tensor_map is None:
-            return super().from_pretrained(folder, *args, config=config, **kwargs)
+            # Never pickles; `Trainer` leaves some beside the weights, so that they are not refused here.
+            return super().from_pretrained(folder, *args, config=config, **{"use_safetensors": True, **kwargs})
         config = CasaConfig.from_pretrained(folder) if config is None else config
         tensors = dict(mapped_weights(folder, tensor_map))
-        model = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with what was loaded, where that is asked for
         model.config.name_or_path = str(folder)
         if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model
+        return loaded
 
 
 def _is_read_by_view(folder: str | PathLike, config: CasaConfig) -> bool:

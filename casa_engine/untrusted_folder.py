@@ -4,6 +4,7 @@ A folder from elsewhere may name Python for transformers to import (`auto_map`),
 other repositories to fetch, and links out of itself. Each is refused with one sentence.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -23,7 +24,16 @@ CONFIGS += ("video_preprocessor_config.json", "tokenizer_config.json", "chat_tem
 LOOKED_UP = re.compile(r"^_?(attn|experts|kernels?|linear)_?(implementation|config)(_internal|_autoset)?$")
 # Fields that name another configuration or other weights.
 REDIRECTS = ("configuration_files", "transformers_weights")
-REFERENCE = re.compile(r"^[\w.-]+/[\w.-]+")
+
+
+def check_folder(folder: Path) -> None:
+    """Checks a checkpoint in this engine's own form: files and configurations.
+
+    Raises:
+        CheckpointError: As `check_files` and `check_no_code`.
+    """
+    check_files(folder)
+    check_no_code(folder)
 
 
 def check_files(folder: Path) -> None:
@@ -77,7 +87,8 @@ def check_reference(path: Path, field: str, value: Any) -> None:
         raise CheckpointError(
             f"{path} has {field}, by which transformers reads another file instead. Remove the field."
         )
-    if LOOKED_UP.match(field) and isinstance(value, str) and REFERENCE.match(value):
+    # Also within "wrapper|owner/kernel", and in an object with a value for each part of the model.
+    if LOOKED_UP.match(field) and "/" in json.dumps(value):
         raise CheckpointError(
             f"{path} has {field} {value!r}, which transformers would fetch from a hub and run. Remove the field."
         )

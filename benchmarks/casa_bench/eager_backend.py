@@ -18,6 +18,7 @@ from casa_engine.cache import CasaCache
 from casa_engine.checkpoints import load_model, load_processor
 from casa_engine.live.stream_format import StreamFormat
 from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.originals.views import resolve_checkpoint
 from casa_engine.rope import image_token_counts
 from casa_engine.streaming import CasaStream, LogitsProcessor
 
@@ -40,6 +41,7 @@ class EagerBackend:
     def __init__(self, folder: Path, needs: Needs, dtype: torch.dtype | Literal["auto"]) -> None:
         refuse_concurrency(needs)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = resolve_checkpoint(folder)
         self.model, self.processor = load_model(folder, dtype).to(device), load_processor(folder)
         self.format = StreamFormat.from_checkpoint(folder)
         self._without_image = image_ban(self.format.image_token_id)
@@ -143,6 +145,8 @@ def image_ban(image_token_id: int) -> LogitsProcessor:
 
     def ban(ids: Sequence[int], logits: Tensor) -> Tensor:
         del ids
+        if image_token_id >= logits.shape[-1]:  # the marker of an original whose own tokenizer has none
+            return logits
         return logits.index_fill(-1, torch.tensor([image_token_id], device=logits.device), float("-inf"))
 
     return ban

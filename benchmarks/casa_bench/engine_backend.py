@@ -19,6 +19,7 @@ from casa_engine.checkpoints import load_processor
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
 from casa_engine.live.stream_format import StreamFormat
+from casa_engine.originals.views import resolve_checkpoint
 from casa_serving.engine_defaults import engine_arguments, read_checkpoint, runs_on_cpu, set_environment
 
 
@@ -54,6 +55,7 @@ class EngineBackend:
     name = "engine"
 
     def __init__(self, folder: Path, needs: Needs, settings: EngineSettings) -> None:
+        folder = resolve_checkpoint(folder)
         config = read_checkpoint(folder)
         self.format = StreamFormat.from_checkpoint(folder)
         self.processor = load_processor(folder)

@@ -20,7 +20,7 @@ from casa_engine.errors import CheckpointError
 from casa_engine.originals.rules import GIVEN, Rule
 from casa_engine.originals.tensor_tables import FAMILIES
 
-MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES, MAX_RULES = 1 << 20, 1000
 SECTIONS = ("family", "tensors", "set", "take")
 
 
@@ -33,12 +33,14 @@ class UserMap:
         rules: Of tensors, in the order in which they are tried.
         values: Values of our configuration's fields, by dotted name.
         sources: Fields of the original's config.json to take others from, by the name of ours.
+        paths: The files.
     """
 
     family: str | None = None
     rules: tuple[Rule, ...] = ()
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    paths: tuple[Path, ...] = ()
 
 
 def read_maps(paths: Sequence[Path]) -> UserMap:
@@ -47,7 +49,7 @@ def read_maps(paths: Sequence[Path]) -> UserMap:
     Raises:
         CheckpointError: One is missing, too large, or has a line that is none of a map's.
     """
-    result = UserMap()
+    result = UserMap(paths=tuple(paths))
     for path in paths:
         one = _read(Path(path))
         result = UserMap(
@@ -55,6 +57,12 @@ def read_maps(paths: Sequence[Path]) -> UserMap:
             one.rules + result.rules,
             result.values | one.values,
             result.sources | one.sources,
+            result.paths,
+        )
+    if len(result.rules) > MAX_RULES:
+        raise CheckpointError(
+            f"{', '.join(map(str, paths))}: {len(result.rules)} tensors are named; expected at most {MAX_RULES}. Say "
+            "{layer} in place of the layers' numbers."
         )
     return result
 

@@ -23,6 +23,8 @@ from casa_engine.weight_files import Shapes
 
 TENSORS = "the tensors"
 SHOWN = 4
+# A few seconds' work; a published model has some thousand tensors.
+MAX_COMPARISONS = 10_000_000
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # Every part that a checkpoint may have: what its tensors fill decides which it has.
 WIDEST = {"fusion": "ca", "ca_weights": "own", "ca_placement": "parallel", "ca_layers": None, "image_norm": True}
@@ -62,10 +64,13 @@ class Plan:
         assignment = self.assignment
         if assignment.is_complete and not self.misunderstood:
             return
+        kinds = (self.misunderstood, assignment.problems, assignment.leftovers, assignment.missing)
+        count = sum(map(len, kinds))
+        # The nearest of ours are looked for of those alone that are shown.
         problems = [*self.misunderstood, *assignment.problems]
-        problems += [self._leftover(name) for name in assignment.leftovers]
+        problems += [self._leftover(name) for name in assignment.leftovers[: max(SHOWN - len(problems), 0)]]
         problems += [f"nothing fills {name} {self.widest[name]}" for name in assignment.missing]
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        more = f"; and {count - SHOWN} more" if count > SHOWN else ""
         raise CheckpointError(
             f"{self.snapshot.path} does not fit the {self.family} family: {'; '.join(problems[:SHOWN])}{more}. "
             "`casa checkpoint inspect` lists all of it, with --proposals FILE as a map file to correct."
@@ -96,6 +101,11 @@ def make_plan(snapshot: Snapshot, user: UserMap | None = None, with_proposals: b
             tensor. Whether the tensors fit is for `Plan.check` to say.
     """
     user = UserMap() if user is None else user
+    if len(user.rules) * len(snapshot.tensors) > MAX_COMPARISONS:
+        raise CheckpointError(
+            f"{snapshot.path} has {len(snapshot.tensors)} tensors, which {len(user.rules)} of its map's lines are too "
+            f"many for; expected at most {MAX_COMPARISONS // len(snapshot.tensors)}. Say {{layer}} in place of numbers."
+        )
     if mistaken := unused(user.rules, snapshot.tensors):
         rule = mistaken[0]
         raise CheckpointError(f"{rule.origin}: {rule.source!r} is the name of no tensor of {snapshot.path}.")

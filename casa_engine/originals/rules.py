@@ -2,6 +2,9 @@
 
 `*` stands for any run of characters, `{layer}` for a number, any other `{word}` for one part between dots. The new
 name repeats them; it may be several names with ` + ` between them (the rows are cut in that order) or `-` (left out).
+
+Map files come with folders of strangers, so a pattern costs little whatever the name: one placeholder between two dots,
+and of two `*` the first takes as little as it can and never tries again.
 """
 
 import re
@@ -10,9 +13,9 @@ from functools import cached_property
 
 from casa_engine.errors import CheckpointError
 
-HOLE = re.compile(r"(\*|\{\w+\})")
-MAX_HOLES = 6
-LEFT_OUT = "-"
+HOLE = re.compile(r"(\*|\{[A-Za-z_][A-Za-z0-9_]*\})")
+MAX_HOLES, MAX_STARS = 6, 2
+LEFT_OUT, STAR = "-", "(.*)"
 # How sure a rule is.
 KNOWN, UNVERIFIED, GIVEN, PROPOSED = "known", "unverified", "given", "proposed"
 
@@ -35,10 +38,21 @@ class Rule:
 
     def __post_init__(self) -> None:
         holes = HOLE.findall(self.source)
+        for text in (self.source, self.target):
+            if set("{}") & set(HOLE.sub("", text)):
+                raise CheckpointError(
+                    f"{self.origin}: {text!r} has braces that are no placeholder; expected {{layer}} or another "
+                    "{word} of letters, digits and _, with a letter first."
+                )
         if len(holes) > MAX_HOLES or any(holes.count(hole) > 1 for hole in holes if hole != "*"):
             raise CheckpointError(
                 f"{self.origin}: {self.source!r} has {len(holes)} placeholders; expected at most {MAX_HOLES}, and each "
                 "{word} once."
+            )
+        if holes.count("*") > MAX_STARS or any(len(HOLE.findall(part)) > 1 for part in self.source.split(".")):
+            raise CheckpointError(
+                f"{self.origin}: {self.source!r}; expected at most {MAX_STARS} times *, and no two placeholders "
+                "without a dot between them."
             )
         for name in self.targets:
             wanted = HOLE.findall(name)
@@ -57,8 +71,12 @@ class Rule:
 
     @cached_property
     def _regex(self) -> re.Pattern:
-        parts = HOLE.split(self.source)
-        return re.compile("".join(_group(part) if HOLE.fullmatch(part) else re.escape(part) for part in parts))
+        parts = [_group(part) if HOLE.fullmatch(part) else re.escape(part) for part in HOLE.split(self.source)]
+        if parts.count(STAR) == MAX_STARS:
+            first, second = (number for number, part in enumerate(parts) if part == STAR)
+            middle = "".join(parts[first + 1 : second])
+            parts[first:second] = [f"(?>(.*?){middle})"]
+        return re.compile("".join(parts))
 
     def _fill(self, target: str, match: re.Match) -> str:
         stars = iter([match[number + 1] for number, hole in enumerate(HOLE.findall(self.source)) if hole == "*"])
@@ -68,5 +86,5 @@ class Rule:
 
 def _group(hole: str) -> str:
     if hole == "*":
-        return "(.*)"
+        return STAR
     return rf"(?P<{hole[1:-1]}>{r'[0-9]+' if hole == '{layer}' else r'[^.]+'})"

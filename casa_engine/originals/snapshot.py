@@ -88,7 +88,7 @@ def read_snapshot(path: str | Path) -> Snapshot:
     if (path / TEMPLATE).is_file():
         documents[TEMPLATE] = _template(path / TEMPLATE)
     if (path / TOKENIZER).is_file():
-        documents[TOKENIZER] = _tokenizer_summary(read_object(path / TOKENIZER))
+        documents[TOKENIZER] = _tokenizer_summary(path / TOKENIZER)
     _check_documents(path, documents)
     tensors = stored_tensors(path)
     return Snapshot(path, documents, tensors, _fingerprint(path, documents, tensors), {}, has_weights=True)
@@ -147,8 +147,9 @@ def _template(path: Path) -> str:
     return content.decode(errors="replace")
 
 
-def _tokenizer_summary(content: dict[str, Any]) -> dict[str, Any]:
-    """Of a tokenizer what decides ids: not its vocabulary."""
+def _tokenizer_summary(path: Path) -> dict[str, Any]:
+    """Of a tokenizer what decides ids, and in place of its vocabulary the file's hash."""
+    content = read_object(path)
     model = content.get("model") if isinstance(content.get("model"), dict) else {}
     vocabulary, added = model.get("vocab"), content.get("added_tokens")
     tokens = [token for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)]
@@ -157,6 +158,7 @@ def _tokenizer_summary(content: dict[str, Any]) -> dict[str, Any]:
         "vocabulary": len(vocabulary) if isinstance(vocabulary, (dict, list)) else 0,
         "added_tokens": [[token.get("id"), str(token.get("content"))] for token in tokens],
         "post_processor": content.get("post_processor"),
+        "sha256": file_hash(path),
     }
 
 

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.originals.views import resolve_checkpoint
+from casa_engine.untrusted_folder import check_folder
 from casa_vllm.renderer import MODE
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
         CA text has one axis; only image keys have three. vLLM 0.32 treats any config with a field
         `mrope_section` as an M-RoPE model, so for CA the field has another name in the engine.
+
+        Raises:
+            CheckpointError: The folder may not be trusted, or is an original and fits no family.
         """
         if model_config.tokenizer_mode not in ("auto", "hf", MODE):
             raise ValueError(
@@ -41,6 +45,8 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         view = resolve_checkpoint(model_config.model)
         if view != Path(model_config.model):  # an original: its own tokenizer and processor are not used
             model_config.model = model_config.tokenizer = str(view)
+        if view.is_dir():  # before vLLM reads the tokenizer, with code of the folder's where --trust-remote-code is on
+            check_folder(view)
         config: CasaConfig = model_config.hf_config
         section = config.mrope_section
         if section is None:

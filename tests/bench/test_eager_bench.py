@@ -16,6 +16,7 @@ from casa_bench.report import read_report
 from casa_bench.stream import STREAM
 from casa_engine.checkpoints import write_random_checkpoint
 from casa_engine.presets import preset_config
+from originals import candidate_names, original_model, write_original
 from web import site
 
 TURNS, SIDE_PX = 12, 112
@@ -194,3 +195,9 @@ def test_every_workload_explains_itself(capsys):
             main([name, "--help"])
         assert left.value.code == 0
         assert workload.summary in capsys.readouterr().out
+
+
+def test_an_original_is_measured_in_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_original(original_model("helium"), "helium", tmp_path / "original", candidate_names("helium"))
+    assert len(stream(tmp_path, folder)["rows"]) == TURNS

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from casa_engine.checkpoint_cli import main
 from casa_engine.checkpoints import load_model, load_processor
 from casa_engine.errors import CheckpointError
+from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.originals.map_file import read_maps
 from casa_engine.originals.plan import Plan, make_plan
+from casa_engine.originals.rules import Rule
 from casa_engine.originals.snapshot import read_snapshot
 from casa_engine.weight_files import INDEX
 from originals import (
@@ -335,6 +337,12 @@ def test_refusals(copy, case: str, capsys) -> None:
         ("family = llama", "expected one of helium, qwen"),
         ('{"tensor": {}}', "it has 'tensor'; expected family, tensors, set, take"),
         ("model.norm.weight -> -", "nothing fills model.language_model.norm.weight"),
+        ("*a*a*a*a*a*b -> -", "expected at most 2 times *"),
+        ("*.a.*.b.* -> -", "expected at most 2 times *"),
+        ("model.{a}{b}.weight -> -", "no two placeholders without a dot between them"),
+        ("blocks.{0}.wq -> a.{0}", "has braces that are no placeholder"),
+        ("blocks.{.wq -> -", "has braces that are no placeholder"),
+        ("\n".join(f"t.{number} -> -" for number in range(1001)), "1001 tensors are named; expected at most 1000"),
     ],
 )
 def test_mistakes_in_a_map(original, tmp_path, lines: str, words: str) -> None:
@@ -342,6 +350,21 @@ def test_mistakes_in_a_map(original, tmp_path, lines: str, words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         plan_of(original, tmp_path / "map").check()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "expected"),
+    [
+        ("*.{layer}.*", "a.1.b.2.c", ("a|1|b.2.c",)),
+        ("a.*", "a.b.c", ("b.c|",)),
+        ("*.{layer}.*.x", "a.b.3.c.x", ("a.b|3|c",)),
+        ("*.a.*.b", "a" * 512, None),
+        ("*.a.*.b", ".a" * 256, None),
+    ],
+)
+def test_patterns_never_try_a_star_twice(source: str, name: str, expected) -> None:
+    target = "*|{layer}|*" if "{layer}" in source else ("*|" if source.count("*") == 1 else "-")
+    assert Rule(source, target).apply(name) == expected
 
 
 def test_a_map_as_json_and_its_fields(original, tmp_path) -> None:
@@ -377,10 +400,13 @@ def test_the_name_and_the_paper_tell_livecc(copy) -> None:
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}}, "tokenizer_config.json has auto_map"),
         ("config.json", {"configuration_files": ["config.4.0.0.json"]}, "has configuration_files"),
         ("config.json", {"_attn_implementation": "evil/kernel"}, "would fetch from a hub and run"),
+        ("config.json", {"_attn_implementation": "sdpa|evil/kernel"}, "would fetch from a hub and run"),
+        ("config.json", {"_attn_implementation": {"vision_config": "evil/kernel"}}, "would fetch from a hub and run"),
     ],
 )
 def test_checkpoints_of_our_own_form_name_no_code(original, tmp_path, file: str, fields: dict, words: str) -> None:
     assert main(["convert", str(original), str(tmp_path / "out")]) == 0
     edit_json(tmp_path / "out", file, **fields)
-    with pytest.raises(CheckpointError, match=words):
-        load_model(tmp_path / "out")
+    for load in (load_model, load_processor, CasaForConditionalGeneration.from_pretrained):
+        with pytest.raises(CheckpointError, match=words):
+            load(tmp_path / "out")

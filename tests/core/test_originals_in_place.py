@@ -1,7 +1,10 @@
 """Originals are loaded where they are: through a view, with their weights linked and none of their code run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +81,77 @@ def test_released_anew_is_another_view(pair) -> None:
     assert resolve_checkpoint(folder) != view
 
 
+def test_another_tokenizer_is_another_view(pair) -> None:
+    _, folder = pair
+    view = resolve_checkpoint(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[:2]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    write_json(folder / "tokenizer.json", content)
+    assert resolve_checkpoint(folder) != view
+    text = load_processor(folder).tokenizer.convert_ids_to_tokens(vocabulary[one])
+    assert text == one
+
+
+# Waits until another process has written as much.
+MEET = """
+import pathlib, sys, time
+from casa_engine.originals import views
+
+write = views.write_small_files
+
+
+def meet(*arguments):
+    write(*arguments)
+    place = pathlib.Path(sys.argv[2])
+    (place / sys.argv[3]).touch()
+    while len(list(place.iterdir())) < 2:
+        time.sleep(0.01)
+
+
+views.write_small_files = meet
+print(views.resolve_checkpoint(sys.argv[1]))
+"""
+
+
+def test_two_processes_at_once_have_one_view(pair, tmp_path) -> None:
+    _, folder = pair
+    (tmp_path / "place").mkdir()
+    command = [sys.executable, "-c", MEET, folder, tmp_path / "place"]
+    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "ab"]
+    views = {one.communicate(timeout=300)[0].strip() for one in both}
+    assert [one.returncode for one in both] == [0, 0]
+    assert views == {str(resolve_checkpoint(folder))} == {str(path) for path in view_root().iterdir()}
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "chat_template.jinja", "tensor_map.json"])
+def test_a_view_that_lost_a_file_is_written_anew(tmp_path, lost: str) -> None:
+    source = original_model("helium")
+    folder = write_original(source, "helium", tmp_path / "original", candidate_names("helium"))
+    view = resolve_checkpoint(folder)
+    (view / lost).unlink()
+    leftover = view_root() / ".new-killed"
+    leftover.mkdir()
+    os.utime(leftover, (0, 0))
+    assert resolve_checkpoint(folder) == view and (view / lost).is_file()
+    assert list(view_root().iterdir()) == [view]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_view_of_another_user_is_refused(pair) -> None:
+    view = resolve_checkpoint(pair[1])
+    os.chown(view, 12345, 12345)
+    with pytest.raises(OutputError, match="is another user's"):
+        load_model(pair[1])
+
+
+def test_what_was_loaded_is_said_where_it_is_asked_for(pair) -> None:
+    model, loading = AutoModel.from_pretrained(pair[1], output_loading_info=True)
+    assert_same_weights(model, pair[0])
+    assert not loading["missing_keys"] and model.generation_config.eos_token_id == [1, 257]
+
+
 def test_the_folders_own_map_is_read(tmp_path) -> None:
     names, source = scrambled_names(5), original_model("helium")
     folder = write_original(source, "helium", tmp_path / "original", names)
@@ -115,6 +189,17 @@ def test_a_cache_that_cannot_be_written(pair, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="Set XDG_CACHE_HOME"):
         load_model(pair[1])
+
+
+def test_a_user_without_a_home(pair, monkeypatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", _no_home)
+    with pytest.raises(OutputError, match="there is no home folder"):
+        load_model(pair[1])
+
+
+def _no_home() -> None:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_names_on_a_hub_are_not_looked_up(pair) -> None:

@@ -16,6 +16,7 @@ from yarl import URL
 
 from casa_engine.errors import InputError
 from casa_engine.live import LiveSettings
+from casa_engine.originals.views import resolve_checkpoint
 from casa_serving.caption.video import Sample
 from casa_serving.live.results import FrameResult
 
@@ -38,6 +39,7 @@ async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIte
 
     with block_sigint_in_children():
         # Compiling for the CPU takes longer than captioning most videos.
+        checkpoint = resolve_checkpoint(checkpoint)
         engine = await start_engine(checkpoint, enforce_eager=runs_on_cpu())
     try:
         session = await LiveEngine(engine, checkpoint).open(settings)

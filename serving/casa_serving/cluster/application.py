@@ -118,7 +118,7 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
     """
     embedded = config.checkpoint is None
     checkpoint = checkpoint_folder(config)
-    name = config.model or (EMBEDDED_NAME if embedded else checkpoint.resolve().name)
+    name = config.model or (EMBEDDED_NAME if embedded else config.checkpoint.resolve().name)
     arguments, defaults = engine_arguments(
         read_config(checkpoint),
         embedded=embedded,
