@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from casa_engine.atomic_files import write_atomically
-from casa_engine.checkpoints import check_tensors, load_model, read_config, write_random_checkpoint
+from casa_engine.checkpoints import check_tensors, load_model, load_processor, read_config, write_random_checkpoint
 from casa_engine.command import run_command
 from casa_engine.configuration import CA_PLACEMENTS, CA_WEIGHTS, FUSIONS
 from casa_engine.errors import CheckpointError
 from casa_engine.originals.converting import convert
 from casa_engine.originals.map_file import read_maps
 from casa_engine.originals.plan import make_plan
-from casa_engine.originals.report import proposals_as_map, report
+from casa_engine.originals.report import caveats, proposals_as_map, report
 from casa_engine.originals.snapshot import read_snapshot, write_headers_file
 from casa_engine.originals.verifying import verify
 from casa_engine.originals.views import OWN_MAP
@@ -80,7 +80,7 @@ def _inspect(options: argparse.Namespace) -> None:
         write_headers_file(snapshot, options.headers_only)
         print(f"{options.headers_only}: {options.headers_only.stat().st_size} bytes, no weights.")
     plan = make_plan(snapshot, user)
-    for line in report(plan, user):
+    for line in report(plan):
         print(line)
     if options.proposals is not None:
         text = proposals_as_map(make_plan(snapshot, user, with_proposals=True))
@@ -104,8 +104,8 @@ def _convert(options: argparse.Namespace) -> None:
     plan = make_plan(read_snapshot(options.original), read_maps(_maps(options)))
     convert(plan, options.output)
     print(f"{options.output}: converted from {options.original}, fingerprint {plan.snapshot.fingerprint[:16]}.")
-    for value in plan.open_values:
-        print(f"OPEN {value.name} = {value.value}: {value.origin}")
+    for line in caveats(plan):
+        print(line)
 
 
 def _write_random(options: argparse.Namespace) -> None:
@@ -120,7 +120,10 @@ def _write_random(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     failed = []
-    for comparison in verify(load_model(options.folder), options.reference):
+    processor = load_processor(options.folder)
+    prompt = processor.apply_chat_template([{"role": "user", "content": "?"}])
+    has_bos = bool(processor.tokenizer.bos_token) and prompt.startswith(processor.tokenizer.bos_token)
+    for comparison in verify(load_model(options.folder), options.reference, has_bos):
         print(f"{'ok  ' if comparison.passed else 'FAIL'} {comparison.what}: {comparison.found}", flush=True)
         failed += [] if comparison.passed else [comparison.what]
     if failed:

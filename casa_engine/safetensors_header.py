@@ -8,6 +8,7 @@ Everything is bounded before it is read or computed, and what the header says mu
 import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 100_000
 MAX_AXES = 8
 MAX_NAME_LENGTH = 512
+NAME = re.compile(r"[\w.\-/:]+")
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -62,10 +64,17 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
-def check_tensor(name: Any, dtype: Any, shape: Any) -> None:
-    """Raises ValueError unless name, type and shape, as some file gives them, can be those of a tensor."""
+def check_name(name: Any) -> None:
+    """Raises ValueError unless a name, as some file gives it, can be a tensor's."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH:
         raise ValueError(f"a tensor's name is {str(name)[:40]!r}; expected up to {MAX_NAME_LENGTH} characters")
+    if not NAME.fullmatch(name):  # it is written into map files and onto terminals
+        raise ValueError(f"a tensor's name is {name[:40]!r}; expected letters, digits and _ . - / : alone")
+
+
+def check_tensor(name: Any, dtype: Any, shape: Any) -> None:
+    """Raises ValueError unless name, type and shape, as some file gives them, can be those of a tensor."""
+    check_name(name)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"{name} has dtype {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
     if not isinstance(shape, list) or len(shape) > MAX_AXES:

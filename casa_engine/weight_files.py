@@ -8,7 +8,7 @@ from pathlib import Path
 
 from casa_engine.errors import CheckpointError
 from casa_engine.json_files import read_json
-from casa_engine.safetensors_header import TensorHeader, read_header
+from casa_engine.safetensors_header import TensorHeader, check_name, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Shapes = dict[str, tuple[int, ...]]
@@ -60,7 +60,9 @@ def _weight_map(folder: Path, present: set[str]) -> dict[str, str]:
     try:
         weight_map = read_json(path)["weight_map"]
         names = set(weight_map.values())
-    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
+        for name in weight_map:
+            check_name(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index of safetensors: {error!r}.") from error
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CheckpointError(f"{path} names {sorted(map(str, names))[:3]}; expected files of the folder itself.")

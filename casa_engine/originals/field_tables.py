@@ -157,7 +157,6 @@ PROCESSING = [
     Field("image_std", _candidates(known=("preprocessor_config.json:image_std", "processor_config.json:image_std"))),
     Field("min_pixels", _candidates(known=("preprocessor_config.json:min_pixels", "processor_config.json:min_pixels"))),
     Field("bos_in_prompts", _candidates("processor_config.json:add_bos_token", "tokenizer_config.json:add_bos_token")),
-    Field("assistant_end_tokens", _candidates(*(f"{p}asst_end_tokens" for p in (*PROCESSORS, "")))),
     Field("temperature", _candidates(known=("generation_config.json:temperature",))),
     Field("top_p", _candidates(known=("generation_config.json:top_p",))),
     Field("top_k", _candidates(known=("generation_config.json:top_k",))),
@@ -184,7 +183,6 @@ SHARED_CHOICES: dict[str, Any] = {
     "image_mean": QWEN_MEAN,
     "image_std": QWEN_STD,
     "min_pixels": 28 * 28,
-    "assistant_end_tokens": None,
 }
 # What this engine takes where the original says nothing; the numbers are those of the public backbones.
 CHOICES: dict[str, dict[str, Any]] = {

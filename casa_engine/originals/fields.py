@@ -23,7 +23,7 @@ from casa_engine.originals.field_tables import (
 )
 from casa_engine.originals.map_file import UserMap
 from casa_engine.originals.rules import GIVEN
-from casa_engine.originals.snapshot import CONFIG, Snapshot
+from casa_engine.originals.snapshot import CONFIG, GENERATION, TOKENIZER_CONFIG, Snapshot
 from casa_engine.originals.tensor_tables import QWEN
 
 FIELDS = (*TEXT, *VISION, *CASA, *PROCESSING)
@@ -38,14 +38,13 @@ LIMITS = {
     "rope_theta": 1e12,
 }
 MAX_SIZE, MAX_LENGTH = 1 << 17, 4096
-# Kinds of values that are not whole numbers; None: not looked at.
-KINDS: dict[str, type | None] = {
+# Kinds of values that are not whole numbers.
+KINDS: dict[str, type] = {
     **dict.fromkeys(("hidden_act", "fusion", "ca_placement", "ca_weights", "image_rope", "rope_type"), str),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "normalize_image_tokens"), bool),
     **dict.fromkeys(("image_norm", "bos_in_prompts", "do_sample"), bool),
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "image_mean", "image_std"), float),
     **dict.fromkeys(("temperature", "top_p", "top_k", "repetition_penalty"), float),
-    "assistant_end_tokens": None,
 }
 MAY_BE_ONE = {"eos_token_id"}
 LISTS = MAY_BE_ONE | {"fullatt_block_indexes", "mrope_section", "pre_image_tokens", "post_image_tokens", "ca_layers"}
@@ -60,8 +59,21 @@ PASSED_OVER = {
     "torch_dtype",
     "transformers_version",
     "use_cache",
+    "_from_model_config",
     "_name_or_path",
+    # Of a tokenizer: its tokens, which tokenizer.json has, and classes.
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "bos_token",
+    "chat_template",
+    "eos_token",
+    "extra_special_tokens",
+    "pad_token",
+    "tokenizer_class",
+    "unk_token",
 }
+# Those that are looked through for fields that nothing reads.
+LOOKED_THROUGH = (CONFIG, GENERATION, "preprocessor_config.json", "processor_config.json", TOKENIZER_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -120,14 +132,17 @@ def misunderstood(snapshot: Snapshot, user: UserMap) -> list[str]:
 
 
 def unread_fields(snapshot: Snapshot, user: UserMap) -> list[tuple[str, Any]]:
-    """Dotted names and values of config.json that nothing reads."""
+    """Names and values of fields that nothing reads, dotted as places are (see `field_tables`)."""
     places = {place for field in FIELDS for place, _ in field.places}
     places |= set(user.sources.values())
-    return [
-        (path, value)
-        for path, value in _leaves(snapshot.config, "")
-        if path.rpartition(".")[2] in UNREAD or (path not in places and path.split(".")[-1] not in PASSED_OVER)
-    ]
+    found = []
+    for document in LOOKED_THROUGH:
+        prefix = "" if document == CONFIG else f"{document}:"
+        for path, value in _leaves(snapshot.documents.get(document, {}), ""):
+            name = path.rpartition(".")[2]
+            if name in UNREAD or (f"{prefix}{path}" not in places and name not in PASSED_OVER):
+                found.append((f"{prefix}{path}", value))
+    return found
 
 
 def build_config(values: Mapping[str, Value], family: str, **fields: Any) -> CasaConfig:
@@ -208,7 +223,7 @@ def _check_kind(value: Value) -> None:
     kind, limit = KINDS.get(name, int), LIMITS.get(name, MAX_SIZE)
     is_size = bool(part) and kind is int and name not in LISTS and not name.endswith("token_id")
     values = value.value if isinstance(value.value, list) and name in LISTS else [value.value]
-    if kind is None or value.value is None:
+    if value.value is None:
         return
     if name in LISTS - MAY_BE_ONE and not isinstance(value.value, list):
         good = False

@@ -10,12 +10,13 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.errors import CheckpointError
 from casa_engine.originals.assignment import Assignment, assign, unused
 from casa_engine.originals.field_tables import OPEN
-from casa_engine.originals.fields import Value, build_config, misunderstood, read_fields
+from casa_engine.originals.fields import CHOSEN, Value, build_config, misunderstood, read_fields, unread_fields
 from casa_engine.originals.layer_names import split_layer
 from casa_engine.originals.map_file import UserMap
 from casa_engine.originals.proposals import nearest, propose
 from casa_engine.originals.rules import GIVEN, KNOWN, UNVERIFIED, Rule
 from casa_engine.originals.snapshot import TOKENIZER, Snapshot
+from casa_engine.originals.templates import CHAT_TEMPLATE, template_value
 from casa_engine.originals.tensor_tables import FAMILIES, HELIUM, QWEN, rules_of
 from casa_engine.strict_weights import model_shapes
 from casa_engine.tokenization import IMAGE
@@ -42,6 +43,8 @@ class Plan:
         assignment: Of the original's tensors.
         widest: Our tensors if every optional part were there, by shape.
         misunderstood: A sentence for each field of the original whose value is not understood.
+        unread: Name and value of each field of the original that nothing reads.
+        maps: The map files that were applied.
         proposals: Rules that were proposed, where that was asked for; part of `assignment`.
     """
 
@@ -52,12 +55,24 @@ class Plan:
     assignment: Assignment
     widest: Mapping[str, tuple[int, ...]]
     misunderstood: tuple[str, ...]
+    unread: tuple[tuple[str, Any], ...]
+    maps: tuple[Path, ...]
     proposals: tuple[Rule, ...]
 
     @property
     def open_values(self) -> list[Value]:
         """Fields that the original's files do not tell and no map sets."""
         return [value for value in self.values.values() if value.status == OPEN]
+
+    @property
+    def unverified_values(self) -> list[Value]:
+        """Fields that were taken from candidates, or follow from names of which nobody is sure."""
+        return [value for value in self.values.values() if value.status == UNVERIFIED]
+
+    @property
+    def unverified_tensors(self) -> list[str]:
+        """Stored tensors whose place is that of a candidate."""
+        return [name for name, rule in self.assignment.rules.items() if rule.status == UNVERIFIED]
 
     def check(self) -> None:
         """Raises CheckpointError unless all is understood, every tensor used once and every parameter filled."""
@@ -120,6 +135,7 @@ def make_plan(snapshot: Snapshot, user: UserMap | None = None, with_proposals: b
         rules += proposals
         parts = assign(snapshot.tensors, rules, widest)
     values |= _structure(snapshot, parts, values)
+    values[CHAT_TEMPLATE] = template_value(snapshot.documents, values["image_token_id"].value)
     config = build_config(values, family, source_fingerprint=snapshot.fingerprint, **_dtype(snapshot))
     if not config.is_cross_attention and config.image_token_id >= config.text_config.vocab_size:
         raise CheckpointError(
@@ -127,7 +143,18 @@ def make_plan(snapshot: Snapshot, user: UserMap | None = None, with_proposals: b
             "config.image_token_id in a map file to the id that stands for an image token."
         )
     assignment = assign(snapshot.tensors, rules, _shapes(config))
-    return Plan(snapshot, family, values, config, assignment, widest, tuple(misunderstood(snapshot, user)), proposals)
+    return Plan(
+        snapshot,
+        family,
+        values,
+        config,
+        assignment,
+        widest,
+        misunderstood=tuple(misunderstood(snapshot, user)),
+        unread=tuple(unread_fields(snapshot, user)),
+        maps=user.paths,
+        proposals=proposals,
+    )
 
 
 def _dtype(snapshot: Snapshot) -> dict[str, str]:
@@ -195,10 +222,14 @@ def _structure(snapshot: Snapshot, parts: Assignment, values: Mapping[str, Value
     with_ca, with_sa = _layers(filled, ".cross_attn."), _layers(filled, ".self_attn.")
     if with_ca:
         layers = None if len(with_ca) == num_layers else sorted(with_ca)
-        found |= {"ca_weights": value("ca_weights", "own", ".cross_attn."), "ca_layers": value("ca_layers", layers)}
+        found["ca_weights"] = value("ca_weights", "own", ".cross_attn.")
+        found["ca_layers"] = value("ca_layers", layers, ".cross_attn.")
         replaced = with_sa and not with_ca & with_sa
         found["ca_placement"] = value("ca_placement", "replace" if replaced else "parallel", ".cross_attn.")
     found |= _fusion(snapshot, values, bool(with_ca))
+    fusion = found["fusion"] if "fusion" in found else values["fusion"]
+    if not with_ca and "ca_layers" not in values and fusion.value != "insertion":
+        found["ca_layers"] = Value("ca_layers", None, f"{CHOSEN}: every layer", OPEN)
     if "image_token_id" not in values:
         found["image_token_id"] = _marker(snapshot)
     for name, structure in found.items():

@@ -4,16 +4,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from casa_engine.originals.fields import unread_fields
 from casa_engine.originals.layer_names import split_layer
-from casa_engine.originals.map_file import UserMap
 from casa_engine.originals.plan import Plan
 from casa_engine.originals.proposals import groups, nearest
 
 WIDTH = 60
+# Kinds of tensors and fields that are shown at most; of a published model there are some dozens.
+MAX_GROUPS = 500
 
 
-def report(plan: Plan, user: UserMap) -> Iterator[str]:
+def report(plan: Plan) -> Iterator[str]:
     """Yields the lines of the report."""
     snapshot = plan.snapshot
     num_bytes = sum(header.num_bytes for header in snapshot.tensors.values())
@@ -31,8 +31,9 @@ def report(plan: Plan, user: UserMap) -> Iterator[str]:
     unfilled = {name: plan.widest[name] for name in plan.unfilled()}
     if assignment.leftovers:
         yield from ("", "Tensors without a place (nearest of ours by shape and name):")
-        for group in groups({name: snapshot.shapes[name] for name in assignment.leftovers}):
-            shapes = {one.pattern: one.shape for one in groups(unfilled) if one.shape == group.shape}
+        ours = {one.pattern: one.shape for one in groups(unfilled)}
+        for group in groups({name: snapshot.tensors[name].shape for name in assignment.leftovers})[:MAX_GROUPS]:
+            shapes = {pattern: shape for pattern, shape in ours.items() if shape == group.shape}
             near = ", ".join(nearest(group.pattern, group.shape, shapes)) or "none of that shape"
             yield f"  {group.pattern} {group.shape}{_layers(group.layers)}: {near}"
     if assignment.missing:
@@ -43,11 +44,21 @@ def report(plan: Plan, user: UserMap) -> Iterator[str]:
         yield from ("", "Tensors that do not fit:", *(f"  {problem}" for problem in assignment.problems))
     if plan.misunderstood:
         yield from ("", "Fields that are not understood:", *(f"  {sentence}" for sentence in plan.misunderstood))
-    if unread := unread_fields(snapshot, user):
-        yield from ("", "Fields of config.json that nothing reads:")
-        yield from (f"  {path} = {_shown(value)}" for path, value in unread)
+    if plan.unread:
+        yield from ("", "Fields that nothing reads:")
+        yield from (f"  {_shown(path)} = {_shown(value)}" for path, value in plan.unread)
     yield ""
     yield f"{len(plan.open_values)} fields are OPEN: {', '.join(value.name for value in plan.open_values) or 'none'}."
+
+
+def caveats(plan: Plan) -> Iterator[str]:
+    """Yields what is to be said wherever an original is taken over: a line for each thing that nobody is sure of."""
+    yield from (f"MAP {path}" for path in plan.maps)
+    for kind, values in (("OPEN", plan.open_values), ("UNVERIFIED", plan.unverified_values)):
+        yield from (f"{kind} {one.name} = {_shown(one.value)}: {one.origin}" for one in values)
+    if plan.unverified_tensors:
+        yield f"UNVERIFIED names of {len(plan.unverified_tensors)} of {len(plan.snapshot.tensors)} tensors"
+    yield from (f"UNREAD {_shown(path)} = {_shown(value)}" for path, value in plan.unread[:MAX_GROUPS])
 
 
 def proposals_as_map(plan: Plan) -> str:
@@ -83,6 +94,7 @@ def _layers(layers: Iterable[int]) -> str:
 
 def _shown(value: Any) -> str:
     text = str(value)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
 
 

@@ -9,6 +9,7 @@ Read from its folder, or from a headers file that the folder's owner has sent:
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -205,18 +206,30 @@ def _from_headers_file(path: Path) -> Snapshot:
         for name in {CONFIG, *documents}:
             if not isinstance(documents[name], str if name == TEMPLATE else dict):
                 raise TypeError(f"{name} is of another kind")
+        _check_summary(documents.get(TOKENIZER, {}))
         tensors = dict(_unpacked(content["tensors"]))
         fingerprint, files = str(content["fingerprint"]), dict(content["files"])
+        if not re.fullmatch("[0-9a-f]{64}", fingerprint):
+            raise ValueError(f"its fingerprint is {fingerprint[:80]!r}, no SHA-256")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is a damaged headers file: {error!r}.") from error
     _check_documents(path, documents)
     return Snapshot(path, documents, tensors, fingerprint, files, has_weights=False)
 
 
+def _check_summary(summary: dict[str, Any]) -> None:
+    """Raises TypeError unless it is what `_tokenizer_summary` returns, as far as it is read."""
+    rows = summary.get("added_tokens", [])
+    if type(summary.get("vocabulary", 0)) is not int or not isinstance(rows, list):
+        raise TypeError(f"{TOKENIZER} is of another kind")
+    if any(not isinstance(row, list) or len(row) != 2 for row in rows):
+        raise TypeError(f"{TOKENIZER} has added_tokens that are no pairs")
+
+
 def _unpacked(rows: list[list]) -> Iterator[tuple[str, TensorHeader]]:
     count = 0
     for pattern, dtype, shape, numbers, file in rows:
-        check_tensor(pattern, dtype, shape)
+        check_tensor(pattern.replace("{layer}", "0", 1), dtype, shape)
         header = TensorHeader(dtype, tuple(shape), str(file))
         for number in _numbers(numbers) if numbers else [None]:
             count += 1

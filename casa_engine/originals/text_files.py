@@ -16,7 +16,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from casa_engine.errors import CheckpointError
 from casa_engine.json_files import read_object
 from casa_engine.originals.plan import Plan
-from casa_engine.originals.snapshot import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from casa_engine.originals.snapshot import TOKENIZER
+from casa_engine.originals.templates import CHAT_TEMPLATE, OWN, own_template
 from casa_engine.originals.tensor_tables import QWEN
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.token_ids import list_token_ids
@@ -85,13 +86,10 @@ def build_processor(plan: Plan) -> CasaProcessor:
 
 
 def template_of(plan: Plan, tokenizer: PreTrainedTokenizerFast, marker: str) -> str:
-    """The original's own template where it writes our marker of an image, otherwise its family's here."""
-    documents = plan.snapshot.documents
-    own = documents.get(TEMPLATE)
-    for name in ("chat_template.json", TOKENIZER_CONFIG):
-        own = own or documents.get(name, {}).get("chat_template")
-    if isinstance(own, str) and marker in own:
-        return own
+    """The original's own template where the plan says so, otherwise its family's here."""
+    own = own_template(plan.snapshot.documents)
+    if own is not None and plan.values[CHAT_TEMPLATE].value == OWN:
+        return own[1]
     config = plan.config
     image = json.dumps(_text(tokenizer, config.pre_image_tokens) + marker + _text(tokenizer, config.post_image_tokens))
     bos = config.text_config.bos_token_id if plan.values["bos_in_prompts"].value else None
@@ -142,12 +140,15 @@ def _tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
 def _add_marker(content: dict[str, Any], marker_id: int) -> None:
     """Adds our image marker to a tokenizer whose id for it is free. Mutates `content`."""
     vocabulary, added = (content.get("model") or {}).get("vocab"), content.get("added_tokens")
-    if not isinstance(vocabulary, dict) or not isinstance(added, list) or marker_id in vocabulary.values():
+    if not isinstance(vocabulary, (dict, list)) or not isinstance(added, list):
         return
-    if not any(isinstance(token, dict) and token.get("id") == marker_id for token in added):
+    taken = set(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
+    if marker_id in taken or any(isinstance(token, dict) and token.get("id") == marker_id for token in added):
+        return
+    if isinstance(vocabulary, dict):  # a list's ids are its indices: an added token behind the last has the next
         vocabulary[IMAGE] = marker_id
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added.append({"id": marker_id, "content": IMAGE, "special": True, **flags})
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added.append({"id": marker_id, "content": IMAGE, "special": True, **flags})
 
 
 def _token(tokenizer: Tokenizer, token_id: Any) -> str | None:

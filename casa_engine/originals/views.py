@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +33,8 @@ LOGGER = logging.getLogger(__name__)
 OWN_MAP = "casa.map"
 # In the model types of published models.
 NAMES = ("casa", "helium1")
+# Of one list in the warning, in characters.
+MAX_LINE = 4000
 # Raised when the files of a view change.
 VIEW_FORMAT = "1"
 FILES = (CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "processor_config.json", ORIGIN_FILE, MAP_FILE)
@@ -54,10 +57,15 @@ def resolve_checkpoint(folder: str | Path) -> Path:
     plan = make_plan(read_snapshot(folder), read_maps(maps))
     plan.check()
     LOGGER.warning(
-        "%s is a published checkpoint, loaded in place. What it does not say was chosen: %s. "
-        "`casa checkpoint inspect` explains each.",
+        "%s is a published checkpoint, loaded in place. What it does not say was chosen: %s. Not verified: %s; names "
+        "of %d of %d tensors. Fields that nothing reads: %s. Map file: %s. `casa checkpoint inspect` explains each.",
         folder,
-        ", ".join(f"{value.name} = {value.value}" for value in plan.open_values) or "nothing",
+        _listed(f"{value.name} = {value.value}" for value in plan.open_values),
+        _listed(f"{value.name} = {value.value}" for value in plan.unverified_values),
+        len(plan.unverified_tensors),
+        len(plan.snapshot.tensors),
+        _listed(path for path, _ in plan.unread),
+        _listed(map(str, plan.maps)),
     )
     view = view_root() / _key(plan)
     try:
@@ -80,6 +88,13 @@ def resolve_checkpoint(folder: str | Path) -> Path:
             "your own, or convert the checkpoint."
         )
     return view
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """Texts of a stranger's file in one line that a terminal can show."""
+    line = ", ".join(texts) or "none"
+    line = line if line.isprintable() else repr(line)
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
 
 
 def _is_original(config: dict, own_map: Path) -> bool:

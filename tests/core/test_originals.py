@@ -17,6 +17,7 @@ from casa_engine.originals.map_file import read_maps
 from casa_engine.originals.plan import Plan, make_plan
 from casa_engine.originals.rules import Rule
 from casa_engine.originals.snapshot import read_snapshot
+from casa_engine.originals.views import resolve_checkpoint
 from casa_engine.weight_files import INDEX
 from originals import (
     FAMILIES,
@@ -139,6 +140,99 @@ def test_headers_file_stands_for_the_folder(tmp_path, capsys) -> None:
     assert "holds no weights to convert" in capsys.readouterr().err
 
 
+def test_what_is_not_certain_is_said_wherever_an_original_is_taken(copy, tmp_path, capsys, caplog, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    edit_json(copy, "preprocessor_config.json", resample=2, max_pixels=5000, image_mean=[0.1, 0.2, 0.3])
+    edit_json(copy, "generation_config.json", min_p=0.1)
+    edit_json(copy, "config.json", asst_end_tokens=[7])
+    (copy / "casa.map").write_text("config.image_position_offset = 1\n")
+    assert main(["convert", str(copy), str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        f"MAP {copy / 'casa.map'}",
+        "OPEN fusion = ca: this engine's choice of ca and ca_tv",
+        "OPEN chat_template = this engine's: this engine's choice: the original has none",
+        "UNVERIFIED text_config.rope_theta = 10000.0: config.json: rope_base",
+        "UNVERIFIED ca_layers = None: the tensors",
+        "UNREAD asst_end_tokens = [7]",
+        "UNREAD preprocessor_config.json:resample = 2",
+        "UNREAD preprocessor_config.json:max_pixels = 5000",
+        "UNREAD generation_config.json:min_p = 0.1",
+    ):
+        assert line in lines
+    assert not any("image_mean" in line or "image_position_offset" in line for line in lines)
+    assert main(["inspect", str(copy)]) == 0
+    assert "  preprocessor_config.json:resample = 2" in capsys.readouterr().out.splitlines()
+    resolve_checkpoint(copy)
+    said = caplog.text
+    for words in (
+        "rope_theta = 10000.0",
+        "preprocessor_config.json:resample",
+        str(copy / "casa.map"),
+        "chat_template = ",
+    ):
+        assert words in said
+
+
+def test_layers_of_shared_weights_are_open(tmp_path) -> None:
+    source = original_model("helium", ca_weights="shared")
+    folder = write_original(source, "helium", tmp_path / "original", candidate_names("helium"))
+    value = plan_of(folder).values["ca_layers"]
+    assert (value.value, value.status) == (None, "open")
+
+
+@pytest.mark.parametrize(
+    ("template", "status"),
+    [
+        ("<turn>user {{ messages }}", "open"),
+        ("<|image_pad|>{{ messages }}", "known"),
+        ([{"name": "tool", "template": "x"}, {"name": "default", "template": "<|image_pad|>y"}], "known"),
+        ([{"name": "tool", "template": "<|image_pad|>"}], "open"),
+    ],
+)
+def test_which_chat_template_counts_is_said(copy, tmp_path, template, status: str) -> None:
+    edit_json(copy, "tokenizer_config.json", chat_template=template)
+    value = plan_of(copy).values["chat_template"]
+    assert value.status == status and value.value == ("the original's" if status == "known" else "this engine's")
+    assert main(["convert", str(copy), str(tmp_path / "out")]) == 0
+    own = template if isinstance(template, str) else template[-1]["template"]
+    assert (load_processor(tmp_path / "out").chat_template == own) == (status == "known")
+
+
+def test_a_unigram_tokenizer_gets_the_marker_behind_its_last_token(copy, tmp_path) -> None:
+    content = json.loads((copy / "tokenizer.json").read_text())
+    tokens = {token_id: token for token, token_id in content["model"]["vocab"].items()}
+    rows = [[tokens.get(token_id, f"<{token_id}>"), -1.0] for token_id in range(max(tokens) + 1)]
+    content["model"] = {"type": "Unigram", "unk_id": 0, "vocab": rows, "byte_fallback": False}
+    write_json(copy / "tokenizer.json", content)
+    assert main(["convert", str(copy), str(tmp_path / "out")]) == 0
+    processor = load_processor(tmp_path / "out")
+    assert processor.image_token_id == len(rows) == load_model(tmp_path / "out").config.image_token_id
+    ids = processor.tokenizer("a<|image_pad|>b", add_special_tokens=False)["input_ids"]
+    assert ids.count(len(rows)) == 1 and len(ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["documents"]["tokenizer.json"].update(vocabulary="x"), "tokenizer.json is of another kind"),
+        (lambda c: c["documents"]["tokenizer.json"].update(added_tokens=5), "tokenizer.json is of another kind"),
+        (lambda c: c["documents"]["tokenizer.json"].update(added_tokens=[5]), "added_tokens that are no pairs"),
+        (lambda c: c["tensors"][0].__setitem__(0, "a\nlm_head.weight -> -"), "expected letters, digits and"),
+        (lambda c: c["tensors"][0].__setitem__(0, 5), "a damaged headers file"),
+        (lambda c: c.update(fingerprint="x\nlm_head.weight -> -"), "no SHA-256"),
+    ],
+)
+def test_headers_files_of_strangers(original, tmp_path, change, words: str, capsys) -> None:
+    headers = tmp_path / "headers.json"
+    assert main(["inspect", str(original), "--headers-only", str(headers)]) == 0
+    content = json.loads(headers.read_text())
+    change(content)
+    write_json(headers, content)
+    assert main(["inspect", str(headers), "--proposals", str(tmp_path / "map")]) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "map").exists()
+
+
 def test_fused_projections_are_cut(tmp_path) -> None:
     source = original_model("helium")
     names = candidate_names("helium")
@@ -203,6 +297,11 @@ def with_header(folder: Path, change) -> None:
 def overlap(header: dict) -> None:
     first, second = [name for name in header if name != "__metadata__"][:2]
     header[second] = header[first] | {}
+
+
+def escape(header: dict) -> None:
+    name = next(name for name in header if name != "__metadata__")
+    header["\x1b[2Jx\nlm_head.weight"] = header.pop(name)
 
 
 def twice(header: dict) -> str:
@@ -306,6 +405,7 @@ HOSTILE = {
     "large header": (lambda f: with_header(f, lambda h: " " * (33 << 20)), "expected at most 33554432"),
     "overlap": (lambda f: with_header(f, overlap), "overlaps the tensor before it"),
     "tensor twice": (lambda f: with_header(f, twice), "it names '.*' twice"),
+    "control characters in a name": (lambda f: with_header(f, escape), "expected letters, digits and"),
     "huge shape": (lambda f: with_header(f, huge_shape), "expected numbers from 0|bytes"),
     "deep JSON": (nest, "cannot be read as JSON"),
 }

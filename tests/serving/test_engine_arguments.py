@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import os
 from dataclasses import asdict, fields
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import StructuredOutputsConfig
@@ -14,12 +16,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from casa_engine.checkpoints import read_config
 from casa_engine.live import LiveSettings
+from casa_engine.view_folder import is_view
 from casa_serving import cli, engine_defaults
 from casa_serving.caption.captioners import engine_captioner
 from casa_serving.cluster.application import llm_config_of
 from casa_serving.cluster.config import parse_config
 from casa_serving.engine_defaults import embedded_checkpoint
-from casa_serving.live import engine_start
+from casa_serving.live import engine_start, session
+from originals import candidate_names, original_model, write_original
 
 CAPTION_PROCESSOR = "casa_vllm.caption_processor:CaptionLogitsProcessor"
 ENGINE_ARGUMENTS = {field.name for field in fields(AsyncEngineArgs)}
@@ -170,6 +174,29 @@ def test_an_engine_in_this_process(monkeypatch, checkpoint, embedded, on_cpu, is
     variables, enabled = found_environment()
     assert variables == expected_environment(embedded=embedded, on_cpu=on_cpu, eager=eager)
     assert enabled == {"casa_http"}
+
+
+def test_an_original_in_place(monkeypatch, tmp_path):
+    """`casa-caption` opens its session on the view that its engine has; a cluster names the model by its folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_original(original_model("helium"), "helium", tmp_path / "original", candidate_names("helium"))
+    started = []
+
+    async def start(checkpoint, **options):
+        return SimpleNamespace(shutdown=lambda: None)
+
+    def open_engine(engine, checkpoint):
+        started.append(read_config(checkpoint))
+        raise NotStartedError
+
+    monkeypatch.setattr(session, "start_engine", start)
+    monkeypatch.setattr(session, "LiveEngine", open_engine)
+    with pytest.raises(NotStartedError):
+        asyncio.run(open_captioner(folder))
+    assert started[0].fusion == "ca"
+    llm_config = llm_config_of(parse_config({"checkpoint": str(folder)}), on_gpu=False, surge=False)
+    assert llm_config.model_loading_config.model_id == "original"
+    assert is_view(Path(llm_config.model_loading_config.model_source))
 
 
 @pytest.mark.parametrize("live", [True, False])
