@@ -45,7 +45,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         view = resolve_checkpoint(model_config.model)
         if view != Path(model_config.model):  # an original: its own tokenizer and processor are not used
             model_config.model = model_config.tokenizer = str(view)
-        if view.is_dir():  # before vLLM reads the tokenizer, with code of the folder's where --trust-remote-code is on
+        if view.is_dir():  # its configurations were checked before (see CasaConfig.from_dict); here also its files
             check_folder(view)
         config: CasaConfig = model_config.hf_config
         section = config.mrope_section
