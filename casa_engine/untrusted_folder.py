@@ -17,6 +17,9 @@ from casa_engine.view_folder import is_view
 
 MAX_FILES = 10_000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+# What some loader reads; what else lies in a folder, such as a user's own files, is nobody's business.
+READ_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".map")
+READ_FOLDERS = ("additional_chat_templates",)
 ADAPTER = "adapter_config.json"
 CONFIGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
 CONFIGS += ("video_preprocessor_config.json", "tokenizer_config.json", "chat_template.json")
@@ -40,8 +43,8 @@ def check_files(folder: Path) -> None:
     """Checks the files of a folder by their names.
 
     Raises:
-        CheckpointError: There are too many, pickles, links that lead out of the folder, or an adapter, which would
-            have transformers load another model.
+        CheckpointError: There are too many, pickles, links in the place of what is read that lead out of the folder,
+            or an adapter, which would have transformers load another model.
     """
     names = sorted(entry.name for entry in os.scandir(folder))
     if len(names) > MAX_FILES:
@@ -57,7 +60,8 @@ def check_files(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder} has {ADAPTER}: an adapter names another model to load. Merge it into the weights first."
             )
-        if path.is_symlink() and not _stays(folder, path):
+        is_read = name.lower().endswith(READ_SUFFIXES) or name in READ_FOLDERS
+        if is_read and path.is_symlink() and not _stays(folder, path):
             raise CheckpointError(
                 f"{path} is a symbolic link to {os.readlink(path)}, outside of the folder. Copy the file itself; only "
                 "links of the hub's cache, from snapshots/ to its own blobs/, are followed."

@@ -392,7 +392,7 @@ HOSTILE = {
     "adapter": (lambda f: edit_json(f, "adapter_config.json", base_model_name_or_path="evil/repo"), "an adapter names"),
     "pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(b"\x80\x04."), "programs that run when they are read"),
     "pickle of a training": (lambda f: (f / "optimizer.PT").write_bytes(b"\x80\x04."), "optimizer.PT"),
-    "link out of the folder": (lambda f: (f / "notes").symlink_to("/etc/passwd"), "outside of the folder"),
+    "link out of the folder": (lambda f: (f / "merges.txt").symlink_to("/etc/passwd"), "outside of the folder"),
     "link to blobs elsewhere": (lambda f: link_to_blobs(f, "elsewhere"), "outside of the folder"),
     "path in the index": (
         lambda f: write_json(f / INDEX, {"weight_map": {NORM: "../../x.safetensors"}}),

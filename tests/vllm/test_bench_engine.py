@@ -11,6 +11,8 @@ from casa_bench.eager_backend import EagerBackend
 from casa_bench.engine_backend import EngineBackend, EngineSettings
 from casa_bench.frames import noise_frame
 from casa_bench.reuse import REUSE
+from casa_engine.checkpoints import write_random_checkpoint
+from casa_engine.presets import preset_config
 
 pytestmark = pytest.mark.vllm
 SIDE_PX, TOKENS, TURNS = 112, 16, 12
@@ -18,11 +20,19 @@ NEEDS = Needs(images=64, image_px=SIDE_PX, tokens_per_image=128, concurrency=3)
 
 
 @pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Folder of a tiny random `ca` model."""
+    folder = tmp_path_factory.mktemp("bench") / "ca"
+    write_random_checkpoint(preset_config("tiny-llama", fusion="ca"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def engine(checkpoint):
     """An engine of the random `ca` model; what it sets in the environment goes with it."""
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         settings = EngineSettings(dtype="float32", kv_cache_gib=0.25, enforce_eager=True)
-        backend = EngineBackend(checkpoint("ca"), NEEDS, settings)
+        backend = EngineBackend(checkpoint, NEEDS, settings)
         yield backend
         backend.close()
 
@@ -46,7 +56,7 @@ def test_a_stream_keeps_what_the_eager_model_keeps(engine, checkpoint):
     import torch
 
     turns = turns_of(engine)
-    eager = turns_of(EagerBackend(checkpoint("ca"), Needs(TURNS, SIDE_PX, 128), torch.float32))
+    eager = turns_of(EagerBackend(checkpoint, Needs(TURNS, SIDE_PX, 128), torch.float32))
     # The engine reads a turn's stop token with the next frame.
     assert [turn.kv_tokens for turn in turns] == [turn.kv_tokens - 1 for turn in eager]
     assert {turn.tokens for turn in turns} == {TOKENS}
