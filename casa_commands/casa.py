@@ -15,7 +15,8 @@ from casa_commands.scripts import COMMANDS
 
 DESCRIPTION = "Serve, caption with, export and check CASA vision-language models."
 EPILOG = "`casa COMMAND --help` explains a command. Each has its own name too: casa-serve is `casa serve`."
-DIGITS = "Train, measure and film the embedded model, casa-tiny-digits."
+# Of words that several commands share.
+GROUPS = {("digits",): "Train, measure and film the embedded model, casa-tiny-digits."}
 # The one command that is no script of its own: it needs the parser of this one.
 COMPLETION = ("completion",)
 # By the words behind `casa`.
@@ -30,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     groups = {(): commands}
     for words, summary in SUMMARIES.items():
         if words[:-1] not in groups:
-            group = commands.add_parser(words[0], help=DIGITS, description=DIGITS)
+            about = GROUPS[words[:-1]]
+            group = commands.add_parser(words[0], help=about, description=about)
             groups[words[:-1]] = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
         groups[words[:-1]].add_parser(words[-1], help=summary, description=summary)
     return parser
