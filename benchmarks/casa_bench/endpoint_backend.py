@@ -21,6 +21,7 @@ from casa_bench.backend import Answer, Message, Needs, Turn
 from casa_bench.frames import jpeg, noise_frame
 from casa_engine.errors import InputError
 from casa_engine.live import LiveSettings
+from casa_engine.server_address import is_server_address
 
 TIMEOUT_S = 600.0
 # Of one request, base64 included; what is larger many servers refuse (casa serve takes 100 MB).
@@ -172,14 +173,9 @@ def base_url(url: str) -> str:
     Raises:
         InputError: It is none.
     """
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address:
+    if not is_server_address(url):
         raise InputError(f"{url!r} is not the address of a server; expected one such as http://127.0.0.1:8000/v1.")
-    return url if parts.path.strip("/") else url.rstrip("/") + "/v1"
+    return url if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
 
 
 def refuse_large_bodies(needs: Needs) -> None:

@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
-from urllib.parse import urlsplit
 
 from casa_digits.runners import MAX_ANSWER_TOKENS, Message, content_items
 from casa_engine.errors import CasaError
+from casa_engine.server_address import is_server_address
 
 TIMEOUT_S = 120.0
 MAX_SHOWN_CHARACTERS = 200
@@ -122,12 +122,7 @@ def check_address(base_url: str) -> None:
     Raises:
         EndpointError: It is none.
     """
-    try:
-        parts = urlsplit(base_url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
+    if not is_server_address(base_url):
         raise EndpointError(f"{base_url!r} is not an address. Expected one such as http://127.0.0.1:8000/v1.")
 
 

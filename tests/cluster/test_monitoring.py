@@ -13,8 +13,7 @@ from promql_parser import Call
 
 from casa_serving.cluster.replica_metrics import casa_samples
 from casa_serving.live.metrics import LiveMetrics
-from casa_vllm import metrics as image_metrics
-from casa_vllm.metric_names import COUNTERS, GAUGES, LAST_STEP
+from casa_vllm.metric_names import COUNTERS, GAUGES, LAST_STEP, PREFIX
 from monitoring import (
     CLUSTER_BOARD,
     SERVER_BOARD,
@@ -136,11 +135,11 @@ def test_names_of_our_own_metrics_are_those_that_are_exported():
     registry = CollectorRegistry()
     live = LiveMetrics(registry)
     live.delay.observe(0.1)
-    for name in image_metrics.GAUGES:
-        Gauge(image_metrics.PREFIX + name, "", registry=registry)
+    for name in GAUGES:
+        Gauge(PREFIX + name, "", registry=registry)
     # Ray puts its name in front, and `_total` behind the router's counters.
     exported = {f"ray_{name}" for name in casa_samples(registry)}
-    exported |= {f"ray_casa_{name}_total" for name in image_metrics.COUNTERS}
+    exported |= {f"ray_casa_{name}_total" for name in COUNTERS}
     router = (ROOT / "serving/casa_serving/cluster/router.py").read_text()
     exported |= {f"ray_{name}_total" for name in re.findall(r'"(casa_routing_\w+)"', router)}
     asked = board_metrics(CLUSTER_BOARD) | alert_metrics("casa-cluster")

@@ -11,8 +11,6 @@ from casa_bench.eager_backend import EagerBackend
 from casa_bench.engine_backend import EngineBackend, EngineSettings
 from casa_bench.frames import noise_frame
 from casa_bench.reuse import REUSE
-from casa_engine.checkpoints import write_random_checkpoint
-from casa_engine.presets import preset_config
 
 pytestmark = pytest.mark.vllm
 SIDE_PX, TOKENS, TURNS = 112, 16, 12
@@ -20,11 +18,9 @@ NEEDS = Needs(images=64, image_px=SIDE_PX, tokens_per_image=128, concurrency=3)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(checkpoints):
     """Folder of a tiny random `ca` model."""
-    folder = tmp_path_factory.mktemp("bench") / "ca"
-    write_random_checkpoint(preset_config("tiny-llama", fusion="ca"), folder)
-    return folder
+    return checkpoints("tiny-llama", fusion="ca")
 
 
 @pytest.fixture(scope="module")
