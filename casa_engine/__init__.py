@@ -1,11 +1,15 @@
 """casa-engine's core: the CASA model itself. Importing it registers CASA with transformers' Auto classes."""
 
+import logging
 from importlib.metadata import version
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.registration import register_auto_classes
 
 register_auto_classes()
+
+# A level of its own: what vLLM's server imports raises the root's to ERROR, and users must read what was chosen.
+logging.getLogger(__name__).setLevel(logging.WARNING)
 
 __all__ = ["CasaConfig"]
 

@@ -8,10 +8,10 @@ Stock vLLM preempts running requests only. Sessions that are not running keep th
 nothing could be scheduled, one session is therefore evicted; see `_resolve_stall`, which guarantees progress.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -19,7 +19,7 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from casa_vllm import compat
 
-logger = init_logger(__name__)
+logger = logging.getLogger("vllm.casa_sessions")
 
 IDLE = RequestStatus.WAITING_FOR_STREAMING_REQ
 # Records of ended sessions whose clients have not closed them yet; beyond that the oldest are dropped.

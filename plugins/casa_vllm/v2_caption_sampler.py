@@ -5,10 +5,10 @@ tokens generated since are read from the step's own input: the token that a deco
 sampled last. That is one copy from the device in each step that has such rows; other steps cost nothing.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
 
 from casa_engine.errors import InputError
 from casa_vllm.caption_processor import CaptionRow, new_row
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-logger = init_logger(__name__)
+logger = logging.getLogger("vllm.casa_captions")
 
 
 class CaptionSampler:

@@ -1,6 +1,7 @@
 """Synthetic originals are inspected, mapped and converted; what does not fit or must not be trusted is refused."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -141,6 +142,7 @@ def test_headers_file_stands_for_the_folder(tmp_path, capsys) -> None:
 
 
 def test_what_is_not_certain_is_said_wherever_an_original_is_taken(copy, tmp_path, capsys, caplog, monkeypatch) -> None:
+    caplog.set_level(logging.WARNING, "casa_engine")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     edit_json(copy, "preprocessor_config.json", resample=2, max_pixels=5000, image_mean=[0.1, 0.2, 0.3])
     edit_json(copy, "generation_config.json", min_p=0.1)

@@ -51,10 +51,9 @@ def test_auto_classes(pair, auto_class, trust) -> None:
     assert not (folder / "executed").exists()
 
 
-def test_load_model_and_processor(pair, caplog) -> None:
+def test_load_model_and_processor(pair) -> None:
     source, folder = pair
     assert_same_weights(load_model(folder), source)
-    assert "What it does not say was chosen" in caplog.text and "fusion = ca" in caplog.text
     processor = load_processor(folder)
     assert processor.tokenizer.convert_tokens_to_ids(processor.image_token) == processor.image_token_id
     assert not (folder / "executed").exists()
@@ -123,6 +122,15 @@ def test_two_processes_at_once_have_one_view(pair, tmp_path) -> None:
     views = {one.communicate(timeout=300)[0].strip() for one in both}
     assert [one.returncode for one in both] == [0, 0]
     assert views == {str(resolve_checkpoint(folder))} == {str(path) for path in view_root().iterdir()}
+
+
+@pytest.mark.parametrize("before", ["", "import model_hosting_container_standards.logging_config; "])
+def test_what_was_chosen_is_said_in_every_program(tmp_path, before: str) -> None:
+    """vLLM's server imports a library that raises the root logger's level to ERROR."""
+    folder = write_original(original_model("helium"), "helium", tmp_path / "original", candidate_names("helium"))
+    code = f"import sys; {before}from casa_engine.checkpoints import load_model; load_model(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert "What it does not say was chosen" in done.stderr and "fusion = ca" in done.stderr
 
 
 @pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "chat_template.jinja", "tensor_map.json"])
