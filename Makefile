@@ -10,6 +10,8 @@ DEVICE ?= auto
 PORT ?= 8000
 ARGS ?=
 PYTEST_ARGS ?=
+# Two at once; each has a server, a cluster or an engine, some GiB. `make test PARALLEL=` runs one after the other.
+PARALLEL ?= -n 2 --dist loadscope --no-loadscope-reorder
 VLLM ?= 0.32.0
 BIN := .venv/bin
 
@@ -36,7 +38,7 @@ serve-ray: setup
 # The console script, not `python -m pytest`, which would make the folders models, plugins,
 # export and serving importable by their bare names.
 test: lint browser
-	@$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 # By their files, so that nothing else is even imported: collecting all tests takes half a minute.
 test-unit: setup
@@ -47,11 +49,11 @@ test-all: setup browser
 
 test-vllm:
 	@$(PYTHON) scripts/setup.py --device $(DEVICE) --vllm $(VLLM) --venv .venv-vllm-$(VLLM)
-	@.venv-vllm-$(VLLM)/bin/pytest -m "not slow" tests/test_private_names.py tests/core tests/vllm $(PYTEST_ARGS)
+	@.venv-vllm-$(VLLM)/bin/pytest -m "not slow" tests/test_private_names.py tests/core tests/vllm $(PARALLEL) $(PYTEST_ARGS)
 
 test-newest: browser
 	@$(PYTHON) scripts/setup.py --device $(DEVICE) --newest --venv .venv-newest
-	@.venv-newest/bin/pytest -m "not slow" $(PYTEST_ARGS)
+	@.venv-newest/bin/pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 lock:
 	@$(PYTHON) scripts/lock.py

@@ -1,15 +1,19 @@
-"""For all tests: Ctrl-C is what it is in a terminal, and asynchronous tests run in asyncio and end."""
+"""For all tests: Ctrl-C is what it is in a terminal, asynchronous tests run in asyncio and end, servers are shared."""
 
 import inspect
 import signal
+from pathlib import PurePosixPath
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # A shell has what it runs in the background ignore SIGINT, and so would all processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ASYNC_TIMEOUT_S = 180
+# Folders whose tests share a server or a cluster, the longest first.
+SHARED_SERVERS = ("cluster", "serving", "browser")
 
 
 @pytest.fixture
@@ -18,8 +22,26 @@ def anyio_backend():
     return "asyncio"
 
 
+class Scheduling(LoadScopeScheduling):
+    """Of several workers one runs all tests that share a server, and otherwise all of a file."""
+
+    def _split_scope(self, nodeid):
+        file = PurePosixPath(nodeid.partition("::")[0])
+        folder = file.parent.name
+        return folder if folder in SHARED_SERVERS else str(file)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadgroup`, and so a mark for each test, does nothing with pytest 9.2 (pytest-xdist 3.8)."""
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Bounds every asynchronous test: one that waits for what never comes would wait for ever."""
+    """Bounds every asynchronous test: one that waits for what never comes would wait for ever. What takes longest
+    comes first, so that no worker is left alone with it at the end.
+    """
     for item in items:
         if inspect.iscoroutinefunction(getattr(item, "obj", None)):
             item.add_marker(pytest.mark.timeout(ASYNC_TIMEOUT_S, func_only=True))
+    places = {folder: place for place, folder in enumerate(SHARED_SERVERS)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
