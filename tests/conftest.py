@@ -12,8 +12,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ASYNC_TIMEOUT_S = 180
-# Folders whose tests share a server or a cluster, the longest first.
-SHARED_SERVERS = ("cluster", "serving", "browser")
+# Folders whose tests share a cluster, a server or exported models: one worker each.
+SHARED = ("cluster", "serving", "export", "browser")
+# What takes longest is run first, so that no worker is left alone with it at the end.
+ORDER = (*SHARED, "vllm")
 
 
 @pytest.fixture
@@ -23,12 +25,12 @@ def anyio_backend():
 
 
 class Scheduling(LoadScopeScheduling):
-    """Of several workers one runs all tests that share a server, and otherwise all of a file."""
+    """Of several workers one runs all tests that share something, and otherwise all of a file."""
 
     def _split_scope(self, nodeid):
         file = PurePosixPath(nodeid.partition("::")[0])
         folder = file.parent.name
-        return folder if folder in SHARED_SERVERS else str(file)
+        return folder if folder in SHARED else str(file)
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -37,11 +39,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Bounds every asynchronous test: one that waits for what never comes would wait for ever. What takes longest
-    comes first, so that no worker is left alone with it at the end.
-    """
+    """Bounds every asynchronous test: one that waits for what never comes would wait for ever."""
     for item in items:
         if inspect.iscoroutinefunction(getattr(item, "obj", None)):
             item.add_marker(pytest.mark.timeout(ASYNC_TIMEOUT_S, func_only=True))
-    places = {folder: place for place, folder in enumerate(SHARED_SERVERS)}
+    places = {folder: place for place, folder in enumerate(ORDER)}
     items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
