@@ -1,5 +1,5 @@
 # /// script
-# requires-python = "==3.10.*"
+# requires-python = ">=3.10,<3.13"
 # dependencies = [
 #   "torch==2.7.0", "torchvision==0.22.0", "transformers==4.51.3", "einops>=0.8.1", "numpy<2.3", "pillow", "accelerate",
 # ]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from casa_engine.checkpoint_cli import main
-from originals import candidate_names, original_model, write_original
+from originals import FAMILIES, candidate_names, original_model, write_original
 from programs import output_of
 
+REMOTE_CODE = Path(__file__).parent.parent / "support" / "remote_code"
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "reference_outputs.py"
 # As a published model's own code: the calls of the public scripts, with another implementation behind them, which is
 # this engine's, on the weights that were converted before; a mistake in names or fields is seen all the same.
@@ -107,3 +108,21 @@ def test_what_is_no_reference(written, tmp_path, capsys) -> None:
     for path in (tmp_path / "other.npz", tmp_path / "none.npz", written[0] / "config.json"):
         assert main(["verify", str(written[0]), "--reference", str(path)]) == 1
         assert "Write one with scripts/reference_outputs.py" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_other_code_in_the_versions_of_the_originals(tmp_path, family, capsys, monkeypatch) -> None:
+    """The documented command: uv installs transformers 4.51.3 and torch 2.7.0, whose own parts compute the model."""
+    folder = write_original(original_model(family), family, tmp_path / "original", candidate_names(family))
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    shutil.copytree(REMOTE_CODE, folder, dirs_exist_ok=True)
+    reference = tmp_path / "reference.npz"
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    output_of("uv", "run", SCRIPT, folder, reference, folder=tmp_path, **home)
+    with np.load(reference) as file:
+        assert '"torch": "2.7.0' in str(file["about"])
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out"), "--reference", str(reference)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 7 and all(line.startswith("ok ") for line in lines)

@@ -101,6 +101,9 @@ def write_original(
         (folder / f"{module}.py").write_text(code)
     processor = default_processor(model.config)
     processor.tokenizer.save_pretrained(folder)
+    # The class that transformers 4 calls so; 5 writes a name which the originals' version does not know.
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
     write_json(folder / "processor_config.json", {"auto_map": {"AutoProcessor": "processing_casa.Processor"}})
     write_json(folder / "generation_config.json", {"eos_token_id": [1, 257], "repetition_penalty": 1.05})
     if family == "helium":
