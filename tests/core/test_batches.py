@@ -34,6 +34,10 @@ def parts(request, tmp_path_factory):
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
+# Where images have insertion points.
+with_points = pytest.mark.parametrize("parts", ["ca", "ca_tv"], indirect=True)
+
+
 def make_pipeline(model, processor):
     """As `pipeline("image-text-to-text", model=folder)` makes it, of parts that are loaded already."""
     return pipeline(
@@ -62,11 +66,10 @@ def test_pipeline(parts, batch_size: int, side: str) -> None:
         assert new[: len(ids) - length].tolist() == ids[length:].tolist()
 
 
+@with_points
 def test_pipeline_with_unequal_numbers_of_images_is_refused(parts) -> None:
     """transformers' pipeline fills with 0, which says an image before the first token."""
     model, processor = parts
-    if processor.fusion == "insertion":
-        return
     pipe = make_pipeline(model, processor)
     chats = [CHATS[0], [user(picture(28, 28), picture(28, 56), "Both?")]]
     with pytest.raises(InputError, match=r"3 images with 4 insertion points.*pads with 0"):
@@ -157,10 +160,9 @@ def test_data_collator_with_padding(parts) -> None:
         torch.testing.assert_close(together[row, real], logits_of(model, item)[0], rtol=1e-4, atol=2e-5)
 
 
+@with_points
 def test_flat_points_belong_to_one_row(parts) -> None:
     model, processor = parts
-    if processor.fusion == "insertion":
-        return
     one = dict(prepare(processor, CHATS[0]))
     flat = one | {"insertion_points": one["insertion_points"][0]}
     assert torch.equal(logits_of(model, flat), logits_of(model, one))

@@ -44,19 +44,27 @@ def test_beams_with_and_without_a_cache_and_alone(parts, monkeypatch) -> None:
         assert torch.equal(together[2 * row : 2 * row + 2, batch["input_ids"].shape[1] :], alone)
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
-def test_sampled_answers_equal_the_repeated_prompt(parts, num_beams: int) -> None:
+def test_sampled_answers_equal_the_repeated_prompt(parts) -> None:
     model, processor = parts
-    options = {"num_beams": num_beams, "do_sample": True, **LENGTH}
+    options = {"do_sample": True, **LENGTH}
     torch.manual_seed(0)
     answers = model.generate(**prepare(processor, CHATS), num_return_sequences=2, **options)
-    if num_beams > 1:  # beams of one prompt draw together, those of a repeated one apart
-        assert answers.shape[0] == 6
-        return
     torch.manual_seed(0)
     repeated = model.generate(**prepare(processor, [chat for chat in CHATS for _ in range(2)]), **options)
     assert torch.equal(answers, repeated)
     assert not torch.equal(answers[0], answers[1])
+
+
+def test_sampled_beams_with_and_without_a_cache(parts) -> None:
+    """Beams of one prompt draw together, those of a repeated one apart: the reference is the same without a cache."""
+    model, processor = parts
+    options = {"num_beams": 2, "num_return_sequences": 2, "do_sample": True, **LENGTH}
+    answers = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        answers.append(model.generate(**prepare(processor, CHATS), use_cache=use_cache, **options))
+    assert answers[0].shape[0] == 6
+    assert torch.equal(*answers)
 
 
 def test_images_are_encoded_once_for_all_beams(parts, monkeypatch) -> None:
@@ -103,8 +111,10 @@ def test_rows_chosen_by_a_mask_and_an_empty_cache(parts) -> None:
     cache.batch_repeat_interleave(3)
     batch = prepare(processor, CHATS)
     run(model, cache, batch.pop("input_ids"), **batch)
+    rows = [cache.row_ids(row) for row in range(3)]
     cache.batch_select_indices(torch.tensor([False, True, True]))
     assert len(cache.key_positions) == len(cache.token_ids) == 2
+    assert [cache.row_ids(row) for row in range(2)] == rows[1:]
     cache.reset()
     assert cache.get_seq_length() == 0
     ids = torch.tensor([[5, 6]])
@@ -118,7 +128,7 @@ def test_what_cannot_be_is_refused_before_anything_is_done(parts) -> None:
         model.generate(**inputs, prompt_lookup_num_tokens=2, **LENGTH)
     with pytest.raises(InputError, match="CASA has one cache"):
         model.generate(**inputs, cache_implementation="static", **LENGTH)
-    with pytest.raises((InputError, ValueError), match="prefill"):
+    with pytest.raises(InputError, match="prefill_chunk_size cuts text"):
         model.generate(**inputs, prefill_chunk_size=4, **LENGTH)
     cache = model.new_cache()
     run(model, cache, torch.tensor([[5, 6]]))

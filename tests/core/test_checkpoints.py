@@ -102,7 +102,8 @@ def test_command_line(tmp_path, capsys) -> None:
     edit(folder, lambda tensors: tensors.pop(NORM))
     assert main(["check", str(folder)]) == 1
     assert f"casa-checkpoint: {folder} does not hold the model" in capsys.readouterr().err
-    assert main(["random", "tiny-qwen", str(folder), "--ca-layers", "7"]) == 1
+    assert main(["random", "tiny-qwen", str(tmp_path / "other"), "--ca-layers", "7"]) == 1
+    assert "layers [7]; the backbone has layers 0 to 2" in capsys.readouterr().err
 
 
 @pytest.fixture

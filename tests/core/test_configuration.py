@@ -33,8 +33,8 @@ def test_layers() -> None:
     ("fields", "words"),
     [
         ({"fusion": "gated"}, "fusion is 'gated'; expected one of ca, ca_tv, insertion"),
-        ({"ca_weights": "none"}, "ca_weights"),
-        ({"ca_placement": "after"}, "ca_placement"),
+        ({"ca_weights": "none"}, "ca_weights is 'none'; expected one of"),
+        ({"ca_placement": "after"}, "ca_placement is 'after'; expected one of"),
         ({"ca_layers": [0, 3]}, r"layers \[3\]; the backbone has layers 0 to 2"),
         ({"ca_placement": "replace", "ca_weights": "shared", "ca_layers": [0]}, "no self-attention to share"),
         ({"ca_placement": "replace"}, "leaves no self-attention"),

@@ -156,7 +156,10 @@ def test_what_does_not_continue_is_refused(parts) -> None:
     cases = [
         (other, "does not continue"),
         ({"input_ids": torch.tensor([[5, 6]])}, "does not continue"),
-        ({**first, "input_ids": first["input_ids"][:, :-1], "attention_mask": first["attention_mask"][:, :-1]}, None),
+        (
+            {**first, "input_ids": first["input_ids"][:, :-1], "attention_mask": first["attention_mask"][:, :-1]},
+            "does not continue",
+        ),
         (batch_of([whole, whole]), "1 conversations; got 2 rows"),
     ]
     if "insertion_points" in whole:

@@ -107,25 +107,27 @@ def test_plain_values_and_back():
     assert from_dict(to_dict(state, RULES)) == (state, RULES)
 
 
+NO_IDS = "of a live session is no list of token ids"
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words"),
     [
-        {"counts": [[1, 2], [1.0]]},
-        {"counts": [["1"], [1.0]]},
-        {"counts": [[1], [float("nan")]]},
-        {"counts": 3},
-        {"recent": [-1]},
-        {"recent": "1"},
-        {"stop_ids": [2.0]},
-        {"repetition_penalty": float("inf")},
-        {"ngram_size": 2.5},
-        {"ngram_window": 0},
-        {"more": 1},
+        ({"counts": [[1, 2], [1.0]]}, "as many numbers from 0 as ids"),
+        ({"counts": [["1"], [1.0]]}, f"counts {NO_IDS}"),
+        ({"counts": [[1], [float("nan")]]}, "as many numbers from 0 as ids"),
+        ({"counts": 3}, "counts of a live session are no pair of lists"),
+        ({"recent": [-1]}, f"recent {NO_IDS}"),
+        ({"recent": "1"}, f"recent {NO_IDS}"),
+        ({"stop_ids": [2.0]}, f"stop_ids {NO_IDS}"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"ngram_size": 2.5}, "ngram_size is 2.5"),
+        ({"ngram_window": 0}, "ngram_window is 0"),
+        ({"more": 1}, "expected an object with exactly"),
     ],
-    ids=lambda change: next(iter(change)),
 )
-def test_broken_plain_values_are_refused(change):
-    with pytest.raises(InputError):
+def test_broken_plain_values_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
         from_dict({**to_dict(CaptionState({3: 1.0}, (3,)), RULES), **change})
 
 

@@ -192,12 +192,21 @@ def test_what_cannot_fit_is_refused(spelling):
     assert transcript.num_known > 0
 
 
-BROKEN_ITEMS = [{}, {"caption": 3}, {"caption": "a", "question": "b"}, {"answer": "x"}, {"text": "a"}, 3]
+NEITHER = "neither a caption nor a question with its answer"
+BROKEN_ITEMS = [
+    ({}, NEITHER),
+    ({"caption": 3}, NEITHER),
+    ({"caption": "a", "question": "b"}, NEITHER),
+    ({"answer": "x"}, NEITHER),
+    ({"caption": "a", "timestamp": "1"}, "timestamp of a history item is '1'"),
+    ({"text": "a"}, "expected an object with fields of"),
+    (3, "expected an object with fields of"),
+]
 
 
-@pytest.mark.parametrize("item", BROKEN_ITEMS, ids=str)
-def test_broken_history_is_refused(item):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(("item", "words"), BROKEN_ITEMS)
+def test_broken_history_is_refused(item, words):
+    with pytest.raises(InputError, match=words):
         HistoryItem.from_fields(item)
 
 
@@ -219,7 +228,9 @@ def test_broken_history_is_refused(item):
     ids=str,
 )
 def test_broken_settings_are_refused(fields):
-    with pytest.raises(InputError):
+    (name,) = fields
+    words = r"^unknown live settings \['unknown'\]" if name == "unknown" else f"^{name} is "
+    with pytest.raises(InputError, match=words):
         LiveSettings.from_fields(fields)
 
 

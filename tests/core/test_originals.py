@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -408,7 +409,7 @@ HOSTILE = {
     "overlap": (lambda f: with_header(f, overlap), "overlaps the tensor before it"),
     "tensor twice": (lambda f: with_header(f, twice), "it names '.*' twice"),
     "control characters in a name": (lambda f: with_header(f, escape), "expected letters, digits and"),
-    "huge shape": (lambda f: with_header(f, huge_shape), "expected numbers from 0|bytes"),
+    "huge shape": (lambda f: with_header(f, huge_shape), f"; expected {2 * 2 ** (3 * 39)} bytes"),
     "deep JSON": (nest, "cannot be read as JSON"),
 }
 
@@ -421,8 +422,7 @@ def test_refusals(copy, case: str, capsys) -> None:
     assert main(["convert", str(copy), str(copy.parent / "out")]) == 1
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("casa-checkpoint: ") and sentence.endswith(".")
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(sentence)
+    assert re.search(words, sentence), sentence
     assert not (copy.parent / "out").exists() and not (copy / "executed").exists()
     assert main(["inspect", str(copy)]) == (0 if case in SEEN_BY_CONVERT_ALONE else 1)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from casa_engine.checkpoints import write_random_checkpoint
@@ -63,7 +64,7 @@ def test_extreme_sides_are_refused(checkpoint) -> None:
 
 def test_unknown_role_is_refused(checkpoint) -> None:
     processor = AutoProcessor.from_pretrained(checkpoint)
-    with pytest.raises(Exception, match="unknown role 'robot'; expected system, user, assistant or tool"):
+    with pytest.raises(TemplateError, match="unknown role 'robot'; expected system, user, assistant or tool"):
         prepare(processor, [{"role": "robot", "content": "x"}])
 
 
@@ -74,7 +75,8 @@ def test_a_tool_answers_with_text_and_images(checkpoint) -> None:
     text = processor.apply_chat_template([user("look"), called, found], add_generation_prompt=True)
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     assert f"<|im_start|>user\n<tool_response>\na page:{image}\n</tool_response><|im_end|>\n" in text
-    assert prepare(processor, [user("look"), called, {**found, "content": "blue"}])["input_ids"].shape[1] > 0
+    ids = prepare(processor, [user("look"), called, {**found, "content": "blue"}])["input_ids"][0]
+    assert "<tool_response>\nblue\n</tool_response>" in processor.tokenizer.decode(ids)
 
 
 def test_video_is_refused(checkpoint) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from bad_calls import BAD_CALLS, good_call
+from bad_calls import BAD_CALLS, good_call, words_of
 from casa_engine.errors import InputError
 from casa_engine.streaming import CasaStream
 from snapshots import snapshot
@@ -25,12 +25,12 @@ def next_logits(model, cache) -> torch.Tensor:
         return model(**good_call(2), past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("change", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_forward(conversation, change) -> None:
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_forward(conversation, name: str) -> None:
     model, cache = conversation
     before = snapshot(cache)
-    with pytest.raises(InputError), torch.no_grad():
-        model(**change({"past_key_values": cache} | good_call()))
+    with pytest.raises(InputError, match=words_of(name)), torch.no_grad():
+        model(**BAD_CALLS[name]({"past_key_values": cache} | good_call()))
     assert snapshot(cache) == before
 
 
@@ -55,7 +55,7 @@ def test_generate(conversation, name: str) -> None:
     model, cache = conversation
     for over in ({}, {"past_key_values": cache}):
         before = snapshot(cache)
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=words_of(name)):
             model.generate(**BAD_CALLS[name](good_call()), **over, max_new_tokens=2, do_sample=False)
         assert snapshot(cache) == before
 

@@ -258,13 +258,9 @@ subprocess.run(["mount", "--bind", target, target], check=True)
 test.write(target)
 assert test.contents(target) == test.NEW | test.FOREIGN | test.LINK
 subprocess.run(["mount", "-o", "remount,ro,bind", target], check=True)
-for path in (target, target / "new"):
-    try:
+for path, words in ((target, "is not writable"), (target / "new", "Read-only file system")):
+    with test.pytest.raises(test.OutputError, match=words):
         test.write(path)
-    except test.OutputError as error:
-        assert "not writable" in str(error) or "Read-only file system" in str(error), error
-    else:
-        raise AssertionError(path)
 """
     if subprocess.run(["unshare", "-m", "mount", "--bind", target, target], capture_output=True).returncode:
         pytest.skip("this user may not mount")
@@ -275,12 +271,20 @@ for path in (target, target / "new"):
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("name", [b"\xff", b"long/" + b"x" * 250, b"loop", b"loop/deeper"])
-def test_names_that_cannot_be_written(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (b"\xff", "is not valid UTF-8"),
+        (b"long/" + b"x" * 250, "File name too long"),
+        (b"loop", "is a symbolic link that leads to itself"),
+        (b"loop/deeper", "File exists"),
+    ],
+)
+def test_names_that_cannot_be_written(tmp_path, name, words):
     """Said at once, and no parent folder is left behind."""
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = list(tmp_path.iterdir())
-    with pytest.raises(OutputError, match=r"UTF-8|too long|leads to itself|File exists|symbolic links"):
+    with pytest.raises(OutputError, match=words):
         StagedFolder(tmp_path / os.fsdecode(name), LAST, owned).__enter__()
     assert list(tmp_path.iterdir()) == before
 
@@ -342,7 +346,7 @@ def test_atomic_file(tmp_path, monkeypatch):
     assert contents(tmp_path) == {"file": "first", ".filet.0123abcd.part": "of another file"}
     (tmp_path / ".filet.0123abcd.part").unlink()
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left on device"):
         write_atomically(tmp_path / "file", b"two")
     assert contents(tmp_path) == {"file": "first"}
 
@@ -379,6 +383,6 @@ def test_files_that_take_their_places_together(tmp_path, number):
 def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     write_together(tmp_path, "old")
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left on device"):
         write_together(tmp_path, "new")
     assert contents(tmp_path) == dict.fromkeys(TOGETHER, "old")

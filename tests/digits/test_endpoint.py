@@ -90,8 +90,8 @@ def test_what_is_no_address(capsys, url):
         ((403, b"go away"), "--api-key"),
         ((404, {"detail": "Not Found"}), "usually ends in /v1"),
         ((400, {"error": {"message": "That is wrong."}}), "That is wrong."),
-        ((500, b"x" * 5000), "500"),
-        ((503, b""), "503"),
+        ((500, b"x" * 5000), "Error code: 500"),
+        ((503, b""), "Error code: 503"),
         ((200, b"<html>A page for people</html>"), "no OpenAI-compatible server"),
         ((200, b""), "no OpenAI-compatible server"),
         ((200, b'{"object": "list", "da'), "no OpenAI-compatible server"),
@@ -100,7 +100,7 @@ def test_what_is_no_address(capsys, url):
         ((200, {"data": None}), "no OpenAI-compatible server"),
         ((200, {"data": [{}]}), "no OpenAI-compatible server"),
         ((200, {"data": []}), "serves no model"),
-        ((302, b""), "302"),
+        ((302, b""), "Error code: 302"),
     ],
 )
 def test_answers_to_the_list_of_models(capsys, reply, expected):
@@ -120,7 +120,7 @@ def test_answers_to_the_list_of_models(capsys, reply, expected):
         ((200, {"choices": [{"text": "1"}]}), "no OpenAI-compatible server"),
         ((200, {"choices": [{"message": {"content": {"a": 1}}}]}), "no OpenAI-compatible server"),
         ((200, b'{"choices": [{"message": {"conte'), "no OpenAI-compatible server"),
-        ((200, ANSWER, 100), "failed"),
+        ((200, ANSWER, 100), "/v1 failed ("),
     ],
 )
 def test_answers_to_a_question(capsys, reply, expected):

@@ -1,7 +1,7 @@
 """Calls that every model must refuse with InputError, as changes of a good call of two rows over a cache.
 
 `good_call` has two prompts of unequal length, one padded on the left, with two images and one. Each change is a
-name and a function from the good call's arguments to bad ones.
+name and a function from the good call's arguments to bad ones; `words_of` says what its error must be about.
 """
 
 from collections.abc import Callable
@@ -132,3 +132,21 @@ BAD_CALLS: dict[str, Callable[[Call], Call]] = {
     "logits_to_keep: bool": _set("logits_to_keep", True),
     "cache: a list": _set("past_key_values", []),
 } | {f"points: {name}": _set("insertion_points", torch.tensor(points)) for name, points in POINTS.items()}
+# By the beginning of a name, the longest first.
+WORDS = {
+    "ids: more rows": "the cache has 2 conversations; got 3 rows",
+    "pixels without grids": "must be given together",
+    "grids without pixels": "must be given together",
+    "ids": "input_ids",
+    "mask": "attention_mask",
+    "pixels": "pixel_values",
+    "grids": "image_grid_thw",
+    "points": "insertion[_ ]points",
+    "logits_to_keep": "logits_to_keep",
+    "cache": "the cache is a list; expected a CasaCache",
+}
+
+
+def words_of(name: str) -> str:
+    """Returns a pattern for the error of a bad call: it names the argument that is wrong."""
+    return next(words for start, words in WORDS.items() if name.startswith(start))
