@@ -28,9 +28,24 @@ def test_links_of_the_readme_work_where_nothing_lies_beside_it():
     assert [link for link in links if not link.startswith("https://")] == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/README.md"])
+# Pages that name files by their paths; links of all pages are followed in tests/serving/test_docs.py.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/benchmarks.md",
+        "docs/cluster.md",
+        "docs/deploy.md",
+        "docs/live.md",
+        "docs/quickstart.md",
+    ],
+)
 def test_every_file_that_is_named_exists(name):
-    for path in PATH.findall(prose(ROOT / name)):
+    paths = PATH.findall(prose(ROOT / name))
+    assert paths
+    for path in paths:
         assert path == "docs/..." or list(ROOT.glob(path)), path
 
 
@@ -68,12 +83,14 @@ def test_extras_of_the_readme_are_those_of_the_project():
 
 
 def messages():
-    """Returns every text of the code and the set-up, with ... for what is filled in."""
+    """Returns every text of the code and the set-up but its docstrings, with ... for what is filled in."""
     found = []
     for folder in ("casa_commands", "casa_engine", "models", "plugins", "export", "serving", "scripts"):
         for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            tree = ast.parse(path.read_text())
+            docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
                     found.append(node.value)
                 elif isinstance(node, ast.JoinedStr):
                     parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
@@ -98,4 +115,5 @@ def test_the_version_is_cited_and_its_changes_are_told():
         "## [Unreleased]" in changes and f"{VERSION} is the version in the making" in changes
     )
     kinds = re.findall(r"^### (\w+)", changes, re.MULTILINE)
+    assert kinds
     assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

@@ -96,10 +96,13 @@ def test_a_load_is_bounded_by_the_time_between_frames_and_vss_by_its_chunk():
 
 @pytest.mark.parametrize("count", [1, 5, 64, 65, 256, 10_000])
 def test_a_line_has_few_points_and_all_turns(count):
-    line = points(PANELS[0], [turn(number, ttft_ms=5.0) for number in range(count)])
-    assert len(line) == min(count, math.ceil(count / math.ceil(count / POINTS)))
-    assert {value for _, value in line} == {5.0}
-    assert 1 <= line[0][0] <= line[-1][0] <= count
+    line = points(PANELS[0], [turn(number, ttft_ms=number + 1.0) for number in range(count)])
+    size = math.ceil(count / POINTS)
+    assert len(line) == math.ceil(count / size) <= POINTS
+    assert all(value == place for place, value in line)
+    # A point is the middle of its turns: together they are all of them.
+    sizes = [size] * (len(line) - 1) + [count - size * (len(line) - 1)]
+    assert sum(number * place for number, (place, _) in zip(sizes, line, strict=True)) == count * (count + 1) / 2
 
 
 def test_published_figures_name_their_sources():

@@ -19,6 +19,12 @@ pytestmark = pytest.mark.unit
 heard = {}
 
 
+@pytest.fixture(autouse=True)
+def nothing_heard_before():
+    """What another test's application has heard proves nothing in this one."""
+    heard.clear()
+
+
 async def echo(request: Request) -> JSONResponse:
     """What came."""
     body = (await request.body()).decode()

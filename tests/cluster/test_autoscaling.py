@@ -1,8 +1,9 @@
 """How many replicas a load asks for."""
 
-from types import SimpleNamespace
+import inspect
 
 import pytest
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from casa_serving.cluster.autoscaling import LIVE_FRAMES, LIVE_LATE_FRAMES, LIVE_SESSIONS, LoadPolicy
 
@@ -12,22 +13,23 @@ POLICY = LoadPolicy(target_live_sessions=4, target_late_frames=0.1)
 
 
 def context(requests=0.0, sessions=(), minimum=1, frames=(), late=(), running=1):
-    """What Ray Serve tells a policy; it counts live sessions among its requests."""
+    """What Ray Serve tells a policy, in its own class; it counts live sessions among its requests."""
 
     def by_replica(values):
         return {f"replica {i}": number for i, number in enumerate(values)}
 
-    return SimpleNamespace(
-        total_num_requests=requests + sum(sessions),
-        aggregated_metrics={
+    own = {
+        "total_num_requests": requests + sum(sessions),
+        "aggregated_metrics": {
             LIVE_SESSIONS: by_replica(sessions),
             LIVE_FRAMES: by_replica(frames),
             LIVE_LATE_FRAMES: by_replica(late),
         },
-        capacity_adjusted_min_replicas=minimum,
-        current_num_replicas=running,
-        config=SimpleNamespace(get_target_ongoing_requests=lambda: 8.0),
-    )
+        "capacity_adjusted_min_replicas": minimum,
+        "current_num_replicas": running,
+        "config": AutoscalingConfig(target_ongoing_requests=8.0),
+    }
+    return AutoscalingContext(**dict.fromkeys(inspect.signature(AutoscalingContext).parameters) | own)
 
 
 @pytest.mark.parametrize(

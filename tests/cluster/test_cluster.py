@@ -119,7 +119,7 @@ def test_routing_is_counted(cluster, http):
     until(lambda: total(cluster, "ray_casa_routing_images_total", result="hit") > hits)
 
 
-def test_an_image_goes_by_its_uuid(cluster, http):
+def test_an_image_goes_by_its_uuid(http):
     part = {"type": "image_url", "image_url": {"url": noise(7, 56)}, "uuid": "seven"}
     request = body()
     request["messages"][0]["content"].insert(0, part)
@@ -128,7 +128,7 @@ def test_an_image_goes_by_its_uuid(cluster, http):
     assert [answer.headers["x-casa-images"] for answer in answers] == ["miss", "hit", "hit"]
 
 
-def test_sessions_stay(cluster, http):
+def test_sessions_stay(http):
     homes = {}
     for turn in range(3):
         for session in range(8):
@@ -159,7 +159,7 @@ def test_streams_as_openai_does(cluster):
         ("/v1/nowhere", "{}", 404, "no such path"),
     ],
 )
-def test_bad_requests_get_a_sentence(cluster, http, path, request_body, status, said):
+def test_bad_requests_get_a_sentence(http, path, request_body, status, said):
     answer = http.post(path, content=request_body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status
     assert said in answer.json()["error"]["message"]
@@ -214,7 +214,7 @@ def test_a_client_that_leaves_ends_its_request(cluster, http):
     time.sleep(2 * METRICS_INTERVAL_S)
     later = total(cluster, tokens)
     assert later - soon_after < 100
-    assert later - before < 2500
+    assert 0 < later - before < 2500
 
 
 def test_a_killed_replica_costs_no_answer(cluster, http):

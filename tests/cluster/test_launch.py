@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -18,6 +17,7 @@ from casa_serving import cli
 from casa_serving.cluster import address, launch
 from open_clients import chat, post, stream, watch
 from serving_process import CASA_SERVE, START_TIMEOUT_S, casa_serve
+from waiting import until
 
 REFUSAL_S = 120
 
@@ -78,12 +78,10 @@ def test_it_can_be_stopped_while_it_waits_for_a_node(tmp_path):
     with (tmp_path / "log.txt").open("w") as log:
         command = [CASA_SERVE, "--ray", path, "--port", "0", "--metrics-port", "0"]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    started = []
     try:
-        deadline = time.monotonic() + REFUSAL_S
-        while "Adding 1 replica" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
-            time.sleep(1)
-            started = psutil.Process(process.pid).children(recursive=True)
+        until(lambda: "Adding 1 replica" in (tmp_path / "log.txt").read_text(), REFUSAL_S)
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert started
         process.terminate()
         assert process.wait(60) == 130
     finally:
@@ -98,10 +96,7 @@ def test_it_serves_and_takes_everything_with_it(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("device: cpu\nengine: {enforce_eager: true}\n")
     with casa_serve(tmp_path / "log.txt", "--ray", path, "--metrics-port", "0") as server:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "casa-serve: ready at" not in server.log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert "casa-serve: ready at" in server.log.read_text()
+        until(lambda: "casa-serve: ready at" in server.log.read_text(), START_TIMEOUT_S)
         models = httpx.get(f"{server.url}/v1/models", timeout=30).json()
         (model,) = models["data"]
         # As casa-serve answers, not as Ray Serve LLM does.

@@ -184,7 +184,6 @@ async def resumes(client, file):
         return await take(client, "frame.done")
 
 
-@pytest.mark.slow
 async def test_a_killed_replica_is_told_and_the_session_goes_on(two, videos):
     files, wanted = videos[0]
     async with LiveClient(two.live_url) as client:
@@ -221,7 +220,6 @@ def follows_sessions(config):
     return config | {"replicas": replicas}
 
 
-@pytest.mark.slow
 async def test_a_new_version_tells_the_sessions(two, videos):
     files, wanted = videos[0]
     config = follows_sessions(two.config)
@@ -250,7 +248,6 @@ async def go_on_until(condition, clients, file, timeout_s):
             await asyncio.sleep(1)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_sessions_scale_up_and_scaling_down_tells_them(two, videos):
     files, wanted = videos[0]

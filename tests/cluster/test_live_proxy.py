@@ -264,8 +264,9 @@ async def test_a_session_without_a_token_or_with_a_used_one_is_refused():
         place = await anext(places)
         async with connect(place.url, additional_headers={TOKEN_HEADER: place.token}):
             for token in ("", "wrong", place.token):
-                with pytest.raises(InvalidStatus):
+                with pytest.raises(InvalidStatus) as refused:
                     await connect(place.url, additional_headers={TOKEN_HEADER: token})
+                assert refused.value.response.status_code == 403
         with pytest.raises(StopAsyncIteration):
             await anext(places)
         with pytest.raises(proxy.aiohttp.ClientResponseError, match="403"):

@@ -1,7 +1,6 @@
 """A cluster's errors name its own keys."""
 
 import asyncio
-import json
 
 import httpx
 import pytest
@@ -32,15 +31,17 @@ APP = Starlette(
         Route("/text", lambda request: PlainTextResponse("--max-image-bytes", 400)),
         Route("/other", lambda request: JSONResponse({"detail": "--max-image-bytes"}, 400)),
         Route("/stream", lambda request: StreamingResponse(pieces(), 500)),
+        # As the HTTP server of a replica answers: the length is that of the body that GET would get.
+        Route("/head", lambda request: PlainTextResponse("", 413, {"content-length": "57"}), methods=["HEAD"]),
     ]
 )
 
 
 @pytest.fixture
 def get():
-    def send(path, method="GET"):
+    def send(path, method="GET", app=None):
         async def ask():
-            transport = httpx.ASGITransport(SettingNames(APP))
+            transport = httpx.ASGITransport(app or SettingNames(APP))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 return await client.request(method, path)
 
@@ -72,7 +73,7 @@ def test_every_key_is_one_of_the_configuration():
         section, name = key.split(".")
         if section != "engine":
             assert name in type(getattr(parse_config({}), section)).model_fields
-    assert {f"{name}" for name in vars(LiveOptions()) if name.startswith("live_")} <= KEYS.keys()
+    assert {name for name in vars(LiveOptions()) if name.startswith("live_")} <= KEYS.keys()
 
 
 def test_errors_of_one_piece_are_translated_and_measured_anew(get):
@@ -85,9 +86,9 @@ def test_errors_of_one_piece_are_translated_and_measured_anew(get):
 @pytest.mark.parametrize("path", ["/good", "/text", "/other", "/stream"])
 def test_whatever_else_stays_as_it_is(get, path):
     assert b"--max-image-bytes" in get(path).content
+    assert get(path).content == get(path, app=APP).content
 
 
-def test_the_head_of_an_error_has_no_body(get):
-    answer = get("/error", "HEAD")
-    assert answer.status_code == 413
-    assert json.loads(get("/error").content)["error"]["code"] == 413
+def test_the_head_of_an_error_keeps_the_length_of_its_body(get):
+    answer = get("/head", "HEAD")
+    assert (answer.status_code, answer.headers["content-length"]) == (413, "57")

@@ -101,10 +101,18 @@ def test_one_version_everywhere(capsys):
 
 
 def test_what_is_no_command_is_a_mistake(capsys):
-    for words in (["srve"], ["digits"], ["digits", "tran"], ["--port", "1", "serve"], ["--", "serve"]):
+    for words, said in (
+        (["srve"], "invalid choice: 'srve'"),
+        (["digits"], "arguments are required: COMMAND"),
+        (["digits", "tran"], "invalid choice: 'tran'"),
+        (["--port", "1", "serve"], "invalid choice: '1'"),
+        (["--version=1"], "argument --version"),
+        (["--", "serve"], "invalid choice: '--'"),
+    ):
         status, _, error = ended(lambda words=words: casa.main(words), capsys)
         assert status == 2
         assert "error: " in error
+        assert said in error
 
 
 def test_the_script_is_installed_and_runs():
