@@ -49,5 +49,5 @@ async def test_a_stream_that_fails_ends_with_an_event(error, status, message):
 
 
 async def test_what_is_no_stream_cannot_be_mended():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="response already started"):
         await answer("/v1/chat/completions", ValueError(SECRET), content_type=b"application/json")

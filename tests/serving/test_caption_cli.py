@@ -165,6 +165,7 @@ def test_a_run_that_fails_leaves_what_was_there(video, tmp_path, monkeypatch, ca
         (tmp_path / name).write_text(before[name])
     scripted(monkeypatch, lambda sample: "x" if sample.timestamp < 3 else fail())
     assert main([str(video), "--output", str(tmp_path / "out"), "--burn", str(tmp_path / "b.mp4"), "--quiet"]) == 1
+    assert "no more" in capsys.readouterr().err
     assert {name: (tmp_path / name).read_text() for name in before} == before
     added = {path.name for path in tmp_path.iterdir()} - set(before)
     assert added == {"out.partial.jsonl", "out.partial.srt", "out.partial.vtt"}

@@ -225,7 +225,7 @@ def test_a_cluster(checkpoint, embedded, on_cpu, live):
     assert variables == expected_environment(embedded=embedded, on_cpu=on_cpu, eager=embedded) | {"MINE": "1"}
 
 
-def test_what_the_user_gives_wins(monkeypatch, checkpoint):
+def test_what_the_user_gives_wins(monkeypatch):
     served = []
     monkeypatch.setattr(cli, "runs_on_cpu", lambda: True)
     monkeypatch.setattr(cli, "serve_in_process", served.append)

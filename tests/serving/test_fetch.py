@@ -68,10 +68,19 @@ def test_an_image_is_downloaded(images):
     assert local().get_bytes(images.url("/good.png"), timeout=5) == images.bodies["/good.png"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "127.1", "0x7f.1"])
-def test_this_machine_is_refused_under_any_name(images, host):
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("127.0.0.1", "loopback or reserved"),
+        ("localhost", "loopback or reserved"),
+        ("2130706433", "shortened or damaged"),
+        ("127.1", "shortened or damaged"),
+        ("0x7f.1", "loopback or reserved"),
+    ],
+)
+def test_this_machine_is_refused_under_any_name(images, host, words):
     guard = GuardedConnection([host, "127.0.0.1"], allow_loopback=False)
-    with pytest.raises(VLLMValidationError, match=r"loopback or reserved|shortened or damaged"):
+    with pytest.raises(VLLMValidationError, match=words):
         guard.get_bytes(images.url("/good.png", host), timeout=5)
     assert not images.asked
 

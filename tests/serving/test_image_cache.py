@@ -101,10 +101,10 @@ def seen(server, *parts, **options):
     return json.dumps(json.loads(text)["choices"][0]["logprobs"])
 
 
-@pytest.mark.parametrize("number", range(len(REFUSED)))
-def test_a_refused_request_leaves_nothing_behind(keyed, number):
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_request_leaves_nothing_behind(keyed, name):
     """Its image is new to the server, and the next request with it is answered at once."""
-    name = list(REFUSED)[number]
+    number = list(REFUSED).index(name)
     picture = image((number, 255 - number, 7))
     status, text = chat(keyed, part(picture), "Read.", **REFUSED[name])
     assert status < 500, (name, text)

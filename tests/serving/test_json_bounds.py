@@ -72,18 +72,29 @@ def test_it_counts_as_the_parser_does():
     def text():
         return "".join(chance.choice('[]{},:"\\\n ü') for _ in range(chance.randrange(8)))
 
-    def containers(found):
-        items = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-        return isinstance(found, list | dict) + sum(map(containers, items))
+    def items(found):
+        return found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
 
+    def containers(found):
+        return isinstance(found, list | dict) + sum(map(containers, items(found)))
+
+    def depth(found):
+        return isinstance(found, list | dict) + max(map(depth, items(found)), default=0)
+
+    # Strings are bounded with the containers.
+    words = {"max_json_containers": "too many (arrays and objects|values)", "max_json_depth": "nested too deeply"}
+    num_refused = 0
     for _ in range(300):
         found = [value(6)]
-        limits = RequestLimits(max_json_containers=containers(found))
+        limits = {"max_json_containers": containers(found), "max_json_depth": depth(found)}
         body = json.dumps(found, ensure_ascii=chance.random() < 0.5).encode()
-        count(body, limits, size=chance.randrange(1, 9))
-        if containers(found) > 1:
-            with pytest.raises(RequestError):
-                count(body, RequestLimits(max_json_containers=containers(found) - 1))
+        count(body, RequestLimits(**limits), size=chance.randrange(1, 9))
+        for name in words:
+            if limits[name] > 1:
+                with pytest.raises(RequestError, match=words[name]):
+                    count(body, RequestLimits(**{name: limits[name] - 1}))
+                num_refused += 1
+    assert num_refused > 100
 
 
 @pytest.mark.parametrize("piece", [b"[],", b'"",', b'{"a":', b'\\"', b'"\\', b"1,", b" "])

@@ -48,7 +48,7 @@ def deep(value, depth):
         ({"prompt": ["a"] * 9}, "too many prompts: got 9, at most 8"),
         ({"items": ["a"] * 9}, "too many prompts"),
         ({"messages": [[{"role": "user", "content": "a"}]] * 9}, "too many prompts"),
-        ({"stop": ["a"] * 65}, "65 items in 'stop'|'stop' has too many"),
+        ({"stop": ["a"] * 65}, "65 items in 'stop'"),
         ({"structured_outputs": {"regex": "a" * 101}}, "106 characters in 'structured_outputs'"),
         ({"response_format": {"json_schema": {"schema": {"enum": ["a" * 20] * 6}}}}, "in 'response_format'"),
         ({"tools": [{"function": {"name": "a" * 60}}] * 2}, "in 'tools'"),

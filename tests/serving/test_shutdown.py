@@ -59,7 +59,7 @@ class Clients:
         self.idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         self.deaf = raw_post(url, json.dumps(chat(stream=True, n=4)))
         for event in begun:
-            event.wait(60)
+            assert event.wait(60)
         image = {"type": "image_url", "image_url": {"url": data_url(encoded(plain(4000, 4000)))}}
         self.image = pool.submit(post, url, chat(image))
         time.sleep(0.3)

@@ -175,8 +175,10 @@ def test_defaults_give_way_to_the_command_line(random_checkpoint):
     assert args.middleware == list(cli.MIDDLEWARE)
 
 
-def test_the_embedded_model_is_not_compiled_on_a_cpu():
-    assert cli.parse([])[0].enforce_eager is cli.runs_on_cpu()
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_embedded_model_is_not_compiled_on_a_cpu(monkeypatch, on_cpu):
+    monkeypatch.setattr(cli, "runs_on_cpu", lambda: on_cpu)
+    assert cli.parse([])[0].enforce_eager is on_cpu
     assert not cli.parse(["--no-enforce-eager"])[0].enforce_eager
 
 
@@ -208,4 +210,4 @@ def test_a_server_that_takes_no_images(random_checkpoint, tmp_path):
         answer = client.chat.completions.create(
             model=model, messages=[{"role": "user", "content": [text]}], max_tokens=3
         )
-        assert answer.choices[0].message.role == "assistant"
+        assert 1 <= answer.usage.completion_tokens <= 3

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_windows_and_prompts_have_limits(checkpoints, engine):
     with pytest.raises(ValueError, match="no text token"):
         vllm.add(Prompt(BARE_IMAGE, (picture(1),)), 1)
     # The image of refused prompts is not taken for known.
-    assert vllm.ask([Prompt(f"{IMAGE} good", (picture(1),))], 1)
+    assert len(vllm.ask([Prompt(f"{IMAGE} good", (picture(1),))], 1)[0].tokens) == 1
 
 
 def test_a_prompt_whose_images_do_not_fit_in_a_row_ends_alone(checkpoints, engine):
@@ -87,7 +88,6 @@ def test_options_that_cannot_work_are_refused(options, words, checkpoints):
         arguments.create_engine_config()
 
 
-@pytest.mark.vllm
 def test_one_backend_for_grammars(checkpoints):
     """With vLLM's "auto" the first client's grammar would choose it for all others."""
     from vllm.engine.arg_utils import EngineArgs
@@ -97,7 +97,6 @@ def test_one_backend_for_grammars(checkpoints):
     assert config.structured_outputs_config.backend == "xgrammar"
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("fusion", ["ca", "insertion"])
 @pytest.mark.parametrize(
     ("binding", "options", "executor"),
@@ -138,6 +137,20 @@ def test_damaged_checkpoints_are_refused(damage, checkpoints, tmp_path):
     assert name in str(error.value)
 
 
-def test_rows_start_with_what_can_still_be_seen():
-    images = RequestImages.from_features([])
-    assert (len(images), images.first_live(5), images.end_before(5)) == (0, 0, 0)
+@pytest.mark.parametrize(
+    ("points", "num_tokens", "first_live", "end_before"),
+    [
+        ([], 5, 0, 0),
+        ([4, 9, 9], 0, 0, 0),
+        ([4, 9, 9], 4, 0, 0),
+        ([4, 9, 9], 8, 0, 1),
+        # The next token's window opens at 9: the image before it is dead, and of its own none is computed.
+        ([4, 9, 9], 9, 1, 1),
+        ([4, 9, 9], 10, 1, 3),
+    ],
+)
+def test_rows_start_with_what_can_still_be_seen(points, num_tokens, first_live, end_before):
+    features = [SimpleNamespace(mm_position=PlaceholderRange(offset=point, length=1)) for point in points]
+    images = RequestImages.from_features(features)
+    assert len(images) == len(points)
+    assert (images.first_live(num_tokens), images.end_before(num_tokens)) == (first_live, end_before)
