@@ -29,6 +29,7 @@ def exported_runner() -> EagerRunner:
 
 def test_validation_table():
     comparisons = validate(checkpoint_path(), embedded_export(), num_prompts=20)
+    assert {comparison.what.partition(",")[0] for comparison in comparisons} >= {"vision", "image KV", "decoder decode"}
     assert all(comparison.passed for comparison in comparisons), format_table(comparisons)
 
 

@@ -166,7 +166,9 @@ def test_picture_that_is_none(copy, tmp_path, capsys):
     assert "its content is neither JPEG, PNG nor WebP" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"batch": 0}, {"call_image_tokens": 10}])
-def test_limits_that_make_no_sense(change):
-    with pytest.raises(ExportError, match="limit"):
+@pytest.mark.parametrize(
+    ("change", "words"), [({"batch": 0}, "limit batch is 0"), ({"call_image_tokens": 10}, "below image_tokens")]
+)
+def test_limits_that_make_no_sense(change, words):
+    with pytest.raises(ExportError, match=words):
         Limits(**(LIMITS | change))

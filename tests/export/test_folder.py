@@ -258,7 +258,7 @@ def test_manifests_that_do_not_fit(out, change, words):
         ExportedModel.load(out)
 
 
-def test_manifest_that_lists_files_of_others(source, out):
+def test_manifest_that_lists_files_of_others(out):
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["files"]["../thesis.tex"] = {"sha256": "", "size_bytes": 9}
     (out / "manifest.json").write_text(json.dumps(manifest))

@@ -65,7 +65,8 @@ def test_text_alone(pair):
 
 def test_stream_of_frames(pair):
     streams = [CasaStream(model, stop_token_ids=[1]) for model in pair]
-    patches = torch.randn(int(GRIDS.prod(-1).sum()), 1176).split(GRIDS.prod(-1).tolist())
+    generator = torch.Generator().manual_seed(5)
+    patches = torch.randn(int(GRIDS.prod(-1).sum()), 1176, generator=generator).split(GRIDS.prod(-1).tolist())
     for frame in range(len(GRIDS)):
         for stream in streams:
             # An image after the first token of a turn, or at its end.
@@ -128,5 +129,6 @@ def test_prompts_of_the_validation_read_their_images(exported):
     logits = exported(ids, past_key_values=exported.new_cache(), **images).logits
     others = images | {"pixel_values": images["pixel_values"].flip(0)}
     changed = (exported(ids, past_key_values=exported.new_cache(), **others).logits - logits).abs().amax(dim=-1)[0]
+    assert min(points) < ids.shape[1] == len(changed)
     assert (changed[: min(points)] == 0).all()
-    assert (changed[min(points) : ids.shape[1]] > 0).all() or min(points) == ids.shape[1]
+    assert (changed[min(points) :] > 0).all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bad_calls import BAD_CALLS, good_call
+from bad_calls import BAD_CALLS, good_call, words_of
 from casa_engine.errors import InputError
 from snapshots import snapshot
 
@@ -15,18 +15,18 @@ def conversation(exported):
     return exported, cache
 
 
-@pytest.mark.parametrize("change", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_bad_call(conversation, change) -> None:
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_call(conversation, name: str) -> None:
     model, cache = conversation
     before = snapshot(cache)
-    with pytest.raises(InputError):
-        model(**change({"past_key_values": cache} | good_call()))
+    with pytest.raises(InputError, match=words_of(name)):
+        model(**BAD_CALLS[name]({"past_key_values": cache} | good_call()))
     assert snapshot(cache) == before
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_CALLS if not name.startswith(("logits", "cache", "ids: more"))])
 def test_generate(exported, name: str) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=words_of(name)):
         exported.generate(**BAD_CALLS[name](good_call()), max_new_tokens=2)
 
 

@@ -40,6 +40,7 @@ def test_caches_are_bound_not_copied(exported, monkeypatch):
     stream = CasaStream(exported, stop_token_ids=[])
     stream.feed([5, 6, 7])
     stream.generate(3)
+    assert len(seen) == 4
     for (_, outputs), (inputs, _) in itertools.pairwise(seen):
         assert all(any(value is output for output in outputs) for value in inputs)
 

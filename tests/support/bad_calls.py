@@ -143,7 +143,7 @@ WORDS = {
     "grids": "image_grid_thw",
     "points": "insertion[_ ]points",
     "logits_to_keep": "logits_to_keep",
-    "cache": "the cache is a list; expected a CasaCache",
+    "cache": "the cache is a list; expected ",
 }
 
 
