@@ -11,7 +11,7 @@ from casa_serving.cluster.setting_names import name_keys
 from request_table import all_cases, comparable
 from serving_process import casa_serve
 
-# Slow: two real servers and 272 requests to each take minutes.
+# Slow: two real servers, and the whole table to each, take minutes.
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 # By the case's name: the header that the cluster leaves out, since its ingress answers and not a replica.
 WITHOUT_VARY = {"health", "ping", "ping by post", "head of health", "page", "head of the page", "a file of the page"}

@@ -56,25 +56,26 @@ def test_with_a_key_it_must_be_shown(monkeypatch, keys, path, headers, status):
 
 
 @pytest.mark.parametrize(
-    "path",
+    ("path", "status"),
     [
-        "//health/../v1/models",
-        "/health/../v1/models",
-        "/health/%2e%2e/v1/models",
-        "/web/../v1/models",
-        "/web/..%2fv1/models",
-        "/%76%31/models",
-        "/v1//models",
-        "/v1/models/",
-        "/v1/models;/health",
-        "/V1/models",
+        ("//health/../v1/models", 401),
+        ("/health/../v1/models", 401),
+        ("/health/%2e%2e/v1/models", 401),
+        ("/web/../v1/models", 401),
+        # A file of the page, which has none of this name.
+        ("/web/..%2fv1/models", 404),
+        ("/%76%31/models", 401),
+        ("/v1//models", 401),
+        ("/v1/models/", 401),
+        ("/v1/models;/health", 401),
+        ("/V1/models", 401),
     ],
 )
-def test_no_other_spelling_of_a_path_gets_around_it(monkeypatch, path):
-    """They are no such path, or ask for the key; a path that is encoded means what it means decoded."""
+def test_no_other_spelling_of_a_path_gets_around_it(monkeypatch, path, status):
+    """They ask for the key, or are no such path; a path that is encoded means what it means decoded."""
     monkeypatch.setenv(VARIABLE, "secret")
     answer = client().get(path, follow_redirects=False)
-    assert answer.status_code in (401, 404)
+    assert answer.status_code == status
     assert "here" not in answer.text
 
 
