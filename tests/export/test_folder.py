@@ -46,9 +46,7 @@ def source() -> Path:
 @pytest.fixture
 def out(tmp_path) -> Path:
     """An export with engines and files of others."""
-    folder = shutil.copytree(
-        export("qwen", "ca_tv"), tmp_path / "work" / "out", ignore=shutil.ignore_patterns("engines")
-    )
+    folder = shutil.copytree(export("qwen", "ca_tv"), tmp_path / "work" / "out")
     (folder / "engines").mkdir()
     engines = {}
     manifest = read_manifest(folder)

@@ -1,6 +1,7 @@
 """TensorRT without a GPU: real builds with TensorRT-RTX, the engine cache, and everything a runner refuses."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -21,13 +22,26 @@ from exports import KINDS, embedded_export, export
 trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'casa-engine[trt]'")
 
 
+@pytest.fixture(scope="module")
+def with_engines(tmp_path_factory):
+    """A copy of an export, which other tests share, with its engines; each is built once."""
+
+    @functools.cache
+    def copy_of(exported):
+        folder = shutil.copytree(exported, tmp_path_factory.mktemp("engines") / "export")
+        build_engines(folder, "tensorrt_rtx", ("8.9",))
+        return folder
+
+    return copy_of
+
+
 @pytest.mark.parametrize(("backbone", "fusion"), KINDS)
-def test_builds_engines_of_every_kind(backbone, fusion):
-    check_build(export(backbone, fusion))
+def test_builds_engines_of_every_kind(backbone, fusion, with_engines):
+    check_build(with_engines(export(backbone, fusion)))
 
 
-def test_builds_engines_of_the_embedded_model():
-    check_build(embedded_export())
+def test_builds_engines_of_the_embedded_model(with_engines):
+    check_build(with_engines(embedded_export()))
 
 
 def check_build(folder):
@@ -58,11 +72,9 @@ def test_shape_out_of_profile():
 
 
 @pytest.fixture
-def built(tmp_path):
+def built(with_engines, tmp_path):
     """A copy of an export with its engines."""
-    folder = export("qwen", "ca_tv")
-    build_engines(folder, "tensorrt_rtx", ("8.9",))
-    return shutil.copytree(folder, tmp_path / "export")
+    return shutil.copytree(with_engines(export("qwen", "ca_tv")), tmp_path / "export")
 
 
 def test_engines_are_kept_until_something_changes(built, monkeypatch):

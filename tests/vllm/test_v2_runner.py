@@ -149,6 +149,7 @@ def test_what_a_gpu_worker_runs_before_serving(v2, eager):
 
     folder, engine = v2
     engine.forget_text()
+    engine.engine.step()  # the worker hears with the next step which requests of other tests have ended
     worker = engine.engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert run_mixed_prefill_decode_warmup(runner_of(engine), worker.execute_model, worker.sample_tokens, num_tokens=6)
     runner_of(engine)._dummy_run(3, uniform_decode=True)
