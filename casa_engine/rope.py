@@ -39,6 +39,12 @@ def image_positions(grid: Tensor, config: CasaConfig) -> Tensor:
     return positions
 
 
+def rotates_images(config: CasaConfig) -> bool:
+    """Returns whether `image_positions` rotates keys: not in `ca`, and not where all are 0."""
+    is_at_zero = config.image_rope == "frozen" and config.image_position_offset == 0
+    return config.sees_window_text and not is_at_zero
+
+
 def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """Computes cosines and sines of the half-split rotary embedding, for positions on one axis.
 

@@ -46,7 +46,8 @@ for module in ("triton", "transformers", "vllm"):
         print(f"{module}: {error}")
 END
 
-part "kernel tests" 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/vllm/test_window_attention.py
+part "kernel tests" 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/vllm/test_window_attention.py \
+    tests/vllm/test_key_pages.py
 if "$PYTHON" -c 'import vllm' 2>"$OUT/vllm-import.log"; then
     # On a GPU the tests' engines are compiled and use CUDA graphs.
     part "parity suite" 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" \

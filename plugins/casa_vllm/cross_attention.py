@@ -28,7 +28,7 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.rope import rotate
 from casa_vllm.image_cache_spec import ImageCacheSpec, ImageLimits
 from casa_vllm.ops import WindowAttentionMetadata, window_attention, write_pages
-from casa_vllm.projections import AttentionProjections
+from casa_vllm.projections import AttentionProjections, needs_queries_apart, norm_heads
 
 
 @dataclass
@@ -149,7 +149,9 @@ class CrossAttention(CacheLayer):
         inv_freq: torch.Tensor,
         prefix: str,
     ) -> None:
-        projections = shared or AttentionProjections(config, vllm_config, prefix)
+        projections = shared or AttentionProjections(
+            config, vllm_config, prefix, has_queries_apart=needs_queries_apart(config, vllm_config)
+        )
         super().__init__(vllm_config, prefix, projections.num_kv_heads, config.head_dim)
         self.config, self.limits = config, limits
         self.scale = config.head_dim**-0.5
@@ -163,6 +165,11 @@ class CrossAttention(CacheLayer):
         self.text_cache = None
         if self.sees_text:
             self.text_cache = TextCache(vllm_config, f"{prefix}.text", self.num_kv_heads, config.head_dim)
+
+    @property
+    def projections(self) -> AttentionProjections:
+        """The layer's own, or self-attention's."""
+        return self._projections[0]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """Returns the spec of image pages, which are in a group of their own."""
@@ -188,22 +195,9 @@ class CrossAttention(CacheLayer):
         if metadata is None or not (self.sees_text or metadata.windows.has_image):
             output.zero_()
             return
-        projections, rotary_emb = self._projections
         windows = metadata.windows
-        query, key, value = projections.split(x if self.is_shared else projections.qkv_proj(x)[0])
-        query = query.contiguous()
-        if self.sees_text:
-            # Copies: self-attention rotates the same projections in place by other positions.
-            query, key = rotary_emb(metadata.relative_positions[: len(x)], query.clone(), key.clone())
-            write_pages(
-                self._heads(key),
-                self._heads(value),
-                self.text_cache.kv_cache,
-                windows.text_slot_mapping,
-                use_triton=HAS_TRITON,
-            )
-        query = self._heads(query)
-        attended = torch.zeros_like(query)
+        query = self._text(x, metadata) if self.sees_text else self._queries(x)
+        attended = torch.empty_like(query, memory_format=torch.contiguous_format)
         window_attention(
             query,
             self.kv_cache,
@@ -213,14 +207,47 @@ class CrossAttention(CacheLayer):
             attended,
             use_triton=HAS_TRITON,
         )
-        result = projections.o_proj(attended.flatten(1))[0]
+        self.projections.project_output(attended.flatten(1), output)
         if self.config.output_bias and not self.sees_text:
             # Without an image CA contributes exactly zero, not the projection's bias.
-            tokens = torch.arange(len(x), dtype=torch.int32, device=x.device)
-            segments = torch.searchsorted(windows.query_start_loc[1:], tokens, right=True)
-            segments = segments.clamp(max=windows.num_segments - 1)
-            result *= (windows.num_image_pages[segments] > 0)[:, None]
-        output.copy_(result)
+            output *= windows.tokens_with_image(len(output))[:, None]
+
+    def _queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the (T, H, D) queries of `ca`, which are not rotated."""
+        projections = self.projections
+        query = projections.split(x)[0] if self.is_shared else projections.queries(x)
+        if HAS_TRITON and projections.q_norm is not None:
+            from casa_vllm.ops.triton_key_pages import normalize_heads
+
+            return normalize_heads(self._heads(query), projections.q_norm.weight, projections.norm_eps)
+        return self._heads(norm_heads(query, projections.q_norm))
+
+    def _text(self, x: torch.Tensor, metadata: CasaAttentionMetadata) -> torch.Tensor:
+        """Returns the rotated (T, H, D) queries of `ca_tv`. Mutates the text cache, into which keys and values go."""
+        projections, rotary_emb = self._projections
+        qkv = projections.split(x if self.is_shared else projections.qkv_proj(x)[0])
+        cache, slots = self.text_cache.kv_cache, metadata.windows.text_slot_mapping
+        if HAS_TRITON:
+            from casa_vllm.ops.triton_key_pages import prepare_text_heads
+
+            q_norm, k_norm = projections.q_norm, projections.k_norm
+            return prepare_text_heads(
+                *(self._heads(part) for part in qkv),
+                cache,
+                slots,
+                metadata.relative_positions,
+                rotary_emb.cos_sin_cache,
+                None if q_norm is None else (q_norm.weight, k_norm.weight),
+                projections.norm_eps,
+            )
+        query, key, value = qkv
+        query, key = norm_heads(query, projections.q_norm), norm_heads(key, projections.k_norm)
+        if self.is_shared:
+            # Copies: self-attention rotates the same projections in place by other positions.
+            query, key = query.clone(), key.clone()
+        query, key = rotary_emb(metadata.relative_positions[: len(x)], query, key)
+        write_pages(self._heads(key), self._heads(value), cache, slots, use_triton=False)
+        return self._heads(query)
 
     def write_images(
         self,
@@ -239,8 +266,7 @@ class CrossAttention(CacheLayer):
             The image cache.
         """
         projections, _ = self._projections
-        _, key, value = projections.split(projections.qkv_proj(images)[0])
-        key, value = self._heads(key), self._heads(value)
+        key, value = (self._heads(entry) for entry in projections.image_keys(images))
         if rope is not None:
             key = rotate(key, rope[0][:, None], rope[1][:, None])
         write_pages(key, value, self.kv_cache, slots, use_triton=HAS_TRITON)

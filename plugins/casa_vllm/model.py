@@ -7,6 +7,7 @@ CA is in cross_attention.py. With fusion `insertion` there is no CA and the mode
 multimodal model of vLLM's.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -31,7 +32,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
-from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.triton_utils import HAS_TRITON
+from vllm.utils.torch_utils import async_tensor_h2d, set_default_torch_dtype
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.image_patches import PatchValues
@@ -40,14 +42,18 @@ from casa_engine.rope import (
     image_positions,
     image_token_counts,
     insertion_positions,
+    rotates_images,
 )
 from casa_engine.tensor_map import read_tensor_map
 from casa_vllm.cross_attention import CrossAttention
 from casa_vllm.image_cache_spec import ImageLimits
+from casa_vllm.image_keys import StackedImageKeys
 from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
-from casa_vllm.projections import AttentionProjections
+from casa_vllm.projections import AttentionProjections, needs_queries_apart, norm_heads
 from casa_vllm.vision import vision_encoder
 from casa_vllm.weights import load_stacked, load_strictly
+
+logger = logging.getLogger("vllm.casa_images")
 
 
 class SelfAttention(AttentionProjections):
@@ -69,6 +75,7 @@ class SelfAttention(AttentionProjections):
     def forward(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """Computes (T, (H + 2 Hkv) D) projections -> (T, C)."""
         query, key, value = self.split(qkv)
+        query, key = norm_heads(query, self.q_norm), norm_heads(key, self.k_norm)
         query, key = self.rotary_emb(positions, query, key)
         return self.o_proj(self.attn(query, key, value))[0]
 
@@ -166,6 +173,14 @@ class CasaTextModel(nn.Module):
             for layer in range(text.num_hidden_layers)
         )
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.has_queries_apart = needs_queries_apart(config, vllm_config)
+        self.image_layers = [layer for layer in self.layers if layer.cross_attn is not None]
+        self.stacked_images = None
+        if HAS_TRITON and self.image_layers and vllm_config.quant_config is None:
+            self.stacked_images = StackedImageKeys(
+                [layer.cross_attn for layer in self.image_layers],
+                [layer.input_layernorm for layer in self.image_layers] if config.normalize_image_tokens else None,
+            )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(T,) -> (T, C)."""
@@ -185,9 +200,20 @@ class CasaTextModel(nn.Module):
             x, residual = layer(positions, x, residual)
         return self.norm(x, residual)[0]
 
+    def write_images(self, images: torch.Tensor, rope: tuple | None, slots: dict[str, torch.Tensor]) -> None:
+        """Writes keys and values of image tokens into the pages of all CA layers; see `StackedImageKeys.write`."""
+        if self.stacked_images is not None:
+            if self.stacked_images.is_usable:
+                self.stacked_images.write(images, rope, slots)
+                return
+            logger.warning("The weights of CA layers were replaced: image keys are written layer by layer, slower.")
+            self.stacked_images = None
+        for layer in self.image_layers:
+            layer.write_images(images, rope, slots[layer.cross_attn.layer_name])
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Hook called by vLLM: stacks q, k, v and gate, up of the checkpoint."""
-        return load_stacked(self, weights)
+        return load_stacked(self, weights, has_queries_apart=self.has_queries_apart)
 
 
 class CasaModel(nn.Module):
@@ -200,6 +226,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
     packed_modules_mapping = {  # noqa: RUF012 (vLLM's)
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "kv_proj": ["k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
@@ -274,22 +301,19 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
             slots: For each CA layer's name, its (N,) int64 cache slots.
         """
         rope = None
-        if self.config.sees_window_text:
+        if rotates_images(self.config):
             positions = torch.cat([image_positions(grid, self.config) for grid in grids], dim=1)
             rope = axes_rotary_tables(
-                positions.to(images.device),
+                async_tensor_h2d(positions, images.device),
                 self.inv_freq,
                 getattr(self.config, "image_mrope_section", None),  # see config_hook.py
             )
-        for layer in self.model.language_model.layers:
-            if layer.cross_attn is not None:
-                layer.write_images(images, rope, slots[layer.cross_attn.layer_name])
+        self.model.language_model.write_images(images, rope, slots)
 
     @property
     def inv_freq(self) -> torch.Tensor:
         """float32 (D / 2,): rotary frequencies of image keys."""
-        layers = self.model.language_model.layers
-        return next(layer.cross_attn.inv_freq for layer in layers if layer.cross_attn is not None)
+        return self.model.language_model.image_layers[0].cross_attn.inv_freq
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]

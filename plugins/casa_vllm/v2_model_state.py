@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
 from casa_vllm.image_encoding import image_slots
 from casa_vllm.image_manager import register_image_cache
+from casa_vllm.kernel_warmup import warm_up_kernels
 from casa_vllm.segment_planner import SegmentPlan, WindowTable
 from casa_vllm.segment_tensors import SegmentTensors
 from casa_vllm.v2_caption_sampler import CaptionSampler
@@ -55,6 +56,7 @@ class CasaModelState(DefaultModelState):
         self._layers = [layer for layer in model.modules() if isinstance(layer, CrossAttention)]
         self._image_block_tables: dict[str, torch.Tensor] = {}
         self._decode_blocks: list[torch.Tensor] = []
+        self._is_warm = False
         # Created with the sampler, on the ranks that sample.
         self._captions: CaptionSampler | None = None
 
@@ -100,7 +102,13 @@ class CasaModelState(DefaultModelState):
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Returns the metadata of self-attention, plus that of every CA layer under its own name."""
+        """Returns the metadata of self-attention, plus that of every CA layer under its own name.
+
+        The first call is vLLM's, before the engine serves: it warms the kernels up.
+        """
+        if not self._is_warm:
+            self._is_warm = True
+            warm_up_kernels(self.model, self._layers, self.max_num_reqs)
         metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs)
         # The runner passes NONE while it captures.
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL

@@ -10,20 +10,40 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.strict_weights import check_shapes, model_shapes
 from casa_engine.weight_files import Shapes
 
-STACKED = WeightsMapper(
-    orig_to_new_stacked={
-        "attn.q_proj.": ("attn.qkv_proj.", "q"),
-        "attn.k_proj.": ("attn.qkv_proj.", "k"),
-        "attn.v_proj.": ("attn.qkv_proj.", "v"),
-        "mlp.gate_proj.": ("mlp.gate_up_proj.", 0),
-        "mlp.up_proj.": ("mlp.gate_up_proj.", 1),
-    }
-)
+Stacked = dict[str, tuple[str, str | int]]
+
+MLP: Stacked = {
+    "mlp.gate_proj.": ("mlp.gate_up_proj.", 0),
+    "mlp.up_proj.": ("mlp.gate_up_proj.", 1),
+}
+ATTENTION: Stacked = {
+    "attn.q_proj.": ("attn.qkv_proj.", "q"),
+    "attn.k_proj.": ("attn.qkv_proj.", "k"),
+    "attn.v_proj.": ("attn.qkv_proj.", "v"),
+}
+# The same where CA layers project queries apart (see projections.py).
+ATTENTION_QUERIES_APART: Stacked = {
+    "self_attn.q_proj.": ("self_attn.qkv_proj.", "q"),
+    "self_attn.k_proj.": ("self_attn.qkv_proj.", "k"),
+    "self_attn.v_proj.": ("self_attn.qkv_proj.", "v"),
+    "cross_attn.k_proj.": ("cross_attn.kv_proj.", "k"),
+    "cross_attn.v_proj.": ("cross_attn.kv_proj.", "v"),
+}
 
 
-def load_stacked(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Loads the text model's tensors into its stacked parameters; returns their names."""
-    return AutoWeightsLoader(model).load_weights(weights, mapper=STACKED)
+def load_stacked(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, has_queries_apart: bool) -> set[str]:
+    """Loads the text model's tensors into its stacked parameters.
+
+    Args:
+        model: The text model. Mutated.
+        weights: Name and tensor of each in the checkpoint.
+        has_queries_apart: Whether CA layers project queries apart from keys and values.
+
+    Returns:
+        Names of the loaded parameters.
+    """
+    stacked = MLP | (ATTENTION_QUERIES_APART if has_queries_apart else ATTENTION)
+    return AutoWeightsLoader(model).load_weights(weights, mapper=WeightsMapper(orig_to_new_stacked=stacked))
 
 
 def load_strictly(model: nn.Module, config: CasaConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

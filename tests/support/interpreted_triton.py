@@ -51,6 +51,20 @@ def enable() -> None:
     backends["cpu"] = SimpleNamespace(compiler=None, driver=_AlwaysActive)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def plain_weights():
+    """Linear layers keep their weights, as on a GPU; on a CPU vLLM packs them and drops the plain ones."""
+    import torch
+    from vllm.model_executor.layers import utils
+
+    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def few_splits(monkeypatch):
     """The interpreter runs a GPU's programs one by one: 2 splits of the keys show what 32 do."""

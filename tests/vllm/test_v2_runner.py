@@ -76,6 +76,8 @@ def runner_of(engine):
 def test_equals_eager_cold_and_warm(v2, eager):
     folder, engine = v2
     expected = [eager(folder)(prompt, NUM_TOKENS) for prompt in PROMPTS]
+    stacked = runner_of(engine).model.model.language_model.stacked_images
+    assert stacked.is_usable, "image keys of all layers are to be written in one go, as on a GPU"
     encoded = engine.images.counters.images_encoded
     assert_same(engine.ask(PROMPTS, NUM_TOKENS), expected)
     assert engine.images.counters.images_encoded == encoded + 4, "the fifth image is the first's"

@@ -4,10 +4,12 @@ The Triton kernels run here too, under Triton's interpreter, in a process of the
 interpreter has to be switched on before triton is imported and must not reach other tests.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,3 +281,29 @@ def test_kernel_compiles_for_an_h200(is_decode):
     assert compiled.asm["cubin"]
     # An H200's multiprocessor has 228 KiB; well below, so that several programs share one.
     assert compiled.metadata.shared <= 48 * 1024
+
+
+def load_resources():
+    """benchmarks/kernel_resources.py, which knows every kernel and its constants."""
+    path = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+    spec = importlib.util.spec_from_file_location("kernel_resources", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SOME = [(90, "bf16", 128)]
+ALL = [(gpu, dtype, size) for gpu in (80, 90, 100) for dtype in ("bf16", "fp16", "fp32") for size in (64, 128)]
+TARGETS = [pytest.param(*target, marks=() if target in SOME else pytest.mark.slow) for target in ALL]
+
+
+@pytest.mark.skipif(USE_TRITON, reason="compiled by being run, or interpreted")
+@pytest.mark.parametrize(("architecture", "dtype", "head_dim"), TARGETS)
+def test_kernels_compile_ahead_of_time(architecture, dtype, head_dim):
+    """Every kernel, specialised as in a launch, at the 3B preset's heads: needs no GPU."""
+    pytest.importorskip("triton", reason="Triton has no build for this machine")
+    resources = load_resources()
+    for case in resources.cases(head_dim, resources.DTYPES[dtype]):
+        used = resources.resources_of(resources.compile_case(case, architecture, dtype))
+        # A multiprocessor has 164 KiB or more, so that three programs share one; float32 is for parity runs.
+        assert used.shared_bytes <= (54 if dtype != "fp32" else 160) * 1024, case

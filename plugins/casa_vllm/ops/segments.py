@@ -40,7 +40,8 @@ class WindowAttentionMetadata:
             reads may be anything.
         text_slot_mapping: (T or more,) int64, where each token's own text key goes, -1 for
             padding; None for `ca`.
-        max_query_len: longest segment in tokens; 1 selects the decode kernel.
+        max_query_len: longest segment in tokens; 1 selects the decode kernel, for which segment v
+            is token v: only padding segments, at the end, are empty, and their rows become 0.
         max_text_len: bound on the number of text keys of a query; 0 for `ca`.
         has_image: False promises that no segment has an image, so that `ca` may skip its work.
             True where the host does not know (CUDA graphs).
@@ -67,3 +68,11 @@ class WindowAttentionMetadata:
     def num_segments(self) -> int:
         """V, padding segments included."""
         return self.query_start_loc.shape[0] - 1
+
+    def tokens_with_image(self, num_tokens: int) -> torch.Tensor:
+        """Returns (num_tokens,) bool, whether each token's window has an image; of padding rows anything."""
+        if self.max_query_len == 1 and self.num_segments == num_tokens:
+            return self.num_image_pages > 0
+        tokens = torch.arange(num_tokens, dtype=torch.int32, device=self.query_start_loc.device)
+        segments = torch.searchsorted(self.query_start_loc[1:], tokens, right=True)
+        return self.num_image_pages[segments.clamp(max=self.num_segments - 1)] > 0

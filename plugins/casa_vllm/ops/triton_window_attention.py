@@ -48,12 +48,21 @@ def _attend_keys(
     return accumulator, new_max, row_sum * decay + tl.sum(weights, 1)
 
 
-@triton.jit
+# What differs from step to step: specialised on it, a kernel would be compiled anew inside a request. Strides of
+# tables are of the batch's widest row, and rows of one tensor of fields start at any multiple of 4 bytes.
+VARYING = ("num_segments", "num_rows", "image_table_stride", "page_lens_stride", "text_table_stride")
+UNALIGNED = (
+    "query_start_loc_ptr", "image_table_ptr", "page_lens_ptr", "num_pages_ptr",
+    "text_table_ptr", "text_rows_ptr", "text_starts_ptr", "first_positions_ptr",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def _window_attention_kernel(
     query_ptr, image_ptr, text_ptr, output_ptr, partial_ptr, max_ptr, sum_ptr,
     query_start_loc_ptr, image_table_ptr, page_lens_ptr, num_pages_ptr,
     text_table_ptr, text_rows_ptr, text_starts_ptr, first_positions_ptr,
-    num_segments, scale, num_heads,
+    num_segments, num_rows, scale, num_heads,
     query_stride, output_stride, image_table_stride, page_lens_stride, text_table_stride,
     image_block_stride, image_head_stride, image_slot_stride,
     text_block_stride, text_head_stride, text_slot_stride,
@@ -162,11 +171,17 @@ def _window_attention_kernel(
             tl.store(sum_ptr + index, row_sum, mask=row_mask)
             pointers = partial_ptr + index[:, None] * HEAD_DIM + dims[None, :]
             tl.store(pointers, accumulator, mask=mask)
+    elif IS_DECODE and SPLITS == 1:
+        if segment < num_rows:  # a padding segment: nobody else writes its row
+            lanes = tl.arange(0, ROWS * DIMS)
+            padding_row = output_ptr + segment.to(tl.int64) * output_stride + kv_head * GROUP * HEAD_DIM
+            zeros = tl.zeros([ROWS * DIMS], dtype=output_ptr.dtype.element_ty)
+            tl.store(padding_row + lanes, zeros, mask=lanes < GROUP * HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",), do_not_specialize_on_alignment=("query_start_loc_ptr",))
 def _merge_splits_kernel(
-    partial_ptr, max_ptr, sum_ptr, output_ptr, query_start_loc_ptr, num_heads, output_stride,
+    partial_ptr, max_ptr, sum_ptr, output_ptr, query_start_loc_ptr, num_rows, num_heads, output_stride,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program a (segment, head): the splits weighted by their share of the softmax."""
@@ -186,6 +201,10 @@ def _merge_splits_kernel(
         result = tl.sum(partial * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
         pointers = output_ptr + token * output_stride + head * HEAD_DIM + dims
         tl.store(pointers, result.to(output_ptr.dtype.element_ty), mask=dim_mask)
+    elif segment < num_rows:  # a padding segment: nobody else writes its row
+        dims = tl.arange(0, DIMS)
+        pointers = output_ptr + segment.to(tl.int64) * output_stride + head * HEAD_DIM + dims
+        tl.store(pointers, tl.zeros([DIMS], dtype=output_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 @triton.jit
@@ -221,15 +240,12 @@ def triton_window_attention(
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = image_cache.shape[1]
     group = num_heads // num_kv_heads
-    dims = triton.next_power_of_2(head_dim)
     num_segments, is_decode = metadata.num_segments, metadata.max_query_len == 1
+    tiles = tile_constants(head_dim, group, query.dtype, is_decode=is_decode)
     if is_decode:
-        tile_queries, rows = 1, max(16, triton.next_power_of_2(group))
         num_tiles, splits = num_segments, decode_splits(num_segments * num_kv_heads)
     else:
-        rows = max(64 if dims <= 128 else 32, triton.next_power_of_2(group))
-        tile_queries, splits = rows // group, 1
-        num_tiles = metadata.num_tokens // tile_queries + num_segments
+        num_tiles, splits = metadata.num_tokens // tiles["TILE_QUERIES"] + num_segments, 1
     if num_tiles == 0:
         return
     partial = maxima = sums = query
@@ -251,7 +267,7 @@ def triton_window_attention(
         metadata.text_rows,
         metadata.text_starts,
         metadata.first_positions,
-        num_segments, scale, num_heads,
+        num_segments, len(output), scale, num_heads,
         query.stride(0), output.stride(0),
         metadata.image_block_table.stride(0),
         metadata.image_page_lens.stride(0),
@@ -259,18 +275,31 @@ def triton_window_attention(
         *image_cache.stride()[:3],
         *text_cache.stride()[:3],
         IMAGE_BLOCK=image_cache.shape[2], TEXT_BLOCK=text_cache.shape[2], HAS_TEXT=has_text,
-        HEAD_DIM=head_dim, DIMS=dims, GROUP=group,
-        TILE_QUERIES=tile_queries, ROWS=rows, TILE_KEYS=64 if dims <= 64 and query.element_size() == 2 else 32,
-        SPLITS=splits, IS_DECODE=is_decode,
-        # TF32 would cost float32 models the parity that they are run for.
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        SPLITS=splits, **tiles,
         num_warps=4,
     )  # fmt: skip
     if splits > 1:
         _merge_splits_kernel[(num_segments, num_heads)](
-            partial, maxima, sums, output, metadata.query_start_loc, num_heads,
-            output.stride(0), HEAD_DIM=head_dim, DIMS=dims, SPLITS=splits,
+            partial, maxima, sums, output, metadata.query_start_loc, len(output), num_heads,
+            output.stride(0), HEAD_DIM=head_dim, DIMS=tiles["DIMS"], SPLITS=splits,
         )  # fmt: skip
+
+
+def tile_constants(head_dim: int, group: int, dtype: torch.dtype, *, is_decode: bool) -> dict[str, int | bool | str]:
+    """Constants of the attention kernel for heads of this size, `group` query heads to a kv head."""
+    dims, rows = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
+    rows = max(16, rows) if is_decode else max(64 if dims <= 128 else 32, rows)
+    return {
+        "HEAD_DIM": head_dim,
+        "DIMS": dims,
+        "GROUP": group,
+        "ROWS": rows,
+        "TILE_QUERIES": 1 if is_decode else rows // group,
+        "TILE_KEYS": 64 if dims <= 64 and dtype.itemsize == 2 else 32,
+        "IS_DECODE": is_decode,
+        # TF32 would cost float32 models the parity that they are run for.
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
 
 
 def decode_splits(num_programs: int) -> int:

@@ -33,13 +33,14 @@ def window_attention(
             None for `ca`.
         metadata: the segments of this step.
         scale: factor on the scores.
-        output: (T or more, H, D), written in place; rows beyond T become 0.
+        output: (T or more, H, D), whatever is in it; rows beyond T and of padding segments become 0.
         use_triton: run the Triton kernels (GPU, or CPU under Triton's interpreter).
 
     Mutates:
         output, and `metadata.torch_buckets` where the torch implementation runs.
     """
-    output[metadata.num_tokens :] = 0
+    if len(output) > metadata.num_tokens:
+        output[metadata.num_tokens :] = 0
     if metadata.text_block_table is None and not metadata.has_image:
         output[: metadata.num_tokens] = 0
     elif use_triton:

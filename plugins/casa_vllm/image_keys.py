@@ -1,0 +1,113 @@
+"""Keys and values of image tokens, of all CA layers in one go: one batched product and one kernel.
+
+    images (N, C) -> normed for each layer (L, N, C) -> product with the stacked weights (L, N, 2 Hkv D)
+                  -> keys normed and rotated, keys and values to the pages of L caches
+
+Layer by layer a frame is hundreds of launches, which on a GPU take longer than their work. The weights are stacked
+where the parameters of the layers live: none exists twice.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from casa_vllm.cross_attention import CrossAttention
+from casa_vllm.projections import has_plain_weight, stack_parameters
+
+# For normed and projected image tokens of all layers; more tokens are taken in several goes.
+WORKSPACE_BYTES = 256 << 20
+
+
+class StackedImageKeys:
+    """Writes image tokens into the pages of all CA layers.
+
+    To be built before weights are loaded: parameters move into one tensor.
+
+    Args:
+        layers: The model's L CA layers, none of them quantised.
+        norms: Norm of image tokens of each layer; None where they are not normed.
+    """
+
+    def __init__(self, layers: Sequence[CrossAttention], norms: Sequence[RMSNorm] | None) -> None:
+        self.layers, self.norms = layers, norms
+        self._linears = [layer.projections.key_value_layer for layer in layers]
+        self._weights = stack_parameters([linear.weight for linear in self._linears])
+        # Keys and values; a stack of `qkv_proj` begins with queries.
+        self._num_rows = 2 * layers[0].num_kv_heads * layers[0].head_size
+        # Of the caches, which are bound when the engine has started.
+        self._addresses: list[int] = []
+        self._addresses_on_device: torch.Tensor | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the layers still compute with the stack: after loading their weights may be packed or replaced."""
+        return all(
+            has_plain_weight(linear) and linear.weight.data_ptr() == weight.data_ptr()
+            for linear, weight in zip(self._linears, self._weights, strict=True)
+        )
+
+    def write(
+        self,
+        images: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        slots: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Computes keys and values and writes them into their pages.
+
+        Args:
+            images: (N, C) vision output.
+            rope: float32 cosines and sines, (N, D) each; None where rotation is the identity.
+            slots: For the name of each layer, its (N,) int64 cache slots.
+
+        Mutates:
+            The image caches.
+        """
+        # Triton is not on every CPU.
+        from casa_vllm.ops.triton_key_pages import write_image_heads
+
+        caches = [layer.kv_cache for layer in self.layers]
+        all_slots = torch.stack([slots[layer.layer_name] for layer in self.layers])
+        norms = None if self.norms is None else torch.stack([norm.weight for norm in self.norms])
+        head_norms = [layer.projections.k_norm for layer in self.layers]
+        head_norms = None if head_norms[0] is None else torch.stack([norm.weight for norm in head_norms])
+        step = self._tokens_per_go(images)
+        for start in range(0, len(images), step):
+            some = slice(start, start + step)
+            write_image_heads(
+                self._project(images[some], norms),
+                caches,
+                self._cache_addresses(caches),
+                all_slots[:, some],
+                None if rope is None else (rope[0][some], rope[1][some]),
+                head_norms,
+                self.layers[0].projections.norm_eps,
+            )
+
+    def _tokens_per_go(self, images: torch.Tensor) -> int:
+        per_token = len(self.layers) * (images.shape[1] + self._num_rows) * images.element_size()
+        return max(WORKSPACE_BYTES // per_token, 1)
+
+    def _project(self, images: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
+        """Returns keys and values (L, N, 2 Hkv D) of (N, C); `norms` are the (L, C) weights of norms."""
+        if norms is None:
+            images = images.expand(len(self.layers), -1, -1)
+        else:
+            # What the norms of all layers have in common, then the weight of each.
+            normed = nn.functional.rms_norm(images, images.shape[-1:], None, self.norms[0].variance_epsilon)
+            images = normed * norms[:, None]
+        weights = self._weights[:, -self._num_rows :].transpose(1, 2)
+        if self._linears[0].bias is None:
+            return torch.bmm(images, weights)
+        biases = torch.stack([linear.bias[-self._num_rows :] for linear in self._linears])
+        return torch.baddbmm(biases[:, None], images, weights)
+
+    def _cache_addresses(self, caches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Returns (L,) int64, the address of each cache, on the caches' device."""
+        addresses = [cache.data_ptr() for cache in caches]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._addresses_on_device = async_tensor_h2d(addresses, caches[0].device, torch.int64)
+        return self._addresses_on_device

@@ -1,0 +1,70 @@
+"""Runs each Triton kernel of CA once in every form that a step may ask for, so that none is compiled in a request.
+
+vLLM's own warm-up has no images: `ca` would skip its attention in it, and nothing would write image keys.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
+from casa_vllm.ops import WindowAttentionMetadata
+
+
+def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], max_num_seqs: int) -> None:
+    """Decodes, prefills and writes images, with block 0 for an image and without a slot to write to.
+
+    Args:
+        model: The CASA model.
+        layers: Its CA layers, with their caches.
+        max_num_seqs: Most sequences in a step.
+    """
+    layer = layers[0]  # all have the same sizes
+    for num_sequences in _decode_sizes(layer.num_kv_heads, max_num_seqs):
+        _attend(layer, num_sequences, query_len=1)
+    _attend(layer, num_sequences=1, query_len=2)
+    hidden_size, merge = model.config.text_config.hidden_size, model.merge_size
+    image = torch.zeros(1, hidden_size, dtype=layer.kv_cache.dtype, device=layer.kv_cache.device)
+    nowhere = torch.full((1,), -1, dtype=torch.int64, device=image.device)
+    grids = torch.tensor([[1, merge, merge]], device="cpu")
+    model.write_images(image, grids, {layer.layer_name: nowhere for layer in layers})
+
+
+def _decode_sizes(num_kv_heads: int, max_num_seqs: int) -> Iterable[int]:
+    """Returns numbers of sequences that, together, have every way to split keys."""
+    from casa_vllm.ops.triton_window_attention import decode_splits  # Triton is not on every CPU
+
+    sizes: dict[int, int] = {}
+    for num_sequences in range(1, max_num_seqs + 1):
+        sizes.setdefault(decode_splits(num_sequences * num_kv_heads), num_sequences)
+    return sizes.values()
+
+
+def _attend(layer: CrossAttention, num_sequences: int, query_len: int) -> None:
+    """Runs one CA layer over sequences whose windows have an image of one token."""
+    cache, hidden_size = layer.kv_cache, layer.config.text_config.hidden_size
+    num_tokens = num_sequences * query_len
+
+    def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device=cache.device)
+
+    windows = WindowAttentionMetadata(
+        query_start_loc=query_len * torch.arange(num_sequences + 1, dtype=torch.int32, device=cache.device),
+        first_positions=filled(0, num_sequences),
+        image_block_table=filled(0, num_sequences, 1),
+        image_page_lens=filled(1, num_sequences, 1),
+        num_image_pages=filled(1, num_sequences),
+        text_starts=filled(0, num_sequences),
+        text_rows=filled(0, num_sequences),
+        text_block_table=filled(0, 1, 1) if layer.sees_text else None,
+        text_slot_mapping=filled(-1, num_tokens, dtype=torch.int64) if layer.sees_text else None,
+        max_query_len=query_len,
+        max_text_len=query_len if layer.sees_text else 0,
+        has_image=True,
+        num_tokens=num_tokens,
+    )
+    positions = filled(0, num_tokens, dtype=torch.int64) if layer.sees_text else None
+    projections = layer.projections
+    width = (projections.num_heads + 2 * projections.num_kv_heads) * layer.head_size if layer.is_shared else hidden_size
+    x, output = cache.new_zeros(num_tokens, width), cache.new_empty(num_tokens, hidden_size)
+    layer.attend(x, output, CasaAttentionMetadata(windows, positions))
