@@ -8,7 +8,6 @@ casa bench report ca.json insertion.json --output both
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -19,9 +18,10 @@ from typing import Any
 from casa_bench.backend import Backend
 from casa_bench.chat import CHAT
 from casa_bench.live import LIVE
+from casa_bench.model_options import add_key_option, add_model_options, without_key
 from casa_bench.reuse import REUSE
 from casa_bench.stream import STREAM
-from casa_bench.workload import Row, Workload, bounded
+from casa_bench.workload import Row, Workload
 from casa_engine.command import run_command
 from casa_engine.errors import InputError
 
@@ -29,7 +29,6 @@ DESCRIPTION = "Measure what frames, conversations, live sessions and second ques
 WORKLOADS = {workload.name: workload for workload in (STREAM, CHAT, LIVE, REUSE)}
 # The backends whose model is a folder, and that of an address.
 LOCAL, ENDPOINT = ("eager", "engine"), "endpoint"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Rows of which each is announced, and then one in so many.
 SHOWN_ROWS = 16
 # Options that no report holds.
@@ -67,19 +66,11 @@ def _add_model_options(parser: argparse.ArgumentParser, workload: Workload) -> N
         parser.add_argument(
             "--backend", choices=(*LOCAL, ENDPOINT), help="default: engine for a folder, endpoint for an address"
         )
-        parser.add_argument(
-            "--dtype",
-            choices=DTYPES,
-            default="auto",
-            help="of a folder; auto is the checkpoint's own, which vLLM makes 16 bits of float32 (%(default)s)",
-        )
-        parser.add_argument("--kv-cache-gib", type=bounded(0.01, 4096.0), help="engine: size of its KV cache")
-        parser.add_argument("--enforce-eager", action="store_true", help="engine: do not compile the model")
-        parser.add_argument("--served-model", help="endpoint: the model's name there; default: the first it serves")
+        add_model_options(parser)
         parser.add_argument(
             "--may-stop", action="store_true", help="endpoint: do not send ignore_eos, which not every server knows"
         )
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of a server ($OPENAI_API_KEY)")
+    add_key_option(parser)
     parser.add_argument("--name", help="of the model in the report; default: the folder's, or the served model's")
     parser.add_argument("--output", type=Path, help="prefix of what is written; default: casa-bench-WORKLOAD")
 
@@ -96,17 +87,6 @@ def main(arguments: list[str] | None = None, program: str = "casa-bench") -> int
     if options.workload == "report":
         return run_command(program, lambda: put_together(options.reports, options.output))
     return run_command(program, lambda: measure(options, f"{program} {shlex.join(without_key(given))}"))
-
-
-def without_key(arguments: list[str]) -> list[str]:
-    """Return a command line without the value of --api-key, which no report may hold."""
-    hidden, words = False, []
-    for word in arguments:
-        if hidden:
-            word = "..."
-        hidden = word == "--api-key"
-        words.append("--api-key=..." if word.startswith("--api-key=") else word)
-    return words
 
 
 def measure(options: argparse.Namespace, command: str) -> None:

@@ -53,7 +53,7 @@ class EndpointBackend:
         self._runner = asyncio.Runner()
         self._client = AsyncOpenAI(base_url=self.base_url, api_key=api_key or "none", timeout=TIMEOUT_S, max_retries=0)
         try:
-            self.model = model or self._run(self._first_model())
+            self.model = model or self._run(first_model(self._client, self.base_url))
         except InputError:
             self.close()
             raise
@@ -109,15 +109,6 @@ class EndpointBackend:
         answer = Answer("".join(text), ttft_ms, 1000 * (last_s - begun_s), tokens)
         return answer, usage.prompt_tokens if usage else None
 
-    async def _first_model(self) -> str:
-        import httpx
-
-        listed = json.loads((await self._client.get("/models", cast_to=httpx.Response)).text)
-        served = listed.get("data") if isinstance(listed, dict) else None
-        if not served or not isinstance(served, list) or "id" not in served[0]:
-            raise InputError(f"{self.base_url} lists no model; expected one: name it with --served-model.")
-        return served[0]["id"]
-
     def _run(self, work: Any) -> Any:
         """Run a coroutine; what goes wrong with the server is one sentence."""
         import openai
@@ -129,11 +120,7 @@ class EndpointBackend:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self.base_url} refuses a request: {reason}.{advice}") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            raise InputError(
-                f"{self.base_url} does not answer as an OpenAI-compatible server does: {reason}. Pass the address of "
-                "one, such as http://127.0.0.1:8000/v1."
-            ) from error
+            raise no_openai_server(self.base_url, error) from error
 
 
 class EndpointStream:
@@ -176,6 +163,35 @@ def base_url(url: str) -> str:
     if not is_server_address(url):
         raise InputError(f"{url!r} is not the address of a server; expected one such as http://127.0.0.1:8000/v1.")
     return url if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
+
+
+async def first_model(client: Any, address: str) -> str:
+    """Return the first model that a server serves.
+
+    Args:
+        client: OpenAI's asynchronous client.
+        address: The server's address, for messages.
+
+    Raises:
+        InputError: It lists none.
+        openai.OpenAIError, ValueError: It does not answer as such a server does.
+    """
+    import httpx
+
+    listed = json.loads((await client.get("/models", cast_to=httpx.Response)).text)
+    served = listed.get("data") if isinstance(listed, dict) else None
+    if not served or not isinstance(served, list) or "id" not in served[0]:
+        raise InputError(f"{address} lists no model; expected one: name it with --served-model.")
+    return served[0]["id"]
+
+
+def no_openai_server(address: str, error: Exception) -> InputError:
+    """Return the error of a server that cannot be reached or speaks otherwise."""
+    reason = " ".join(str(error.__cause__ or error).split())[:300]
+    return InputError(
+        f"{address} does not answer as an OpenAI-compatible server does: {reason}. Pass the address of one, such as "
+        "http://127.0.0.1:8000/v1."
+    )
 
 
 def refuse_large_bodies(needs: Needs) -> None:

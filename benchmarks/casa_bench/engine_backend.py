@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class EngineBackend:
             text = self.processor.apply_chat_template(list(messages), add_generation_prompt=True)
             images = [item["image"] for message in messages for item in message["content"] if item["type"] == "image"]
             name = self.new_name()
-            prompt = self.render({"prompt": text, "multi_modal_data": {"image": images}})
+            prompt = render(self.engine, {"prompt": text, "multi_modal_data": {"image": images}})
             self.engine.add_request(name, prompt, sampling(num_tokens, RequestOutputKind.DELTA))
             open_requests[name] = _Progress()
         order = list(open_requests.values())
@@ -104,32 +105,13 @@ class EngineBackend:
 
     def close(self) -> None:
         """See `Backend`."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        self.engine.engine_core.shutdown()
+        shut_down(self.engine)
         del self.engine
-        cleanup_dist_env_and_memory()
-        gc.collect()
 
     def new_name(self) -> str:
         """Return an id that no request has."""
         self._num_requests += 1
         return f"bench-{self._num_requests}"
-
-    def render(self, prompt: dict[str, Any]) -> Any:
-        """Return what vLLM's renderer makes of a prompt: ids, patches, hashes.
-
-        Raises:
-            InputError: The prompt does not fit into the engine.
-        """
-        from vllm.renderers.inputs.preprocess import parse_model_prompt
-
-        renderer = self.engine.renderer
-        try:
-            parsed = parse_model_prompt(self.engine.model_config, prompt)
-            return renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)[0]
-        except ValueError as error:
-            raise InputError(f"the engine refuses a prompt: {error}") from error
 
     def kv_use(self, request_id: str) -> tuple[int, int]:
         """Return the positions in a request's text cache, and the bytes of all pages in use."""
@@ -158,7 +140,7 @@ class EngineStream:
         self._meter.start()
         begun_s = time.perf_counter()
         ids, _ = self._chunks.next(1)
-        prompt = self._backend.render({"prompt_token_ids": ids, "multi_modal_data": {"image": [frame]}})
+        prompt = render(self._backend.engine, {"prompt_token_ids": ids, "multi_modal_data": {"image": [frame]}})
         prepared_s = time.perf_counter()
         self._add(prompt, num_tokens)
         progress = _Progress()
@@ -225,6 +207,30 @@ class _Progress:
         return Answer(format.text(self.token_ids), ttft_ms, total_ms, len(self.token_ids))
 
 
+def render(engine: Any, prompt: dict[str, Any]) -> Any:
+    """Return what vLLM's renderer makes of a prompt: ids, patches, hashes.
+
+    Raises:
+        InputError: The prompt does not fit into the engine.
+    """
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+    with refusal_as_input_error():
+        parsed = parse_model_prompt(engine.model_config, prompt)
+        return engine.renderer.render_cmpl([parsed], engine.renderer.default_cmpl_tok_params)[0]
+
+
+@contextmanager
+def refusal_as_input_error() -> Iterator[None]:
+    """Raise InputError where vLLM refuses a prompt in the block; its own error of that is no ValueError."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except (ValueError, VLLMValidationError) as error:
+        raise InputError(f"the engine refuses a prompt: {error}") from error
+
+
 def sampling(num_tokens: int, output_kind: Any) -> Any:
     """Return vLLM's parameters for exactly so many greedy tokens."""
     from vllm import SamplingParams
@@ -284,3 +290,12 @@ def start_engine(folder: Path, config: CasaConfig, max_model_len: int, needs: Ne
         return LLMEngine(vllm_config=engine_config, executor_class=executor, log_stats=False)
     except ValueError as error:
         raise InputError(f"vLLM does not start: {error}") from error
+
+
+def shut_down(engine: Any) -> None:
+    """End an engine of this process and free what it holds; the caller drops its own reference."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    gc.collect()

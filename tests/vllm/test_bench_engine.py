@@ -6,11 +6,12 @@ from unittest import mock
 import pytest
 
 from casa_bench.backend import Needs
-from casa_bench.chat import CHAT
+from casa_bench.chat import CHAT, user_message
 from casa_bench.eager_backend import EagerBackend
 from casa_bench.engine_backend import EngineBackend, EngineSettings
 from casa_bench.frames import noise_frame
 from casa_bench.reuse import REUSE
+from casa_engine.errors import InputError
 
 pytestmark = pytest.mark.vllm
 SIDE_PX, TOKENS, TURNS = 112, 16, 12
@@ -98,6 +99,15 @@ def test_chats_run_together_and_reuse_is_measured(engine):
     rows = list(REUSE.run(engine, settings))
     assert [len(row["ttft_ms"]) for row in rows] == [3, 3]
     assert len(REUSE.cells(REUSE.summarize(rows))) == len(REUSE.columns)
+    assert pages_in_use(engine) == 0
+
+
+def test_a_chat_that_does_not_fit_is_one_sentence(engine):
+    """vLLM's own error is no ValueError: it was a traceback."""
+    long = [user_message(noise_frame(0, 0, SIDE_PX), "word " * 100_000)]
+    with pytest.raises(InputError, match="the engine refuses a prompt"):
+        engine.answer([long], 4)
+    assert engine.answer([[user_message(noise_frame(0, 0, SIDE_PX), "word")]], 4)[0].tokens == 4
     assert pages_in_use(engine) == 0
 
 
