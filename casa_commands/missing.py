@@ -11,27 +11,16 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
-# Which extra brings a module. What is not here comes with vLLM, or with every install.
-EXTRA_OF_MODULE = {
-    "vllm": "cpu",
-    "openai": "serving",
-    "sklearn": "digits",
-    "av": "live",
-    "imageio_ffmpeg": "live",
-    "pydantic": "live",
-    "pysubs2": "live",
-    "websockets": "live",
-    "yarl": "live",
-    "jsonref": "ray",
-    "jsonschema": "ray",
-    "pandas": "ray",
-    "pyarrow": "ray",
-    "ray": "ray",
-    "typer": "ray",
-    "onnx": "export",
-    "onnxruntime": "export",
-    "onnxscript": "export",
-    "tensorrt_rtx": "trt",
+# The modules that an extra brings. What is not here comes with vLLM, or with every install.
+MODULES_OF_EXTRA = {
+    "cpu": ("vllm",),
+    "serving": ("openai",),
+    "eval": ("openai", "pyarrow"),
+    "digits": ("sklearn",),
+    "live": ("av", "imageio_ffmpeg", "pydantic", "pysubs2", "websockets", "yarl"),
+    "ray": ("jsonref", "jsonschema", "pandas", "pyarrow", "ray", "typer"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "trt": ("tensorrt_rtx",),
 }
 INSTALL = {
     "cpu": "pip install 'casa-engine[cuda]' with an NVIDIA GPU, 'casa-engine[cpu]' without (docs/quickstart.md)",
@@ -89,7 +78,7 @@ def missing_module(error: Exception, extras: tuple[str, ...]) -> str | None:
     if isinstance(error, ModuleNotFoundError) and name and not is_installed(name):
         return name
     # Some packages look themselves, and raise an error that names no module.
-    needed = (module for module, extra in EXTRA_OF_MODULE.items() if extra in extras)
+    needed = (module for extra, modules in MODULES_OF_EXTRA.items() if extra in extras for module in modules)
     return None if name else next((module for module in needed if not is_installed(module)), None)
 
 
@@ -100,9 +89,9 @@ def is_installed(module: str) -> bool:
 
 def extra_of(module: str, extras: tuple[str, ...]) -> str:
     """Return the extra that brings a module to a command, "" for what every install brings."""
-    extra = EXTRA_OF_MODULE.get(module)
-    if extra in extras:
-        return extra
+    for extra in extras:
+        if module in MODULES_OF_EXTRA.get(extra, ()):
+            return extra
     if "cpu" in extras and not is_installed("vllm"):
         return "cpu"
     return extras[0] if extras else ""

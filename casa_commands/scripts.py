@@ -111,6 +111,13 @@ bench = Command(
     "Measure what frames, conversations, live sessions and second questions cost.",
     (Parser(("bench",), "casa_bench.cli:build_parser", ("cpu", "serving", "live")),),
 )
+evaluate = Command(
+    ("eval",),
+    "casa-eval",
+    "casa_eval.cli",
+    "Ask a model the questions of published test sets, and score its answers.",
+    (Parser(("eval",), "casa_eval.cli:build_parser", ("eval", "cpu")),),
+)
 train_digits = Command(
     ("digits", "train"),
     "casa-train-digits",
@@ -133,4 +140,4 @@ digits_video = Command(
     (Parser(("digits", "video"), "casa_digits.video:build_parser", ("digits",)),),
 )
 # In the order of `casa --help`.
-COMMANDS = (serve, caption, export, checkpoint, bench, train_digits, eval_digits, digits_video)
+COMMANDS = (serve, caption, export, checkpoint, bench, evaluate, train_digits, eval_digits, digits_video)

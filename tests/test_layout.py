@@ -18,6 +18,7 @@ ROOMS = {
     "casa_export": ROOT / "export" / "casa_export",
     "casa_serving": ROOT / "serving" / "casa_serving",
     "casa_bench": ROOT / "benchmarks" / "casa_bench",
+    "casa_eval": ROOT / "benchmarks" / "casa_eval",
     # The roof: console scripts. It may import every room, and no room imports it.
     "casa_commands": ROOT / "casa_commands",
 }
@@ -29,6 +30,7 @@ ALLOWED = {
     "casa_export": {"casa_engine"},
     "casa_serving": {"casa_engine", "casa_vllm.api"},
     "casa_bench": {"casa_engine", "casa_serving"},
+    "casa_eval": {"casa_engine", "casa_serving", "casa_bench"},
     "casa_commands": set(ROOMS),
 }
 # Inside serving, from the ground up: each part and the parts that it may use.

@@ -43,6 +43,7 @@ def test_a_wheel_holds_packages_alone_each_typed_and_says_what_it_is(wheel):
         "casa_commands",
         "casa_digits",
         "casa_engine",
+        "casa_eval",
         "casa_export",
         "casa_serving",
         "casa_vllm",

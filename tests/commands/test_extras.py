@@ -18,6 +18,10 @@ COMMANDS = {
         (["casa-export", "out"], 1, "'casa-engine[export]'"),
         (DIGITS, 1, "'casa-engine[digits]'"),
     ],
+    "eval": [
+        (["casa-eval", "mme", "--url", "http://127.0.0.1:9", "--data", "."], 1, "there is no test*.parquet"),
+        (["casa-eval", "mme", "--model", "nowhere", "--data", "."], 1, "there is no test*.parquet"),
+    ],
     "digits": [
         (DIGITS, 0, "truth in out.json"),
         (["casa-eval-digits", "--base-url", "http://127.0.0.1:9/v1"], 1, "'casa-engine[serving]'"),

@@ -1,5 +1,6 @@
 """A command whose packages are missing says in one sentence what to install, wherever the import stands."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from casa_commands import missing
+from casa_engine.digits import checkpoint_path
 
 BIN = Path(sys.executable).parent
 # What comes with an extra; tqdm does too, and with transformers.
@@ -17,6 +19,8 @@ LIVE = ["av", "pysubs2", "imageio_ffmpeg", "websockets", "yarl", "pydantic"]
 RAY = ["ray", "pyarrow", "jsonref", "typer", "pandas", "jsonschema"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 SERVER = ["--server", "http://127.0.0.1:9"]
+EVAL = ["mme", "--url", "http://127.0.0.1:9", "--data"]
+CHECKPOINT = "CHECKPOINT"
 DIGITS = ["sklearn", "av"]
 EVERYTHING = [*VLLM, *LIVE, *RAY, *EXPORT, *DIGITS, "openai", "tensorrt_rtx", "tensorrt"]
 # Runs before anything is imported: each finder of modules finds nothing of what is in BLOCKED.
@@ -61,6 +65,17 @@ def video(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def mme(tmp_path_factory):
+    """Two folders with files of MME, in Parquet and JSONL; nobody will read their rows."""
+    folder = tmp_path_factory.mktemp("mme")
+    for kind in ("parquet", "jsonl"):
+        (folder / kind).mkdir()
+        columns = ("question", "answer", "category", "question_id", "image")
+        (folder / kind / f"test.{kind}").write_text(json.dumps(dict.fromkeys(columns, "")))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "blocked", "extra"),
     [
@@ -87,11 +102,17 @@ def video(tmp_path_factory):
             ("casa-eval-digits", ["--scale", "0.01"], ["sklearn"], "digits"),
             ("casa-eval-digits", ["--base-url", "http://127.0.0.1:9/v1"], ["openai"], "serving"),
         ),
+        *cases(
+            ("casa-eval", [*EVAL, "PARQUET"], ["pyarrow"], "eval"),
+            ("casa-eval", [*EVAL, "JSONL"], ["openai"], "eval"),
+            ("casa-eval", ["mme", "--model", CHECKPOINT, "--data", "JSONL"], VLLM, "cpu"),
+        ),
         *cases(("casa-train-digits", ["--output", "out"], EVERYTHING, "digits")),
     ],
 )
-def test_a_missing_package_is_one_sentence(tmp_path, video, command, arguments, blocked, extra):
-    arguments = [video if word == "VIDEO" else word for word in arguments]
+def test_a_missing_package_is_one_sentence(tmp_path, video, mme, command, arguments, blocked, extra):
+    files = {"VIDEO": video, "PARQUET": mme / "parquet", "JSONL": mme / "jsonl", CHECKPOINT: checkpoint_path()}
+    arguments = [str(files.get(word, word)) for word in arguments]
     status, words = run(tmp_path, blocked, command, *arguments)
     assert "Traceback" not in words
     assert status == 1, words

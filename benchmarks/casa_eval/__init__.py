@@ -1,0 +1,1 @@
+"""`casa eval`: the published evaluation protocol of the CASA models, on local data."""
