@@ -9,10 +9,11 @@ NUM_TOKENS = 6
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_two_ranks(checkpoints, eager):
+@pytest.mark.parametrize("fusion", ["ca", "ca_tv"])
+def test_two_ranks(fusion, checkpoints, eager):
     from vllm import LLM, SamplingParams
 
-    folder = checkpoints("tiny-qwen", fusion="ca_tv")
+    folder = checkpoints("tiny-qwen", fusion=fusion)
     prompts = [
         Prompt("no image"),
         Prompt(f"one {IMAGE} two {IMAGE}", (picture(1), picture(2, 84, 56))),
