@@ -190,18 +190,24 @@ def from_dict(plain: Any) -> tuple[CaptionState, CaptionRules]:
     if not isinstance(counts, (list, tuple)) or len(counts) != 2:
         raise InputError("counts of a live session are no pair of lists (ids and their counts).")
     ids, amounts = _ids("counts", counts[0], MAX_COUNTS), counts[1]
-    if not isinstance(amounts, (list, tuple)) or len(ids) != len(amounts) or not all(map(_is_amount, amounts)):
+    if not isinstance(amounts, (list, tuple)) or len(ids) != len(amounts) or not _are_amounts(amounts):
         raise InputError("counts of a live session must be as many numbers from 0 as ids.")
     return CaptionState(dict(zip(ids, map(float, amounts), strict=True)), tuple(recent)), rules
 
 
 def _ids(name: str, values: Any, max_length: int) -> list[int]:
-    if not isinstance(values, (list, tuple)) or not all(type(value) is int and 0 <= value < 2**31 for value in values):
+    # Types and bounds of all at once: a chunk brings 1,000 ids, and is checked where requests wait.
+    is_list = isinstance(values, (list, tuple)) and set(map(type, values)) <= {int}
+    if not is_list or (values and not 0 <= min(values) <= max(values) < 2**31):
         raise InputError(f"{name} of a live session is no list of token ids.")
     if len(values) > max_length:
         raise InputError(f"{name} of a live session has {len(values)} token ids; expected at most {max_length}.")
     return list(values)
 
 
-def _is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
+def _are_amounts(values: Sequence[Any]) -> bool:
+    types = set(map(type, values))
+    # NaN is in no range.
+    return all(issubclass(each, (int, float)) and each is not bool for each in types) and all(
+        0 <= value < 1e9 for value in values
+    )

@@ -1,17 +1,21 @@
 """The captioner's rules on Model Runner V2 (GPUs), whose sampler supports no logits processors.
 
-The model state may wrap the sampler (`custom_sampler`). A session's row is created from the chunk that was sent; the
-tokens generated since are read from the step's own input: the token that a decode step computes is the one that was
-sampled last. That is one copy from the device in each step that has such rows; other steps cost nothing.
+The model state may wrap the sampler (`custom_sampler`). A session's row is written from the chunk that was sent, into
+the place of the table that the runner has given the request. The tokens generated since are read on the device, from
+the step's own input: the token that a decode step computes is the one that was sampled last. The host learns none.
 """
 
 import logging
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from vllm.triton_utils import HAS_TRITON
 
 from casa_engine.errors import InputError
-from casa_vllm.caption_processor import CaptionRow, new_row
+from casa_vllm.caption_processor import sent_state
+from casa_vllm.caption_rules import CaptionTable
+from casa_vllm.caption_rules.remembered import RememberedRow
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
@@ -29,7 +33,12 @@ class CaptionSampler:
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
-        self._rows: dict[str, tuple[CaptionRow, list[int]]] = {}
+        self._states = sampler.req_states
+        self._table = CaptionTable(self._states.max_num_reqs, self._states.device, use_triton=HAS_TRITON)
+        self._rows: dict[str, int] = {}
+        # Nobody's row: the kernels are compiled here and not in the first session's request.
+        nobody = torch.full((1,), -1, device=self._states.device)
+        self._table.apply(torch.zeros(1, 2, device=self._states.device), nobody, nobody.int(), np.array([-1]))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
@@ -38,37 +47,36 @@ class CaptionSampler:
         """Samples; logits are (B, V)."""
         return self._sampler(self.apply_rules(logits, input_batch), input_batch)
 
-    def add_row(self, data: "NewRequestData") -> None:
-        """Adds the row of a new or resumed request, or of a session's next chunk."""
-        # In a resumed request the prompt is followed by the tokens that it had generated.
-        output_ids = list((data.prefill_token_ids or ())[data.prompt_len :])
+    def add_row(self, row: int, data: "NewRequestData") -> None:
+        """Adds a new or resumed request, or a session's next chunk, in the row that the runner has given it."""
+        self.remove_row(data.req_id)
         try:
-            row = new_row(data.sampling_params, output_ids)
+            sent = sent_state(data.sampling_params)
         except InputError as error:
             # V2 does not validate extra arguments, and must not crash on them. casa-serve rejects those of a client;
             # for a program that calls the engine they are logged.
             logger.warning("Request %s brings no state of a live session: %s", data.req_id, error)
-            row = None
-        if row is None:
-            self._rows.pop(data.req_id, None)
-        else:
-            self._rows[data.req_id] = (row, output_ids)
+            return
+        if sent is not None:
+            # In a resumed request the prompt is followed by the tokens that it had generated.
+            output_ids = (data.prefill_token_ids or ())[data.prompt_len :]
+            self._table.write(row, RememberedRow.of_chunk(*sent, output_ids))
+            self._rows[data.req_id] = row
 
     def remove_row(self, request_id: str) -> None:
         """Removes the row of a request that has left the batch."""
-        self._rows.pop(request_id, None)
+        row = self._rows.pop(request_id, None)
+        if row is not None:
+            self._table.clear(row)
 
     def apply_rules(self, logits: torch.Tensor, input_batch: "InputBatch") -> torch.Tensor:
         """Returns logits (B, V): a float32 copy if the batch has a session's row, otherwise the same tensor."""
-        rows = [index for index, request_id in enumerate(input_batch.req_ids) if request_id in self._rows]
-        if not rows:
+        if not self._table.has_rules(input_batch.idx_mapping_np):
             return logits
-        last_ids = input_batch.input_ids[input_batch.logits_indices].tolist()
+        rows = input_batch.idx_mapping.long()
+        # Past the prompt the step computes the token sampled last; before, none was sampled.
+        is_past_prompt = input_batch.seq_lens[: len(rows)] > self._states.prefill_len.gpu[rows]
+        computed = input_batch.input_ids[input_batch.logits_indices]
         logits = logits.to(torch.float32, copy=True)
-        for index in rows:
-            row, output_ids = self._rows[input_batch.req_ids[index]]
-            # The prompt is computed: this step computes the token sampled last.
-            if input_batch.num_computed_tokens_np[index] >= input_batch.prefill_len_np[index]:
-                output_ids.append(last_ids[index])
-            logits[index] = row.apply(logits[index])
+        self._table.apply(logits, rows, torch.where(is_past_prompt, computed, -1), input_batch.idx_mapping_np)
         return logits

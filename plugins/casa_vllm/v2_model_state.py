@@ -80,7 +80,7 @@ class CasaModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self._table.add_row(new_req_data.req_id, new_req_data.mm_features, new_req_data.num_computed_tokens)
         if self._captions is not None:
-            self._captions.add_row(new_req_data)
+            self._captions.add_row(req_index, new_req_data)
 
     def remove_request(self, req_id: str) -> None:
         """Removes a request that is finished, preempted, or about to be added again."""

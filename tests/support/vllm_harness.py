@@ -154,12 +154,16 @@ class Engine:
         """Queues a greedy request; returns its id."""
         return self.add_rendered(self.render(prompt), num_tokens, **options)
 
-    def add_rendered(self, prompt: Any, num_tokens: int, **options: Any) -> str:
+    def add_rendered(
+        self, prompt: Any, num_tokens: int, extra_args: dict[str, Any] | None = None, **options: Any
+    ) -> str:
         """Queues what `render` made; returns its id."""
         from vllm import SamplingParams
 
         self._count += 1
-        params = SamplingParams(temperature=0, max_tokens=num_tokens, logprobs=0, ignore_eos=True)
+        params = SamplingParams(
+            temperature=0, max_tokens=num_tokens, logprobs=0, ignore_eos=True, extra_args=extra_args
+        )
         name = f"request-{self._count}"
         self.engine.add_request(name, prompt, params, **options)
         return name

@@ -20,6 +20,23 @@ def params(state=STATE):
     return SamplingParams(extra_args={"casa_live": to_dict(state, RULES)})
 
 
+def first_runner(num_rows):
+    """The processor of an engine of so many sequences."""
+    from casa_vllm.caption_processor import CaptionLogitsProcessor
+
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=num_rows))
+    return CaptionLogitsProcessor(config, torch.device("cpu"), False)
+
+
+def second_runner(num_rows, **attributes):
+    """The sampler of an engine of so many sequences, around one with these attributes."""
+    from casa_vllm.v2_caption_sampler import CaptionSampler
+
+    lengths = SimpleNamespace(gpu=torch.zeros(num_rows, dtype=torch.int32))
+    states = SimpleNamespace(max_num_reqs=num_rows, device=torch.device("cpu"), prefill_len=lengths)
+    return CaptionSampler(SimpleNamespace(req_states=states, **attributes))
+
+
 def wanted(logits, generated):
     """The row's logits after these tokens, by the reference."""
     return caption_logits(logits, STATE.after([*generated, 0], RULES), RULES)
@@ -29,9 +46,7 @@ def test_v1_rows_follow_the_batch():
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-    from casa_vllm.caption_processor import CaptionLogitsProcessor
-
-    processor = CaptionLogitsProcessor(None, torch.device("cpu"), False)
+    processor = first_runner(num_rows=3)
     assert not processor.is_argmax_invariant()
     outputs: list[int] = []
     added = [(0, SamplingParams(), [1], []), (2, params(), [1], outputs)]
@@ -57,49 +72,86 @@ def test_v1_rows_follow_the_batch():
     assert torch.equal(processor.apply(kept.clone())[0], wanted(kept[0], outputs))
 
 
-class Batch(SimpleNamespace):
-    """What `CaptionSampler` reads of a step of the second runner: (request, prefill length, computed, last id)."""
+# Where the second runner has put its requests.
+ROWS = {"chat": 1, "live": 0}
 
-    def __init__(self, *rows):
-        names, prefill, computed, last = zip(*rows, strict=True)
-        super().__init__(
-            req_ids=list(names),
-            prefill_len_np=np.array(prefill),
-            num_computed_tokens_np=np.array(computed),
-            input_ids=torch.tensor(last),
-            logits_indices=torch.arange(len(last)),
-        )
+
+def batch(sampler, *rows):
+    """What `CaptionSampler` reads of a step of the second runner: (request, prefill length, computed, last id)."""
+    names, prefill, computed, last = zip(*rows, strict=True)
+    at = [ROWS[name] for name in names]
+    sampler.req_states.prefill_len.gpu[at] = torch.tensor(prefill, dtype=torch.int32)
+    return SimpleNamespace(
+        idx_mapping=torch.tensor(at),
+        idx_mapping_np=np.array(at),
+        # A step computes one token of each request; the runner's buffer is as long as its graphs.
+        seq_lens=torch.tensor([*(number + 1 for number in computed), 0, 0], dtype=torch.int32),
+        input_ids=torch.tensor(last, dtype=torch.int32),
+        logits_indices=torch.arange(len(last)),
+    )
 
 
 def sent(name, parameters, prompt_len, prefill):
     return SimpleNamespace(req_id=name, sampling_params=parameters, prompt_len=prompt_len, prefill_token_ids=prefill)
 
 
-def test_v2_rows_follow_the_batch():
-    from casa_vllm.v2_caption_sampler import CaptionSampler
+def test_v1_rows_are_freed_moved_and_swapped():
+    """Ten times as many sessions as rows, in an order of vLLM's: added, then removed, then moved."""
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-    inner = SimpleNamespace(compute_nans=False)
-    sampler = CaptionSampler(inner)
+    rng = np.random.default_rng(0)
+    processor, batch_rows = first_runner(num_rows=4), [None] * 4
+    for _ in range(120):
+        added, removed, moved = [], [], []
+        index = int(rng.integers(4))
+        if rng.random() < 0.5:
+            # vLLM puts new requests where old ones were, and names only what stays empty as removed.
+            batch_rows[index] = [] if rng.random() < 0.8 else None
+            added = [(index, params() if batch_rows[index] is not None else None, [1], batch_rows[index])]
+        elif rng.random() < 0.4:
+            batch_rows[index] = None
+            removed = [index]
+        first, second = rng.permutation(4)[:2].tolist()
+        if rng.random() < 0.3:
+            batch_rows[first], batch_rows[second] = batch_rows[second], batch_rows[first]
+            moved = [(first, second, MoveDirectionality.SWAP)]
+        elif rng.random() < 0.3:
+            batch_rows[first], batch_rows[second] = None, batch_rows[first]
+            moved = [(first, second, MoveDirectionality.UNIDIRECTIONAL)]
+        processor.update_state(BatchUpdate(4, removed=removed, added=added, moved=moved))
+        logits = torch.randn(4, V)
+        kept = logits.clone()
+        processor.apply(logits)
+        for mine, before, outputs in zip(logits, kept, batch_rows, strict=True):
+            assert torch.equal(mine, before if outputs is None else wanted(before, outputs))
+        for outputs in batch_rows:
+            if outputs is not None:
+                outputs.append(int(rng.integers(5, 10)))
+
+
+def test_v2_rows_follow_the_batch():
+    sampler = second_runner(num_rows=2, compute_nans=False)
     assert sampler.compute_nans is False
-    sampler.add_row(sent("chat", None, 3, [5, 6, 7]))
-    sampler.add_row(sent("live", params(), 3, [5, 6, 7]))
+    sampler.add_row(ROWS["chat"], sent("chat", None, 3, [5, 6, 7]))
+    sampler.add_row(ROWS["live"], sent("live", params(), 3, [5, 6, 7]))
     logits = torch.randn(2, V).bfloat16()
-    assert sampler.apply_rules(logits[:1], Batch(("chat", 3, 0, 7))).dtype == torch.bfloat16
+    assert sampler.apply_rules(logits[:1], batch(sampler, ("chat", 3, 0, 7))).dtype == torch.bfloat16
     kept = logits.clone()
     # The prompt in two pieces, then three tokens.
     outputs: list[int] = []
     for computed, last in ((0, 6), (2, 7), (3, 9), (4, 10), (5, 9)):
         outputs += [last] if computed >= 3 else []
-        changed = sampler.apply_rules(logits, Batch(("chat", 3, 3, 8), ("live", 3, computed, last)))
+        changed = sampler.apply_rules(logits, batch(sampler, ("chat", 3, 3, 8), ("live", 3, computed, last)))
         assert torch.equal(changed[1], wanted(kept[1].float(), outputs))
         assert torch.equal(changed[0], kept[0].float())
         assert torch.equal(logits, kept)
     # Resumed after a preemption, the chunk's own output is sent with it.
-    sampler.add_row(sent("live", params(), 3, [5, 6, 7, *outputs]))
-    changed = sampler.apply_rules(logits, Batch(("chat", 3, 9, 8), ("live", 6, 0, 9)))
+    sampler.remove_row("live")
+    sampler.add_row(ROWS["live"], sent("live", params(), 3, [5, 6, 7, *outputs]))
+    changed = sampler.apply_rules(logits, batch(sampler, ("chat", 3, 9, 8), ("live", 6, 0, 9)))
     assert torch.equal(changed[1], wanted(kept[1].float(), outputs))
     sampler.remove_row("live")
-    assert sampler.apply_rules(logits, Batch(("chat", 3, 9, 8), ("live", 6, 6, 9))) is logits
+    assert sampler.apply_rules(logits, batch(sampler, ("chat", 3, 9, 8), ("live", 6, 6, 9))) is logits
 
 
 POISON = (
@@ -129,7 +181,6 @@ def test_whatever_a_client_sends_is_refused_or_harmless():
     from vllm.v1.sample.logits_processor import BatchUpdate, validate_logits_processors_parameters
 
     from casa_vllm.caption_processor import CaptionLogitsProcessor
-    from casa_vllm.v2_caption_sampler import CaptionSampler
 
     validate_logits_processors_parameters([CaptionLogitsProcessor], params())
     validate_logits_processors_parameters([CaptionLogitsProcessor], SamplingParams())
@@ -142,9 +193,9 @@ def test_whatever_a_client_sends_is_refused_or_harmless():
         except VLLMValidationError:  # 0.32 bounds integers itself.
             num_refused += 1
             continue
-        second = CaptionSampler(SimpleNamespace())
+        second = second_runner(num_rows=1)
         # V2 has nothing that validates a request: there it goes on without a state.
-        second.add_row(sent("live", sampling, 3, [5, 6, 7]))
+        second.add_row(0, sent("live", sampling, 3, [5, 6, 7]))
         try:
             # What `SamplingParams.verify` calls; the server answers this error with a 400.
             validate_logits_processors_parameters([CaptionLogitsProcessor], sampling)
@@ -155,9 +206,9 @@ def test_whatever_a_client_sends_is_refused_or_harmless():
             continue
         # A good value for this field after all: nothing may raise where it is used.
         num_taken += 1
-        first = CaptionLogitsProcessor(None, torch.device("cpu"), False)
+        first = first_runner(num_rows=1)
         first.update_state(BatchUpdate(1, [], [(0, sampling, [1], [9, 10])], []))
         assert not first.apply(torch.randn(1, V)).isnan().any()
-        second.apply_rules(torch.randn(1, V), Batch(("live", 3, 3, 8)))
+        assert not second.apply_rules(torch.randn(1, V), batch(second, ("live", 3, 3, 8))).isnan().any()
     assert num_refused > 150
     assert num_taken < 20

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from casa_engine.live.caption_logits import CaptionRules, CaptionState, caption_logits, to_dict
 from vllm_fuzz import FEW_PAGES, fuzz
 from vllm_harness import BARE_IMAGE, IMAGE, Prompt, assert_same, picture
 
@@ -84,6 +86,38 @@ def test_equals_eager_cold_and_warm(v2, eager):
     # Again: text from the prefix cache, images from the pages of the run before.
     assert_same(engine.ask(PROMPTS[::-1], NUM_TOKENS), expected[::-1])
     assert engine.images.counters.images_encoded == encoded + 4
+
+
+@in_v2
+def test_rules_of_live_sessions(v2, eager):
+    """Rows with rules choose what the reference chooses; those beside them know nothing of it."""
+    folder, engine = v2
+    oracle, num_tokens = eager(folder), 10
+    rules = CaptionRules((5,), 1.5, 0.9, 5.0, 0.8, 2, 20)
+    names, expected = [], []
+    for prompt in PROMPTS[:3]:
+        batch = dict(oracle.processor(images=list(prompt.images) or None, text=prompt.text))
+        state = CaptionState().read(batch["input_ids"][0].tolist(), rules)
+        names.append(engine.add(prompt, num_tokens, extra_args={"casa_live": to_dict(state, rules)}))
+        expected.append(chosen_by_rules(oracle.model, batch, state, rules, num_tokens))
+    names.append(engine.add(PROMPTS[0], num_tokens))
+    plain = oracle(PROMPTS[0], num_tokens).tokens
+    answers = engine.run()
+    assert [answers[name].tokens for name in names] == [*expected, plain]
+    assert expected[0] != plain, "rules that change nothing show nothing"
+
+
+@torch.inference_mode()
+def chosen_by_rules(model, batch, state, rules, num_tokens):
+    """Greedy tokens of the eager model under the reference's rules."""
+    cache, chosen = model.new_cache(), []
+    for _ in range(num_tokens):
+        state = state.decay_counts(rules)
+        logits = model(**batch, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
+        chosen.append(int(caption_logits(logits, state, rules).argmax()))
+        state = state.read(chosen[-1:], rules)
+        batch = {"input_ids": torch.tensor([chosen[-1:]])}
+    return chosen
 
 
 @in_v2

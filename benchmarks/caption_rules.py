@@ -1,0 +1,115 @@
+"""Time of the captioner's rules in a step: row by row in Python (the reference), and all rows at once in the plugin.
+
+    benchmarks/caption_rules.py                  # processor time on one thread
+    benchmarks/caption_rules.py --device cuda    # the host's time, and the device's, of a step on a GPU
+
+Prints one JSON line for each number of sessions and of remembered tokens:
+
+    reference_ms   every row by `caption_logits`, as the plugin did until 2026-11-27 (on a CPU)
+    step_ms        vLLM's V1 processor with the tensors of `casa_vllm.caption_rules`: median of the steps
+    device_ms      the same step on the device, of a GPU
+    chunk_ms       a session's next chunk: its state checked, turned into arrays and written to the table
+"""
+
+import argparse
+import json
+import statistics
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate
+
+from casa_engine.live.caption_logits import EXTRA_ARG, CaptionRules, CaptionState, caption_logits, to_dict
+from casa_vllm.caption_processor import CaptionLogitsProcessor
+
+# The published captioner's, with a list of five stop tokens.
+RULES = CaptionRules((151645, 151643, 48275, 58808, 62996), 1.15, 0.99, 5.0, 0.95, 4, 60)
+
+
+def session_state(remembered: int, vocabulary: int, rng: np.random.Generator) -> CaptionState:
+    """Returns the state of a session that remembers so many tokens, none of them about to be forgotten."""
+    ids = rng.permutation(vocabulary)[:remembered].tolist()
+    counts = dict(zip(ids, rng.uniform(0.01, 4, remembered).tolist(), strict=True))
+    return CaptionState(counts).read(rng.integers(0, vocabulary, RULES.ngram_window).tolist(), RULES)
+
+
+def median_ms(work, count: int) -> float:
+    """Returns the median processor time of `count` calls, after two that are not counted."""
+    times = []
+    for _ in range(count + 2):
+        start = time.process_time()
+        work()
+        times.append(1e3 * (time.process_time() - start))
+    return statistics.median(times[2:])
+
+
+def reference_ms(states: list[CaptionState], logits: torch.Tensor, steps: int) -> float:
+    """Returns the time of a step of the reference; every session has just said a token."""
+    kept = list(states)
+
+    def step():
+        for row, state in enumerate(kept):
+            kept[row] = state.read([row], RULES).decay_counts(RULES)
+            logits[row] = caption_logits(logits[row], kept[row], RULES)
+
+    return median_ms(step, steps)
+
+
+def measure(sessions: int, remembered: int, options: argparse.Namespace) -> dict[str, float]:
+    """Returns the times of one line."""
+    device, rng = torch.device(options.device), np.random.default_rng(0)
+    states = [session_state(remembered, options.vocabulary, rng) for _ in range(sessions)]
+    logits = torch.randn(sessions, options.vocabulary)
+    result = {"reference_ms": reference_ms(states, logits, options.reference_steps)}
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=sessions))
+    processor = CaptionLogitsProcessor(config, device, False)
+    outputs = [[] for _ in states]
+    logits = logits.to(device)
+    sent = [SamplingParams(extra_args={EXTRA_ARG: to_dict(state, RULES)}) for state in states]
+
+    def chunks():
+        added = [(row, params, None, outputs[row]) for row, params in enumerate(sent)]
+        processor.update_state(BatchUpdate(sessions, removed=[], added=added, moved=[]))
+        processor.apply(logits)
+
+    def step():
+        for row, output in enumerate(outputs):
+            output.append(row)
+        processor.apply(logits)
+
+    all_chunks = median_ms(chunks, 3)
+    result["step_ms"] = median_ms(step, options.steps)
+    result["chunk_ms"] = max(0.0, all_chunks - result["step_ms"]) / sessions
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(options.steps):
+            step()
+        end.record()
+        end.synchronize()
+        result["device_ms"] = start.elapsed_time(end) / options.steps
+    return result
+
+
+def main() -> None:
+    """Parses the command line and prints the lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 32, 128])
+    parser.add_argument("--remembered", type=int, nargs="+", default=[100, 573, 1077])
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--reference-steps", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for sessions in options.sessions:
+        for remembered in options.remembered:
+            times = {name: round(value, 3) for name, value in measure(sessions, remembered, options).items()}
+            print(json.dumps({"sessions": sessions, "remembered": remembered, **times}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
