@@ -39,7 +39,7 @@ def test_scores_are_those_of_lmms_eval(metric):
         ("chartqa", "Cat...", {"answer": "cat"}, 1),
         ("realworldqa", "B.", {"answer": "B"}, 1),
         ("realworldqa", "Downhill. ", {"answer": "downhill"}, 1),
-        # lmms-eval 0.7.2 and newer find the letter; the protocol of the published scores does not.
+        # lmms-eval finds the letter since April 2026; the protocol of the published scores does not.
         ("realworldqa", "(B)", {"answer": "B"}, 0),
         ("docvqa", "5.", {"answers": ["5"]}, 1),
         ("infographic_vqa", "a cat.", {"answers": ["dog", "A  Cat"]}, 1),

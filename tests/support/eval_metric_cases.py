@@ -75,7 +75,7 @@ def lmms_score(metric, answer, fields):
         return chartqa_process_results(fields, [without_period])["relaxed_overall"]
     if metric == "realworldqa":
         if fields["answer"].strip().upper() in ("A", "B", "C", "D"):
-            return None  # Since 0.7.2 a letter is looked for in the answer, which was not so when Kyutai measured.
+            return None  # Since April 2026 a letter is looked for in the answer, which was not so when Kyutai measured.
         return realworldqa_process_results(fields, [without_period])["exact_match"]
     if metric == "gqa":
         if any(words != words.strip() or len(words) != len(words.lower()) for words in (answer, fields["answer"])):
