@@ -110,8 +110,9 @@ class LiveEngine:
         """Renders a chunk with vLLM's renderer, which resizes and splits images in a thread.
 
         Raises:
-            InputError: The image is invalid.
+            InputError: vLLM refuses the chunk, in most cases for its image.
         """
+        from vllm.exceptions import VLLMValidationError  # no ValueError
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         prompt: dict[str, Any] = {"prompt_token_ids": list(chunk.token_ids)}
@@ -123,7 +124,7 @@ class LiveEngine:
         try:
             parsed = parse_model_prompt(self.engine.model_config, prompt)
             (rendered,) = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params)
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             raise InputError(str(error)) from error
         return rendered
 
