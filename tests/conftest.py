@@ -33,6 +33,7 @@ class Scheduling(LoadScopeScheduling):
         return folder if folder in SHARED else str(file)
 
 
+@pytest.hookimpl(optionalhook=True)  # also where pytest-xdist is switched off
 def pytest_xdist_make_scheduler(config, log):
     """`--dist loadgroup`, and so a mark for each test, does nothing with pytest 9.2 (pytest-xdist 3.8)."""
     return Scheduling(config, log)

@@ -29,7 +29,7 @@ class Turn:
         kv_tokens: Positions in the text's KV cache afterwards; image tokens too where they stand in the text.
         kv_bytes: Bytes of all KV cache in use afterwards, images included.
         memory_bytes: Most memory during the turn: GPU memory allocated by torch, or resident memory of this process.
-            Of a KV cache that is allocated as a whole on a GPU, only what is in use.
+            Of an engine's KV cache, which is allocated as a whole, only what is in use.
     """
 
     ttft_ms: float
@@ -109,12 +109,14 @@ class Needs:
         image_px: Side of each.
         tokens_per_image: Text tokens that come with each image: delimiters, question, answer.
         concurrency: Conversations at once.
+        has_new_images: Whether no image is shown twice, so that keeping prepared pixels would only fill memory.
     """
 
     images: int
     image_px: int
     tokens_per_image: int
     concurrency: int = 1
+    has_new_images: bool = False
 
     # For roles, the system prompt, the instruction.
     OPENING_TOKENS = 256

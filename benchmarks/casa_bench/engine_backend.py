@@ -69,6 +69,11 @@ class EngineBackend:
             "enforce_eager": settings.enforce_eager,
         }
         self._num_requests = 0
+        if not self.on_gpu:
+            # The system counts what was touched: else memory would seem to grow until each page was in use once.
+            worker = self.engine.engine_core.engine_core.model_executor.driver_worker.worker
+            for pages in worker.model_runner.kv_caches:
+                pages.zero_()
 
     @property
     def pool_bytes(self) -> int:
@@ -153,9 +158,8 @@ class EngineStream:
                     is_open = False
         cpu_ms, memory_bytes = self._meter.read()
         kv_tokens, kv_bytes = self._backend.kv_use(self._name)
-        if self._backend.on_gpu:
-            # torch counts the whole cache, which would hide everything else; the system counts what was touched.
-            memory_bytes += kv_bytes - self._backend.pool_bytes
+        # The whole cache is in it, which would hide everything else.
+        memory_bytes += kv_bytes - self._backend.pool_bytes
         return Turn(
             ttft_ms=1000 * (progress.first_s - prepared_s),
             decode_ms=1000 * (progress.last_s - progress.first_s),
@@ -267,6 +271,7 @@ def start_engine(folder: Path, config: CasaConfig, max_model_len: int, needs: Ne
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     given: dict[str, Any] = {
+        **({"mm_processor_cache_gb": 0} if needs.has_new_images else {}),
         "dtype": settings.dtype,
         "enforce_eager": settings.enforce_eager,
         "max_model_len": max_model_len,

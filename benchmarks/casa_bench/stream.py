@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def needs(settings: Settings) -> Needs:
     """See `Workload`."""
-    return Needs(settings["turns"], settings["image_size"], settings["tokens"] + EXTRA_TOKENS)
+    return Needs(settings["turns"], settings["image_size"], settings["tokens"] + EXTRA_TOKENS, has_new_images=True)
 
 
 def run(backend: Backend, settings: Settings) -> Iterator[Row]:
