@@ -18,8 +18,6 @@ from casa_engine.weight_files import Shapes, stored_tensors
 
 MAP_FILE = "tensor_map.json"
 CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Values of a tensor that are looked at together.
-CHECKED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,10 @@ class TensorMap:
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises CheckpointError if a tensor holds NaN or infinity."""
-    if tensor.dtype not in CHECKED:
+    if tensor.dtype not in CHECKED or not tensor.numel():
         return
-    # In pieces: the masks of a large embedding would take more memory than all else that loading needs.
-    if not all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(CHECKED_AT_ONCE)):
+    # The extremes are NaN where any value is. `isfinite` of all would take masks, and forty times as long.
+    if not all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax()):
         raise CheckpointError(f"tensor {name} holds NaN or infinity; the weights are damaged: download them again.")
 
 
