@@ -7,6 +7,7 @@ Prints one JSON line for each number of sessions and of remembered tokens:
 
     reference_ms   every row by `caption_logits`, as the plugin did until 2026-11-27 (on a CPU)
     step_ms        vLLM's V1 processor with the tensors of `casa_vllm.caption_rules`: median of the steps
+    host_ms        the host's part of a step on Model Runner V2, as on a GPU: all but the rules themselves (on a CPU)
     device_ms      the same step on the device, of a GPU
     chunk_ms       a session's next chunk: its state checked, turned into arrays and written to the table
 """
@@ -16,6 +17,7 @@ import json
 import statistics
 import time
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from vllm.v1.sample.logits_processor import BatchUpdate
 
 from casa_engine.live.caption_logits import EXTRA_ARG, CaptionRules, CaptionState, caption_logits, to_dict
 from casa_vllm.caption_processor import CaptionLogitsProcessor
+from casa_vllm.caption_rules import table
+from casa_vllm.caption_rules.remembered import RememberedRow
+from casa_vllm.v2_caption_sampler import CaptionSampler
 
 # The published captioner's, with a list of five stop tokens.
 RULES = CaptionRules((151645, 151643, 48275, 58808, 62996), 1.15, 0.99, 5.0, 0.95, 4, 60)
@@ -58,12 +63,35 @@ def reference_ms(states: list[CaptionState], logits: torch.Tensor, steps: int) -
     return median_ms(step, steps)
 
 
+def host_ms(states: list[CaptionState], steps: int) -> float:
+    """Returns the time of a step of V2's sampler, in which nothing stands for the two kernels."""
+    count = len(states)
+    zeros = torch.zeros(count, dtype=torch.int32)
+    requests = SimpleNamespace(max_num_reqs=count, device=zeros.device, prefill_len=SimpleNamespace(gpu=zeros))
+    with patch.object(table, "numpy_apply_rules", lambda *arguments: None):
+        sampler = CaptionSampler(SimpleNamespace(req_states=requests))
+        for row, state in enumerate(states):
+            sampler._table.write(row, RememberedRow.of_chunk(state, RULES, ()))
+        batch = SimpleNamespace(
+            idx_mapping=torch.arange(count),
+            idx_mapping_np=np.arange(count),
+            seq_lens=zeros + 1,
+            input_ids=zeros,
+            logits_indices=torch.arange(count),
+        )
+        logits = torch.zeros(count, 8)
+        return median_ms(lambda: sampler.apply_rules(logits, batch), steps)
+
+
 def measure(sessions: int, remembered: int, options: argparse.Namespace) -> dict[str, float]:
     """Returns the times of one line."""
     device, rng = torch.device(options.device), np.random.default_rng(0)
     states = [session_state(remembered, options.vocabulary, rng) for _ in range(sessions)]
     logits = torch.randn(sessions, options.vocabulary)
-    result = {"reference_ms": reference_ms(states, logits, options.reference_steps)}
+    result = {
+        "reference_ms": reference_ms(states, logits, options.reference_steps),
+        "host_ms": host_ms(states, options.steps),
+    }
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=sessions))
     processor = CaptionLogitsProcessor(config, device, False)
     outputs = [[] for _ in states]

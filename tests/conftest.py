@@ -14,8 +14,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ASYNC_TIMEOUT_S = 180
 # Folders whose tests share a cluster, a server or exported models: one worker each.
 SHARED = ("cluster", "serving", "export", "browser")
-# What takes longest is run first, so that no worker is left alone with it at the end.
-ORDER = (*SHARED, "vllm")
+# What takes longest is run first, so that no worker is left alone with it at the end. Engines in the tests' own process
+# are last: what is forked after one, as tests of killed programs do, hangs in the threads that it has left.
+FIRST = ("cluster", "serving", "browser")
+LAST = "vllm"
 
 
 @pytest.fixture
@@ -44,5 +46,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if inspect.iscoroutinefunction(getattr(item, "obj", None)):
             item.add_marker(pytest.mark.timeout(ASYNC_TIMEOUT_S, func_only=True))
-    places = {folder: place for place, folder in enumerate(ORDER)}
-    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
+    places = {folder: place for place, folder in enumerate(FIRST)}
+    places[LAST] = len(places) + 1
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(FIRST)))

@@ -180,9 +180,10 @@ async def first_model(client: Any, address: str) -> str:
 
     listed = json.loads((await client.get("/models", cast_to=httpx.Response)).text)
     served = listed.get("data") if isinstance(listed, dict) else None
-    if not served or not isinstance(served, list) or "id" not in served[0]:
+    first = served[0] if isinstance(served, list) and served else None
+    if not isinstance(first, dict) or not isinstance(first.get("id"), str):
         raise InputError(f"{address} lists no model; expected one: name it with --served-model.")
-    return served[0]["id"]
+    return first["id"]
 
 
 def no_openai_server(address: str, error: Exception) -> InputError:

@@ -32,8 +32,9 @@ def without_key(arguments: list[str]) -> list[str]:
     """Return a command line without the value of --api-key, which no report may hold."""
     hidden, words = False, []
     for word in arguments:
-        if hidden:
-            word = "..."
-        hidden = word == "--api-key"
-        words.append("--api-key=..." if word.startswith("--api-key=") else word)
+        name, equals, _ = word.partition("=")
+        # argparse takes abbreviations too.
+        is_key = not hidden and len(name) > 2 and "--api-key".startswith(name)
+        words.append("..." if hidden else f"{name}=..." if is_key and equals else word)
+        hidden = is_key and not equals
     return words

@@ -91,6 +91,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     datasets = [DataSet(TASKS[name], options.data, is_alone=len(names) == 1) for name in names]
     target = open_target(options)
     try:
+        if not options.resume:
+            refuse_existing(samples)  # again: another run may have begun while the model was loaded
         measure(options, datasets, target, samples, command)
     finally:
         target.close()
@@ -128,7 +130,9 @@ def measure(options: argparse.Namespace, datasets: list[Any], target: Target, sa
     from casa_eval.runner import evaluate, summary
     from casa_eval.sample_log import SampleLog
 
-    system_prompt = default_system_prompt(target.model) if options.system_prompt is None else options.system_prompt
+    # By name or path, as given and as it is: a downloaded snapshot's own folder is called by its hash.
+    named = target.model if options.model is None else f"{options.model} {options.model.resolve()}"
+    system_prompt = default_system_prompt(named) if options.system_prompt is None else options.system_prompt
     protocol = Protocol(options.image_size, options.max_new_tokens, system_prompt, options.limit)
     settings = {
         "model": target.model,

@@ -121,21 +121,24 @@ def find_files(task: Task, config: str | None, root: Path, *, is_alone: bool) ->
         InputError: There are none.
     """
     own, shared = root / task.name, root / task.source.partition("/")[2]
-    place = next((each for each in (own, shared) if each.is_dir()), root if is_alone else own)
-    found = [path for path in walk(place) if is_of_split(path.name, task.split)]
-    if config is not None:
-        inside = [path for path in found if path.parent.name == config]
-        # What is not sorted into folders is this task's where the folder is, and not where two tasks share it.
-        plain = [path for path in found if path.parent == place and place != shared and config == task.config]
-        found = inside or plain
-    of_kind = [path for path in found if path.suffix == PARQUET] or found
-    if not of_kind:
-        folder = f"{config}/" if config else ""
-        raise InputError(
-            f"there is no {folder}{task.split}*{PARQUET} and no {folder}{task.split}*{JSONL} in {place}; expected the "
-            f"files of {task.source}, split {task.split} (docs/evaluation.md)."
-        )
-    return place, of_kind
+    places = [each for each in (own, shared) if each.is_dir()] + ([root] if is_alone else [])
+    for place in places:
+        found = [path for path in walk(place) if is_of_split(path.name, task.split)]
+        if place == root:
+            # It may be the set's own folder, and must not be one of many sets: files of others have the same columns.
+            found = [path for path in found if path.parent in (root, root / "data", root / str(config))]
+        if config is not None:
+            inside = [path for path in found if path.parent.name == config]
+            # What is not sorted into folders is this task's where the folder is, and not where two tasks share it.
+            plain = [path for path in found if path.parent == place and place != shared and config == task.config]
+            found = inside or plain
+        if of_kind := [path for path in found if path.suffix == PARQUET] or found:
+            return place, of_kind
+    folder = f"{config}/" if config else ""
+    raise InputError(
+        f"there is no {folder}{task.split}*{PARQUET} and no {folder}{task.split}*{JSONL} in {[*places, own][0]}; "
+        f"expected the files of {task.source}, split {task.split} (docs/evaluation.md)."
+    )
 
 
 def walk(folder: Path) -> list[Path]:

@@ -73,7 +73,8 @@ class EndpointTarget:
                 if not running:
                     return
                 done, _ = self._runner.run(_first_of(running))
-                for task in done:
+                # Answers first, which would be lost. `exception` marks an error as seen: asyncio would print it.
+                for task in sorted(done, key=lambda each: each.exception() is not None):
                     yield running.pop(task), task.result()
         finally:
             for task in running:

@@ -83,15 +83,17 @@ class ImageSpool:
         key: The column with their names.
         folder: See `read_cell`.
 
-    Raises:
-        InputError: A row has no name or no image.
+    A row without an image is left out: its questions say that there is none.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], key: str, folder: Path) -> None:
         self._file = tempfile.TemporaryFile()
         self._places: dict[str, tuple[int, int]] = {}
         for row in rows:
-            data = read_cell(row.get("image"), folder)
+            try:
+                data = read_cell(row.get("image"), folder)
+            except InputError:
+                continue
             self._places[str(row.get(key))] = (self._file.tell(), len(data))
             self._file.write(data)
 

@@ -6,6 +6,7 @@ lmms-eval --model casa --model_args base_url=http://localhost:8000/v1 --tasks mm
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class Casa(lmms):
         if base_url is not None:
             from casa_eval.endpoint_target import EndpointTarget
 
-            self.target = EndpointTarget(base_url, served_model, api_key, concurrency=concurrency)
+            # Not only from --model_args, which lmms-eval writes into its results.
+            key = api_key or os.environ.get("OPENAI_API_KEY")
+            self.target = EndpointTarget(base_url, served_model, key, concurrency=concurrency)
         else:
             from casa_bench.engine_backend import EngineSettings
             from casa_eval.engine_target import EngineTarget
@@ -86,7 +89,8 @@ class Casa(lmms):
                 max_new_tokens=max_new_tokens,
             )
         self._image_size, self._max_new_tokens = image_size, max_new_tokens
-        self._system_prompt = default_system_prompt(self.target.model) if system_prompt is None else system_prompt
+        named = self.target.model if model is None else f"{model} {Path(str(model)).resolve()}"
+        self._system_prompt = default_system_prompt(named) if system_prompt is None else system_prompt
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer questions; one that gets no answer is an empty text, and an error in the log."""

@@ -85,7 +85,10 @@ def anls(answer: str, references: Sequence[str]) -> float:
 
     Case and the number of blanks do not count; what is less than half alike is 0.
     """
-    likeness = max(_likeness(_one_line(answer), _one_line(each)) for each in references)
+    said = _one_line(answer)
+    # What is less than half as long is less than half alike.
+    near = [each for each in map(_one_line, references) if 2 * min(len(said), len(each)) >= max(len(said), len(each))]
+    likeness = max((_likeness(said, each) for each in near), default=0.0)
     return likeness if likeness >= MIN_SIMILARITY else 0.0
 
 

@@ -39,7 +39,8 @@ class SampleLog:
         if path.exists():
             self._keep_answers(header)
         else:
-            path.write_text(json.dumps(header) + "\n")
+            with path.open("x") as new:
+                new.write(json.dumps(header) + "\n")
         self._file = path.open("r+b")
         self._index()
 

@@ -161,6 +161,8 @@ def as_text(name: str, value: object) -> str:
         raise InputError(f"{name} is {type(value).__name__}; expected a text.")
     if len(value) > MAX_TEXT_CHARACTERS:
         raise InputError(f"{name} has {len(value):,} characters; expected up to {MAX_TEXT_CHARACTERS:,}.")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{name} holds half of a surrogate pair, which is no character; expected a text.")
     return value
 
 
@@ -205,7 +207,7 @@ def ai2d_references(fields: Fields) -> list[str]:
         InputError: The answer is not the number of a choice.
     """
     number = fields["answer"].strip()
-    if not number.isascii() or not number.isdigit() or int(number) >= min(len(fields["options"]), 26):
+    if number not in map(str, range(min(len(fields["options"]), 26))):
         raise InputError(f"answer is {number[:40]!r}; expected the number of one of {len(fields['options'])} choices.")
     return [letter_of(int(number))]
 

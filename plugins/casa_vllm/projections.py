@@ -127,7 +127,8 @@ def has_plain_weight(layer: nn.Module) -> bool:
 def stack_parameters(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """Moves L equal-sized parameters into one tensor (L, ...), of which each becomes a view.
 
-    Before weights are loaded, which are copied into the views. No memory is added: the old storage is free afterwards.
+    Before weights are loaded, which are copied into the views. The old storage is free afterwards; of parameters of
+    1 to 10 MiB PyTorch may keep it on a GPU as holes between others, which only smaller tensors can use.
 
     Mutates:
         The parameters' `data`.

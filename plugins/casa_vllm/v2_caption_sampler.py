@@ -6,6 +6,7 @@ the step's own input: the token that a decode step computes is the one that was 
 """
 
 import logging
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,11 +35,19 @@ class CaptionSampler:
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
         self._states = sampler.req_states
-        self._table = CaptionTable(self._states.max_num_reqs, self._states.device, use_triton=HAS_TRITON)
         self._rows: dict[str, int] = {}
-        # Nobody's row: the kernels are compiled here and not in the first session's request.
-        nobody = torch.full((1,), -1, device=self._states.device)
-        self._table.apply(torch.zeros(1, 2, device=self._states.device), nobody, nobody.int(), np.array([-1]))
+        self._is_profiled = False
+
+    @cached_property
+    def _table(self) -> CaptionTable:
+        # Not made with the sampler: sleep mode discards what is allocated while weights are loaded.
+        return CaptionTable(self._states.max_num_reqs, self._states.device, use_triton=HAS_TRITON)
+
+    def warm_up(self) -> None:
+        """Compiles the kernels, with nobody's row: not in the first session's request."""
+        device = self._states.device
+        nobody = torch.full((1,), -1, device=device)
+        self._table.apply(torch.zeros(1, 2, device=device), nobody, nobody.int(), np.array([-1]))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
@@ -70,9 +79,15 @@ class CaptionSampler:
             self._table.clear(row)
 
     def apply_rules(self, logits: torch.Tensor, input_batch: "InputBatch") -> torch.Tensor:
-        """Returns logits (B, V): a float32 copy if the batch has a session's row, otherwise the same tensor."""
+        """Returns logits (B, V): a float32 copy if the batch has a session's row, otherwise the same tensor.
+
+        Of the first call it is a copy: that is vLLM's memory profiling, which has to count what sessions will cause.
+        """
         if not self._table.has_rules(input_batch.idx_mapping_np):
-            return logits
+            if self._is_profiled:
+                return logits
+            self._is_profiled = True
+            return logits.to(torch.float32, copy=True)
         rows = input_batch.idx_mapping.long()
         # Past the prompt the step computes the token sampled last; before, none was sampled.
         is_past_prompt = input_batch.seq_lens[: len(rows)] > self._states.prefill_len.gpu[rows]

@@ -109,6 +109,8 @@ class CasaModelState(DefaultModelState):
         if not self._is_warm:
             self._is_warm = True
             warm_up_kernels(self.model, self._layers, self.max_num_reqs)
+            if self._captions is not None:
+                self._captions.warm_up()
         metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs)
         # The runner passes NONE while it captures.
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL

@@ -10,6 +10,7 @@ from casa_bench.chat import CHAT
 from casa_bench.cli import main
 from casa_bench.live import is_within, load_of
 from casa_bench.live import summarize as summarize_live
+from casa_bench.model_options import without_key
 from casa_bench.plot import PANELS, POINTS, points
 from casa_bench.published import published_tables
 from casa_bench.report import markdown, read_report
@@ -170,3 +171,17 @@ def test_reports_of_different_workloads_are_not_put_together(tmp_path, capsys):
     assert "the reports are of stream, chat" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none.json"), "--output", str(tmp_path / "both")]) == 1
     assert not list(tmp_path.glob("both*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["--api-key", "sk-1", "--turns", "2"], ["--api-key", "...", "--turns", "2"]),
+        (["--api-key=sk-1"], ["--api-key=..."]),
+        (["--api-k", "sk-1"], ["--api-k", "..."]),
+        (["--ap=sk-1"], ["--ap=..."]),
+        (["--", "x", "--apple", "y"], ["--", "x", "--apple", "y"]),
+    ],
+)
+def test_no_report_holds_a_key(given, kept):
+    assert without_key(given) == kept

@@ -15,7 +15,7 @@ from casa_eval.data import DataSet
 from casa_eval.images import UNIT_PX, decode, scaled_down
 from casa_eval.runner import Protocol, open_questions
 from casa_eval.sample_log import SampleLog
-from casa_eval.tasks import TASKS
+from casa_eval.tasks import TASKS, ai2d_references
 from eval_sets import FILES, GQA_IMAGES, digit_image, image_cell, rows_of, write_jsonl, write_parquet, write_set
 from image_files import encoded, png_bomb
 
@@ -87,6 +87,7 @@ def test_jsonl_is_the_same_rows(task, tmp_path, log):
 def test_the_folder_of_the_set_itself_will_do_for_one_task(published):
     assert DataSet(TASKS["mme"], published / "MME", is_alone=True).paths
     assert DataSet(TASKS["docvqa"], published / "DocVQA", is_alone=True).paths
+    assert DataSet(TASKS["infographic_vqa"], published / "DocVQA", is_alone=True).paths
     with pytest.raises(InputError, match="no test"):
         DataSet(TASKS["mme"], published / "MME", is_alone=False)
 
@@ -95,6 +96,8 @@ def test_two_sets_of_one_download_are_not_taken_for_each_other(tmp_path, capsys)
     write_set(tmp_path, "docvqa", rows_of("docvqa", ANSWERS))
     assert DataSet(TASKS["docvqa"], tmp_path, is_alone=True).paths
     refused(tmp_path, "InfographicVQA/validation*.parquet", capsys=capsys, task="infographic_vqa")
+    # Their columns are those of a set that is not there, too.
+    refused(tmp_path, "no validation*.parquet", capsys=capsys, task="textvqa")
     # Nor where the files lie in the folder that both are named by.
     write_parquet(tmp_path / "two" / "DocVQA" / "validation.parquet", rows_of("docvqa", ANSWERS))
     refused(tmp_path / "two", "InfographicVQA/", capsys=capsys, task="infographic_vqa")
@@ -212,7 +215,7 @@ def test_an_image_file_that_is_too_large_is_not_read(tmp_path, log):
 def test_gqa_without_its_images(published, tmp_path, log, capsys):
     rows = rows_of("gqa", ANSWERS)
     write_set(tmp_path, "gqa", rows)
-    table = [{"id": row["imageId"], "image": row["image"]} for row in rows[1:]]
+    table = [{"id": row["imageId"], "image": row["image"]} for row in rows[1:]] + [{"id": "n0", "image": None}]
     write_parquet(tmp_path / GQA_IMAGES, table)
     asked = questions(DataSet(TASKS["gqa"], tmp_path, is_alone=False), log)
     assert [request.key[0]["id"] for request in asked] == [1, 2, 3, 4]
@@ -220,6 +223,14 @@ def test_gqa_without_its_images(published, tmp_path, log, capsys):
     assert "no image 'n0' in the table of images" in record["error"]
     (tmp_path / GQA_IMAGES).unlink()
     refused(tmp_path, "testdev_balanced_images/testdev*.parquet", capsys=capsys, task="gqa")
+
+
+def test_texts_that_cannot_be_sent_or_counted():
+    with pytest.raises(InputError, match="question holds half of a surrogate pair"):
+        TASKS["mme"].read_fields({"question": "\ud800 what?", "answer": "yes", "category": "a", "question_id": "1"})
+    fields = {"options": ["a", "b"], "answer": "9" * 5_000}
+    with pytest.raises(InputError, match="expected the number of one of 2 choices"):
+        ai2d_references(fields)
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (897, 896), (20_000, 110), (110, 20_000)])

@@ -135,6 +135,8 @@ def test_v2_rows_follow_the_batch():
     sampler.add_row(ROWS["chat"], sent("chat", None, 3, [5, 6, 7]))
     sampler.add_row(ROWS["live"], sent("live", params(), 3, [5, 6, 7]))
     logits = torch.randn(2, V).bfloat16()
+    # The first call is vLLM's memory profiling: it makes the copy that a session would.
+    assert sampler.apply_rules(logits[:1], batch(sampler, ("chat", 3, 0, 7))).dtype == torch.float32
     assert sampler.apply_rules(logits[:1], batch(sampler, ("chat", 3, 0, 7))).dtype == torch.bfloat16
     kept = logits.clone()
     # The prompt in two pieces, then three tokens.

@@ -72,7 +72,7 @@ def _text_heads_kernel(
             source = key_ptr + token * key_stride + kv_head * HEAD_DIM
             key = _prepared_head(source, key_weight_ptr, dims, dim_mask, cos, sin, eps, HEAD_DIM, ROTARY_DIM, HAS_NORM)
             value = tl.load(value_ptr + token * value_stride + kv_head * HEAD_DIM + dims, mask=dim_mask)
-            entry = (slot // BLOCK) * block_stride + kv_head * head_stride + (slot % BLOCK) * slot_stride
+            entry = (slot // BLOCK) * block_stride + kv_head.to(tl.int64) * head_stride + (slot % BLOCK) * slot_stride
             element = cache_ptr.dtype.element_ty
             tl.store(cache_ptr + entry + dims, key.to(element), mask=dim_mask)
             tl.store(cache_ptr + entry + HEAD_DIM + dims, value.to(element), mask=dim_mask)
@@ -104,8 +104,9 @@ def _image_heads_kernel(
         key = _prepared_head(source, weight, dims, dim_mask, cos, sin, eps, HEAD_DIM, ROTARY_DIM, HAS_NORM)
         value = tl.load(source + NUM_HEADS * HEAD_DIM + dims, mask=dim_mask)
         element = cache_ptr.dtype.element_ty
-        cache = tl.load(caches_ptr + layer).to(tl.pointer_type(element))
-        entry = (slot // BLOCK) * block_stride + head * head_stride + (slot % BLOCK) * slot_stride
+        # An address in memory says nothing of its alignment, without which each value would be a store of its own.
+        cache = tl.multiple_of(tl.load(caches_ptr + layer).to(tl.pointer_type(element)), 16)
+        entry = (slot // BLOCK) * block_stride + head.to(tl.int64) * head_stride + (slot % BLOCK) * slot_stride
         tl.store(cache + entry + dims, key.to(element), mask=dim_mask)
         tl.store(cache + entry + HEAD_DIM + dims, value.to(element), mask=dim_mask)
 

@@ -139,7 +139,7 @@ def _window_attention_kernel(
             offsets = block * image_block_stride + (slot % IMAGE_BLOCK) * image_slot_stride
             accumulator, row_max, row_sum = _attend_keys(
                 accumulator, row_max, row_sum, query,
-                image_ptr + kv_head * image_head_stride, offsets, key_mask,
+                image_ptr + kv_head.to(tl.int64) * image_head_stride, offsets, key_mask,
                 key_mask[None, :] & row_mask[:, None], dims, dim_mask,
                 log2_scale, HEAD_DIM, PRECISION,
             )  # fmt: skip
@@ -155,7 +155,7 @@ def _window_attention_kernel(
                 causal = position[None, :] <= (first_position + row_query)[:, None]
                 accumulator, row_max, row_sum = _attend_keys(
                     accumulator, row_max, row_sum, query,
-                    text_ptr + kv_head * text_head_stride, offsets, key_mask,
+                    text_ptr + kv_head.to(tl.int64) * text_head_stride, offsets, key_mask,
                     causal & key_mask[None, :] & row_mask[:, None], dims, dim_mask,
                     log2_scale, HEAD_DIM, PRECISION,
                 )  # fmt: skip
@@ -220,7 +220,7 @@ def _write_pages_kernel(
         cells = tl.arange(0, CELLS_PADDED)
         mask = cells < CELLS
         target = cache_ptr + (slot // BLOCK) * block_stride + (slot % BLOCK) * slot_stride
-        target += (cells // HEAD_DIM) * head_stride + cells % HEAD_DIM
+        target += (cells // HEAD_DIM).to(tl.int64) * head_stride + cells % HEAD_DIM
         element = cache_ptr.dtype.element_ty
         key = tl.load(key_ptr + token * key_stride + cells, mask=mask)
         tl.store(target, key.to(element), mask=mask)
