@@ -77,6 +77,8 @@ def runner_of(engine):
 @in_v2
 def test_equals_eager_cold_and_warm(v2, eager):
     folder, engine = v2
+    engine.scheduler.reset_encoder_cache()
+    engine.forget_text()
     expected = [eager(folder)(prompt, NUM_TOKENS) for prompt in PROMPTS]
     stacked = runner_of(engine).model.model.language_model.stacked_images
     assert stacked.is_usable, "image keys of all layers are to be written in one go, as on a GPU"
