@@ -64,10 +64,7 @@ def run_record(
         "about": about,
         "settings": settings,
         "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "versions": versions(),
-        "machine": machine(),
+        **provenance(),
         "complete": complete,
         "summary": workload.summarize(rows),
         "rows": rows,
@@ -138,6 +135,16 @@ def write_report(workload: Workload, runs: list[Row], prefix: Path) -> list[Path
         paths.append(prefix.with_name(prefix.name + suffix))
         write_atomically(paths[-1], text.encode())
     return paths
+
+
+def provenance() -> dict[str, Any]:
+    """Return when, from what and on what something was measured."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -130,9 +130,8 @@ def measure(options: argparse.Namespace, datasets: list[Any], target: Target, sa
     from casa_eval.runner import evaluate, summary
     from casa_eval.sample_log import SampleLog
 
-    # By name or path, as given and as it is: a downloaded snapshot's own folder is called by its hash.
-    named = target.model if options.model is None else f"{options.model} {options.model.resolve()}"
-    system_prompt = default_system_prompt(named) if options.system_prompt is None else options.system_prompt
+    default_prompt = default_system_prompt(options.model or target.model)
+    system_prompt = default_prompt if options.system_prompt is None else options.system_prompt
     protocol = Protocol(options.image_size, options.max_new_tokens, system_prompt, options.limit)
     settings = {
         "model": target.model,

@@ -89,8 +89,8 @@ class Casa(lmms):
                 max_new_tokens=max_new_tokens,
             )
         self._image_size, self._max_new_tokens = image_size, max_new_tokens
-        named = self.target.model if model is None else f"{model} {Path(str(model)).resolve()}"
-        self._system_prompt = default_system_prompt(named) if system_prompt is None else system_prompt
+        default_prompt = default_system_prompt(self.target.model if model is None else Path(str(model)))
+        self._system_prompt = default_prompt if system_prompt is None else system_prompt
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer questions; one that gets no answer is an empty text, and an error in the log."""

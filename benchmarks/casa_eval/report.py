@@ -9,12 +9,11 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from casa_bench.published import table
-from casa_bench.report import git_commit, machine, versions
+from casa_bench.report import provenance
 from casa_engine.atomic_files import replaced_atomically
 from casa_eval.published import published_table
 from casa_eval.sample_log import SampleLog
@@ -47,10 +46,7 @@ def write_report(
         "about": target.about,
         "settings": settings,
         "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "versions": versions(),
-        "machine": machine(),
+        **provenance(),
         "complete": complete,
         "tasks": tasks,
     }

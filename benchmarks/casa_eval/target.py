@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from casa_bench.backend import Message
@@ -65,9 +66,13 @@ def question(prompt: str, images: list[Any], system_prompt: str) -> list[Message
     return [*system, {"role": "user", "content": content}]
 
 
-def default_system_prompt(model: str) -> str:
-    """Return the system prompt of the protocol for a model of this name, "" for none."""
-    return QWEN_SYSTEM_PROMPT if QWEN in model.lower() else ""
+def default_system_prompt(model: str | Path) -> str:
+    """Return the system prompt of the protocol for a model of this name or path, "" for none.
+
+    A path counts as given and as it is: a downloaded snapshot's own folder is called by its hash.
+    """
+    names = (str(model), str(model.resolve())) if isinstance(model, Path) else (model,)
+    return QWEN_SYSTEM_PROMPT if any(QWEN in name.lower() for name in names) else ""
 
 
 def checked_answer(text: str | None) -> Reply:

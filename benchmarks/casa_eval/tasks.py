@@ -270,6 +270,23 @@ def ai2d_score(answer: str, fields: Fields) -> float:
     return float([metrics.chosen_letter(answer.removeprefix("Answer: "))] == ai2d_references(fields))
 
 
+def documents(name: str, config: str) -> Task:
+    """Return one of the two tasks of the data set of documents."""
+    return Task(
+        name,
+        config,
+        "lmms-lab/DocVQA",
+        "validation",
+        "ANLS*",
+        ("question",),
+        asked_with(ONE_WORD),
+        lambda fields: fields["answers"],
+        anls_score,
+        lists=("answers",),
+        config=config,
+    )
+
+
 # In the order of Kyutai's tables.
 TASKS = {
     task.name: task
@@ -286,32 +303,8 @@ TASKS = {
             chartqa_score,
             group="type",
         ),
-        Task(
-            "docvqa",
-            "DocVQA",
-            "lmms-lab/DocVQA",
-            "validation",
-            "ANLS*",
-            ("question",),
-            asked_with(ONE_WORD),
-            lambda fields: fields["answers"],
-            anls_score,
-            lists=("answers",),
-            config="DocVQA",
-        ),
-        Task(
-            "infographic_vqa",
-            "InfographicVQA",
-            "lmms-lab/DocVQA",
-            "validation",
-            "ANLS*",
-            ("question",),
-            asked_with(ONE_WORD),
-            lambda fields: fields["answers"],
-            anls_score,
-            lists=("answers",),
-            config="InfographicVQA",
-        ),
+        documents("docvqa", "DocVQA"),
+        documents("infographic_vqa", "InfographicVQA"),
         Task(
             "ocrbench",
             "OCRBench",

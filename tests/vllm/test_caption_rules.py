@@ -5,8 +5,6 @@ switched on before triton is imported and must not reach other tests.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from casa_engine.live.caption_logits import CaptionRules, CaptionState, caption_
 from casa_vllm.caption_rules import CaptionTable
 from casa_vllm.caption_rules.remembered import RememberedRow
 from casa_vllm.caption_rules.tensors import FIRST_PAGES, PAGE
+from interpreter_process import check_under_interpreter
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 USE_TRITON = IS_INTERPRETED or torch.cuda.is_available()
@@ -206,11 +205,7 @@ def test_cleared_rows_are_neutral():
 
 @pytest.mark.skipif(USE_TRITON, reason="this session already runs the Triton kernels")
 def test_triton_kernels_under_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    check_under_interpreter(__file__)
 
 
 @pytest.mark.vllm

@@ -4,14 +4,13 @@ They run under Triton's interpreter, in a process of their own (see test_window_
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from casa_engine.rope import axes_rotary_tables, rotary_tables, rotate
 from casa_vllm.ops import write_pages
+from interpreter_process import check_under_interpreter
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 USE_TRITON = IS_INTERPRETED or torch.cuda.is_available()
@@ -28,12 +27,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 @pytest.mark.skipif(USE_TRITON, reason="this session already runs the Triton kernels")
 def test_under_the_interpreter():
-    pytest.importorskip("triton", reason="Triton has no build for this machine")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout
+    check_under_interpreter(__file__)
 
 
 def random(*shape, dtype, seed=0):

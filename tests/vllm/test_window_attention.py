@@ -6,7 +6,6 @@ interpreter has to be switched on before triton is imported and must not reach o
 
 import importlib.util
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from casa_vllm.ops import WindowAttentionMetadata, window_attention, write_pages
+from interpreter_process import check_under_interpreter
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 USE_TRITON = IS_INTERPRETED or torch.cuda.is_available()
@@ -245,11 +245,7 @@ def test_write_pages(dtype):
 
 @pytest.mark.skipif(USE_TRITON, reason="this session already runs the Triton kernels")
 def test_triton_kernels_under_the_interpreter():
-    pytest.importorskip("triton", reason="Triton has no build for this machine")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    check_under_interpreter(__file__)
 
 
 @pytest.mark.skipif(USE_TRITON, reason="compiled by being run, or interpreted")
