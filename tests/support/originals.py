@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from casa_engine.checkpoints import default_processor, random_model
 from casa_engine.configuration import CasaConfig
 from casa_engine.modeling_casa import CasaForConditionalGeneration
+from casa_engine.originals.map_file import read_maps
+from casa_engine.originals.plan import Plan, make_plan
+from casa_engine.originals.snapshot import read_snapshot
 from casa_engine.presets import preset_config
 from casa_engine.tokenization import IMAGE
 
@@ -141,6 +144,31 @@ def original_config(config: CasaConfig, family: str) -> dict:
 
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1))
+
+
+def edit_json(folder: Path, name: str, **fields) -> None:
+    path = folder / name
+    write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | fields)
+
+
+def plan_of(folder: Path, *maps: Path) -> Plan:
+    return make_plan(read_snapshot(folder), read_maps(maps))
+
+
+def logits(model) -> torch.Tensor:
+    """Logits of a short text with an image, in float32."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = {
+        "input_ids": torch.randint(3, 300, (1, 9), generator=generator),
+        "pixel_values": torch.randn(16, 1176, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+    if model.config.is_cross_attention:
+        inputs["insertion_points"] = torch.tensor([[4]])
+    else:
+        inputs["input_ids"][0, 2:6] = model.config.image_token_id
+    with torch.no_grad():
+        return model.float()(**inputs).logits
 
 
 def _forget_marker(path: Path) -> None:
