@@ -6,6 +6,8 @@
 Weights are random bfloat16, under the names that the engine's tables call unverified, in three shards. Each stage is a
 process of its own, so that its peak is its own; DIR needs room for the weights twice. Of the peak, "resident" counts
 what is mapped from the checkpoint's files as well, which the system takes back when it needs room; "own" does not.
+The stage "bare" starts the same engine on a model of a few hundred kB: libraries and KV cache, which the engine's peak
+has in it beside the weights.
 """
 
 import argparse
@@ -29,17 +31,24 @@ from casa_engine.checkpoints import load_model, random_model, weight_bytes
 from casa_engine.presets import preset_config
 from originals import candidate_names, write_original
 
-STAGES = ("write", "convert", "load", "load-converted", "engine")
+STAGES = ("write", "convert", "load", "load-converted", "bare", "engine")
 GIB = 1 << 30
 IMAGE_PX, NUM_TOKENS = 448, 64
+BARE_PRESETS = {"helium": "tiny-llama", "qwen": "tiny-qwen"}
 SAMPLE_S = 0.02
 
 
+def own_bytes() -> int:
+    """Return the memory of this process that is mapped from no file (`RssAnon`)."""
+    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) << 10
+
+
 class Peak:
-    """The most memory that is this process's own (`RssAnon`), sampled by a thread."""
+    """The most memory that is this process's own, sampled by a thread."""
 
     def __init__(self) -> None:
-        self.own_bytes = 0
+        self.own_bytes = own_bytes()
         self._ended = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -49,8 +58,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._ended.wait(SAMPLE_S):
-            (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:")]
-            self.own_bytes = max(self.own_bytes, int(line.split()[1]) << 10)
+            self.own_bytes = max(self.own_bytes, own_bytes())
 
 
 @contextmanager
@@ -63,7 +71,8 @@ def measured(what: str, weights: int) -> Iterator[None]:
     resident = resident_peak_bytes()
     print(
         f"{what}: {seconds:.1f} s, peak {resident / GIB:.2f} GiB resident, {peak.own_bytes / GIB:.2f} GiB own "
-        f"= {peak.own_bytes / weights:.2f}x the weights ({weights / GIB:.2f} GiB)",
+        f"= {peak.own_bytes / weights:.2f}x the weights ({weights / GIB:.2f} GiB); own afterwards "
+        f"{own_bytes() / GIB:.2f} GiB",
         flush=True,
     )
 
@@ -71,9 +80,9 @@ def measured(what: str, weights: int) -> Iterator[None]:
 def run_stage(stage: str, preset: str, work: Path) -> None:
     """Run one stage in this process; prints its figures."""
     original, converted = work / "original", work / "converted"
+    family = "helium" if "Helium" in preset else "qwen"
     if stage == "write":
         model = random_model(preset_config(preset), dtype=torch.bfloat16)
-        family = "helium" if "Helium" in preset else "qwen"
         write_original(model, family, original, candidate_names(family))
         print(f"write: {weight_bytes(model) / GIB:.2f} GiB of weights", flush=True)
         return
@@ -83,6 +92,13 @@ def run_stage(stage: str, preset: str, work: Path) -> None:
             status = casa_checkpoint(["convert", str(original), str(converted)])
         if status:
             raise SystemExit(status)
+    elif stage == "bare":
+        bare = work / "bare"
+        if not bare.exists():
+            small = random_model(preset_config(BARE_PRESETS[family]), dtype=torch.bfloat16)
+            write_original(small, family, bare, candidate_names(family))
+        with measured("engine without weights, start", weights):
+            start_engine(bare).close()
     elif stage == "engine":
         ask_engine(original, weights)
     else:
@@ -93,11 +109,16 @@ def run_stage(stage: str, preset: str, work: Path) -> None:
             sum(parameter.view(torch.int16).max().item() for parameter in model.parameters())
 
 
+def start_engine(folder: Path) -> EngineBackend:
+    """Load an original in place into vLLM, with 1 GiB of KV cache."""
+    needs = Needs(images=1, image_px=IMAGE_PX, tokens_per_image=2 + NUM_TOKENS)
+    return EngineBackend(folder, needs, EngineSettings(kv_cache_gib=1, enforce_eager=True))
+
+
 def ask_engine(folder: Path, weights: int) -> None:
     """Load the original in place into vLLM and ask about an image, twice."""
     with measured("engine, start", weights):
-        needs = Needs(images=1, image_px=IMAGE_PX, tokens_per_image=2 + NUM_TOKENS)
-        backend = EngineBackend(folder, needs, EngineSettings(kv_cache_gib=1, enforce_eager=True))
+        backend = start_engine(folder)
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGE_PX, IMAGE_PX, 3), np.uint8)
     content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": "What is this?"}]
     for question in ("first", "second"):

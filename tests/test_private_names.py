@@ -155,13 +155,16 @@ from vllm.core import _function, public
 class A(Base):
     def f(self, other):
         self._own = other._of_another
-        return self._inherited() + super()._overridden()
+        return self._inherited()
+
+    def _overridden(self):
+        return super()._overridden()
 """
 
 
 def test_another_name_would_be_found():
     tree = ast.parse(ANOTHER)
-    assert own_names(tree) == {"_own"}
+    assert own_names(tree) == {"_own", "_overridden"}
     found = used_names({"casa_vllm.mine": tree})
     assert found == {"thing", "_function", "_of_another", "_inherited", "_overridden"}
     with pytest.raises(AssertionError, match="no such module"):

@@ -174,8 +174,8 @@ class EngineStream:
     def close(self) -> None:
         """See `Stream`."""
         self._backend.engine.abort_request([self._name])
-        while self._backend.engine.has_unfinished_requests():
-            self._backend.engine.step()
+        # Its pages are free; the runner learns it with the next step. Another stream may be open.
+        self._backend.engine.step()
 
     def _add(self, prompt: Any, num_tokens: int) -> None:
         """Send a chunk of a request that stays open, as `AsyncLLM` does: the synchronous engine has no call for it."""

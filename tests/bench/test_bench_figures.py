@@ -16,6 +16,7 @@ from casa_bench.published import published_tables
 from casa_bench.report import markdown, read_report
 from casa_bench.reuse import summarize as summarize_reuse
 from casa_bench.statistics import first_and_last, percentile
+from casa_bench.stream import STREAM
 from casa_bench.stream import summarize as summarize_stream
 from casa_engine.errors import InputError
 
@@ -61,6 +62,21 @@ def test_summary_of_a_stream():
     summary = summarize_stream(rows)
     assert (summary["turns"], summary["kv_tokens"], summary["kv_bytes"]) == (100, 99, 99)
     assert summary["ttft_ms"] == (4.5, 94.5)
+    assert set(summary["beside_fresh"].values()) == {None}
+
+
+def test_neighbours_tell_growth_from_the_machines_own_speed():
+    alone = [turn(number, ttft_ms=float(number)) for number in range(100)]
+    # The machine is ten times slower in the second half; the long stream is 1.5x the fresh one all along.
+    speeds = [1.0] * 5 + [10.0] * 5
+    paired = [
+        turn(100 + number, ttft_ms=6.0 * speed, cpu_ms=None, fresh=turn(number, ttft_ms=4.0 * speed))
+        for number, speed in enumerate(speeds)
+    ]
+    summary = summarize_stream(alone + paired)
+    assert (summary["turns"], summary["kv_tokens"], summary["ttft_ms"]) == (100, 99, (4.5, 94.5))
+    assert summary["beside_fresh"] == {"ttft_ms": 1.5, "total_ms": 1.0, "cpu_ms": None}
+    assert STREAM.cells(summary)[-1] == "1.50 / 1.00 / -"
 
 
 def test_summary_of_reuse():

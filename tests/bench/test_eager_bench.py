@@ -41,6 +41,15 @@ def stream(tmp_path, folder, *options):
     return run
 
 
+def test_a_fresh_stream_beside_a_long_one_keeps_its_own(checkpoint, tmp_path):
+    rows = stream(tmp_path, checkpoint("ca"), "--paired-turns", 2)["rows"]
+    assert [row["turn"] for row in rows] == list(range(TURNS + 2))
+    kept = [row["kv_tokens"] for row in rows]
+    assert [after - before for before, after in pairwise(kept)] == [TURN_TOKENS] * (TURNS + 1)
+    fresh = [row["fresh"] for row in rows if "fresh" in row]
+    assert [(row["turn"], row["kv_tokens"]) for row in fresh] == list(enumerate(kept[:2]))
+
+
 @pytest.mark.parametrize(
     ("fusion", "tokens", "text_caches"), [("ca", TURN_TOKENS, 1), ("ca_tv", TURN_TOKENS, 2), ("insertion", 34, 1)]
 )

@@ -1,6 +1,7 @@
 """`casa bench` with vLLM in this process: its pages are counted, and it keeps what the eager model keeps."""
 
 import os
+from contextlib import closing
 from unittest import mock
 
 import pytest
@@ -64,6 +65,17 @@ def test_a_stream_keeps_what_the_eager_model_keeps(engine, checkpoint):
     page_bytes = turns[0].kv_bytes // (text_pages[0] + 1)
     # One page for the 16 tokens of the latest image, however many there were.
     assert [turn.kv_bytes for turn in turns] == [(pages + 1) * page_bytes for pages in text_pages]
+    assert pages_in_use(engine) == 0
+
+
+def test_a_stream_ends_beside_another(engine):
+    with closing(engine.open_stream()) as stream:
+        stream.turn(noise_frame(0, 0, SIDE_PX), TOKENS)
+        alone = pages_in_use(engine)
+        with closing(engine.open_stream()) as fresh:
+            fresh.turn(noise_frame(1, 0, SIDE_PX), TOKENS)
+        assert pages_in_use(engine) == alone
+        stream.turn(noise_frame(0, 1, SIDE_PX), TOKENS)
     assert pages_in_use(engine) == 0
 
 
