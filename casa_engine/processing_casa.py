@@ -13,7 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from casa_engine.errors import InputError
 from casa_engine.image_inputs import pad_insertion_points
-from casa_engine.image_patches import byte_patches
+from casa_engine.image_patches import resized_pixels
 from casa_engine.image_preparation import EncodedImage, as_image
 from casa_engine.padding import pad_rows
 from casa_engine.rope import image_token_counts
@@ -141,12 +141,12 @@ class CasaProcessor(ProcessorMixin):
         return {name: torch.cat([one[name] for one in cut]) for name in ("pixel_values", "image_grid_thw")}
 
     def image_bytes(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepares one image and cuts it into patches: uint8 (P, 588) and int64 (3,), for `image_patches.PatchValues`.
+        """Prepares and resizes one image: uint8 (P, 588) and int64 (3,), for `image_patches.PatchValues`.
 
         Raises:
             InputError: It is no image, or cannot be resized.
         """
-        return byte_patches(self.image_processor, self._prepared(image))
+        return resized_pixels(self.image_processor, self._prepared(image))
 
     @staticmethod
     def _prepared(image: Any) -> Image.Image:

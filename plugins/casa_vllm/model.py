@@ -277,8 +277,8 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         """Runs the vision encoder, and the norm behind it where there is one.
 
         Args:
-            pixel_values: uint8 (P, 588) patches of I images (see `casa_engine.image_patches`).
-            image_grid_thw: int64 (I, 3).
+            pixel_values: uint8 (P, 588): the levels of I images (see `casa_engine.image_patches`).
+            image_grid_thw: int64 (I, 3), on the CPU.
 
         Returns:
             I tensors (N, C).
@@ -287,7 +287,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         if pixel_values is None or grids is None:
             return []
         visual = self.model.visual
-        images = visual(self.patch_values(pixel_values).to(visual.dtype), grid_thw=grids.tolist())
+        images = visual(self.patch_values(pixel_values, grids, visual.dtype), grid_thw=grids.tolist())
         if self.model.image_norm is not None:
             images = self.model.image_norm(images)
         return images.split(image_token_counts(grids, self.merge_size))

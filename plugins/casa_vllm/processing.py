@@ -45,7 +45,7 @@ from casa_vllm.image_items import ImageItemCache, ImageParser, content_key, unkn
 # Default of the most image tokens in a prompt; `--hf-overrides` sets the configuration's own value.
 DEFAULT_MAX_PROMPT_TOKENS = 262_144
 MAX_PROMPT_IMAGES = 1024
-# Images of one prompt that are decoded, resized and split concurrently, each with its full-size pixels in memory:
+# Images of one prompt that are decoded and resized concurrently, each with its full-size pixels in memory:
 # see docs/limits.md.
 MAX_DECODERS = 4
 
@@ -236,9 +236,9 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         return {**found, **processed}
 
     def _process(self, image: Any) -> MultiModalKwargsItem:
-        """Decodes an image if necessary, resizes and splits it. Its item shares no memory with others."""
-        patches, grid = self.info.get_hf_processor().image_bytes(image)
-        inputs = BatchFeature({"pixel_values": patches, "image_grid_thw": grid[None]})
+        """Decodes an image if necessary and resizes it. Its item shares no memory with others."""
+        pixels, grid = self.info.get_hf_processor().image_bytes(image)
+        inputs = BatchFeature({"pixel_values": pixels, "image_grid_thw": grid[None]})
         return MultiModalKwargsItems.from_hf_inputs(inputs, self._get_mm_fields_config(inputs, {}))["image"][0]
 
     def _get_mm_fields_config(

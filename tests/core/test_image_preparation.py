@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from casa_engine.checkpoints import default_processor
 from casa_engine.errors import InputError
-from casa_engine.image_patches import PatchValues
+from casa_engine.image_patches import PatchValues, resized_pixels
 from casa_engine.image_preparation import as_image, prepare_image, read_image, without_texts
 from casa_engine.presets import preset_config
 from image_files import encoded
@@ -36,11 +37,55 @@ def test_all_paths_see_the_same(name, processor):
     assert np.array_equal(np.asarray(prepare_image(opened)), np.asarray(file))
     large = file.resize((56, 84), Image.Resampling.NEAREST)
     expected = processor.process_images([large])
-    patches, grid = processor.image_bytes(large)
-    assert torch.equal(PatchValues(processor.image_processor)(patches), expected["pixel_values"])
+    pixels, grid = processor.image_bytes(large)
+    assert torch.equal(PatchValues(processor.image_processor)(pixels, grid[None]), expected["pixel_values"])
     assert torch.equal(grid, expected["image_grid_thw"][0])
     again = processor.process_images([Image.open(BytesIO(data))])
     assert torch.equal(again["pixel_values"], processor.process_images([file])["pixel_values"])
+
+
+class ArrayProcessor(Qwen2VLImageProcessorPil):
+    """With another backend's name: what it resizes with is asked of the processor, as with torchvision's."""
+
+    backend = "arrays"
+
+
+SIZES = [(1, 1), (28, 28), (56, 56), (57, 113), (3, 400), (400, 3), (448, 448), (1500, 1000), (2000, 30)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", [Qwen2VLImageProcessorPil, ArrayProcessor])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}},
+        {"resample": Image.Resampling.BILINEAR, "patch_size": 16, "merge_size": 4, "temporal_patch_size": 3},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "rescale_factor": 1 / 127.5, "merge_size": 1},
+        {"do_normalize": False},
+    ],
+    ids=["published", "other patches", "other values", "not normalised"],
+)
+def test_sent_pixels_become_the_processors_values(size, kind, options):
+    images = kind(**options)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    expected = images(images=[image], return_tensors="pt")
+    pixels, grid = resized_pixels(images, image)
+    assert torch.equal(grid, expected["image_grid_thw"][0])
+    assert pixels.dtype == torch.uint8
+    assert pixels.numel() * images.temporal_patch_size == expected["pixel_values"].numel()
+    values = PatchValues(images)
+    for dtype in (torch.bfloat16, torch.float32):  # In this order: a table in 16 bits is not kept.
+        assert torch.equal(values(pixels, grid[None], dtype), expected["pixel_values"].to(dtype))
+
+
+def test_a_processor_that_does_not_resize():
+    images = Qwen2VLImageProcessorPil(do_resize=False)
+    fits = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8))
+    pixels, grid = resized_pixels(images, fits)
+    expected = images(images=[fits], return_tensors="pt")["pixel_values"]
+    assert torch.equal(PatchValues(images)(pixels, grid[None]), expected)
+    with pytest.raises(InputError, match=r"an image is 84x57 px, .* multiples of 28"):
+        resized_pixels(images, fits.resize((84, 57)))
 
 
 @pytest.mark.parametrize(

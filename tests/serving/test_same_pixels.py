@@ -33,9 +33,9 @@ def auto_processor():
 
 
 def of_patches(processor, image) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the plugin prepares an image and the model in vLLM opens its patches."""
-    patches, grid = processor.image_bytes(image)
-    return PatchValues(processor.image_processor)(patches), grid[None]
+    """As the plugin prepares an image and the model in vLLM opens it."""
+    pixels, grid = processor.image_bytes(image)
+    return PatchValues(processor.image_processor)(pixels, grid[None]), grid[None]
 
 
 def of_export_run(path, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -124,10 +124,14 @@ def test_an_items_memory_is_its_own(renderer):
 
 def test_the_encoder_gets_what_the_eager_model_gets(processor):
     hf = processor.info.get_hf_processor()
-    image = picture(3, 300, 411)
-    assert torch.equal(
-        PatchValues(hf.image_processor)(hf.image_bytes(image)[0]), hf.process_images([image])["pixel_values"]
-    )
+    images = [picture(3, 300, 411), picture(4), picture(5, 900, 20)]
+    expected = hf.process_images(images)
+    pixels, grids = zip(*map(hf.image_bytes, images), strict=True)
+    grids = torch.stack(grids)
+    values = PatchValues(hf.image_processor)
+    assert torch.equal(grids, expected["image_grid_thw"])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(values(torch.cat(pixels), grids, dtype), expected["pixel_values"].to(dtype))
 
 
 def test_names_point_to_what_was_sent_last(renderer):
