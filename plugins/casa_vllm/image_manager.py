@@ -2,7 +2,9 @@
 
 A request's row is the pages of its images in order. Pages are allocated when a window opens, or
 found by content if any request had the same image before, and released when the window has
-passed; they then stay cached until they are evicted:
+passed; they then stay cached until they are evicted. A session's frames, which nobody but the
+session has seen, are evicted first: a live stream shows no frame twice, and would otherwise push
+everything else out of the cache in seconds.
 
     t   0 . . 4 . . . 9 . . .          row after token 9 is processed
     image 0  |  1     |                [null null | b | c c c]       image 0 is released
@@ -73,6 +75,8 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self._pins: dict[str, dict[int, list[KVCacheBlock]]] = {}
         # Pages allocated in this step, by block id: in the cache, but written only when the step runs.
         self._unwritten: dict[int, str] = {}
+        # Pages that a session allocated and that were never found by content since, by block id.
+        self._unshared_frames: set[int] = set()
         self._share_unwritten = True
         self._max_pages_in_use = 2 * self.step_pages
 
@@ -309,6 +313,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         row.first_kept = end
         self.counters.pages_released += len(released)
         self._release(released)
+        self._evict_first(released)
 
     def _pages_for(
         self, request: Request, image: int, images: RequestImages, new_pages: dict[bytes, list[KVCacheBlock]]
@@ -331,6 +336,8 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self.counters.pages_in_use += len(blocks)
         self.counters.images_encoded += 1
         if self.enable_caching:
+            if request.resumable:
+                self._unshared_frames.update(block.block_id for block in blocks)
             for page, block in enumerate(blocks):
                 self.block_pool._insert_block_hash(
                     make_block_hash_with_group_id(_page_key(key, page), self.kv_cache_group_id), block, None
@@ -341,11 +348,20 @@ class ImageCacheManager(SingleTypeKVCacheManager):
     def _touch(self, blocks: list[KVCacheBlock]) -> None:
         self.counters.pages_in_use += sum(block.ref_cnt == 0 for block in blocks)
         self.block_pool.touch(blocks)
+        self._unshared_frames.difference_update(block.block_id for block in blocks)
 
     def _release(self, blocks: list[KVCacheBlock]) -> None:
         self.counters.pages_in_use -= self._num_last_uses(blocks)
         # Last page first, so that an image is lost from its end.
         self.block_pool.free_blocks(reversed(blocks))
+
+    def _evict_first(self, released: list[KVCacheBlock]) -> None:
+        """Moves a session's passed frames to where the next pages are taken from; others keep their turn (LRU)."""
+        free = [block for block in reversed(released) if block.block_id in self._unshared_frames and not block.ref_cnt]
+        for block in free:
+            self.block_pool.free_block_queue.remove(block)
+            self._unshared_frames.discard(block.block_id)
+        self.block_pool.free_block_queue.prepend_n(free)
 
     @staticmethod
     def _num_last_uses(blocks: list[KVCacheBlock]) -> int:

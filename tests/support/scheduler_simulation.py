@@ -161,6 +161,10 @@ class SymbolicWorker:
         names = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(names, {name: index for index, name in enumerate(names)}, sampled)
 
+    def num_computed(self, name: str) -> int:
+        """Tokens that were computed before the request's latest step: behind its first, those that were cached."""
+        return self._requests[name].computed
+
     def _send_row(self, name: str, tokens: list[int], features: list, rows: Any, computed: int) -> None:
         self._requests[name] = SimpleNamespace(
             tokens=tokens, features=features, rows=[list(row) for row in rows], computed=computed

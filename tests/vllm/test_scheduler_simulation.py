@@ -166,6 +166,48 @@ def test_a_session_preempted_with_its_last_token_on_its_way(checkpoints):
     assert len(session.answered) == 2
 
 
+def watch(simulation, session, num_frames):
+    for _ in range(num_frames):
+        simulation.send_next(session)
+        while session.pending:
+            simulation.step()
+
+
+def ask(simulation, chunk):
+    """Asks, and returns how many of the prompt's tokens were cached."""
+    client = simulation.open([chunk])
+    simulation.step()
+    num_cached = simulation.worker.num_computed(client.name)
+    while not client.is_done:
+        simulation.step()
+    return num_cached
+
+
+@pytest.mark.parametrize("kind", ["first-come", "ca_tv", "async"])
+def test_a_sessions_frames_leave_the_rest_in_the_cache(checkpoints, kind):
+    simulation = Simulation(checkpoints("tiny-llama", fusion="ca"), **KINDS[kind])
+    images, frames = simulation.scheduler.image_managers[0], range(1000, 1080)
+    chat = Chunk([1] * 33, [Picture(7, 16, 20)], max_tokens=2)
+    assert ask(simulation, chat) == 0
+    # All of them together fill the cache several times.
+    assert 4 * len(frames) > 2 * simulation.num_free_blocks
+    session = simulation.open([Chunk([2], [Picture(frame, 32, 0)]) for frame in frames], is_session=True)
+    watch(simulation, session, 40)
+    # The one that is seen now is asked about, and again when it has passed.
+    about_a_frame = Chunk([3] * 3, [Picture(frames[40], 32, 1)], max_tokens=2)
+    num_encoded = images.counters.images_encoded
+    ask(simulation, about_a_frame)
+    watch(simulation, session, 20)
+    ask(simulation, about_a_frame)
+    assert images.counters.images_encoded == num_encoded + 20
+    watch(simulation, session, 19)
+    assert ask(simulation, chat) == 32
+    assert images.counters.images_encoded == num_encoded + 39, "the chat's image is found, too"
+    simulation.close(session)
+    finish(simulation)
+    assert simulation.free_blocks() == simulation.num_free_blocks
+
+
 @pytest.mark.slow
 def test_many_mixes_end_and_lose_nothing(simulation):
     for seed in range(1000, 4000):
