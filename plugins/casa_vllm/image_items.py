@@ -75,7 +75,7 @@ class ImageItemCache(MultiModalProcessorOnlyCache):
     def __init__(self, model_config: Any) -> None:
         super().__init__(model_config)
         self._names: LRUCache[str, str] = LRUCache(MAX_NAMES)
-        # One thread renders, but vLLM clears the cache from others.
+        # Several threads render, and vLLM clears the cache from others.
         self._lock = threading.Lock()
 
     def get(self, key: str) -> MultiModalKwargsItem | None:

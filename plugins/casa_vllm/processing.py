@@ -45,7 +45,7 @@ from casa_vllm.image_items import ImageItemCache, ImageParser, content_key, unkn
 # Default of the most image tokens in a prompt; `--hf-overrides` sets the configuration's own value.
 DEFAULT_MAX_PROMPT_TOKENS = 262_144
 MAX_PROMPT_IMAGES = 1024
-# Images of one prompt that are decoded and resized concurrently, each with its full-size pixels in memory:
+# Images of all prompts that are decoded and resized concurrently, each with its full-size pixels in memory:
 # see docs/limits.md.
 MAX_DECODERS = 4
 

@@ -1,21 +1,37 @@
 """vLLM's renderer, which checks the parts of messages and binds the clients' names of images to the client.
 
 It runs for every path, and in the task of the request, whose context has the owner of the names
-(`casa_engine.image_owner`); the image processor runs in a thread without that context.
+(`casa_engine.image_owner`); the image processor runs in threads without that context.
+
+vLLM has a single thread for images, whatever `--renderer-num-workers` is: its caches in the server and in the engine
+must see images in one order. Ours need not agree (`image_items.py`), so here the option counts for images, too.
 """
 
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from vllm.renderers.hf import HfRenderer
+from vllm.utils.async_utils import make_async
 
 from casa_engine.image_owner import scope_image_name
 from casa_vllm.content_parts import checked_messages
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 MODE = "casa"
 
 
 class CasaRenderer(HfRenderer):
     """Registered under vLLM's tokenizer mode "casa", which CASA's config hook chooses."""
+
+    def __init__(self, config: "VllmConfig", tokenizer: Any) -> None:
+        super().__init__(config, tokenizer)
+        num_workers = config.model_config.renderer_num_workers
+        self._process_images_async = None
+        if num_workers > 1:
+            workers = ThreadPoolExecutor(num_workers, "casa-render")
+            self._process_images_async = make_async(super()._process_tokens, executor=workers)
 
     def render_messages(self, messages: list[Any], params: Any) -> Any:
         """Renders messages as vLLM does, after checking them."""
@@ -38,7 +54,10 @@ class CasaRenderer(HfRenderer):
         return super()._process_tokens(with_owned_names(prompt), **options)
 
     async def _process_tokens_async(self, prompt: Any, **options: Any) -> Any:
-        return await super()._process_tokens_async(with_owned_names(prompt), **options)
+        prompt = with_owned_names(prompt)
+        if self._process_images_async is None or not prompt.get("multi_modal_data"):
+            return await super()._process_tokens_async(prompt, **options)
+        return await self._process_images_async(prompt, **options)
 
 
 def with_owned_names(prompt: dict[str, Any]) -> dict[str, Any]:

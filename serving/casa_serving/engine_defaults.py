@@ -24,6 +24,9 @@ EMBEDDED_NAME = "casa-tiny-digits"
 # A conversation's old images cost a CASA model nothing but their encoding, so the count is
 # bounded by what one request may reasonably carry, not by the context.
 MAX_IMAGES = 256
+# Threads that render requests, where there are four times as many cores: each has a tokenizer of its own, and images
+# are decoded by four threads at most (see docs/limits.md).
+MAX_RENDERERS = 4
 HTTP_PLUGIN = "casa_http"
 LIVE_PLUGIN = "casa_live"
 # From the signal to the exit: below the 10 s after which `docker stop` kills.
@@ -82,6 +85,8 @@ def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> di
         # JSON may hold blanks anywhere, and a small model can go on writing them for ever.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=embedded),
     }
+    if not on_cpu:  # On a CPU the model needs the cores.
+        arguments["renderer_num_workers"] = num_renderers(os.cpu_count() or 1)
     if embedded:
         arguments |= {
             "served_model_name": [EMBEDDED_NAME],
@@ -93,6 +98,11 @@ def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> di
             "enforce_eager": on_cpu,
         }
     return arguments
+
+
+def num_renderers(num_cores: int) -> int:
+    """Returns the number of threads that render requests on a machine with a GPU."""
+    return max(1, min(MAX_RENDERERS, num_cores // 4))
 
 
 def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from casa_serving import cli
+from casa_serving import cli, engine_defaults
 from casa_serving.engine_defaults import embedded_checkpoint
 from image_files import data_url, encoded, plain
 from serving_process import CASA_SERVE, casa_serve
@@ -121,7 +121,7 @@ def test_the_command_itself_exits_with_the_sentence(tmp_path):
 # Whoever asks CUDA before vLLM has said how makes it unusable in the engine's process, on every GPU.
 ASKED = """
 import os, sys, torch
-from casa_serving import cli
+from casa_serving import cli, engine_defaults
 
 def ask(*_):
     assert os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") == "1", "CUDA was asked"
@@ -180,6 +180,15 @@ def test_the_embedded_model_is_not_compiled_on_a_cpu(monkeypatch, on_cpu):
     monkeypatch.setattr(cli, "runs_on_cpu", lambda: on_cpu)
     assert cli.parse([])[0].enforce_eager is on_cpu
     assert not cli.parse(["--no-enforce-eager"])[0].enforce_eager
+
+
+def test_renderers_by_cores_beside_a_gpu(monkeypatch, random_checkpoint):
+    assert [engine_defaults.num_renderers(cores) for cores in (1, 7, 8, 16, 128)] == [1, 1, 2, 4, 4]
+    monkeypatch.setattr(engine_defaults.os, "cpu_count", lambda: 16)
+    assert cli.parse([str(random_checkpoint)])[0].renderer_num_workers == 1
+    monkeypatch.setattr(cli, "runs_on_cpu", lambda: False)
+    assert cli.parse([str(random_checkpoint)])[0].renderer_num_workers == 4
+    assert cli.parse([str(random_checkpoint), "--renderer-num-workers", "2"])[0].renderer_num_workers == 2
 
 
 @pytest.mark.slow

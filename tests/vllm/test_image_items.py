@@ -1,6 +1,8 @@
 """The two processes' caches of images: no sequence of requests makes one believe what the other does not hold."""
 
+import asyncio
 import random
+import threading
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from casa_engine.errors import InputError
 from casa_engine.image_owner import OWNER, scope_image_name
 from casa_engine.image_patches import PatchValues
+from casa_engine.image_preparation import EncodedImage
 from vllm_harness import Engine, Prompt, picture
 
 pytestmark = pytest.mark.vllm
@@ -17,21 +20,26 @@ MARKER = "<|image_pad|>"
 CACHE_GB = 60_000 / 2**30
 
 
-@pytest.fixture(scope="module")
-def renderer(checkpoints):
-    """What the API process has: vLLM's renderer, with the processor and its cache. There is no engine."""
+def new_renderer(folder, **options):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers.registry import renderer_from_config
 
     config = EngineArgs(
-        str(checkpoints("tiny-qwen", fusion="ca_tv")),
+        str(folder),
         dtype="float32",
         max_model_len=1024,
         max_num_batched_tokens=512,
         limit_mm_per_prompt={"image": 250},
         mm_processor_cache_gb=CACHE_GB,
+        **options,
     ).create_engine_config()
-    made = renderer_from_config(config)
+    return renderer_from_config(config)
+
+
+@pytest.fixture(scope="module")
+def renderer(checkpoints):
+    """What the API process has: vLLM's renderer, with the processor and its cache. There is no engine."""
+    made = new_renderer(checkpoints("tiny-qwen", fusion="ca_tv"))
     yield made
     made.shutdown()
 
@@ -120,6 +128,35 @@ def test_an_items_memory_is_its_own(renderer):
         values = item["pixel_values"].data
         assert values.dtype == torch.uint8
         assert values.untyped_storage().nbytes() == values.nbytes
+
+
+class MetImage(EncodedImage):
+    """An image whose decoding waits until another is being decoded."""
+
+    def __init__(self, number, barrier):
+        self.data, self._barrier, self._picture = bytes([number]), barrier, picture(number)
+
+    def decode(self):
+        self._barrier.wait(timeout=60)
+        return self._picture
+
+
+@pytest.mark.parametrize("fusion", ["ca_tv", "insertion"])
+def test_requests_images_are_processed_at_once(checkpoints, fusion):
+    made = new_renderer(checkpoints("tiny-qwen", fusion=fusion), renderer_num_workers=2)
+    barrier = threading.Barrier(2)
+
+    async def work():
+        images = [MetImage(number, barrier) for number in (1, 2)]
+        prompts = [{"prompt": f"Read {MARKER}", "multi_modal_data": {"image": [image]}} for image in images]
+        return await asyncio.gather(*(made.render_cmpl_async([prompt]) for prompt in prompts))
+
+    one, two = asyncio.run(work())
+    hf = made.mm_processor.info.get_hf_processor()
+    for number, [prompt] in ((1, one), (2, two)):
+        [item] = prompt["mm_kwargs"]["image"]
+        assert torch.equal(item["pixel_values"].data, hf.image_bytes(picture(number))[0])
+    made.shutdown()
 
 
 def test_the_encoder_gets_what_the_eager_model_gets(processor):
