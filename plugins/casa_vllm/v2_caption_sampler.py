@@ -53,7 +53,14 @@ class CaptionSampler:
         return getattr(self._sampler, name)
 
     def __call__(self, logits: torch.Tensor, input_batch: "InputBatch") -> Any:
-        """Samples; logits are (B, V)."""
+        """Samples; logits are (B, V).
+
+        The first call is vLLM's memory profiling, which has to count the copy that sessions will cause, and compiles
+        the sampler's kernels: for that copy's type and for the model's own, which requests without rules sample from.
+        """
+        if not self._is_profiled:
+            self._is_profiled = True
+            self._sampler(logits.to(torch.float32, copy=True), input_batch)
         return self._sampler(self.apply_rules(logits, input_batch), input_batch)
 
     def add_row(self, row: int, data: "NewRequestData") -> None:
@@ -79,15 +86,9 @@ class CaptionSampler:
             self._table.clear(row)
 
     def apply_rules(self, logits: torch.Tensor, input_batch: "InputBatch") -> torch.Tensor:
-        """Returns logits (B, V): a float32 copy if the batch has a session's row, otherwise the same tensor.
-
-        Of the first call it is a copy: that is vLLM's memory profiling, which has to count what sessions will cause.
-        """
+        """Returns logits (B, V): a float32 copy if the batch has a session's row, otherwise the same tensor."""
         if not self._table.has_rules(input_batch.idx_mapping_np):
-            if self._is_profiled:
-                return logits
-            self._is_profiled = True
-            return logits.to(torch.float32, copy=True)
+            return logits
         rows = input_batch.idx_mapping.long()
         # Past the prompt the step computes the token sampled last; before, none was sampled.
         is_past_prompt = input_batch.seq_lens[: len(rows)] > self._states.prefill_len.gpu[rows]

@@ -135,8 +135,6 @@ def test_v2_rows_follow_the_batch():
     sampler.add_row(ROWS["chat"], sent("chat", None, 3, [5, 6, 7]))
     sampler.add_row(ROWS["live"], sent("live", params(), 3, [5, 6, 7]))
     logits = torch.randn(2, V).bfloat16()
-    # The first call is vLLM's memory profiling: it makes the copy that a session would.
-    assert sampler.apply_rules(logits[:1], batch(sampler, ("chat", 3, 0, 7))).dtype == torch.float32
     assert sampler.apply_rules(logits[:1], batch(sampler, ("chat", 3, 0, 7))).dtype == torch.bfloat16
     kept = logits.clone()
     # The prompt in two pieces, then three tokens.
@@ -154,6 +152,26 @@ def test_v2_rows_follow_the_batch():
     assert torch.equal(changed[1], wanted(kept[1].float(), outputs))
     sampler.remove_row("live")
     assert sampler.apply_rules(logits, batch(sampler, ("chat", 3, 9, 8), ("live", 6, 6, 9))) is logits
+
+
+def test_v2_profiling_samples_as_with_a_session_and_as_without():
+    """The first call is vLLM's: it counts the copy that a session causes, and compiles the sampler for both types."""
+    from casa_vllm.v2_caption_sampler import CaptionSampler
+
+    types = []
+
+    class Sampler:
+        req_states = SimpleNamespace(max_num_reqs=2, device=torch.device("cpu"))
+
+        def __call__(self, logits, input_batch):
+            types.append(logits.dtype)
+            return logits
+
+    sampler, logits = CaptionSampler(Sampler()), torch.randn(2, V).bfloat16()
+    nobody = SimpleNamespace(idx_mapping_np=np.array([-1]))
+    for _ in range(2):
+        assert sampler(logits, nobody) is logits
+    assert types == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 POISON = (
