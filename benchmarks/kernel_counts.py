@@ -85,8 +85,22 @@ class LaunchCounter(TorchDispatchMode):
             yield self.launches
 
 
-def build(preset: str, num_layers: int, fields: dict[str, Any]) -> torch.nn.Module:
-    """Returns vLLM's model with random weights and caches of a few pages, as it is on a GPU: Triton, plain weights."""
+def build(
+    preset: str,
+    num_layers: int,
+    fields: dict[str, Any],
+    folder: Path,
+    processor_of: Callable[[Any], Any] = default_processor,
+) -> torch.nn.Module:
+    """Returns vLLM's model with random weights and caches of a few pages, as it is on a GPU: Triton, plain weights.
+
+    Args:
+        preset: Tiny preset.
+        num_layers: Layers of the decoder.
+        fields: What differs from the preset.
+        folder: Where its configuration and processor are written, which vLLM reads.
+        processor_of: Makes the processor of a configuration.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
 
@@ -100,16 +114,15 @@ def build(preset: str, num_layers: int, fields: dict[str, Any]) -> torch.nn.Modu
     if getattr(config.text_config, "layer_types", None):
         config.text_config.layer_types = ["full_attention"] * num_layers
     config.architectures = ["CasaForConditionalGeneration"]
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        default_processor(config).save_pretrained(folder)
-        # As on a GPU, where vLLM leaves its layers to torch.compile: inside CA's operator that is their native form.
-        options = {"load_format": "dummy", "dtype": "float32", "enforce_eager": True, "max_model_len": 256}
-        vllm_config = EngineArgs(model=folder, compilation_config={"custom_ops": ["none"]}, **options)
-        vllm_config = vllm_config.create_engine_config()
-        with set_current_vllm_config(vllm_config), torch.no_grad():
-            start_distributed(Path(folder))
-            model = casa_vllm.model.CasaForConditionalGeneration(vllm_config=vllm_config)
+    config.save_pretrained(folder)
+    processor_of(config).save_pretrained(folder)
+    # As on a GPU, where vLLM leaves its layers to torch.compile: inside CA's operator that is their native form.
+    options = {"load_format": "dummy", "dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+    arguments = EngineArgs(model=str(folder), compilation_config={"custom_ops": ["none"]}, **options)
+    vllm_config = arguments.create_engine_config()
+    with set_current_vllm_config(vllm_config), torch.no_grad():
+        start_distributed(folder)
+        model = casa_vllm.model.CasaForConditionalGeneration(vllm_config=vllm_config)
     for module in model.modules():
         module.cpu_linear = torch.nn.functional.linear
     for parameter in model.parameters():
@@ -198,7 +211,8 @@ def count(run: Callable[[], Any]) -> Counter[str]:
 
 def counts_of(name: str) -> dict[str, dict[str, int]]:
     """Returns the launches of a model by name: `decode` of a layer, `frame` of all layers."""
-    model = build(*MODELS[name])
+    with tempfile.TemporaryDirectory() as folder:
+        model = build(*MODELS[name], Path(folder))
     return {"decode": dict(count_decode(model)), "frame": dict(count_frame(model))}
 
 

@@ -192,6 +192,9 @@ class CrossAttention(CacheLayer):
 
     def attend(self, x: torch.Tensor, output: torch.Tensor, metadata: Any) -> None:
         """Runs the operator. Mutates `output` and the text cache."""
+        if self.is_unbound:
+            self._profile(x, output)
+            return
         if metadata is None or not (self.sees_text or metadata.windows.has_image):
             output.zero_()
             return
@@ -211,6 +214,21 @@ class CrossAttention(CacheLayer):
         if self.config.output_bias and not self.sees_text:
             # Without an image CA contributes exactly zero, not the projection's bias.
             output *= windows.tokens_with_image(len(output))[:, None]
+
+    @property
+    def is_unbound(self) -> bool:
+        """Whether vLLM has not allocated the caches yet: it measures what a step needs beside them."""
+        return self.kv_cache.numel() == 0
+
+    def _profile(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Allocates what the layer does in a step, without keys to attend. Mutates `output`: zeros."""
+        if self.sees_text:
+            query = self.projections.split(x if self.is_shared else self.projections.qkv_proj(x)[0])[0]
+            query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        else:
+            query = self._queries(x).flatten(1)
+        self.projections.project_output(torch.zeros_like(query, memory_format=torch.contiguous_format), output)
+        output.zero_()
 
     def _queries(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the (T, H, D) queries of `ca`, which are not rotated."""

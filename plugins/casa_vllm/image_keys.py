@@ -86,6 +86,11 @@ class StackedImageKeys:
                 self.layers[0].projections.norm_eps,
             )
 
+    def profile(self, images: torch.Tensor) -> None:
+        """Allocates what one go of `write` does for (N, C) images, before there are caches."""
+        norms = None if self.norms is None else torch.stack([norm.weight for norm in self.norms])
+        self._project(images[: self._tokens_per_go(images)], norms)
+
     def _tokens_per_go(self, images: torch.Tensor) -> int:
         per_token = len(self.layers) * (images.shape[1] + self._num_rows) * images.element_size()
         return max(WORKSPACE_BYTES // per_token, 1)

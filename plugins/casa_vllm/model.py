@@ -211,6 +211,15 @@ class CasaTextModel(nn.Module):
         for layer in self.image_layers:
             layer.write_images(images, rope, slots[layer.cross_attn.layer_name])
 
+    def profile_images(self, images: torch.Tensor) -> None:
+        """Allocates what `write_images` does for (N, C) images, before there are caches."""
+        if self.stacked_images is not None and self.stacked_images.is_usable:
+            self.stacked_images.profile(images)
+        elif self.image_layers:
+            layer = self.image_layers[0]
+            normed = layer.input_layernorm(images) if layer.normalize_image_tokens else images
+            layer.cross_attn.projections.image_keys(normed)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Hook called by vLLM: stacks q, k, v and gate, up of the checkpoint."""
         return load_stacked(self, weights, has_queries_apart=self.has_queries_apart)
@@ -290,6 +299,9 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         images = visual(self.patch_values(pixel_values, grids, visual.dtype), grid_thw=grids.tolist())
         if self.model.image_norm is not None:
             images = self.model.image_norm(images)
+        if any(layer.cross_attn.is_unbound for layer in self.model.language_model.image_layers[:1]):
+            # vLLM's memory profiling, with the most images of a step; writing their keys comes next in a step.
+            self._profile_images(images, grids)
         return images.split(image_token_counts(grids, self.merge_size))
 
     def write_images(self, images: torch.Tensor, grids: torch.Tensor, slots: dict[str, torch.Tensor]) -> None:
@@ -300,15 +312,24 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
             grids: int64 (I, 3).
             slots: For each CA layer's name, its (N,) int64 cache slots.
         """
-        rope = None
-        if rotates_images(self.config):
-            positions = torch.cat([image_positions(grid, self.config) for grid in grids], dim=1)
-            rope = axes_rotary_tables(
-                async_tensor_h2d(positions, images.device),
-                self.inv_freq,
-                getattr(self.config, "image_mrope_section", None),  # see config_hook.py
-            )
-        self.model.language_model.write_images(images, rope, slots)
+        self.model.language_model.write_images(images, self._image_rope(grids, images.device), slots)
+
+    def _profile_images(self, images: torch.Tensor, grids: torch.Tensor) -> None:
+        rope = self._image_rope(grids, images.device)
+        # The runner joins the tokens of a step's images.
+        self.model.language_model.profile_images(images.clone())
+        del rope
+
+    def _image_rope(self, grids: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns float32 cosines and sines of I images' tokens, (N, D) each; None where rotation is the identity."""
+        if not rotates_images(self.config):
+            return None
+        positions = torch.cat([image_positions(grid, self.config) for grid in grids], dim=1)
+        return axes_rotary_tables(
+            async_tensor_h2d(positions, device),
+            self.inv_freq,
+            getattr(self.config, "image_mrope_section", None),  # see config_hook.py
+        )
 
     @property
     def inv_freq(self) -> torch.Tensor:

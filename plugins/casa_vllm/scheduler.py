@@ -20,6 +20,7 @@ from casa_vllm import compat
 from casa_vllm.encoder_cache import ImageEncoderCacheManager
 from casa_vllm.engine_counters import EngineCounters
 from casa_vllm.image_manager import ImageCacheManager
+from casa_vllm.kv_capacity import report_capacity
 from casa_vllm.metrics import image_stats
 from casa_vllm.request_images import RequestImages
 from casa_vllm.sessions import SessionScheduling
@@ -46,6 +47,7 @@ class ImageScheduling(SessionScheduling):
             )
         assert isinstance(self.encoder_cache_manager, ImageEncoderCacheManager)
         self.encoder_cache_manager.bind(self.image_managers)
+        report_capacity(self.vllm_config, self.kv_cache_config)
         self.engine_counters = EngineCounters(self.vllm_config) if self.log_stats else None
 
     def add_request(self, request: Request) -> None:
