@@ -5,6 +5,7 @@ as long as the first scheduled token can still see it (a text prefix hit, a resu
 the pages of one step are bounded. Everything else is vLLM's.
 """
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from casa_vllm.sessions import SessionScheduling
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.casa_scheduler")
 
 
 class ImageScheduling(SessionScheduling):
@@ -215,5 +218,7 @@ class CasaAsyncScheduler(ImageScheduling, AsyncScheduler):
 def create_scheduler(*args: Any, vllm_config: "VllmConfig", **kwargs: Any) -> Scheduler:
     """Returns the engine's scheduler (`scheduler_cls`); vLLM chooses its kind after the config hook."""
     is_async = vllm_config.scheduler_config.async_scheduling
+    # vLLM has just warned that a custom scheduler may have switched it off.
+    logger.info("CASA's scheduler: asynchronous scheduling is %s.", "on" if is_async else "off")
     scheduler_cls = CasaAsyncScheduler if is_async else CasaScheduler
     return scheduler_cls(*args, vllm_config=vllm_config, **kwargs)
