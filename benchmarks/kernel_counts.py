@@ -156,7 +156,7 @@ def cross_attention_layers(model: torch.nn.Module) -> list[Any]:
 
 def decode_metadata(sees_text: bool) -> Any:
     """Returns what the layers read in a decode step: each sequence has an image and is at its window's third token."""
-    from casa_vllm.cross_attention import CasaAttentionMetadata
+    from casa_vllm.attention_metadata import CasaAttentionMetadata
     from casa_vllm.ops import WindowAttentionMetadata
 
     sequences = torch.arange(NUM_SEQUENCES, dtype=torch.int32)

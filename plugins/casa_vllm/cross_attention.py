@@ -6,7 +6,7 @@ prefix caching and preemption of text apply to it. The whole layer (projections,
 one opaque operator, so that a step without an image can skip all of it for `ca`.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,51 +16,15 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.rope import rotate
+from casa_vllm.attention_metadata import CasaAttentionMetadata, ImageMetadataBuilder, TextMetadataBuilder
 from casa_vllm.image_cache_spec import ImageCacheSpec, ImageLimits
-from casa_vllm.ops import WindowAttentionMetadata, window_attention, write_pages
+from casa_vllm.ops import window_attention, write_pages
 from casa_vllm.projections import AttentionProjections, needs_queries_apart, norm_heads
-
-
-@dataclass
-class CasaAttentionMetadata:
-    """What a CA layer reads from the forward context, under its image cache's layer name.
-
-    Attributes:
-        windows: Segments of the step.
-        relative_positions: (T or more,) int64, position of each token counted from the start of
-            its window; None for `ca`, which has no rotary embedding.
-    """
-
-    windows: WindowAttentionMetadata
-    relative_positions: torch.Tensor | None
-
-
-class GroupMetadataBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
-    """Returns vLLM's per-group metadata unchanged; the runner builds CA's own from it."""
-
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> CommonAttentionMetadata:
-        """Returns the group's block table and slot mapping."""
-        return common_attn_metadata
 
 
 class CasaCacheBackend(AttentionBackend):
@@ -79,14 +43,27 @@ class CasaCacheBackend(AttentionBackend):
         """Unused: CA layers are no `Attention` of vLLM's."""
         raise NotImplementedError("CA layers run through casa_vllm.cross_attention, not an impl.")
 
+
+class ImageCacheBackend(CasaCacheBackend):
+    """Of image caches."""
+
     @staticmethod
-    def get_builder_cls() -> type[GroupMetadataBuilder]:
+    def get_builder_cls() -> type[ImageMetadataBuilder]:
         """Returns the builder of the group's metadata."""
-        return GroupMetadataBuilder
+        return ImageMetadataBuilder
+
+
+class TextCacheBackend(CasaCacheBackend):
+    """Of the text caches of `ca_tv`."""
+
+    @staticmethod
+    def get_builder_cls() -> type[TextMetadataBuilder]:
+        """Returns the builder of the group's metadata."""
+        return TextMetadataBuilder
 
 
 class CacheLayer(nn.Module, AttentionLayerBase):
-    """A KV cache that vLLM allocates and binds, (blocks, Hkv, block size, 2 D).
+    """A KV cache that vLLM allocates and binds, (blocks, Hkv, block size, 2 D); `backend` declares it.
 
     Args:
         vllm_config: The engine's configuration; the layer registers itself there.
@@ -94,6 +71,8 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         num_kv_heads: Hkv on this rank.
         head_size: D.
     """
+
+    backend: type[AttentionBackend]
 
     def __init__(self, vllm_config: VllmConfig, layer_name: str, num_kv_heads: int, head_size: int) -> None:
         super().__init__()
@@ -107,7 +86,7 @@ class CacheLayer(nn.Module, AttentionLayerBase):
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Returns the backend, whose builder makes the metadata of the layer's group."""
-        return CasaCacheBackend
+        return self.backend
 
     def _spec_fields(self, vllm_config: VllmConfig) -> dict[str, Any]:
         return {
@@ -120,6 +99,8 @@ class CacheLayer(nn.Module, AttentionLayerBase):
 
 class TextCache(CacheLayer):
     """Text keys of `ca_tv`, rotated relative to their window's start, and values."""
+
+    backend = TextCacheBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """Returns the same spec as self-attention's, so that it joins the text groups."""
@@ -138,6 +119,8 @@ class CrossAttention(CacheLayer):
         inv_freq: float32 (D / 2,), the same for image keys.
         prefix: Name of the layer.
     """
+
+    backend = ImageCacheBackend
 
     def __init__(
         self,
@@ -190,7 +173,14 @@ class CrossAttention(CacheLayer):
         torch.ops.vllm.casa_cross_attention(x, output, self.layer_name)
         return output
 
-    def attend(self, x: torch.Tensor, output: torch.Tensor, metadata: Any) -> None:
+    def step_metadata(self, metadata: dict[str, Any] | None) -> CasaAttentionMetadata | None:
+        """Returns what the layer reads of the forward context's metadata; None where it adds nothing."""
+        step = metadata.get(self.layer_name) if metadata else None
+        if step is None or self.text_cache is None:
+            return step
+        return step.with_text(metadata[self.text_cache.layer_name])
+
+    def attend(self, x: torch.Tensor, output: torch.Tensor, metadata: CasaAttentionMetadata | None) -> None:
         """Runs the operator. Mutates `output` and the text cache."""
         if self.is_unbound:
             self._profile(x, output)
@@ -295,9 +285,8 @@ class CrossAttention(CacheLayer):
 
 def _casa_cross_attention(x: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
     context = get_forward_context()
-    metadata = context.attn_metadata
     layer = context.no_compile_layers[layer_name]
-    layer.attend(x, output, metadata.get(layer_name) if metadata else None)
+    layer.attend(x, output, layer.step_metadata(context.attn_metadata))
 
 
 def _casa_cross_attention_fake(x: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:

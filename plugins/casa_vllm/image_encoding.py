@@ -33,7 +33,7 @@ class ImageToEncode:
 def encode_images(
     model: Any,
     images: list[ImageToEncode],
-    block_sizes: list[int],
+    block_size: int,
     layer_groups: dict[str, int],
     device: torch.device,
 ) -> None:
@@ -42,7 +42,7 @@ def encode_images(
     Args:
         model: The CASA model.
         images: Images of the step.
-        block_sizes: Block size of each image group.
+        block_size: Of the image groups.
         layer_groups: Image group of each CA layer, by the layer's name.
         device: Of the model.
 
@@ -56,8 +56,8 @@ def encode_images(
         start += num_items
         encoded = torch.cat(list(model.embed_multimodal(**inputs)))
         slots = [
-            torch.cat([image.slots(group, size) for image in batch]).to(device)
-            for group, size in enumerate(block_sizes)
+            torch.cat([image.slots(group, block_size) for image in batch]).to(device)
+            for group in range(len(batch[0].pages))
         ]
         model.write_images(
             encoded,

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
+from casa_vllm.attention_metadata import CasaAttentionMetadata
+from casa_vllm.cross_attention import CrossAttention
 from casa_vllm.ops import WindowAttentionMetadata
+from casa_vllm.ops.build_segments import build_segments
+from casa_vllm.ops.segments import SegmentTensors
 
 
 def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], max_num_seqs: int) -> None:
-    """Decodes, prefills and writes images, with block 0 for an image and without a slot to write to.
+    """Decodes, prefills, builds segments and writes images, with block 0 for an image and without a slot to write to.
 
     Args:
         model: The CASA model.
@@ -23,6 +26,7 @@ def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], ma
     for num_sequences in _decode_sizes(layer.num_kv_heads, max_num_seqs):
         _attend(layer, num_sequences, query_len=1)
     _attend(layer, num_sequences=1, query_len=2)
+    _build_segments(layer)
     hidden_size, merge = model.config.text_config.hidden_size, model.merge_size
     image = torch.zeros(1, hidden_size, dtype=layer.kv_cache.dtype, device=layer.kv_cache.device)
     nowhere = torch.full((1,), -1, dtype=torch.int64, device=image.device)
@@ -38,6 +42,18 @@ def _decode_sizes(num_kv_heads: int, max_num_seqs: int) -> Iterable[int]:
     for num_sequences in range(1, max_num_seqs + 1):
         sizes.setdefault(decode_splits(num_sequences * num_kv_heads), num_sequences)
     return sizes.values()
+
+
+def _build_segments(layer: CrossAttention) -> None:
+    """Builds the segment of one token, of a whole request and of a part of one."""
+    device = layer.kv_cache.device
+    position, state = (
+        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.zeros(1, 4, dtype=torch.int32, device=device),
+    )
+    tensors = SegmentTensors.empty(torch.zeros_like(state[0, :2]), 1, 1 if layer.sees_text else None)
+    for splits in (None, state):
+        build_segments(tensors, state, position, 1, state, position, splits, use_triton=True)
 
 
 def _attend(layer: CrossAttention, num_sequences: int, query_len: int) -> None:

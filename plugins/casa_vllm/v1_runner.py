@@ -2,22 +2,20 @@
 
 The runner has no hook for a model's own per-step work, so four of its methods are overridden:
 they record the rows that were sent, encode scheduled images into their pages instead of caching the
-encoder's output, gather nothing into the text embeddings, and add the segments for CA layers.
+encoder's output, gather nothing into the text embeddings, and plan the segments that CA's metadata is built of.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
+from casa_vllm.attention_metadata import Step, set_step
 from casa_vllm.image_cache_spec import ImageCacheSpec
 from casa_vllm.image_encoding import ImageToEncode, encode_images
-from casa_vllm.segment_planner import SegmentPlan, WindowTable
-from casa_vllm.segment_tensors import SegmentTensors
+from casa_vllm.window_states import WindowStates
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -31,44 +29,51 @@ class CasaCPUModelRunner(CPUModelRunner):
         """Stock, then looks up the KV-cache groups of the CA layers."""
         super().initialize_kv_cache(kv_cache_config, *args, **kw)
         groups = self.kv_cache_config.kv_cache_groups
-        group_of = {name: gid for gid, group in enumerate(groups) for name in group.layer_names}
         self.image_groups = [gid for gid, group in enumerate(groups) if isinstance(group.kv_cache_spec, ImageCacheSpec)]
-        self.block_sizes = [groups[gid].kv_cache_spec.block_size for gid in self.image_groups]
-        # CA layer -> index of its image group, and its text group (None for `ca`).
-        self.image_group_of: dict[str, int] = {}
-        self.text_group_of: dict[str, int | None] = {}
-        for name, layer in self.compilation_config.static_forward_context.items():
-            if isinstance(layer, CrossAttention):
-                self.image_group_of[name] = self.image_groups.index(group_of[name])
-                text = layer.text_cache
-                self.text_group_of[name] = None if text is None else group_of[text.layer_name]
-        self.windows = [WindowTable(size) for size in self.block_sizes]
+        # CA layer -> index of its image group.
+        self.image_group_of = {
+            name: index for index, gid in enumerate(self.image_groups) for name in groups[gid].layer_names
+        }
+        spec = groups[self.image_groups[0]].kv_cache_spec  # of all image groups
+        self.windows = WindowStates(self.max_num_reqs, spec.row_pages, spec.block_size)
+        # Row in `windows` of each request: preempted and waiting ones keep theirs, so there may be more than scheduled.
+        self.row_of: dict[str, int] = {}
+        self.free_rows = list(range(self.max_num_reqs))
 
     def _update_states(self, scheduler_output: "SchedulerOutput") -> Any:
         result = super()._update_states(scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
-            for windows in self.windows:
-                windows.remove(request_id)
+            if request_id in self.row_of:
+                self.free_rows.append(self.row_of.pop(request_id))
         cached = scheduler_output.scheduled_cached_reqs
         sent = [data.req_id for data in scheduler_output.scheduled_new_reqs]
         for request_id in [*sent, *cached.resumed_req_ids]:
             state = self.requests[request_id]
-            for windows in self.windows:
-                windows.add_row(request_id, state.mm_features, state.num_computed_tokens)
+            self.windows.add_row(self._row(request_id), state.mm_features, state.num_computed_tokens)
         return result
+
+    def _row(self, request_id: str) -> int:
+        """Returns the request's row in `windows`, a free one if it has none yet."""
+        if request_id not in self.row_of:
+            if not self.free_rows:
+                num_rows = len(self.windows.table)
+                self.windows.grow()
+                self.free_rows = list(range(num_rows, len(self.windows.table)))
+            self.row_of[request_id] = self.free_rows.pop()
+        return self.row_of[request_id]
 
     def _execute_mm_encoder(self, scheduler_output: "SchedulerOutput") -> list[torch.Tensor]:
         images = []
+        tables = [self.input_batch.block_table[gid].get_numpy_array() for gid in self.image_groups]
         for request_id, indexes in scheduler_output.scheduled_encoder_inputs.items():
-            rows = [table[self._row(request_id)] for table in self._image_tables()]
+            rows = [table[self.input_batch.req_id_to_index[request_id]] for table in tables]
             for index in indexes:
                 feature = self.requests[request_id].mm_features[index]
-                pages = [
-                    row[windows.pages_of(request_id, index)] for row, windows in zip(rows, self.windows, strict=True)
-                ]
-                images.append(ImageToEncode(feature.data, feature.mm_position.get_num_embeds(), pages))
+                place = self.windows.pages_of(self.row_of[request_id], index)
+                num_tokens = feature.mm_position.get_num_embeds()
+                images.append(ImageToEncode(feature.data, num_tokens, [row[place] for row in rows]))
         if images:
-            encode_images(self.model, images, self.block_sizes, self.image_group_of, self.device)
+            encode_images(self.model, images, self.windows.block_size, self.image_group_of, self.device)
         return []
 
     def _gather_mm_embeddings(
@@ -79,48 +84,20 @@ class CasaCPUModelRunner(CPUModelRunner):
         return [], torch.zeros(num_tokens, dtype=torch.bool)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        metadata, spec_decode = super()._build_attention_metadata(*args, **kwargs)
         scheduled = kwargs.get("num_scheduled_tokens")
+        # Without: a dummy run, in which CA adds nothing.
+        set_step(self.attn_groups, None if scheduled is None else self._step(scheduled))
+        return super()._build_attention_metadata(*args, **kwargs)
+
+    def _step(self, scheduled: dict[str, int]) -> Step:
+        """Plans the step; `scheduled` has the number of tokens of each request."""
         request_ids = self.input_batch.req_ids
-        sees_text = any(group is not None for group in self.text_group_of.values())
-        if scheduled is None or not (sees_text or self.windows[0].has_images(request_ids)):
-            # A dummy run, or `ca` without an image: its layers add nothing.
-            for name in self.image_group_of:
-                metadata.pop(name, None)
-            return metadata, spec_decode
-        computed = self.input_batch.num_computed_tokens_cpu[: len(request_ids)]
-        num_scheduled = np.array([scheduled[request_id] for request_id in request_ids])
-        plans = [table.plan(request_ids, computed, num_scheduled) for table in self.windows]
-        built: dict[tuple[int, int | None], CasaAttentionMetadata] = {}
-        for name, image_group in self.image_group_of.items():
-            text_group = self.text_group_of[name]
-            if (image_group, text_group) not in built:
-                text = None if text_group is None else metadata[f"{name}.text"]
-                built[image_group, text_group] = self._casa_metadata(plans[image_group], image_group, text)
-            metadata[name] = built[image_group, text_group]
-        return metadata, spec_decode
-
-    def _casa_metadata(
-        self, plan: SegmentPlan, image_group: int, text: CommonAttentionMetadata | None
-    ) -> CasaAttentionMetadata:
-        step = SegmentTensors.from_plan(plan, plan.num_tokens, self.device)
-        return step.attention_metadata(
-            torch.from_numpy(plan.query_start_loc),
-            step.image_blocks(torch.from_numpy(self._image_tables()[image_group])),
-            text,
-            max_query_len=plan.max_query_len,
-            max_text_len=plan.max_text_len,
-            has_image=plan.has_image,
-            num_tokens=plan.num_tokens,
-        )
-
-    def _image_tables(self) -> list[np.ndarray]:
-        """Returns the rows of image pages in batch order, for each image group."""
-        tables = self.input_batch.block_table
-        return [tables[gid].get_numpy_array() for gid in self.image_groups]
-
-    def _row(self, request_id: str) -> int:
-        return self.input_batch.req_id_to_index[request_id]
+        num_requests = len(request_ids)
+        rows = np.fromiter(map(self.row_of.__getitem__, request_ids), np.int64, num_requests)
+        num_scheduled = np.fromiter(map(scheduled.__getitem__, request_ids), np.int64, num_requests)
+        plan = self.windows.plan(rows, self.input_batch.num_computed_tokens_cpu[:num_requests], num_scheduled)
+        table = torch.from_numpy(self.windows.table)
+        return Step(plan, torch.from_numpy(rows), num_requests, table, in_graph=False)
 
 
 class CasaCPUWorker(CPUWorker):

@@ -1,17 +1,14 @@
-"""CASA on vLLM's Model Runner V2 (GPUs): images, segments and CUDA graphs of one step.
+"""CASA on vLLM's Model Runner V2 (GPUs): images, windows and CUDA graphs of one step.
 
 Order of a step; only the last part may be in a CUDA graph:
 
-    prepare_attn            segments of the step: planned in NumPy, copied to the device
+    prepare_attn            windows that moved on are written to the device, one kernel builds the step's segments
     prepare_inputs_embeds   encode the scheduled images, write their K/V of all layers to pages
     forward                 eagerly, or as a replay of the decode graph
 
-A decode step has one segment a request, so its tensors fit into buffers of `max_num_seqs` rows.
-The graph is captured over these buffers and reads whatever a step has written there: nothing that it
-reads is ever reallocated, and no length is a constant in it.
+See `casa_vllm.attention_metadata` for what a graph reads.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,22 +17,25 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from casa_vllm.cross_attention import CasaAttentionMetadata, CrossAttention
+from casa_vllm.attention_metadata import Step, set_step
+from casa_vllm.cross_attention import CrossAttention
+from casa_vllm.image_cache_spec import ImageCacheSpec
 from casa_vllm.image_encoding import image_slots
 from casa_vllm.image_manager import register_image_cache
 from casa_vllm.kernel_warmup import warm_up_kernels
-from casa_vllm.segment_planner import SegmentPlan, WindowTable
-from casa_vllm.segment_tensors import SegmentTensors
 from casa_vllm.v2_caption_sampler import CaptionSampler
+from casa_vllm.window_states import SegmentPlan, WindowStates
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
+    from vllm.v1.worker.utils import AttentionGroup
 
 
 class CasaModelState(DefaultModelState):
@@ -54,38 +54,34 @@ class CasaModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         register_image_cache()  # the config hook does not run in worker processes
         self._layers = [layer for layer in model.modules() if isinstance(layer, CrossAttention)]
-        self._image_block_tables: dict[str, torch.Tensor] = {}
-        self._decode_blocks: list[torch.Tensor] = []
+        # Of the last step: names of each image group's layers, and its block table in batch order.
+        self._image_groups: list[tuple[list[str], torch.Tensor]] = []
         self._is_warm = False
         # Created with the sampler, on the ranks that sample.
         self._captions: CaptionSampler | None = None
 
     @cached_property
-    def _block_size(self) -> int:
-        # Of the allocated cache: vLLM may have enlarged the spec's blocks.
-        return self._layers[0].kv_cache.shape[2]
-
-    @cached_property
-    def _table(self) -> WindowTable:
-        return WindowTable(self._block_size)
-
-    @cached_property
-    def _decode_buffers(self) -> SegmentTensors:
+    def _windows(self) -> WindowStates:
+        # Block size of the allocated cache: vLLM may have enlarged the spec's.
         spec = self._layers[0].get_kv_cache_spec(self.vllm_config)
-        max_pages = replace(spec, block_size=self._block_size).step_pages
-        return SegmentTensors.zeros(self.max_num_reqs, max_pages, self.device)
+        spec = replace(spec, block_size=self._layers[0].kv_cache.shape[2])
+        return WindowStates(self.max_num_reqs, spec.row_pages, spec.block_size)
+
+    @cached_property
+    def _device_windows(self) -> StagedWriteTensor:
+        # Not made with the model: sleep mode discards what is allocated while weights are loaded.
+        return StagedWriteTensor(self._windows.table.shape, dtype=torch.int32, device=self.device)
 
     def add_request(self, req_index: int, new_req_data: "NewRequestData") -> None:
         """Adds a new or resumed request, or a session's next chunk, whose whole row was sent."""
         super().add_request(req_index, new_req_data)
-        self._table.add_row(new_req_data.req_id, new_req_data.mm_features, new_req_data.num_computed_tokens)
+        self._windows.add_row(req_index, new_req_data.mm_features, new_req_data.num_computed_tokens)
         if self._captions is not None:
             self._captions.add_row(req_index, new_req_data)
 
     def remove_request(self, req_id: str) -> None:
         """Removes a request that is finished, preempted, or about to be added again."""
         super().remove_request(req_id)
-        self._table.remove(req_id)
         if self._captions is not None:
             self._captions.remove_row(req_id)
 
@@ -98,11 +94,14 @@ class CasaModelState(DefaultModelState):
         self,
         input_batch: "InputBatch",
         cudagraph_mode: CUDAGraphMode,
-        *args: Any,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: "list[list[AttentionGroup]]",
+        kv_cache_config: "KVCacheConfig",
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Returns the metadata of self-attention, plus that of every CA layer under its own name.
+        """Returns the metadata of self-attention, and that of every CA layer under its own name.
 
         The first call is vLLM's, before the engine serves: it warms the kernels up.
         """
@@ -111,82 +110,44 @@ class CasaModelState(DefaultModelState):
             warm_up_kernels(self.model, self._layers, self.max_num_reqs)
             if self._captions is not None:
                 self._captions.warm_up()
-        metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs)
         # The runner passes NONE while it captures.
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
-        plan = None if for_capture else self._plan(input_batch)
-        step = None
-        if plan is not None:
-            num_tokens = input_batch.num_tokens if in_graph else input_batch.num_tokens_after_padding
-            step = SegmentTensors.from_plan(plan, num_tokens, self.device)
-        if in_graph:
-            self._decode_buffers.overwrite(step)
-            step = self._decode_buffers.first(input_batch.num_reqs_after_padding)
-        made: dict[tuple[int, int], CasaAttentionMetadata] = {}
-        image_groups: dict[int, torch.Tensor] = {}
-        for layer in self._layers:
-            images = metadata[layer.layer_name]
-            text = metadata[layer.text_cache.layer_name] if layer.text_cache is not None else None
-            if id(images) not in image_groups:
-                blocks = step.image_blocks(images.block_table_tensor)
-                if in_graph:
-                    blocks = self._copy_to_graph_buffer(len(image_groups), blocks)
-                image_groups[id(images)] = blocks
-            key = (id(images), id(text))
-            if key not in made:
-                made[key] = self._layer_metadata(input_batch, plan, step, image_groups[id(images)], text, in_graph)
-            self._image_block_tables[layer.layer_name] = images.block_table_tensor
-            metadata[layer.layer_name] = made[key]
-        return metadata
-
-    def _plan(self, input_batch: "InputBatch") -> SegmentPlan:
-        table, request_ids = self._table, input_batch.req_ids
-        if request_ids[0] not in self.encoder_cache.mm_features:
-            # A dummy batch (warm-up, graph memory profiling): requests without images.
-            table = WindowTable(self._block_size)
-            for request_id in request_ids:
-                table.add_row(request_id, (), 0)
-        return table.plan(request_ids, input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens)
-
-    def _copy_to_graph_buffer(self, group: int, blocks: torch.Tensor) -> torch.Tensor:
-        """Returns the blocks, copied to the address that decode graphs read. Mutates the group's buffer."""
-        if group == len(self._decode_blocks):
-            shape = self._decode_buffers.page_lens.shape
-            self._decode_blocks.append(blocks.new_zeros(shape))
-        kept = self._decode_blocks[group][: len(blocks)]
-        kept.copy_(blocks)
-        return kept
-
-    def _layer_metadata(
-        self,
-        input_batch: "InputBatch",
-        plan: SegmentPlan | None,
-        step: SegmentTensors,
-        image_blocks: torch.Tensor,
-        text: Any,
-        in_graph: bool,
-    ) -> CasaAttentionMetadata:
-        max_text_len = self.max_model_len if plan is None else plan.max_text_len
-        if in_graph:
-            # One token per request: the runner's own persistent, padded buffer suffices.
-            return step.attention_metadata(
-                input_batch.query_start_loc,
-                image_blocks,
-                text,
-                max_query_len=1,
-                max_text_len=max_text_len,
-                has_image=True,
-                num_tokens=input_batch.num_tokens_after_padding,
-            )
-        return step.attention_metadata(
-            async_tensor_h2d(plan.query_start_loc, device=self.device),
-            image_blocks,
-            text,
-            max_query_len=plan.max_query_len,
-            max_text_len=max_text_len,
-            has_image=plan.has_image,
-            num_tokens=plan.num_tokens,
+        set_step(attn_groups, self._step(input_batch, in_graph=in_graph))
+        self._image_groups = [
+            (group.layer_names, table)
+            for group, table in zip(kv_cache_config.kv_cache_groups, block_tables, strict=True)
+            if isinstance(group.kv_cache_spec, ImageCacheSpec)
+        ]
+        return super().prepare_attn(
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            for_capture=for_capture,
+            **kwargs,
         )
+
+    def _step(self, input_batch: "InputBatch", *, in_graph: bool) -> Step:
+        """Plans the step and writes the windows that moved on to the device."""
+        num_computed, num_scheduled = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
+        num_requests = input_batch.num_reqs
+        if input_batch.req_ids[0] in self.encoder_cache.mm_features:
+            plan = self._windows.plan(input_batch.idx_mapping_np, num_computed, num_scheduled)
+            self._send_windows()
+        else:
+            # A made-up batch (warm-up, capture, memory profiling): its rows are nobody's, or somebody else's.
+            plan = SegmentPlan.without_images(num_computed, num_scheduled)
+            num_requests = 0
+        return Step(plan, input_batch.idx_mapping, num_requests, self._device_windows.gpu, in_graph)
+
+    def _send_windows(self) -> None:
+        """Writes changed rows to the device, in one write. Mutates the copy there."""
+        for row, num_values in self._windows.changed.items():
+            self._device_windows.stage_write(row, 0, self._windows.table[row, :num_values].tolist())
+        self._windows.changed.clear()
+        self._device_windows.apply_write()
 
     def prepare_inputs_embeds(
         self,
@@ -195,37 +156,34 @@ class CasaModelState(DefaultModelState):
         req_states: "RequestState",
     ) -> None:
         """Encodes the step's images into their pages. The text is embedded by the model."""
-        scheduled = [
-            (row, request_id, image)
-            for row, request_id in enumerate(input_batch.req_ids)
-            for image in scheduled_encoder_inputs.get(request_id, ())
-        ]
-        if scheduled:
+        if scheduled_encoder_inputs:
             with self.encoder_runner.timed_encoder_operation(scheduled_encoder_inputs.keys()):
-                self._encode(scheduled)
+                self._encode(scheduled_encoder_inputs, input_batch)
 
-    def _encode(self, scheduled: Sequence[tuple[int, str, int]]) -> None:
+    def _encode(self, scheduled: dict[str, list[int]], input_batch: "InputBatch") -> None:
         """Runs the vision encoder and writes keys and values of all CA layers to pages.
 
         Args:
-            scheduled: (row in the batch, request, image) of each image.
+            scheduled: Images of each request.
+            input_batch: The step's requests.
         """
-        features = [self.encoder_cache.mm_features[request_id][image] for _, request_id, image in scheduled]
-        images = self.encoder_runner.execute_mm_encoder([(feature.modality, feature.data) for feature in features])
-        slots_by_table: dict[int, torch.Tensor] = {}
-        for table in self._image_block_tables.values():
-            if table.data_ptr() in slots_by_table:
-                continue
-            slots = []
-            for (row, request_id, image), tokens in zip(scheduled, images, strict=True):
-                pages = table[row, self._table.pages_of(request_id, image)]
-                slots.append(image_slots(pages, self._block_size, len(tokens)))
-            slots_by_table[table.data_ptr()] = torch.cat(slots)
-        self.model.write_images(
-            torch.cat(list(images)),
-            torch.stack([feature.data["image_grid_thw"].data for feature in features]),
-            {name: slots_by_table[table.data_ptr()] for name, table in self._image_block_tables.items()},
-        )
+        requests = {request_id: index for index, request_id in enumerate(input_batch.req_ids)}
+        features, places = [], []
+        for request_id, images in scheduled.items():
+            request = requests[request_id]
+            for image in images:
+                features.append(self.encoder_cache.mm_features[request_id][image])
+                places.append((request, self._windows.pages_of(input_batch.idx_mapping_np[request], image)))
+        encoded = self.encoder_runner.execute_mm_encoder([(feature.modality, feature.data) for feature in features])
+        slots: dict[str, torch.Tensor] = {}
+        for layer_names, table in self._image_groups:
+            of_images = [
+                image_slots(table[place], self._windows.block_size, len(tokens))
+                for place, tokens in zip(places, encoded, strict=True)
+            ]
+            slots |= dict.fromkeys(layer_names, torch.cat(of_images))
+        grids = torch.stack([feature.data["image_grid_thw"].data for feature in features])
+        self.model.write_images(torch.cat(list(encoded)), grids, slots)
 
     def dummy_inputs_embeds(self, num_tokens: int) -> None:
         """Returns None: the embedding is part of the model's graph."""

@@ -29,7 +29,7 @@ from casa_engine.windows import last_window
 from casa_vllm.image_cache_spec import ImageCacheSpec
 from casa_vllm.request_images import RequestImages
 from casa_vllm.scheduler import create_scheduler
-from casa_vllm.segment_planner import WindowTable
+from casa_vllm.window_states import WindowStates
 
 BLOCK_SIZE = 8
 MAX_MODEL_LEN = 128
@@ -133,9 +133,7 @@ class SymbolicWorker:
         self._groups = groups
         self._pages: list[dict[int, Any]] = [{} for _ in groups]
         self._requests: dict[str, SimpleNamespace] = {}
-        self._tables = {
-            gid: WindowTable(spec.block_size) for gid, spec in enumerate(groups) if isinstance(spec, ImageCacheSpec)
-        }
+        self._image_specs = {gid: spec for gid, spec in enumerate(groups) if isinstance(spec, ImageCacheSpec)}
 
     def execute(self, output: Any) -> ModelRunnerOutput:
         for name in [*output.finished_req_ids, *(output.preempted_req_ids or ())]:
@@ -169,20 +167,23 @@ class SymbolicWorker:
         self._requests[name] = SimpleNamespace(
             tokens=tokens, features=features, rows=[list(row) for row in rows], computed=computed
         )
-        for table in self._tables.values():
-            table.add_row(name, features, computed)
+        windows = {gid: WindowStates(1, spec.row_pages, spec.block_size) for gid, spec in self._image_specs.items()}
+        for states in windows.values():
+            states.add_row(0, features, computed)
+        self._requests[name].windows = windows
 
     def _image_pages(self, name: str, gid: int, image: int) -> list[int]:
-        return self._requests[name].rows[gid][self._tables[gid].pages_of(name, image)]
+        state = self._requests[name]
+        return state.rows[gid][state.windows[gid].pages_of(0, image)]
 
     def _encode(self, scheduled: dict[str, list[int]]) -> None:
         for name, images in scheduled.items():
             for image in images:
                 feature = self._requests[name].features[image]
                 assert feature.data is not None, "pixels were not sent"
-                for gid, table in self._tables.items():
+                for gid, spec in self._image_specs.items():
                     pages = self._image_pages(name, gid, image)
-                    assert len(pages) == -(-feature.mm_position.get_num_embeds() // table.block_size) and all(pages)
+                    assert len(pages) == -(-feature.mm_position.get_num_embeds() // spec.block_size) and all(pages)
                     for index, page in enumerate(pages):
                         self._write(gid, page)[0] = (content_of(feature), index)
 

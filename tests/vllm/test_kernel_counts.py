@@ -86,6 +86,8 @@ def test_no_batch_compiles_a_kernel_anew(monkeypatch):
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     from casa_vllm.ops import triton_window_attention as attention
+    from casa_vllm.ops.segments import SegmentTensors
+    from casa_vllm.ops.triton_build_segments import triton_build_segments
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
     seen: dict[str, set[str]] = {}
@@ -97,9 +99,18 @@ def test_no_batch_compiles_a_kernel_anew(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", specialise)
     monkeypatch.setattr(attention, "TARGET_PROGRAMS", 1)  # one way to split keys, whatever the batch
-    cache = torch.zeros(2, 2, 16, 128)
+    cache, state = torch.zeros(2, 2, 16, 128), torch.zeros(17, 40, dtype=torch.int32)
     for num_sequences, num_pages, offset in [(1, 1, 0), (2, 16, 1), (3, 5, 2), (16, 1, 3), (17, 32, 4)]:
         query = torch.zeros(num_sequences, 4, 64)
         metadata = batch(num_sequences, num_pages, offset)
         attention.triton_window_attention(query, cache, cache, metadata, 1.0, torch.empty_like(query))
-    assert {name: len(ways) for name, ways in seen.items()} == {"_window_attention_kernel": 1}
+        tensors = SegmentTensors.empty(metadata.query_start_loc, num_pages, num_sequences + offset)
+        rows, positions = torch.zeros(num_sequences, dtype=torch.int64), torch.zeros(num_sequences, dtype=torch.int64)
+        # Decode graphs read the first rows of one buffer; a step of text alone has no splits.
+        splits = torch.zeros(4 * num_sequences + offset, dtype=torch.int32)[offset:].view(-1, 4)
+        for parts in (None, splits):
+            triton_build_segments(
+                tensors, state, rows, num_sequences, metadata.text_block_table, positions, parts
+            )  # fmt: skip
+    expected = {"_window_attention_kernel": 1, "_build_segments_kernel": 2}  # with splits and without
+    assert {name: len(ways) for name, ways in seen.items()} == expected

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+# Columns of a request's row of state: its current window, then the valid tokens of each page of its row of pages.
+START, FIRST_PAGE, NUM_PAGES, PAGE_LENS = 0, 1, 2, 3
+
 
 @dataclass
 class WindowAttentionMetadata:
@@ -76,3 +79,56 @@ class WindowAttentionMetadata:
         tokens = torch.arange(num_tokens, dtype=torch.int32, device=self.query_start_loc.device)
         segments = torch.searchsorted(self.query_start_loc[1:], tokens, right=True)
         return self.num_image_pages[segments.clamp(max=self.num_segments - 1)] > 0
+
+
+@dataclass(frozen=True)
+class SegmentTensors:
+    """Segments as tensors on the device; V segments, T tokens or more, P pages of the widest segment.
+
+    Attributes:
+        query_start_loc: (V + 1,) int32.
+        fields: (4, V) int32: first positions, text starts, numbers of pages, requests.
+        page_lens: (V, P) int32; columns beyond a segment's pages are undefined.
+        pages: (V, P) int32, the same.
+        relative_positions: (T,) int64, each token's position counted from its window's start, 0 for padding; None for
+            `ca`.
+    """
+
+    query_start_loc: torch.Tensor
+    fields: torch.Tensor
+    page_lens: torch.Tensor
+    pages: torch.Tensor
+    relative_positions: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, query_start_loc: torch.Tensor, num_pages: int, num_tokens: int | None) -> "SegmentTensors":
+        """Returns tensors that nothing is in, for the segments of `query_start_loc`.
+
+        Args:
+            query_start_loc: (V + 1,) int32.
+            num_pages: P.
+            num_tokens: T; None for `ca`.
+        """
+        num_segments = len(query_start_loc) - 1
+        positions = None
+        if num_tokens is not None:
+            positions = query_start_loc.new_empty(num_tokens, dtype=torch.int64)
+        return cls(
+            query_start_loc,
+            query_start_loc.new_empty(4, num_segments),
+            query_start_loc.new_empty(num_segments, num_pages),
+            query_start_loc.new_empty(num_segments, num_pages),
+            positions,
+        )
+
+    def first(self, query_start_loc: torch.Tensor) -> "SegmentTensors":
+        """Returns the first V segments of V tokens, as views, with other `query_start_loc` (V + 1,)."""
+        num_segments = len(query_start_loc) - 1
+        positions = self.relative_positions
+        return SegmentTensors(
+            query_start_loc,
+            self.fields[:, :num_segments],
+            self.page_lens[:num_segments],
+            self.pages[:num_segments],
+            None if positions is None else positions[:num_segments],
+        )
