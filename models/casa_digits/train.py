@@ -23,6 +23,7 @@ import torch
 
 from casa_digits.conversations import Writer
 from casa_digits.data import load_samples
+from casa_digits.demonstration import write_demonstration
 from casa_digits.evaluate import evaluate_eager
 from casa_digits.language import teach_language
 from casa_digits.live import write_live_settings
@@ -81,6 +82,7 @@ def train(options: argparse.Namespace) -> None:
         teach(model, processor, options)
         write_checkpoint(model, processor, staged.path)
         write_live_settings(staged.path)
+        write_demonstration(staged.path)
         record = {
             "command": options.command,
             "torch": torch.__version__,

@@ -35,6 +35,7 @@ from casa_serving.engine_defaults import (
     plugins_with,
     read_checkpoint,
 )
+from casa_serving.live.web_files import page_model
 from casa_serving.options.image_limits import ALLOW_LOOPBACK
 
 ROUTER = "casa_serving.cluster.router:CasaRequestRouter"
@@ -75,8 +76,11 @@ def build(args: dict[str, Any]) -> serve.Application:
         deployment_cls=CasaServer,
         bind_kwargs={"live_options": config.live.options(config.images.max_image_bytes)},
     )
+    has_live = config.live.max_sessions > 0
     routes = ingress_class(
-        config.ingress.request_limits(), max_prompt_chars(config, llm_config), live=config.live.max_sessions > 0
+        config.ingress.request_limits(),
+        max_prompt_chars(config, llm_config),
+        page_model=page_model(llm_config.model_id, checkpoint_folder(config)) if has_live else None,
     )
     ingress = serve.deployment(routes, **ingress_options(config, surge=surge))
     return ingress.bind(model)

@@ -188,13 +188,15 @@ async def body_of(head: ResponseHead, parts: AsyncIterator[ResponseHead | bytes]
             yield part
 
 
-def ingress_class(limits: RequestLimits, max_prompt_chars: int, *, live: bool) -> type:
+def ingress_class(
+    limits: RequestLimits, max_prompt_chars: int, *, page_model: dict[str, str | list[str]] | None
+) -> type:
     """Returns the deployment class of the ingress, with its routes and its limits on requests.
 
     Args:
         limits: Limits on requests.
         max_prompt_chars: Characters of the longest text that can fit into the model's context.
-        live: Whether there are live sessions, and the web page for them.
+        page_model: What the web page of live sessions says about the model; None: there are no such sessions.
     """
     # No other routes, which would hide those of the replica's application.
     app = FastAPI(title="casa-engine", openapi_url=None)
@@ -206,7 +208,9 @@ def ingress_class(limits: RequestLimits, max_prompt_chars: int, *, live: bool) -
     app.add_middleware(SettingNames)
     app.add_middleware(RequestDrain)
     add_cluster_error_handlers(app)
+    live = page_model is not None
     if live:
+        app.state.page_model = page_model
         web_files.attach(app)
     # The last route matches all remaining paths.
     endpoints = {**(LIVE_ENDPOINTS if live else {}), **ENDPOINTS}

@@ -45,12 +45,18 @@ class LiveEndpoint:
         web_files.attach(app)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Sets `state.live`, which the route reads, and the hook that closes sessions at shutdown. Mutates `state`."""
+        """Sets what the routes read, and the hook that closes sessions at shutdown.
+
+        Mutates:
+            state: `live`, `page_model`, `shutdown_hooks`.
+        """
         if engine_client is None:
             raise ConfigError("casa_live needs an engine, which vLLM's render server does not have.")
         options = LiveOptions.from_arguments(vars(args))
         limits = ImageLimits.from_options(vars(args))
         state.live = open_service(engine_client, Path(args.model), options, limits)
+        (model, *_) = state.openai_serving_models.base_model_paths
+        state.page_model = web_files.page_model(model.name, Path(args.model))
         state.shutdown_hooks = [state.live.slots.close]
 
 

@@ -13,18 +13,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
+from casa_engine.live.demonstration import Demonstration
 from casa_engine.live.settings import INTEGER_RANGES, MAX_TEXT_CHARACTERS, NUMBER_RANGES
 from casa_serving.live.protocol import MAX_QUESTION_CHARACTERS
 
 INDEX = "index.html"
 # Written by this process, from the settings' declaration: the bounds of the page's fields.
 FIELDS = "fields.json"
+# Also by this process: the model's name, and what its checkpoint says of itself.
+MODEL = "model.json"
 # By name, not by the machine's mime.types: a module of any other type is not run by browsers.
 CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".mp4": "video/mp4",
 }
 CONTENT_SECURITY_POLICY = "; ".join(
     (
@@ -45,7 +49,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Permissions-Policy": "camera=(self), display-capture=(self), microphone=(), geolocation=()",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -58,7 +62,7 @@ class WebFiles(StaticFiles):
         super().__init__(packages=[("casa_serving", "web")])
 
     async def serve(self, request: Request) -> Response:
-        """Returns the file that the path names, or 304 to a browser that has it, or the bounds of the page's fields.
+        """Returns the file that the path names, or 304 to a browser that has it, or `FIELDS`, or `MODEL`.
 
         Raises:
             HTTPException: 404, there is no such file.
@@ -66,6 +70,8 @@ class WebFiles(StaticFiles):
         name = request.path_params.get("name", INDEX)
         if name == FIELDS:
             return JSONResponse(field_attributes(), headers=HEADERS)
+        if name == MODEL:
+            return JSONResponse(request.app.state.page_model, headers=HEADERS)
         return await self.get_response(name, request.scope)
 
     def file_response(self, full_path: str, *args: object, **kwargs: object) -> Response:
@@ -87,11 +93,21 @@ def field_attributes() -> dict[str, dict[str, float | str]]:
     }
 
 
+def page_model(name: str, checkpoint: Path) -> dict[str, str | list[str]]:
+    """Returns what the page says about a model: `name`, `reads` and `questions`, see `Demonstration`.
+
+    Raises:
+        CheckpointError: the checkpoint's description of itself is invalid.
+    """
+    demonstration = Demonstration.for_checkpoint(checkpoint)
+    return {"name": name, "reads": demonstration.reads, "questions": list(demonstration.questions)}
+
+
 def attach(app: Starlette) -> None:
     """Adds the page's routes after all others, so that none of them is shadowed.
 
     Mutates:
-        app: its routes.
+        app: its routes; whoever attaches them sets `app.state.page_model` before the first request.
     """
     web = WebFiles()
     for path in ("/", "/web/{name}"):
