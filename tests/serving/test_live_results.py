@@ -26,6 +26,8 @@ RESULT = FrameResult(
     text_tokens=40,
     image_tokens=4,
     image_pages=2,
+    kv_bytes=8192,
+    insertion_bytes=1024,
 )
 EVENT = {
     "type": "frame.done",
@@ -43,6 +45,8 @@ EVENT = {
     "text_tokens": 40,
     "image_tokens": 4,
     "image_pages": 2,
+    "kv_bytes": 8192,
+    "insertion_bytes": 1024,
 }
 
 

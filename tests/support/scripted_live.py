@@ -78,6 +78,8 @@ class ScriptedSession:
                 text_tokens=40,
                 image_tokens=4,
                 image_pages=2,
+                kv_bytes=8192,
+                insertion_bytes=1024,
             )
         finally:
             self.engine.num_in_work -= 1

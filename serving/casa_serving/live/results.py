@@ -30,6 +30,9 @@ class FrameResult:
         text_tokens: Text tokens of the session in the KV cache.
         image_tokens: Image tokens of this frame.
         image_pages: Their KV-cache pages, over all image groups.
+        kv_bytes: Bytes of the session's KV-cache pages with this frame: text and image.
+        insertion_bytes: Bytes of KV cache that this frame's image tokens would take for good if they were inserted into
+            the text, where every layer has them.
     """
 
     timestamp: float
@@ -45,6 +48,8 @@ class FrameResult:
     text_tokens: int
     image_tokens: int
     image_pages: int
+    kv_bytes: int
+    insertion_bytes: int
 
 
 @dataclass(frozen=True)

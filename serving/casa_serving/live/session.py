@@ -220,6 +220,8 @@ class LiveSession:
             text_tokens=self.transcript.num_tokens,
             image_tokens=progress.image_tokens,
             image_pages=self.engine.pages.image_pages(progress.image_tokens),
+            kv_bytes=self.engine.pages.session_bytes(self.transcript.num_tokens, progress.image_tokens),
+            insertion_bytes=self.engine.pages.insertion_bytes(progress.image_tokens),
             **common,
         )
 
