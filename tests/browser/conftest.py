@@ -9,16 +9,17 @@ from casa_digits.video import make_video
 from live_page import IDLE_TIMEOUT_S, KEY, MAX_SESSIONS
 from serving_process import casa_serve
 
-# Nothing is looked up outside this machine; the camera is Chromium's own test picture.
+# Nothing is looked up outside this machine; the two cameras are Chromium's own test pictures.
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
+    "--disable-component-update --disable-sync --use-fake-device-for-media-stream=device-count=2 "
+    "--use-fake-ui-for-media-stream"
 ).split()
 
 SECONDS = 14
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log.txt"
     limits = ("--live-max-sessions", MAX_SESSIONS, "--live-idle-timeout", IDLE_TIMEOUT_S)
@@ -27,9 +28,9 @@ def server(tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def chromium():
-    """Ends with its module: while it runs, no other test of this process could run an event loop."""
+    """Ends with its folder: while it runs, no other test of this process could run an event loop."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("Chromium is not installed: `make browser`, or `apt-get install chromium` on Debian, as root")
@@ -42,7 +43,7 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def open_page(chromium, server):
     """Opens the page; whatever the browser complains about fails the test, and nothing else is loaded."""
 
@@ -71,7 +72,7 @@ def is_foreign(url, server):
     return not url.startswith((f"{server.url}/", "blob:"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def videos(tmp_path_factory):
     """Two videos of digits with the truth about each: `(path, spans)`."""
     folder = tmp_path_factory.mktemp("videos")

@@ -14,7 +14,7 @@ FRAME_S = 0.5
 # Runs in the page itself, so that a busy machine does not make the test look away.
 NOTE_WHAT_IS_SHOWN = """() => {
     window.shown = [];
-    setInterval(() => shown.push([video.currentTime, overlay.hidden ? "" : overlay.textContent]), 50);
+    setInterval(() => shown.push([video.currentTime, caption.textContent]), 50);
 }"""
 
 
@@ -42,7 +42,7 @@ class Watched:
         self.page.evaluate(f"video.currentTime = {time_s}")
         wait_until(self.page, "!video.seeking")
         self.page.wait_for_timeout(100)
-        return self.page.locator("#overlay").text_content()
+        return self.page.locator("#caption").text_content()
 
     def texts_around(self, time_s):
         """What could be read then, or one frame before."""
@@ -52,6 +52,11 @@ class Watched:
 def pick(page, video, key=KEY):
     """Picks a video and gives the key that the server asks for."""
     page.set_input_files("#file", video)
+    give_key(page, key)
+
+
+def give_key(page, key=KEY):
+    """Gives the key when the server asks for it."""
     expect(page.locator("#problem")).to_have_text("This server asks for an API key.")
     page.fill("#key", key)
     page.press("#key", "Enter")
@@ -61,6 +66,13 @@ def begin(page, video):
     """Picks a video; returns when the session is open."""
     page.evaluate(NOTE_WHAT_IS_SHOWN)
     pick(page, video)
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+
+
+def begin_clip(page):
+    """Plays the page's own clip; returns when the session is open."""
+    page.click(".invitation [data-action=clip]")
+    give_key(page)
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
 
 

@@ -1,12 +1,17 @@
 // The page's controls and what they do.
 
-import { closeSource, openCamera, openFile, watchFrames } from "./frames.js";
+import { watchFrames } from "./frames.js";
+import { SourceError } from "./messages.js";
+import { fetchModel, showModel } from "./model.js";
+import { fillScreen, openSmallWindow } from "./placement.js";
 import { Screen } from "./screen.js";
 import { Session } from "./session.js";
 import { boundFields } from "./settings.js";
+import { closeSource, listCameras, openCamera, openClip, openFile, openScreen } from "./sources.js";
 import { createState } from "./state.js";
+import { StillImage, openImage } from "./still.js";
+import { save, toSrt, toVtt } from "./subtitles.js";
 import { Transcript } from "./transcript.js";
-import { SourceError } from "./messages.js";
 
 class App {
   constructor(document) {
@@ -14,25 +19,38 @@ class App {
     this.state = createState();
     this.screen = new Screen(document, (time) => this.seek(time));
     this.session = new Session(this.state, this.screen);
+    this.still = new StillImage(this.state, this.screen);
     this.video = this.screen.ui.video;
   }
 
-  start() {
+  async start() {
     const { ui } = this.screen;
+    this.onClick("[data-action=clip]", () => this.useSource({ name: "Sample clip", kind: "file" }, openClip));
     this.onClick("[data-action=choose]", () => ui.file.click());
     this.onClick("[data-action=camera]", () => this.useCamera());
+    this.onClick("[data-action=screen]", () => this.useSource({ name: "Screen", kind: "screen" }, openScreen));
+    this.onClick("[data-action=image]", () => ui["image-file"].click());
     this.onClick("#stop", () => this.stop());
-    this.onClick("#reconnect", () => this.session.connect(true));
+    this.onClick("#reconnect", () => this.reconnect());
     this.onClick("#restart", () => this.restart());
+    this.onClick("#full-screen", () => this.orProblem(() => fillScreen(ui.stage, this.video)));
+    this.onClick("#small-window", () => this.orProblem(() => openSmallWindow(ui.stage, this.video)));
+    this.onClick("#save-srt", () => this.save("srt", toSrt, "application/x-subrip"));
+    this.onClick("#save-vtt", () => this.save("vtt", toVtt, "text/vtt"));
     this.onSubmit("#settings", () => this.applySettings());
-    this.onSubmit("#question-form", () => this.ask());
+    this.onSubmit("#question-form", () => this.askTyped());
     this.onSubmit("#key-form", () => this.useKey());
     ui.file.addEventListener("change", () => this.useFile(ui.file.files[0]));
+    ui["image-file"].addEventListener("change", () => this.useFile(ui["image-file"].files[0]));
+    ui.cameras.addEventListener("change", () => this.useCamera(ui.cameras.value));
     this.acceptDrops(ui.stage);
     watchFrames(this.video, (time) => this.session.onVideoFrame(time));
     this.video.addEventListener("timeupdate", () => this.screen.caption(this.state.transcript));
     this.screen.show(this.state, "Pick a video to begin");
     boundFields(this.document);
+    this.state.model = await fetchModel();
+    showModel(ui, this.state.model, (question) => this.ask(question));
+    this.screen.allowQuestion(!ui.ask.disabled);
   }
 
   onClick(selector, action) {
@@ -61,30 +79,55 @@ class App {
 
   useFile(file) {
     if (!file) return;
-    this.useSource({ name: file.name, isCamera: false }, () => openFile(file));
-    this.screen.ui.file.value = ""; // So that the same file may be chosen again.
+    if (file.type.startsWith("image/")) this.useImage(file);
+    else this.useSource({ name: file.name, kind: "file" }, () => openFile(file));
+    const { ui } = this.screen;
+    ui.file.value = ui["image-file"].value = ""; // So that the same file may be chosen again.
   }
 
-  useCamera() {
-    this.useSource({ name: "Camera", isCamera: true }, openCamera);
+  async useCamera(id = "") {
+    if (!(await this.useSource({ name: "Camera", kind: "camera" }, () => openCamera(id)))) return;
+    const [track] = this.video.srcObject.getTracks();
+    this.screen.offerCameras(await listCameras(), track.getSettings().deviceId);
   }
 
-  /** Shows another video, if it can be opened; what is shown now goes on until then. */
+  /** Shows another video, if it can be opened; what is shown now goes on until then. Returns whether it is shown. */
   async useSource(source, open) {
-    let show;
+    const show = await this.orProblem(open);
+    if (!show) return false;
+    this.leave();
+    await show(this.video);
+    this.state.source = source;
+    // Sharing may also be ended by the browser's own button, a camera by pulling its plug.
+    for (const track of this.video.srcObject?.getTracks() ?? []) track.onended = () => this.stop();
+    this.session.connect(true);
+    return true;
+  }
+
+  async useImage(file) {
+    const picture = await this.orProblem(() => openImage(file));
+    if (!picture) return;
+    this.leave();
+    this.still.open(file.name, picture);
+  }
+
+  /** Returns what `open` gives, or null after its problem is shown. */
+  async orProblem(open) {
     try {
-      show = await open();
+      return await open();
     } catch (error) {
       if (!(error instanceof SourceError)) throw error;
       this.screen.temporaryProblem(error.message);
-      return;
+      return null;
     }
+  }
+
+  /** Leaves what is shown for something else. */
+  leave() {
     this.session.abandon();
+    this.still.close();
     this.reset();
     closeSource(this.video);
-    await show(this.video);
-    this.state.source = source;
-    this.session.connect(true);
   }
 
   /** Clears the transcript and the screen, for another video or for this one from its beginning. */
@@ -95,39 +138,62 @@ class App {
   }
 
   stop() {
-    this.video.pause();
-    this.state.client.stop();
-    if (!this.state.source?.isCamera) return;
-    closeSource(this.video); // The camera is off; its captions stay.
-    this.state.source = null;
+    if (!this.isFile) {
+      closeSource(this.video); // The camera is off; its captions stay.
+      this.state.source = null;
+    }
+    this.session.stop();
+  }
+
+  get isFile() {
+    return this.state.source?.kind === "file";
+  }
+
+  reconnect() {
+    this.session.connect(true);
   }
 
   restart() {
     this.session.abandon();
     this.reset();
-    if (!this.state.source.isCamera) this.video.currentTime = 0;
+    if (this.isFile) this.video.currentTime = 0;
     this.session.connect(true);
   }
 
   applySettings() {
-    if (this.state.source) this.session.connect(!this.video.paused);
+    const { source } = this.state;
+    if (source && source.kind !== "image") this.session.connect(!this.video.paused);
   }
 
   useKey() {
     this.state.key = this.screen.ui.key.value;
-    this.session.connect(true);
+    if (this.state.phase === "image") this.still.askAgain();
+    else this.session.connect(true);
   }
 
-  ask() {
+  askTyped() {
     const { question } = this.screen.ui;
-    const text = question.value.trim();
-    if (!text || this.state.phase !== "live") return;
-    question.value = "";
-    this.session.ask(text);
+    if (this.ask(question.value.trim())) question.value = "";
+  }
+
+  /** Asks a question about what is shown; returns whether there was somebody to ask. */
+  ask(text) {
+    const { phase } = this.state;
+    if (!text || this.screen.ui.ask.disabled) return false;
+    if (phase === "image") this.still.ask(text);
+    else this.session.ask(text);
+    return true;
   }
 
   seek(time) {
-    if (this.state.source && !this.state.source.isCamera) this.video.currentTime = time;
+    if (this.isFile) this.video.currentTime = time;
+  }
+
+  save(suffix, write, type) {
+    const { source, transcript } = this.state;
+    const name = (source?.name ?? "captions").replace(/\.[^.]*$/, "");
+    const finished = transcript.captions.filter(({ done }) => done);
+    save(`${name}.${suffix}`, write(finished, this.video.duration), type);
   }
 }
 

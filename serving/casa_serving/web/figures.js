@@ -3,6 +3,7 @@
 import { Plot } from "./plot.js";
 import { Recent } from "./series.js";
 
+const BYTE_UNITS = ["B", "kB", "MB", "GB", "TB"];
 const COUNTS = {
   sent: "sent",
   captioned: "captioned",
@@ -22,21 +23,38 @@ export class Figures {
     this.counts = Object.fromEntries(Object.keys(COUNTS).map((name) => [name, 0]));
     this.delays = new Recent();
     this.droppedSinceLast = 0;
-    this.pagesIfKept = 0;
+    this.insertedBytes = 0;
     this.plotArea.replaceChildren();
-    this.delay = new Plot(this.plotArea, "Delay per frame", [
-      { key: "delay", label: "to the last token" },
-      { key: "limit", label: "next frame" },
-      { key: "dropped", label: "dropped" },
-    ]);
-    this.text = new Plot(this.plotArea, "Text tokens", [
-      { key: "text", label: "in the context" },
-      { key: "budget", label: "budget" },
-    ]);
-    this.pages = new Plot(this.plotArea, "Image pages", [
-      { key: "pages", label: "held now" },
-      { key: "kept", label: "if all frames stayed" },
-    ]);
+    const milliseconds = (value) => `${value} ms`;
+    const tokens = (value) => `${value.toLocaleString("en")} tokens`;
+    this.delay = new Plot(
+      this.plotArea,
+      "Delay per frame",
+      [
+        { key: "delay", label: "to the last token" },
+        { key: "limit", label: "next frame" },
+        { key: "dropped", label: "dropped" },
+      ],
+      milliseconds,
+    );
+    this.text = new Plot(
+      this.plotArea,
+      "Text in the context",
+      [
+        { key: "text", label: "held now" },
+        { key: "budget", label: "budget" },
+      ],
+      tokens,
+    );
+    this.bytes = new Plot(
+      this.plotArea,
+      "KV cache",
+      [
+        { key: "held", label: "held now, text and image" },
+        { key: "inserted", label: "images alone, if inserted into the text" },
+      ],
+      bytes,
+    );
     this.showCounts();
   }
 
@@ -52,10 +70,13 @@ export class Figures {
     this.#showDelay(event.delay_ms, 1000 / settings.fps);
     this.text.push(
       { text: event.text_tokens, budget: settings.text_budget },
-      `${event.text_tokens} of ${settings.text_budget}`,
+      `${event.text_tokens} of ${settings.text_budget} tokens`,
     );
-    this.pagesIfKept += event.image_pages;
-    this.pages.push({ pages: event.image_pages, kept: this.pagesIfKept }, `${event.image_pages}, not ${this.pagesIfKept}`);
+    this.insertedBytes += event.insertion_bytes;
+    this.bytes.push(
+      { held: event.kv_bytes, inserted: this.insertedBytes },
+      `${bytes(event.kv_bytes)}, not ${bytes(this.insertedBytes)}`,
+    );
   }
 
   #showDelay(delay, limit) {
@@ -72,6 +93,12 @@ export class Figures {
     const shown = Object.entries(this.counts).filter(([name, count]) => count || name !== "skipped");
     this.countList.replaceChildren(...shown.map(([name, count]) => pair(name, COUNTS[name], count)));
   }
+}
+
+/** Returns a number of bytes in the unit that fits, with up to three digits. */
+export function bytes(value) {
+  const power = Math.min(Math.floor(Math.log10(Math.max(value, 1)) / 3), BYTE_UNITS.length - 1);
+  return `${Number((value / 1000 ** power).toPrecision(3))} ${BYTE_UNITS[power]}`;
 }
 
 function pair(name, label, count) {

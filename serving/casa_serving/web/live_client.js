@@ -16,6 +16,11 @@ export function address(path, scheme = location.protocol) {
   return url.href;
 }
 
+/** Returns the HTTP headers of a key, "" for none. A header cannot hold every character; such a key is no server's. */
+export function authorization(key) {
+  return /^[\x20-\x7e]+$/.test(key) ? { Authorization: `Bearer ${key}` } : {};
+}
+
 function liveAddress() {
   return address("v1/live", location.protocol === "https:" ? "wss:" : "ws:");
 }

@@ -1,11 +1,19 @@
-// The page's error messages: what happened, and what to do.
+// The page's messages, for visitors: what happened, and what to do. What operators want to know is in the console.
 
-/** A video or camera that cannot be shown; the message is for people. */
+/** Something that cannot be shown; the message is for people. */
 export class SourceError extends Error {}
 
 export function fileProblem(file) {
   const kind = file.type ? ` (${file.type})` : "";
   return `“${file.name}”${kind} cannot be played by this browser: it has no picture, or a format that the browser does not support. Choose an MP4 (H.264) or WebM file.`;
+}
+
+export function imageProblem(file) {
+  return `“${file.name}” is no picture that this browser can show. Choose a JPEG, PNG or WebP file.`;
+}
+
+export function clipProblem() {
+  return "The sample clip could not be loaded. Try again in a moment, or choose a video.";
 }
 
 export function cameraProblem(name, message) {
@@ -17,29 +25,48 @@ export function cameraProblem(name, message) {
   return `The camera could not be started (${message || name}). Is another program using it?`;
 }
 
-const RECONNECT = "Reconnect goes on with the captions so far.";
-// Fatal errors whose message from the server is meant for programs.
+export function screenProblem(name, message) {
+  if (name === "NotAllowedError") return "The screen was not shared. Press Screen again to choose what to share.";
+  return `The screen could not be shared (${message || name}).`;
+}
+
+export function placeProblem() {
+  return "The browser did not allow another place for the video. It stays here.";
+}
+
+const KEPT = "Your captions are kept; this page tries again by itself.";
+const TAKEN = "All places are taken right now. This page tries again by itself and gets the next free one.";
+const SHUTTING_DOWN = `The server is being restarted. ${KEPT}`;
 const FATAL = {
-  slow_client: `This browser or its network was too slow for the server. ${RECONNECT}`,
-  engine_error: `The model’s engine failed. ${RECONNECT}`,
+  too_many_sessions: TAKEN,
+  slow_client: `Your connection was too slow for live captions. ${KEPT}`,
+  engine_error: `The model has stopped. ${KEPT}`,
 };
 const CLOSED = {
-  1001: `The server is shutting down. When it is back, ${RECONNECT}`,
-  1009: "A frame was larger than the server accepts in one message.",
-  1012: `The server is shutting down. When it is back, ${RECONNECT}`,
+  1001: SHUTTING_DOWN,
+  1009: `A picture was too large to be sent. ${KEPT}`,
+  1012: SHUTTING_DOWN,
 };
 
 /** Returns why a connection ended unasked; `error` is the server's last error event, or null. */
 export function endProblem(error, code) {
   if (error) return FATAL[error.code] ?? error.message;
-  return CLOSED[code] ?? `The connection to the server broke (code ${code}). ${RECONNECT}`;
+  return CLOSED[code] ?? `The connection was lost. ${KEPT}`;
 }
 
 /** Returns why no connection came about; `status` is that of a plain HTTP request, null without a response. */
 export function connectProblem(status, hadKey) {
-  if (status === null) return `No server answers at ${location.host}. Is casa-serve still running? Then press Reconnect.`;
   if (status === 401) return hadKey ? "The server does not know this API key." : "This server asks for an API key.";
-  return "The server runs but rejected the session: it may have been restarted without live sessions (--live-max-sessions), or does not allow this page’s address (--allowed-origins).";
+  if (status === null) return `The server cannot be reached. ${KEPT}`;
+  return `The server takes no live sessions right now. ${KEPT}`;
+}
+
+/** Returns why a question about an image was not answered; `status` is HTTP's, null without a response. */
+export function answerProblem(status, hadKey) {
+  if (status === 401) return connectProblem(status, hadKey);
+  if (status === null) return "The server cannot be reached. Ask again in a moment.";
+  if (status === 429 || status >= 500) return "The server is busy. Ask again in a moment.";
+  return "This question could not be answered. Ask a shorter one, or choose another image.";
 }
 
 /** Returns the statistics of a session as text. */

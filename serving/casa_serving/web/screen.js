@@ -1,6 +1,9 @@
 // What is on the screen besides the video: status, problems, captions, figures, and which buttons there are.
 
+import { CaptionTrack } from "./caption_track.js";
 import { Figures } from "./figures.js";
+import { hasSmallWindow } from "./placement.js";
+import { canShareScreen } from "./sources.js";
 import { TranscriptView } from "./transcript_view.js";
 
 const NOTICE_MS = 8000;
@@ -8,43 +11,68 @@ const NOTICE_MS = 8000;
 export class Screen {
   /** @param {(time: number) => void} onSeek is called when a caption is chosen */
   constructor(document, onSeek) {
+    this.document = document;
     this.root = document.documentElement;
     this.ui = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
     this.figures = new Figures(this.ui.counts, this.ui.plots);
     this.view = new TranscriptView(this.ui.captions, this.ui["captions-scroll"], this.ui["captions-empty"], onSeek);
+    this.track = new CaptionTrack(this.ui.video);
     this.notice = null; // Timer that hides a problem.
+    for (const button of document.querySelectorAll("[data-action=screen]")) button.hidden = !canShareScreen();
   }
 
   /** Shows a phase with its status text and its buttons. */
   show(state, status, kind = "idle") {
     const { ui } = this;
     const { phase, source } = state;
+    const focused = this.document.activeElement;
+    const hasVideo = source !== null && source.kind !== "image";
     this.root.dataset.phase = phase;
     ui.status.textContent = status;
     ui.status.dataset.kind = kind;
     const visible = {
-      choose: source !== null,
-      camera: source !== null,
-      stop: phase === "live",
-      reconnect: phase === "stopped",
-      restart: phase === "live" || phase === "stopped",
+      stop: ["connecting", "live", "waiting"].includes(phase),
+      reconnect: hasVideo && (phase === "stopped" || phase === "waiting"),
+      restart: hasVideo && (phase === "live" || phase === "stopped"),
+      "full-screen": hasVideo,
+      "small-window": hasVideo && hasSmallWindow(ui.video),
+      video: source?.kind !== "image",
+      still: source?.kind === "image",
     };
     for (const [name, shown] of Object.entries(visible)) ui[name].hidden = !shown;
+    ui.reconnect.textContent = phase === "waiting" ? "Try now" : "Reconnect";
     ui.stage.toggleAttribute("data-empty", source === null);
     ui["source-name"].textContent = source?.name ?? "";
-    ui.question.disabled = ui.ask.disabled = phase !== "live";
+    this.showSaving(state.transcript);
+    if (source?.kind !== "camera") ui["camera-choice"].hidden = true;
+    ui.question.disabled = phase !== "live" && phase !== "image";
+    this.allowQuestion(!ui.question.disabled);
+    // What had the focus may be gone; the keyboard goes on from here.
+    if (focused !== this.document.body && focused?.getClientRects().length === 0) ui.stage.focus();
   }
 
   /** Enables sending: while an answer is awaited the next question may be typed, not sent. */
   allowQuestion(allowed) {
-    this.ui.ask.disabled = !allowed;
+    for (const button of [this.ui.ask, ...this.ui.suggestions.children]) button.disabled = !allowed;
+  }
+
+  showSaving(transcript) {
+    this.ui["save-srt"].hidden = this.ui["save-vtt"].hidden = transcript.captions.length === 0;
+  }
+
+  /** Offers the cameras, if there is a choice. @param {{id: string, name: string}[]} cameras @param {string} now its id */
+  offerCameras(cameras, now) {
+    const { ui } = this;
+    ui.cameras.replaceChildren(...cameras.map(({ id, name }) => new Option(name, id, false, id === now)));
+    ui["camera-choice"].hidden = cameras.length < 2;
   }
 
   /** Shows an error message, or hides it with "". */
   problem(message) {
     clearTimeout(this.notice);
-    this.ui.problem.textContent = message;
-    this.ui.problem.hidden = !message;
+    const { problem } = this.ui;
+    if (problem.textContent !== message) problem.textContent = message; // Read out once, also when tried often.
+    problem.hidden = !message;
   }
 
   /** Shows an error message for a while: the session goes on. */
@@ -57,22 +85,32 @@ export class Screen {
   entry(entry, transcript) {
     if (!entry) return;
     this.view.show(entry, transcript.entries);
+    if (entry.kind === "caption") this.track.show(entry, transcript.captions);
+    // Read out whole, not word by word.
+    if (entry.done) this.ui.spoken.textContent = entry.text;
+    this.showSaving(transcript);
     this.caption(transcript);
+  }
+
+  /** Takes an entry away that was not finished. */
+  remove(entry, transcript) {
+    this.view.remove(entry);
+    this.track.remove(entry, transcript.captions);
   }
 
   /** Shows the caption that belongs to a time in the video. */
   caption(transcript, time = this.ui.video.currentTime) {
     const entry = transcript.captionAt(time);
     const text = entry?.text.trim() ?? "";
-    if (this.ui.overlay.textContent !== text) this.ui.overlay.textContent = text;
-    this.ui.overlay.hidden = !text;
+    if (this.ui.caption.textContent !== text) this.ui.caption.textContent = text;
     this.view.mark(entry);
   }
 
   /** Clears everything about a video. */
   clear() {
     this.view.clear();
+    this.track.clear();
     this.figures.clear();
-    this.ui.overlay.hidden = true;
+    this.ui.caption.textContent = this.ui.spoken.textContent = "";
   }
 }

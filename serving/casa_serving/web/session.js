@@ -1,7 +1,8 @@
 // A session: its connection, the server's events, and the frames that are sent.
 
+import { Backoff } from "./backoff.js";
 import { play, takePicture } from "./frames.js";
-import { LiveClient, address } from "./live_client.js";
+import { LiveClient, address, authorization } from "./live_client.js";
 import { fillSettings, readSettings } from "./settings.js";
 import { connectProblem, endProblem, sessionSummary } from "./messages.js";
 
@@ -11,13 +12,20 @@ export class Session {
     this.screen = screen;
     this.video = screen.ui.video;
     this.canvas = document.createElement("canvas");
+    this.backoff = new Backoff();
+  }
+
+  /** Opens a session as a person has asked for. */
+  connect(playWhenLive) {
+    this.backoff.reset();
+    this.screen.problem("");
+    this.#open(playWhenLive);
   }
 
   /** Opens a session with the captions so far as its history; abandons the one before. */
-  connect(playWhenLive) {
+  #open(playWhenLive) {
     this.abandon();
     Object.assign(this.state, { playWhenLive, fatal: null, summary: null, idle: false, phase: "connecting" });
-    this.screen.problem("");
     this.screen.ui["key-form"].hidden = true;
     this.screen.show(this.state, "Connecting…", "busy");
     const create = { ...readSettings(this.screen.ui.settings), history: this.state.transcript.history() };
@@ -29,11 +37,17 @@ export class Session {
     );
   }
 
-  /** Abandons the session and drops its unfinished captions and answers. */
+  /** Abandons the session, or what would open it again, and drops its unfinished captions and answers. */
   abandon() {
+    this.backoff.cancel();
     this.state.client?.abandon();
     this.state.client = null;
-    for (const entry of this.state.transcript.dropUnfinished()) this.screen.view.remove(entry);
+    this.#drop(null);
+  }
+
+  #drop(kind) {
+    const { transcript } = this.state;
+    for (const entry of transcript.dropUnfinished(kind)) this.screen.remove(entry, transcript);
   }
 
   ask(text) {
@@ -66,14 +80,17 @@ export class Session {
     if (settings.fps !== state.settings?.fps) state.seen.clear();
     Object.assign(state, { settings, limits, phase: "live" });
     fillSettings(screen.ui.settings, settings);
+    screen.problem("");
     screen.show(state, `Live at ${settings.fps} frames a second`, "live");
     this.onVideoFrame(this.video.currentTime); // The first frame is on the screen already.
     if (state.playWhenLive) play(this.video);
+    state.playWhenLive = false;
   }
 
   onFrameDone(event) {
     this.screen.entry(this.state.transcript.captionDone(event), this.state.transcript);
     this.screen.figures.frame(event, this.state.settings);
+    this.backoff.reset();
   }
 
   onFrameDropped({ timestamp }) {
@@ -100,8 +117,7 @@ export class Session {
 
   /** Drops the question that was rejected. */
   dropQuestion() {
-    const gone = this.state.transcript.dropUnfinished("question");
-    for (const entry of gone) this.screen.view.remove(entry);
+    this.#drop("question");
     this.screen.allowQuestion(true);
   }
 
@@ -112,6 +128,7 @@ export class Session {
   onEnd({ opened, code }) {
     const { state } = this;
     this.abandon();
+    if (state.fatal) console.info(state.fatal.message); // For operators: it names options of the server.
     if (!opened) {
       this.explainFailedConnect();
     } else if (state.summary && code === 1000) {
@@ -120,27 +137,57 @@ export class Session {
     } else if (state.fatal?.code === "idle_timeout") {
       Object.assign(state, { phase: "stopped", idle: true });
       this.screen.show(state, "No frame came for a while: goes on when the video plays");
+    } else if (state.fatal?.code === "bad_settings") {
+      this.fail(state.fatal.message);
     } else {
-      this.fail(endProblem(state.fatal, code));
+      this.retry(endProblem(state.fatal, code));
     }
   }
 
   /** Finds out why a WebSocket was rejected, which browsers do not report, by a plain request. */
   async explainFailedConnect() {
-    const { key } = this.state;
-    // A header cannot hold every character; a key that has others is none of this server's.
-    const headers = /^[\x20-\x7e]+$/.test(key) ? { Authorization: `Bearer ${key}` } : {};
-    const answer = await fetch(address("v1/models"), { headers }).catch(() => null);
-    this.fail(connectProblem(answer?.status ?? null, Boolean(key)));
-    this.screen.ui["key-form"].hidden = answer?.status !== 401;
+    const { state } = this;
+    const { key, source } = state;
+    const answer = await fetch(address("v1/models"), { headers: authorization(key) }).catch(() => null);
+    if (state.phase !== "connecting" || state.source !== source) return; // Another video, or Stop, meanwhile.
+    const problem = connectProblem(answer?.status ?? null, Boolean(key));
+    if (answer?.status === 401) {
+      this.fail(problem);
+      this.screen.ui["key-form"].hidden = false;
+    } else {
+      this.retry(problem);
+    }
   }
 
-  /** Shows an error and pauses the video, so that nothing is missed until it goes on. */
+  /** Pauses the video, so that nothing is missed, and connects again after a while. */
+  retry(message) {
+    const resume = this.state.playWhenLive || !this.video.paused;
+    Object.assign(this.state, { phase: "waiting", playWhenLive: resume });
+    this.video.pause();
+    this.screen.problem(message);
+    this.screen.show(this.state, "Reconnecting…", "busy");
+    this.backoff.schedule(() => this.#open(resume));
+  }
+
+  /** Shows an error that waiting does not mend, and pauses the video. */
   fail(message) {
     this.state.phase = this.state.source ? "stopped" : "empty";
     this.video.pause();
     this.screen.problem(message);
     this.screen.show(this.state, "Not connected", "error");
+  }
+
+  /** Ends the session; its captions stay. */
+  stop() {
+    this.video.pause();
+    if (this.state.phase === "live") {
+      this.state.client.stop(); // The server answers with statistics.
+      return;
+    }
+    this.abandon();
+    this.state.phase = this.state.source ? "stopped" : "empty";
+    this.screen.problem("");
+    this.screen.show(this.state, "Stopped");
   }
 
   // Frames

@@ -4,8 +4,9 @@ import { Transcript } from "./transcript.js";
 
 export function createState() {
   return {
-    phase: "empty", // empty | connecting | live | stopped
-    source: null, // {name, isCamera} of what is shown, or null.
+    phase: "empty", // empty | connecting | live | waiting (to connect again) | stopped | image
+    source: null, // {name, kind} of what is shown, or null; kind: file | camera | screen | image.
+    model: null, // {name, reads, questions}, from the server.
     client: null, // The connection, which is the session, or null.
     settings: null, // The session's settings, from the server.
     limits: null, // What the server accepts, from the server.

@@ -49,6 +49,11 @@ export class Transcript {
     return gone.map(([, entry]) => entry);
   }
 
+  /** Captions by time, without questions. */
+  get captions() {
+    return this.entries.filter(({ kind }) => kind === "caption");
+  }
+
   /** Returns the caption that belongs to a time in the video, or null. */
   captionAt(time) {
     for (let index = this.#after(time) - 1; index >= 0; index -= 1) {

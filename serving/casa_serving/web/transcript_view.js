@@ -14,12 +14,14 @@ export class TranscriptView {
     Object.assign(this, { list, scroll, hint, onSeek });
     this.items = new Map(); // Entry -> its <li>.
     this.current = null;
+    this.reached = null; // The entry that Tab goes to; the arrow keys go on from there.
+    list.addEventListener("keydown", (event) => this.#onKey(event));
   }
 
   /** Shows an entry as it is now: adds it at its place, or updates its text. */
   show(entry, entries) {
     const isLast = entries.at(-1) === entry;
-    const atEnd = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 60;
+    const atEnd = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 150; // About two entries.
     if (!this.items.has(entry)) this.#insert(entry, entries);
     this.items.get(entry).querySelector(".text").textContent = entry.text || "…";
     this.hint.hidden = true;
@@ -29,6 +31,7 @@ export class TranscriptView {
   remove(entry) {
     this.items.get(entry)?.remove();
     this.items.delete(entry);
+    if (entry === this.reached) this.#reach(this.items.keys().next().value ?? null);
   }
 
   /** Marks the caption that belongs to what the video shows. */
@@ -42,8 +45,24 @@ export class TranscriptView {
   clear() {
     this.items.clear();
     this.list.replaceChildren();
-    this.current = null;
+    this.current = this.reached = null;
     this.hint.hidden = false;
+  }
+
+  /** Goes through the list by the arrow keys, Home and End: one stop of Tab, however many captions there are. */
+  #onKey(event) {
+    const buttons = [...this.list.querySelectorAll("button")];
+    const now = buttons.indexOf(event.target);
+    const next = { ArrowDown: now + 1, ArrowUp: now - 1, Home: 0, End: buttons.length - 1 }[event.key];
+    if (next === undefined || !buttons[next]) return;
+    event.preventDefault();
+    buttons[next].focus();
+  }
+
+  #reach(entry) {
+    this.items.get(this.reached)?.querySelector("button").setAttribute("tabindex", "-1");
+    this.items.get(entry)?.querySelector("button").setAttribute("tabindex", "0");
+    this.reached = entry;
   }
 
   #insert(entry, entries) {
@@ -51,6 +70,7 @@ export class TranscriptView {
     const next = entries[entries.indexOf(entry) + 1];
     this.list.insertBefore(item, this.items.get(next) ?? null);
     this.items.set(entry, item);
+    if (!this.reached) this.#reach(entry);
   }
 
   #build(entry) {
@@ -58,6 +78,8 @@ export class TranscriptView {
     item.className = entry.kind;
     const button = document.createElement("button");
     button.type = "button";
+    button.tabIndex = -1;
+    button.addEventListener("focus", () => this.#reach(entry));
     button.append(part("time", "time", clock(entry.timestamp)));
     if (entry.kind === "question") button.append(part("span", "asked", entry.question));
     button.append(part("span", "text", ""));

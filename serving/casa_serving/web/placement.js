@@ -1,0 +1,48 @@
+// Where the picture stands: on the page, alone on the whole screen, or in a small window over other programs.
+
+import { SourceError, placeProblem } from "./messages.js";
+
+/** Whether this browser has a small window. */
+export function hasSmallWindow(video) {
+  return "documentPictureInPicture" in window || Boolean(document.pictureInPictureEnabled && video.requestPictureInPicture);
+}
+
+/** Fills the screen with picture and caption; a phone that fills it with videos only draws the text track. */
+export async function fillScreen(stage, video) {
+  if (document.fullscreenElement) await document.exitFullscreen();
+  else if (stage.requestFullscreen) await allowed(stage.requestFullscreen());
+  else video.webkitEnterFullscreen?.();
+}
+
+/** Opens a small window with picture and caption; browsers that have it for videos only draw the text track there. */
+export async function openSmallWindow(stage, video) {
+  if (!("documentPictureInPicture" in window)) {
+    await allowed(video.requestPictureInPicture());
+    return;
+  }
+  const small = await allowed(documentPictureInPicture.requestWindow({ width: 480, height: 340 }));
+  furnish(small.document);
+  const place = document.createComment("stage");
+  const playing = !video.paused;
+  stage.replaceWith(place);
+  small.document.body.append(stage);
+  small.addEventListener("pagehide", () => place.replaceWith(stage), { once: true });
+  if (playing) await video.play(); // A video that moves is paused.
+}
+
+function furnish(target) {
+  const style = target.createElement("link");
+  Object.assign(style, { rel: "stylesheet", href: new URL("web/style.css", document.baseURI).href });
+  target.head.append(style);
+  target.documentElement.lang = "en";
+  target.title = document.title;
+}
+
+/** Waits for what a browser may refuse; rejects with an error message then. */
+async function allowed(request) {
+  try {
+    return await request;
+  } catch {
+    throw new SourceError(placeProblem());
+  }
+}

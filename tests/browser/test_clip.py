@@ -1,0 +1,79 @@
+"""The page's own clip: what `casa-digits-video` makes of held-out digits, captioned right, its suggestions answered."""
+
+import numpy as np
+import pytest
+from playwright.sync_api import expect
+
+from casa_digits.demonstration import DEMONSTRATION
+from casa_digits.phrases import COUNT, READ
+from casa_serving.caption.video import sample, scan
+from clip import CLIP, SCALE, SECONDS, clip_scenes, clip_truth
+from live_page import begin_clip, count, transcript, wait_until
+
+MAX_CLIP_BYTES = 100_000
+# Of 255, on average: what the codec leaves out.
+TOLERANCE = 3
+RIGHT = {READ[0]: lambda text: text, COUNT[0]: lambda text: str(len(text.split()))}
+
+
+def test_the_clip_shows_held_out_digits():
+    assert CLIP.stat().st_size <= MAX_CLIP_BYTES
+    seen = list(sample(scan(CLIP), fps=2))
+    assert len(seen) == 2 * SECONDS
+    scenes = dict(zip(clip_truth(), clip_scenes(), strict=True))
+    for item in seen:
+        (scene,) = (scene for span, scene in scenes.items() if span.start <= item.timestamp < span.end)
+        drawn = scene.image.to_pil().resize(item.image.size, resample=3)
+        assert drawn.size == (224 * SCALE, 112 * SCALE)
+        assert np.abs(np.asarray(item.image, int) - np.asarray(drawn, int)).mean() <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def questioned(open_page):
+    """The page with its clip, stopped in each scene, where every suggestion was chosen: `(scene's text, answers)`."""
+    with open_page() as page:
+        expect(page.locator("#suggestions button")).to_have_text(DEMONSTRATION["questions"])
+        begin_clip(page)
+        page.evaluate("video.pause()")
+        found = []
+        for number, span in enumerate(clip_truth()):
+            done = count(page, "captioned") + count(page, "silent")
+            page.evaluate(f"video.currentTime = {(span.start + span.end) / 2}")
+            if number > 0:
+                wait_until(page, f"{DONE} > {done}")
+            asked = page.locator("#captions li.question").count()
+            for button in page.locator("#suggestions button").all():
+                button.click()
+                expect(page.locator("#ask")).to_be_enabled()
+            found.append((span.text, transcript(page, "question")[asked:]))
+        yield page, found
+
+
+DONE = """["captioned", "silent"].map((name) => Number(document.querySelector(`[data-count=${name}] dd`).textContent))
+    .reduce((sum, number) => sum + number)"""
+
+
+@pytest.mark.vllm
+def test_every_suggestion_is_answered_right(questioned):
+    _, found = questioned
+    wrong = [
+        (text, question, answer)
+        for text, answers in found
+        for question, (_, answer) in zip(DEMONSTRATION["questions"], answers, strict=True)
+        if answer != RIGHT[question](text)
+    ]
+    assert len(wrong) <= 0.05 * len(found) * len(DEMONSTRATION["questions"]), wrong
+
+
+@pytest.mark.vllm
+def test_the_clip_is_captioned_right(questioned):
+    page, found = questioned
+    captions = [text for _, text in transcript(page)]
+    # The model misreads one text in twenty.
+    assert sum(text in captions for text, _ in found) >= len(found) - 1, captions
+
+
+@pytest.mark.vllm
+def test_the_page_names_the_model_and_what_it_reads(questioned):
+    page, _ = questioned
+    expect(page.locator("#model")).to_have_text(f"casa-tiny-digits {DEMONSTRATION['reads']}")

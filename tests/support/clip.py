@@ -1,0 +1,22 @@
+"""The truth about the page's own clip, which `casa-digits-video` made (docs/live.md)."""
+
+from pathlib import Path
+
+import numpy as np
+
+import casa_serving
+from casa_digits.video import caption_spans, draw_scenes
+
+CLIP = Path(casa_serving.__file__).parent / "web" / "digits.mp4"
+SECONDS, FPS, SEED, SCALE = 40, 10, 3, 2
+
+
+def clip_scenes():
+    """Returns the scenes that it shows."""
+    rng, _ = np.random.default_rng(SEED).spawn(2)
+    return draw_scenes(rng, SECONDS * FPS, FPS)
+
+
+def clip_truth():
+    """Returns what can be read in it when."""
+    return caption_spans(clip_scenes(), FPS)
