@@ -103,6 +103,11 @@ class ImageCacheManager(SingleTypeKVCacheManager):
             self._images[request.request_id] = images
         return images
 
+    def is_complete(self, request: Request) -> bool:
+        """Returns whether the row has all of the request's images, as in every decode step; the cheapest question."""
+        row = self._rows.get(request.request_id)
+        return row is not None and row.end_image == len(request.mm_features)
+
     def first_missing(self, request: Request, num_computed_tokens: int) -> int:
         """Returns the first image that must be in the row to compute token `num_computed_tokens` and is not."""
         row = self._rows.get(request.request_id)
@@ -179,10 +184,10 @@ class ImageCacheManager(SingleTypeKVCacheManager):
     ) -> int:
         """Returns the number of free pages that the images before text token `num_tokens` need."""
         request = self._requests[request_id]
+        if self.is_complete(request):
+            return 0
         images = self.images(request)
         first = self.first_missing(request, total_computed_tokens)
-        if first == len(images):
-            return 0
         num_pages = images.num_pages(self.block_size)
         # Copies share the pages of the step that encodes them, and those of other steps where pages are cached.
         copies_share = self.enable_caching or not apply_admission_cap
@@ -203,6 +208,8 @@ class ImageCacheManager(SingleTypeKVCacheManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Appends the pages of the images before text token `num_tokens` to the row."""
         request = self._requests[request_id]
+        if request.status == RequestStatus.RUNNING and self.is_complete(request):
+            return []
         images = self.images(request)
         row = self._row(request, images)
         blocks = self.req_to_blocks[request_id]

@@ -139,6 +139,12 @@ class ImageScheduling(SessionScheduling):
             further values of vLLM's version (see compat.py).
         """
         manager = self.image_managers[0]
+        if (
+            request.status == RequestStatus.RUNNING
+            and manager.is_complete(request)
+            and request.request_id not in self._reasons
+        ):
+            return compat.encoder_schedule([], num_new_tokens, encoder_compute_budget)
         images = manager.images(request)
         first = manager.first_missing(request, num_computed_tokens)
         end = images.end_before(num_computed_tokens + num_new_tokens)
