@@ -5,6 +5,7 @@ Triton's kernel runs under its interpreter, in a process of its own (see test_wi
 
 import os
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from casa_engine.windows import last_window
+from casa_vllm import attention_metadata
 from casa_vllm.ops.build_segments import build_segments
 from casa_vllm.ops.segments import SegmentTensors
 from casa_vllm.window_states import SegmentPlan, WindowStates
@@ -205,3 +207,38 @@ def test_made_up_batch_reads_no_row():
     assert tensors.fields.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1]]
     assert tensors.relative_positions.tolist() == [0, 1, 0, 0]
     assert SegmentPlan.without_images(np.zeros(2, np.int32), np.array([2, 1])).max_query_len == 2
+
+
+@pytest.mark.parametrize("sees_text", [False, True], ids=["ca", "ca_tv"])
+@pytest.mark.parametrize("kind", ["graph", "eager", "split"])
+def test_building_waits_for_nothing(kind, sees_text, monkeypatch):
+    """On torch's meta device, where whatever needs a value on the host raises; the kernel alone is left out."""
+    built = []
+    monkeypatch.setattr(attention_metadata, "build_segments", lambda tensors, *args, **kwargs: built.append(tensors))
+    num_requests, num_tokens, device = 3, 3 if kind != "split" else 9, torch.device("meta")
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(sees_text=sees_text)}),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        model_config=SimpleNamespace(max_model_len=64),
+    )
+    builder = attention_metadata.ImageMetadataBuilder(SimpleNamespace(step_pages=7), ["layer"], config, device)
+    plan = SegmentPlan.without_images(np.full(num_requests, 5), np.full(num_requests, num_tokens // num_requests))
+    plan = replace(plan, max_pages=2)
+    if kind == "split":
+        splits, starts = np.zeros((4, 4), np.int32), np.array([0, 1, 3, 6, 9], np.int32)
+        plan = replace(plan, splits=splits, query_start_loc=starts, num_segments=4)
+    rows = torch.zeros(num_requests, dtype=torch.int64, device=device)
+    state = torch.zeros(8, 3 + ROW_PAGES, dtype=torch.int32, device=device)
+    builder.step = attention_metadata.Step(plan, rows, num_requests, state, in_graph=kind == "graph")
+    common = SimpleNamespace(
+        query_start_loc=torch.zeros(num_requests + 1, dtype=torch.int32, device=device),
+        positions=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        block_table_tensor=torch.zeros(num_requests, ROW_PAGES, dtype=torch.int32, device=device),
+        num_actual_tokens=num_tokens,
+    )
+    windows = builder.build(0, common).windows
+    num_segments = 4 if kind == "split" else 3
+    assert windows.num_segments == num_segments and windows.num_tokens == num_tokens
+    assert windows.image_block_table.shape == (num_segments, 7 if kind == "graph" else 2)
+    assert windows.max_query_len == num_tokens // num_requests
+    assert (built[0].relative_positions is not None) == sees_text
