@@ -96,12 +96,46 @@ class CasaCache(DynamicCache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether text can be cropped (read by transformers): no, an earlier window's images may be gone already."""
-        return False
+        """Whether text can be taken back (read by transformers): all that came after the last image."""
+        return True
 
-    def crop(self, *args: int, **kwargs: int) -> None:
-        """Raises InputError. The argument's name and meaning differ between versions of transformers."""
-        raise InputError("the cache cannot be cropped: images of earlier windows are gone; start a new conversation.")
+    def crop(self, count: int, /) -> None:
+        """Takes back the last columns of text; as it was if the call raises.
+
+        Args:
+            count: -n for the last n columns, 0 for none; n keeps the first n, as transformers before 5.24 calls it.
+
+        Raises:
+            InputError: An image stands in what would be taken back: those of the window before are gone.
+        """
+        length = self.get_seq_length()
+        num_kept = min(count, length) if count > 0 else length + count
+        if num_kept < 0:
+            raise InputError(f"{-count} columns of text are to be taken back; the cache has {length}.")
+        if num_kept == length:
+            return
+        kept = self.key_positions[:, :num_kept]
+        num_real = (kept >= 0).sum(dim=1).tolist()
+        for row, points in enumerate(self.seen_points or []):
+            if points and num_real[row] < self._text_end_of_images(row, points):
+                raise InputError(
+                    f"row {row} cannot be cropped to {num_real[row]} tokens: it has an image at {points[-1]}, and "
+                    "those of the window before are gone; start a new conversation."
+                )
+        if self.next_rope is not None:
+            removed = (self.key_positions[:, num_kept:] >= 0).sum(dim=1)
+            self.next_rope = self.next_rope - removed.to(self.next_rope.device)
+        self.key_positions, self.token_ids = kept, self.token_ids[:, :num_kept]
+        for layer in (*self.layers, *self.ca_text):
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :num_kept], layer.values[:, :, :num_kept]
+
+    def _text_end_of_images(self, row: int, points: list[int]) -> int:
+        """Returns how many of a row's tokens stand before, or with `insertion` belong to, its last image."""
+        if self.config.is_cross_attention:
+            return points[-1]
+        ids = self.row_ids(row)
+        return max(index for index, token in enumerate(ids) if token == self.config.image_token_id) + 1
 
     def row_ids(self, row: int) -> list[int]:
         """Returns the ids of a row's cached text, padding excluded."""

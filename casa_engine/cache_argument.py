@@ -35,6 +35,8 @@ def pop_cache(arguments: dict[str, Any]) -> Cache | None:
     return given[0] if given else None
 
 
-def output_with_cache(logits: Tensor, cache: Any, loss: Tensor | None = None) -> CausalLMOutputWithPast:
-    """Builds transformers' output class: logits (B, T, V), the cache and the loss, a scalar."""
-    return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_ARGUMENT: cache})
+def output_with_cache(
+    logits: Tensor, cache: Any, loss: Tensor | None = None, hidden_states: tuple[Tensor, ...] | None = None
+) -> CausalLMOutputWithPast:
+    """Builds transformers' output class: logits (B, T, V), the cache, the loss, a scalar, hidden states (B, T, C)."""
+    return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE_ARGUMENT: cache})

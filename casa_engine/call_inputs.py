@@ -10,18 +10,22 @@ from casa_engine.errors import InputError
 from casa_engine.image_inputs import ImageInputs, check_images
 from casa_engine.tensor_checks import check_tensor
 
+NO_ID = -1
+
 
 @dataclass(frozen=True)
 class CallInputs:
     """Checked inputs of one call of B rows of T columns.
 
     Attributes:
+        ids: int64 (B, T). Of a call with embeddings: the image token's where an embedding is its, else `NO_ID`.
         real: bool (B, T). False for padding.
         positions: int64 (B, T). Text-stream index of each token, -1 for padding.
         num_seen: For each row its real tokens before this call.
         images: The new images.
     """
 
+    ids: Tensor
     real: Tensor
     positions: Tensor
     num_seen: list[int]
@@ -31,13 +35,15 @@ class CallInputs:
 def check_inputs(
     config: CasaConfig,
     device: torch.device,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     attention_mask: Tensor | None = None,
     cached_positions: Tensor | None = None,
     pixel_values: Tensor | None = None,
     image_grid_thw: Tensor | None = None,
     insertion_points: Tensor | None = None,
     image_embeds: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    image_token_embedding: Tensor | None = None,
 ) -> CallInputs:
     """Checks the inputs of one call. Changes nothing.
 
@@ -51,6 +57,8 @@ def check_inputs(
         image_grid_thw: The same.
         insertion_points: The same.
         image_embeds: The same.
+        inputs_embeds: (B, T, C), floating. Instead of `input_ids`.
+        image_token_embedding: (C,). With `inputs_embeds`: by it `insertion` finds the image tokens, as other models do.
 
     Returns:
         What the model needs to know of them.
@@ -58,55 +66,47 @@ def check_inputs(
     Raises:
         InputError: An input is not what the model takes.
     """
-    if device.type == "meta" and isinstance(input_ids, Tensor):  # weights that are offloaded; they go to the inputs
-        device = input_ids.device
-    _check_ids(config, input_ids, device)
-    num_rows, num_columns = input_ids.shape
+    text = input_ids if inputs_embeds is None else inputs_embeds
+    if device.type == "meta" and isinstance(text, Tensor):  # weights that are offloaded; they go to the inputs
+        device = text.device
+    if inputs_embeds is None:
+        _check_ids(config, input_ids, device)
+        ids = input_ids.long()
+    else:
+        ids = _ids_of_embeddings(config, input_ids, inputs_embeds, image_token_embedding, device)
+    num_rows, num_columns = ids.shape
     cached = torch.zeros(num_rows, 0, dtype=torch.long, device=device) if cached_positions is None else cached_positions
     if len(cached) != num_rows:
         raise InputError(
             f"the cache has {len(cached)} conversations; got {num_rows} rows of ids. For several answers to each "
             "repeat the cache with batch_repeat_interleave."
         )
-    real = _check_mask(attention_mask, input_ids, cached >= 0)
+    real = _check_mask(attention_mask, ids, cached >= 0)
     num_seen = (cached >= 0).sum(dim=1)
     empty = ((real.sum(dim=1) + num_seen) == 0).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"rows {empty} have no text: attention_mask is 0 in all {num_columns} columns.")
-    streams = [ids[keep].tolist() for ids, keep in zip(input_ids, real, strict=True)]
+    streams = [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
     images = check_images(config, streams, pixel_values, image_embeds, image_grid_thw, insertion_points, device)
     positions = torch.where(real, real.long().cumsum(dim=1) - 1 + num_seen[:, None], -1)
-    return CallInputs(real, positions, num_seen.tolist(), images)
+    return CallInputs(ids, real, positions, num_seen.tolist(), images)
 
 
-def pad_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def pad_left(text: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Moves each row's padding to its beginning, so that the last column is every row's last token.
 
     Args:
-        input_ids: int64 (B, T).
+        text: Ids (B, T) or embeddings (B, T, C).
         attention_mask: int64 (B, T), 0 for padding.
 
     Returns:
         The same, in another order where a row had padding at its end. Insertion points stay right.
     """
     if attention_mask is None or attention_mask[:, -1].all():
-        return input_ids, attention_mask
+        return text, attention_mask
     order = attention_mask.long().sort(dim=1, stable=True).indices
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
-
-
-def check_labels(labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
-    """Raises InputError unless labels are int64 (B, T) like `input_ids`, ids or -100."""
-    check_tensor("labels", labels, "int", tuple(input_ids.shape), input_ids.device)
-    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
-    if len(wrong):
-        raise InputError(f"labels have {int(wrong[0])}; expected ids from 0 to {vocab_size - 1}, or -100 to leave out.")
-
-
-def check_logits_to_keep(logits_to_keep: int) -> None:
-    """Raises InputError unless it is a whole number from 0."""
-    if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool) or logits_to_keep < 0:
-        raise InputError(f"logits_to_keep is {logits_to_keep!r}; expected how many last positions, 0 for all.")
+    rows = torch.arange(len(text), device=text.device)[:, None]
+    return text[rows, order], attention_mask.gather(1, order)
 
 
 def _check_ids(config: CasaConfig, ids: Tensor, device: torch.device) -> None:
@@ -120,6 +120,23 @@ def _check_ids(config: CasaConfig, ids: Tensor, device: torch.device) -> None:
             f"input_ids has {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}: use the checkpoint's "
             "own tokenizer."
         )
+
+
+def _ids_of_embeddings(
+    config: CasaConfig, ids: Tensor | None, embeddings: Tensor, image_token: Tensor | None, device: torch.device
+) -> Tensor:
+    """Returns what stands for the ids of embeddings (B, T, C): int64 (B, T)."""
+    if ids is not None:
+        raise InputError("got both input_ids and inputs_embeds; they are the same text: pass one of them.")
+    check_tensor("inputs_embeds", embeddings, "float", ("B", "T", config.text_config.hidden_size), device)
+    if not embeddings.numel():
+        raise InputError(f"inputs_embeds has shape {tuple(embeddings.shape)}; expected at least one row and one token.")
+    if not torch.isfinite(embeddings).all():
+        raise InputError("inputs_embeds has values that are NaN or infinite.")
+    unknown = torch.full(embeddings.shape[:2], NO_ID, device=embeddings.device)
+    if config.is_cross_attention:
+        return unknown
+    return unknown.masked_fill((embeddings == image_token.to(embeddings)).all(dim=-1), config.image_token_id)
 
 
 def _check_mask(mask: Tensor | None, ids: Tensor, cached: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Each decision that the paper (arXiv 2512.19535) leaves open is one field here or
 `docs/configuration.md` lists them. The backbone is a stock transformers config of a kind that `backbones.py` lists.
 """
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,7 +11,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from casa_engine.backbones import Backbone, backbone_of, build_text_config
 from casa_engine.errors import ConfigError
-from casa_engine.untrusted_folder import check_no_code
+from casa_engine.guarded_loading import GuardedConfig
 
 FUSIONS = ("ca", "ca_tv", "insertion")
 CA_WEIGHTS = ("own", "shared")
@@ -20,7 +19,7 @@ CA_PLACEMENTS = ("parallel", "replace")
 IMAGE_ROPES = ("frozen", "grid")
 
 
-class CasaConfig(PreTrainedConfig):
+class CasaConfig(GuardedConfig, PreTrainedConfig):
     """Configuration of a CASA vision-language model.
 
     Attributes:
@@ -80,18 +79,6 @@ class CasaConfig(PreTrainedConfig):
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
         super().__post_init__(**kwargs)
         self._check()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers' own. `AutoConfig` calls it, and so vLLM, before anything else of a folder is read.
-
-        Raises:
-            CheckpointError: The folder's configurations name code.
-        """
-        folder = kwargs.get("name_or_path")
-        if folder is not None and Path(folder).is_dir():
-            check_no_code(Path(folder))
-        return super().from_dict(config_dict, **kwargs)
 
     def _check(self) -> None:
         for field, allowed in (

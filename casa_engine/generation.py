@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import CandidateGenerator
 
 from casa_engine.cache import CasaCache, check_cache
 from casa_engine.cache_argument import CACHE_ARGUMENT, pop_cache
@@ -15,7 +16,12 @@ from casa_engine.token_ids import list_token_ids
 
 IMAGE_CONTENT = ("pixel_values", "image_embeds", "image_grid_thw")
 IMAGE_ARGUMENTS = (*IMAGE_CONTENT, "insertion_points")
+EMBEDDINGS = "inputs_embeds"
 PADDING_IDS = "padding_ids"
+IS_WHOLE = "is_whole_conversation"
+# What `generate` passes on besides: positions in transformers' columns (the model's follow from the mask), and
+# tokenizers, by which it finds stop strings.
+NOT_OF_FORWARD = ("position_ids", "tokenizer", "assistant_tokenizer")
 
 
 class CasaGenerationMixin(GenerationMixin):
@@ -32,8 +38,10 @@ class CasaGenerationMixin(GenerationMixin):
         """
         cache = pop_cache(kwargs)
         input_ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
-        if input_ids is not None:
-            mask = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("inputs_embeds") is not None:
+            self._check_embeddings(input_ids, cache, kwargs)
+        elif input_ids is not None:
             # A mask as long as the ids is that of a whole conversation; a longer one covers the cached tokens too.
             whole = cache is None or mask is None or getattr(mask, "shape", None) == getattr(input_ids, "shape", None)
             self._check(input_ids, mask, kwargs, None if whole else cache)
@@ -55,14 +63,24 @@ class CasaGenerationMixin(GenerationMixin):
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_ARGUMENT] = CasaCache(self.config)
 
+    def _check_embeddings(self, input_ids: Tensor | None, cache: CasaCache | None, arguments: dict[str, Any]) -> None:
+        """Checks a call of `generate` with embeddings in place of ids, which is always a conversation's first."""
+        if cache is not None and cache.get_seq_length():
+            raise InputError("got inputs_embeds over a cache; what goes on is recognised by its ids: pass input_ids.")
+        config = arguments.get("generation_config") or self.generation_config
+        if arguments.get("use_cache", config.use_cache) is False:
+            raise InputError("got inputs_embeds without a cache, in which alone they last: leave use_cache out.")
+        self._check(input_ids, arguments.get("attention_mask"), arguments)
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Hook called by GenerationMixin for several answers to one prompt: its images go with each, encoded once."""
         images = _given(model_kwargs)
         if expand_size == 1 or not images:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        if (mask := model_kwargs.get("attention_mask")) is not None:
+        mask, embeddings = model_kwargs.get("attention_mask"), model_kwargs.get(EMBEDDINGS)
+        if mask is not None and embeddings is None:
             mask = mask[:, -input_ids.shape[1] :]  # new tokens alone come with the mask of the cached ones too
-        inputs = self._check(input_ids, mask, images)
+        inputs = self._check(input_ids if embeddings is None else None, mask, images | {EMBEDDINGS: embeddings})
         if "pixel_values" in images:
             pixels, grids = images.pop("pixel_values").to(self.device), images["image_grid_thw"].to(self.device)
             images["image_embeds"] = self.model.encode_images(pixels, grids).to(input_ids.device)
@@ -72,30 +90,70 @@ class CasaGenerationMixin(GenerationMixin):
         input_ids, rest = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **rest)
         return input_ids, rest | self._images(select_images(images, inputs, chosen), points, input_ids.device)
 
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        """Hook called by GenerationMixin: with `insertion` the image token stands for pixels and is never written.
+
+        Prompt lookup, which repeats pieces of the prompt, asks these processors too.
+        """
+        processors = super()._get_logits_processor(*args, **kwargs)
+        if not self.config.is_cross_attention:
+            processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device))
+        return processors
+
+    def _get_candidate_generator(self, *, generation_config, input_ids, model_kwargs, **kwargs) -> CandidateGenerator:
+        """Hook called by GenerationMixin for assisted generation, before the first step.
+
+        It notes what `_prefill`, which assisted generation does without, finds out: whether the ids are a whole
+        conversation, or new tokens alone, with a mask that covers the cached ones too.
+        """
+        own = {name: model_kwargs.pop(name) for name in (PADDING_IDS,) if name in model_kwargs}
+        generator = super()._get_candidate_generator(
+            generation_config=generation_config, input_ids=input_ids, model_kwargs=model_kwargs, **kwargs
+        )
+        if own:
+            mask = model_kwargs.get("attention_mask")
+            length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            model_kwargs |= own | {IS_WHOLE: length == input_ids.shape[1]}
+        return generator
+
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, is_first_iteration=False, attention_mask=None, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        is_first_iteration=False,
+        attention_mask=None,
+        inputs_embeds=None,
+        **kwargs,
     ):
         """Hook called by GenerationMixin: passes images with the prompt, once; of a grown conversation what is new.
 
         Rows that are padded on the right are padded on the left instead: the next token follows the last column.
         """
         cache, padding_ids = kwargs.get(CACHE_ARGUMENT), kwargs.pop(PADDING_IDS, set())
+        is_whole = kwargs.pop(IS_WHOLE, False) or next_sequence_length is not None
+        num_cached = cache.get_seq_length() if isinstance(cache, CasaCache) else 0
+        # A model that guesses for another one is called anew for each guess, and never for the first time.
+        is_first_iteration = is_first_iteration or (isinstance(cache, CasaCache) and not num_cached)
         if cache is not None and not is_first_iteration:
             kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_ARGUMENTS}
             attention_mask = None  # what `generate` appends is real
-        elif isinstance(cache, CasaCache) and cache.get_seq_length() and next_sequence_length is not None:
+        elif num_cached and is_whole:
             # transformers would cut the columns that are new and pass all images: it handles neither rows nor images.
             input_ids, attention_mask, kwargs = self._new_part(cache, input_ids, attention_mask, padding_ids, kwargs)
             next_sequence_length = None
+        elif inputs_embeds is not None:
+            inputs_embeds, attention_mask = pad_left(inputs_embeds, attention_mask)
         elif attention_mask is not None and attention_mask.shape == input_ids.shape:
             input_ids, attention_mask = pad_left(input_ids, attention_mask)
-        return super().prepare_inputs_for_generation(
+        prepared = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             is_first_iteration=is_first_iteration,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        return {name: value for name, value in prepared.items() if name not in NOT_OF_FORWARD}
 
     def _new_part(
         self,
@@ -111,16 +169,20 @@ class CasaGenerationMixin(GenerationMixin):
         new = find_continuation(cache, input_ids, inputs, padding_ids)
         new.apply(cache)
         selected = self._images(select_images(images, inputs, new.images), new.points, input_ids.device)
-        rest = {name: value for name, value in kwargs.items() if name not in (*IMAGE_ARGUMENTS, "position_ids")}
+        rest = {name: value for name, value in kwargs.items() if name not in IMAGE_ARGUMENTS}
         return new.input_ids, new.attention_mask, rest | selected
 
     def _check(
-        self, input_ids: Tensor, mask: Tensor | None, arguments: dict[str, Any], cache: CasaCache | None = None
+        self, input_ids: Tensor | None, mask: Tensor | None, arguments: dict[str, Any], cache: CasaCache | None = None
     ) -> CallInputs:
         """Checks what `generate` was given, which may lie on the CPU: transformers moves it before each call."""
-        on_cpu = isinstance(input_ids, Tensor) and input_ids.device.type == "cpu"
-        device = input_ids.device if on_cpu else self.device
-        return self.model.check_inputs(input_ids, cache, device, attention_mask=mask, **_given(arguments))
+        embeddings = arguments.get(EMBEDDINGS)
+        text = input_ids if embeddings is None else embeddings
+        device = text.device if isinstance(text, Tensor) and text.device.type == "cpu" else self.device
+        images = _given(arguments)
+        return self.model.check_inputs(
+            input_ids, cache, device, attention_mask=mask, inputs_embeds=embeddings, **images
+        )
 
     def _images(self, content: dict[str, Tensor], points: list[list[int]], device: torch.device) -> dict[str, Tensor]:
         """Returns a call's image arguments: with insertion points where the fusion takes them."""

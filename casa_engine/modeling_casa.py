@@ -10,36 +10,33 @@ self-attention's projections (shared weights) and keys that no stock cache holds
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from casa_engine.attention import CasaProjections, masked_attention
 from casa_engine.cache import CasaCache, check_cache
 from casa_engine.cache_argument import output_with_cache, pop_cache
-from casa_engine.call_inputs import CallInputs, check_inputs, check_labels, check_logits_to_keep
+from casa_engine.call_inputs import CallInputs, check_inputs
+from casa_engine.call_options import check_labels, check_logits_to_keep, check_options, check_position_ids
 from casa_engine.configuration import CasaConfig
+from casa_engine.errors import InputError
 from casa_engine.generation import CasaGenerationMixin
-from casa_engine.json_files import read_object
+from casa_engine.guarded_loading import GuardedModel
 from casa_engine.rope import (
     axes_rotary_tables,
     insertion_positions,
     rotary_tables,
     rotate,
 )
-from casa_engine.tensor_map import mapped_weights, read_tensor_map
-from casa_engine.untrusted_folder import check_no_code
-from casa_engine.view_folder import is_view
 from casa_engine.window_batch import WindowBatch, build_window_batch
 
 
@@ -51,7 +48,6 @@ class LayerInputs:
         text_rope: cos, sin of self-attention, each (B, 1, T, D).
         causal_mask: bool (B, T, S) of self-attention.
         windows: The window plan; None for `insertion`.
-        images: (B, N, C) vision output of the new images, padded; None without new images.
         window_rope: cos, sin of the text in CA (relative to the window), each (B, 1, T, D); None unless `ca_tv`.
         image_rope: cos, sin of the new image tokens, each (B, 1, N, D); None unless `ca_tv` with new images.
         cache: None when nothing is to be kept.
@@ -62,14 +58,13 @@ class LayerInputs:
     text_rope: tuple[Tensor, Tensor]
     causal_mask: Tensor
     windows: WindowBatch | None
-    images: Tensor | None
     window_rope: tuple[Tensor, Tensor] | None
     image_rope: tuple[Tensor, Tensor] | None
     cache: CasaCache | None
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = masked_attention
 
 
-class CasaDecoderLayer(nn.Module):
+class CasaDecoderLayer(GradientCheckpointingLayer):
     """`x += SA(h) + CA(h); x += MLP(norm(x))` with `h = norm(x)`; either attention may be absent."""
 
     def __init__(self, config: CasaConfig, layer: int) -> None:
@@ -84,13 +79,20 @@ class CasaDecoderLayer(nn.Module):
         self.input_layernorm = backbone.norm_class(text.hidden_size, eps=text.rms_norm_eps)
         self.post_attention_layernorm = backbone.norm_class(text.hidden_size, eps=text.rms_norm_eps)
 
-    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        """Runs the layer on hidden states (B, T, C). Mutates `inputs.cache`."""
+    def forward(self, x: Tensor, inputs: LayerInputs, images: Tensor | None = None) -> Tensor:
+        """Runs the layer. Mutates `inputs.cache`.
+
+        Args:
+            x: (B, T, C). Hidden states.
+            inputs: The rest of the call.
+            images: (B, N, C). Vision output of the new images, padded; None without new images. Apart from `inputs`,
+                since a checkpoint that is reentrant passes gradients to positional tensors only.
+        """
         h = self.input_layernorm(x)
         if self.has_sa:
             x = x + self._self_attention(h, inputs)
         if self.has_ca:
-            x = x + self._cross_attention(h, inputs)
+            x = x + self._cross_attention(h, inputs, images)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def _self_attention(self, h: Tensor, inputs: LayerInputs) -> Tensor:
@@ -103,11 +105,11 @@ class CasaDecoderLayer(nn.Module):
             key, value = inputs.cache.update(key, value, self.layer)
         return self.self_attn.o_proj(inputs.attend(query, key, value, inputs.causal_mask))
 
-    def _cross_attention(self, h: Tensor, inputs: LayerInputs) -> Tensor:
+    def _cross_attention(self, h: Tensor, inputs: LayerInputs, images: Tensor | None) -> Tensor:
         """Computes CA (Eq. 2) or CA_t+v (Eq. 4): keys are the image tokens of the window, then its text."""
         project = self.cross_attn or self.self_attn
         query, mask = project.query(h), inputs.windows.image_mask
-        key, value = self._window_key_value(inputs)
+        key, value = self._window_key_value(inputs, images)
         if self.fusion == "ca_tv":
             query = rotate(query, *inputs.window_rope)
             text_key, text_value = project.key_value(h)
@@ -138,10 +140,10 @@ class CasaDecoderLayer(nn.Module):
         key, value = (self.cross_attn or self.self_attn).key_value(images)
         return (key if rope is None else rotate(key, *rope)), value
 
-    def _window_key_value(self, inputs: LayerInputs) -> tuple[Tensor | None, Tensor | None]:
+    def _window_key_value(self, inputs: LayerInputs, images: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         key = value = None
-        if inputs.images is not None:
-            key, value = self.image_key_value(inputs.images, inputs.image_rope)
+        if images is not None:
+            key, value = self.image_key_value(images, inputs.image_rope)
         if inputs.cache is not None:
             key, value = inputs.cache.with_window(self.layer, key, value)
             if inputs.windows.kept is not None:
@@ -161,48 +163,15 @@ class CasaTextModel(nn.Module):
         self.rotary_emb = backbone.rotary_class(text)
 
 
-class CasaPreTrainedModel(PreTrainedModel):
+class CasaPreTrainedModel(GuardedModel, PreTrainedModel):
     """Loading, saving and initialisation."""
 
     config_class = CasaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules: ClassVar = ["CasaDecoderLayer"]
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike | None, *args: Any, config: Any = None, **kwargs: Any
-    ) -> Any:
-        """As transformers' own; weights of other names are read through the folder's tensor map, where it has one.
-
-        Raises:
-            CheckpointError: A configuration of the folder names code.
-        """
-        folder = pretrained_model_name_or_path
-        if folder is not None and isinstance(config, CasaConfig) and _is_read_by_view(folder, config):
-            folder = config.name_or_path
-        if folder is not None and Path(folder).is_dir():
-            check_no_code(Path(folder))
-        tensor_map = None if folder is None else read_tensor_map(folder)
-        if tensor_map is None:
-            # Never pickles; `Trainer` leaves some beside the weights, so that they are not refused here.
-            return super().from_pretrained(folder, *args, config=config, **{"use_safetensors": True, **kwargs})
-        config = CasaConfig.from_pretrained(folder) if config is None else config
-        tensors = dict(mapped_weights(folder, tensor_map))
-        loaded = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with what was loaded, where that is asked for
-        model.config.name_or_path = str(folder)
-        if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return loaded
-
-
-def _is_read_by_view(folder: str | PathLike, config: CasaConfig) -> bool:
-    """Whether a folder is an original whose configuration AutoModel has read, which is that of its view."""
-    path = Path(folder) / CONFIG_NAME
-    is_original = path.is_file() and read_object(path).get("model_type") != CasaConfig.model_type
-    return is_original and is_view(Path(config.name_or_path))
 
 
 class CasaModel(CasaPreTrainedModel):
@@ -240,7 +209,7 @@ class CasaModel(CasaPreTrainedModel):
 
     def check_inputs(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         cache: CasaCache | None = None,
         device: torch.device | None = None,
         **inputs: Tensor | None,
@@ -248,25 +217,30 @@ class CasaModel(CasaPreTrainedModel):
         """Checks a call's inputs as `forward` does; see `casa_engine.call_inputs.check_inputs`. Changes nothing.
 
         Args:
-            input_ids: int64 (B, T).
+            input_ids: int64 (B, T); None with `inputs_embeds`.
             cache: That goes on with them.
             device: Where they should lie; the model's where not given.
             **inputs: The rest.
         """
         check_cache(cache)
         cached = None if cache is None else cache.key_positions
+        if inputs.get("inputs_embeds") is not None:
+            inputs["image_token_embedding"] = self.get_input_embeddings().weight[self.config.image_token_id]
         return check_inputs(self.config, device or self.device, input_ids, cached_positions=cached, **inputs)
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         insertion_points: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: CasaCache | None = None,
         image_embeds: Tensor | None = None,
-    ) -> Tensor:
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
         """Computes the hidden states of the new tokens.
 
         Args:
@@ -278,9 +252,13 @@ class CasaModel(CasaPreTrainedModel):
             attention_mask: int64 (B, T) or (B, past + T); 0 for padding, on either side of the text.
             past_key_values: Continues these conversations. Mutated; as it was if the call raises.
             image_embeds: (sum of N, C). Instead of `pixel_values`: output of `encode_images`.
+            inputs_embeds: (B, T, C). Instead of `input_ids`: the text's embeddings.
+            position_ids: int64 (B, T). Only what follows from `attention_mask` anyway.
+            output_hidden_states: Whether to return those between the layers too.
 
         Returns:
-            (B, T, C).
+            The last hidden states (B, T, C); with `output_hidden_states` also L + 1 of them: the embeddings and each
+            layer's, the last one behind the norm.
 
         Raises:
             InputError: An input is of the wrong kind, or images, insertion points and rows do not fit together.
@@ -294,18 +272,35 @@ class CasaModel(CasaPreTrainedModel):
             image_grid_thw=image_grid_thw,
             insertion_points=insertion_points,
             image_embeds=image_embeds,
+            inputs_embeds=inputs_embeds,
         )
+        if position_ids is not None:
+            check_position_ids(position_ids, inputs)
+        if cache is not None and self.recomputes_activations:
+            raise InputError(
+                "got a cache while gradient checkpointing runs each layer twice; leave it out, or call model.eval()."
+            )
         if pixel_values is not None:
             image_embeds = self.encode_images(pixel_values, image_grid_thw.to(pixel_values.device))
+        if inputs_embeds is None:
+            inputs_embeds = self.language_model.embed_tokens(inputs.ids)
         with nullcontext() if cache is None else cache.transaction():
-            return self._decode(input_ids.long(), inputs, image_embeds, cache)
+            states = self._decode(inputs_embeds, inputs, image_embeds, cache)
+        return BaseModelOutput(states[-1], tuple(states) if output_hidden_states else None)
 
-    def _decode(self, ids: Tensor, inputs: CallInputs, image_embeds: Tensor | None, cache: CasaCache | None) -> Tensor:
-        """Computes the hidden states (B, T, C) of a checked call. Mutates the cache."""
-        positions = inputs.positions
+    @property
+    def recomputes_activations(self) -> bool:
+        """Whether the backward pass of a call made now would run some layers again."""
+        layers = self.language_model.layers
+        return self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
+
+    def _decode(
+        self, x: Tensor, inputs: CallInputs, image_embeds: Tensor | None, cache: CasaCache | None
+    ) -> list[Tensor]:
+        """Computes the L + 1 hidden states (B, T, C) of a checked call. Mutates the cache."""
+        ids, positions = inputs.ids, inputs.positions
         key_positions = positions if cache is None else cache.append_text(positions, ids)
         causal = (key_positions[:, None] >= 0) & (key_positions[:, None] <= positions[..., None])
-        x = self.language_model.embed_tokens(ids)
         inv_freq, mrope_section = self.language_model.rotary_emb.inv_freq.float(), self.config.mrope_section
         windows = images = window_rope = image_rope = None
         if self.config.is_cross_attention:
@@ -322,16 +317,18 @@ class CasaModel(CasaPreTrainedModel):
                 where = (inputs.real & (ids == self.config.image_token_id))[..., None].expand_as(x)
                 x = x.masked_scatter(where, image_embeds.to(x.dtype))
             text_rope = axes_rotary_tables(self._insertion_positions(ids, inputs, cache), inv_freq, mrope_section)
-        layer_inputs = LayerInputs(_with_heads(text_rope), causal, windows, images, window_rope, image_rope, cache)
+        layer_inputs = LayerInputs(_with_heads(text_rope), causal, windows, window_rope, image_rope, cache)
+        states = [x]
         for layer in self.language_model.layers:
-            x = layer(x, layer_inputs)
+            states.append(layer(states[-1], layer_inputs, images))
         if cache is not None and inputs.images.counts:
             num_seen = zip(inputs.images.points, inputs.num_seen, strict=True)
             cache.append_points([[point + seen for point in points] for points, seen in num_seen])
             if windows is not None:
                 cache.token_images = windows.kept_images.masked_fill(windows.kept < 0, -1)
                 cache.insertion_points = windows.kept_points
-        return self.language_model.norm(x)
+        states[-1] = self.language_model.norm(states[-1])
+        return states
 
     def _insertion_positions(self, ids: Tensor, inputs: CallInputs, cache: CasaCache | None) -> Tensor:
         """Returns the rotary positions of an insertion stream, int64 (3, B, T). Mutates `cache.next_rope`."""
@@ -357,8 +354,6 @@ def _with_heads(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
     """CASA with its output layer; `generate` takes what `CasaProcessor` returns."""
 
-    # Assisted generation takes back what it guessed; images of earlier windows do not come back.
-    _is_stateful = True
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: CasaConfig) -> None:
@@ -379,9 +374,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         """Accessor that transformers calls."""
         return self.lm_head
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         insertion_points: Tensor | None = None,
@@ -393,31 +389,38 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        return_dict: bool = True,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Computes the logits of the new tokens; see `CasaModel.forward` for the other inputs.
 
         Args:
-            position_ids: Taken because `generate` passes it, and ignored: positions follow from `attention_mask`.
             cache: Another name of `past_key_values`: that of transformers from 5.24 on.
             labels: int64 (B, T). Adds the loss of predicting each next label; -100 is not counted.
-            use_cache: Starts a `CasaCache` where none is given.
+            use_cache: Starts a `CasaCache` where none is given; not while gradient checkpointing needs none.
             logits_to_keep: Only the last so many positions; 0 for all.
-            return_dict: Only True; `generate` passes it.
+            output_hidden_states: Returns those between the layers too; the configuration's choice where not given.
+            **kwargs: Those of transformers' own models: `num_items_in_batch`, by which the loss is divided (Trainer
+                gives it), and others of which only the value that changes nothing is taken.
 
         Returns:
-            logits (B, T, vocabulary), the loss with `labels`, and the cache.
+            logits (B, T, vocabulary), the loss with `labels`, the cache and, if asked for, the hidden states; a tuple
+            with `return_dict=False`.
 
         Raises:
-            InputError: As `CasaModel.forward`; or labels of another shape than `input_ids`.
+            InputError: As `CasaModel.forward`; labels of another shape than the text; an argument that is not taken.
         """
         cache = pop_cache({"past_key_values": past_key_values, "cache": cache})
+        check_options(kwargs)
         check_logits_to_keep(logits_to_keep)
         if labels is not None:
-            check_labels(labels, input_ids, self.config.text_config.vocab_size)
-        if cache is None and use_cache:
+            check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config, logits_to_keep)
+        if cache is None and use_cache and not self.model.recomputes_activations:
             cache = CasaCache(self.config)
-        hidden = self.model(
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.model(
             input_ids,
             pixel_values,
             image_grid_thw,
@@ -425,12 +428,18 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             attention_mask,
             cache,
             image_embeds,
+            inputs_embeds,
+            position_ids,
+            output_hidden_states,
         )
+        hidden = outputs.last_hidden_state
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return output_with_cache(logits, cache, loss)
+            loss = self.loss_function(
+                logits, labels, logits.shape[-1], num_items_in_batch=kwargs.get("num_items_in_batch")
+            )
+        return output_with_cache(logits, cache, loss, outputs.hidden_states)
 
     def new_cache(self) -> CasaCache:
         """Returns an empty cache, for conversations fed piece by piece (`CasaStream`)."""

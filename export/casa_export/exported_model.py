@@ -21,7 +21,8 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from casa_engine.cache_argument import output_with_cache
-from casa_engine.call_inputs import CallInputs, check_inputs, check_logits_to_keep, pad_left
+from casa_engine.call_inputs import CallInputs, check_inputs, pad_left
+from casa_engine.call_options import check_logits_to_keep
 from casa_engine.checkpoints import read_config
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError

@@ -207,7 +207,7 @@ class DecoderGraph(nn.Module):
             kept_images=None,
             kept_points=[],
         )
-        return LayerInputs(text_rope, causal, windows, None, window_rope, None, cache, grouped_attention)
+        return LayerInputs(text_rope, causal, windows, window_rope, None, cache, grouped_attention)
 
 
 GRAPHS = {"vision": VisionGraph, "image_kv": ImageKvGraph, "decoder": DecoderGraph}

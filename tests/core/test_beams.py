@@ -124,8 +124,6 @@ def test_rows_chosen_by_a_mask_and_an_empty_cache(parts) -> None:
 def test_what_cannot_be_is_refused_before_anything_is_done(parts) -> None:
     model, processor = parts
     inputs = dict(prepare(processor, CHATS[0]))
-    with pytest.raises(ValueError, match="not supported with stateful models"):
-        model.generate(**inputs, prompt_lookup_num_tokens=2, **LENGTH)
     with pytest.raises(InputError, match="CASA has one cache"):
         model.generate(**inputs, cache_implementation="static", **LENGTH)
     with pytest.raises(InputError, match="prefill_chunk_size cuts text"):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from casa_engine.cache import CasaCache
+from casa_engine.errors import InputError
 from casa_engine.image_inputs import pad_insertion_points
+from snapshots import snapshot
 from tiny_presets import TINY_PRESETS
 
 IDS = torch.randint(3, 300, (1, 14), generator=torch.Generator().manual_seed(3))
@@ -108,3 +110,36 @@ def test_insertion_piece_by_piece(tiny, images, preset: str) -> None:
             model(ids[:, 9:], pixel_values=pixels[24:68], image_grid_thw=grids[1:3], past_key_values=cache).logits,
         ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("fusion", ["ca", "ca_tv", "insertion"])
+@pytest.mark.parametrize("count", [-3, 9])
+def test_crop(tiny, images, fusion: str, count: int) -> None:
+    """Text that was taken back was never there, in rows of unequal length; an image cannot be taken back."""
+    model = tiny("tiny-qwen", fusion=fusion)
+    pixels, grids = images[0][:48], images[1][:2]
+    image = [model.config.image_token_id] * 6 if fusion == "insertion" else []
+    rows = [[5, 6, *image, 7], [8, *image, 9, 10, 11, 12][: 4 + len(image)]]
+    length = max(map(len, rows))
+    given = {"pixel_values": pixels, "image_grid_thw": grids}
+    if fusion != "insertion":
+        given["insertion_points"] = torch.tensor([[2], [1]])
+    ids, mask = (torch.zeros(2, length, dtype=torch.long) for _ in range(2))
+    for row, own in enumerate(rows):
+        ids[row, length - len(own) :], mask[row, length - len(own) :] = torch.tensor(own), 1
+    cache, expected = CasaCache(model.config), CasaCache(model.config)
+    with torch.no_grad():
+        for each in (cache, expected):
+            model(ids, attention_mask=mask, **given, past_key_values=each)
+        model(torch.tensor([[20, 21, 22], [23, 24, 25]]), past_key_values=cache)
+        cache.crop(count if count < 0 else length)
+        assert snapshot(cache) == snapshot(expected)
+        cache.crop(0)
+        cache.crop(length + 5)
+        assert snapshot(cache) == snapshot(expected)
+        for wrong in (-3, 1, -length - 1):
+            with pytest.raises(InputError, match=r"row 0 cannot be cropped to|are to be taken back"):
+                cache.crop(wrong)
+            assert snapshot(cache) == snapshot(expected)
+        step = torch.tensor([[30], [31]])
+        assert torch.equal(model(step, past_key_values=cache).logits, model(step, past_key_values=expected).logits)
