@@ -72,7 +72,11 @@ class CasaProcessor(ProcessorMixin):
         audio: None = None,
         return_tensors: str = "pt",
         add_special_tokens: bool = False,
-        padding: bool = True,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        pad_to_multiple_of: int | None = None,
+        truncation: bool | None = None,
+        max_length: int | None = None,
     ) -> BatchFeature:
         """Prepares B prompts.
 
@@ -84,7 +88,11 @@ class CasaProcessor(ProcessorMixin):
             audio: The same.
             return_tensors: Only "pt".
             add_special_tokens: Whether the tokenizer adds its own (templates write them out).
-            padding: Prompts of unequal length are always padded, on the left; only True.
+            padding: Prompts of unequal length are always padded; only True, or "longest", its other name.
+            padding_side: "left", as generation wants it, or "right".
+            pad_to_multiple_of: The padded length is a multiple of it.
+            truncation: Only None or False: a cut prompt would lose its images' places.
+            max_length: The same: only None.
 
         Returns:
             input_ids and attention_mask int64 (B, T); with images also pixel_values float32 (P, 1176),
@@ -98,9 +106,16 @@ class CasaProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise InputError("got a video or audio; expected text and images only: pass video frames as images.")
-        if return_tensors != "pt" or not padding:
+        if return_tensors != "pt" or padding not in (True, "longest"):
             raise InputError(
-                f"return_tensors is {return_tensors!r}, padding {padding}; only 'pt' and True are supported."
+                f"return_tensors is {return_tensors!r}, padding {padding!r}; only 'pt' and True are supported."
+            )
+        if padding_side not in ("left", "right"):
+            raise InputError(f"padding_side is {padding_side!r}; expected 'left' or 'right'.")
+        if truncation or max_length is not None:
+            raise InputError(
+                f"truncation is {truncation!r}, max_length {max_length!r}; prompts are not cut, since their images "
+                "would lose their places: leave both out, and leave longer examples away."
             )
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(prompt, str) for prompt in texts):
@@ -115,11 +130,12 @@ class CasaProcessor(ProcessorMixin):
         if self.fusion == "insertion":
             counts = iter(image_token_counts(vision["image_grid_thw"], self.image_processor.merge_size) if flat else ())
             prompts = [self._expand(ids, counts) for ids in prompts]
-            return BatchFeature(_left_padded(prompts, self._pad_id()) | vision)
+            return BatchFeature(self._padded(prompts, padding_side, pad_to_multiple_of) | vision)
         split = [split_image_markers(ids, self.image_token_id) for ids in prompts]
         if flat:
             vision["insertion_points"] = pad_insertion_points([points for _, points in split])
-        return BatchFeature(_left_padded([stream for stream, _ in split], self._pad_id()) | vision)
+        streams = [stream for stream, _ in split]
+        return BatchFeature(self._padded(streams, padding_side, pad_to_multiple_of) | vision)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Renders a conversation as transformers does, with images as pixels only.
@@ -181,9 +197,17 @@ class CasaProcessor(ProcessorMixin):
             token for token_id in ids for token in [token_id] * (next(counts) if token_id == self.image_token_id else 1)
         ]
 
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id or 0
+    def _padded(self, rows: list[list[int]], side: str, multiple: int | None) -> dict[str, torch.Tensor]:
+        """Returns input_ids and attention_mask, int64 (B, T) each."""
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = pad_id if pad_id is not None else self.tokenizer.eos_token_id or 0
+        longest = max(map(len, rows))
+        length = longest if multiple is None else -(-longest // multiple) * multiple
+        ids, mask = (
+            pad_rows(each, fill, left=side == "left", length=length)
+            for each, fill in ((rows, pad_id), ([[1] * len(row) for row in rows], 0))
+        )
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 
 def _refuse_addresses(conversation: Any) -> None:
@@ -208,8 +232,3 @@ def _flatten(images: Any) -> list[Any]:
     if not isinstance(images, (list, tuple)):
         return [images]
     return [image for each in images for image in _flatten(each)]
-
-
-def _left_padded(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    ids, mask = pad_rows(rows, pad_id, left=True), pad_rows([[1] * len(row) for row in rows], 0, left=True)
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
