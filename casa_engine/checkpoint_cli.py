@@ -1,4 +1,4 @@
-"""`casa-checkpoint`: random checkpoints of presets, checks of folders, published checkpoints read and converted."""
+"""`casa-checkpoint`: random checkpoints, checks and packages of folders, published checkpoints read and converted."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ import torch
 
 from casa_engine.atomic_files import write_atomically
 from casa_engine.checkpoints import check_tensors, load_model, load_processor, read_config, write_random_checkpoint
+from casa_engine.code_package import write_package
 from casa_engine.command import run_command
 from casa_engine.configuration import CA_PLACEMENTS, CA_WEIGHTS, FUSIONS
 from casa_engine.errors import CheckpointError
@@ -20,7 +21,7 @@ from casa_engine.originals.verifying import verify
 from casa_engine.originals.views import OWN_MAP
 from casa_engine.presets import PRESETS, preset_config
 
-DESCRIPTION = "Writes random checkpoints, checks folders, and reads and converts published checkpoints."
+DESCRIPTION = "Writes random checkpoints, checks and packages folders, and reads and converts published checkpoints."
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -60,6 +61,9 @@ def build_parser(program: str = "casa-checkpoint") -> argparse.ArgumentParser:
     )
     check = commands.add_parser("check", help="check that a folder holds the model of its config.json")
     check.add_argument("folder", type=Path)
+    package = commands.add_parser("package", help="add the model's code, for transformers without casa-engine")
+    package.add_argument("folder", type=Path)
+    package.add_argument("output", type=Path, metavar="OUT")
     return parser
 
 
@@ -72,6 +76,11 @@ def main(arguments: list[str] | None = None, program: str = "casa-checkpoint") -
 def _check(options: argparse.Namespace) -> None:
     check_tensors(options.folder, read_config(options.folder))
     print(f"{options.folder}: complete.")
+
+
+def _package(options: argparse.Namespace) -> None:
+    write_package(options.folder, options.output)
+    print(f"{options.output}: {options.folder} with its code, for transformers with trust_remote_code=True.")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -130,7 +139,14 @@ def _verify(options: argparse.Namespace) -> None:
         raise CheckpointError(f"{options.folder} differs from {options.reference} in {', '.join(failed)}.")
 
 
-WORK = {"random": _write_random, "check": _check, "inspect": _inspect, "convert": _convert, "verify": _verify}
+WORK = {
+    "random": _write_random,
+    "check": _check,
+    "package": _package,
+    "inspect": _inspect,
+    "convert": _convert,
+    "verify": _verify,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -437,7 +437,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits, labels, logits.shape[-1], num_items_in_batch=kwargs.get("num_items_in_batch")
+                logits, labels.long(), logits.shape[-1], num_items_in_batch=kwargs.get("num_items_in_batch")
             )
         return output_with_cache(logits, cache, loss, outputs.hidden_states)
 

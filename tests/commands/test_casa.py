@@ -173,7 +173,7 @@ COMPLETIONS = [
     ("export ru", {"run"}, True),
     ("export run model --pro", {"--prompt"}, True),
     ("export out --tr", {"--trt"}, True),
-    ("checkpoint ", {"check", "convert", "inspect", "random", "verify"}, True),
+    ("checkpoint ", {"check", "convert", "inspect", "package", "random", "verify"}, True),
     ("checkpoint random --ca-l", {"--ca-layers"}, True),
     ("completion f", {"fish"}, True),
     ("no-command --p", set(), True),
