@@ -95,6 +95,7 @@ def server_with_clients(tmp_path, *options):
         yield server, Clients(server, pool)
         _, alive = psutil.wait_procs(started, timeout=10)
         assert not alive
+        assert "nanobind" not in server.log.read_text()
 
 
 def ended(server, within_s):
@@ -159,6 +160,7 @@ def test_what_is_under_way_is_finished_and_a_second_signal_ends_at_once(tmp_path
             assert ended(server, 0) == 128 + signal.SIGTERM
         _, alive = psutil.wait_procs(started, timeout=10)
         assert not alive
+        assert "nanobind" not in server.log.read_text()
 
 
 @pytest.mark.slow
