@@ -25,7 +25,7 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from vllm import envs
 
 from casa_engine.errors import ConfigError
-from casa_vllm.metric_names import COUNTERS, GAUGES, LABELS, PREFIX
+from casa_vllm.metric_names import COUNTERS, GAUGES, LABELS, PREFIX, metric_labels
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -97,11 +97,6 @@ class EngineCountersReader:
     def read(self) -> dict[str, int]:
         """Returns the current values by name."""
         return {self._names[key]: int(value) for file in self._files for key, value, _ in file.read_all_values()}
-
-
-def metric_labels(vllm_config: "VllmConfig") -> list[str]:
-    """Returns the values of `LABELS`; a server has one engine, as the configuration hook rejects data parallelism."""
-    return [str(vllm_config.model_config.served_model_name), "0"]
 
 
 def metric_keys(vllm_config: "VllmConfig") -> dict[str, dict[str, str]]:

@@ -1,4 +1,11 @@
-"""Names and meanings of the metrics that the plugin exports; needs no vLLM."""
+"""Names, labels and meanings of the metrics that the plugin exports; needs no vLLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 PREFIX = "casa:"
 LABELS = ("model_name", "engine")
@@ -14,3 +21,8 @@ COUNTERS = {
 }
 LAST_STEP = "last_step_timestamp_seconds"
 LAST_STEP_TEXT = "Unix time of the engine's last step: now while it works, older while it has nothing to do."
+
+
+def metric_labels(vllm_config: VllmConfig) -> list[str]:
+    """Returns the values of `LABELS`; a server has one engine, as the configuration hook rejects data parallelism."""
+    return [str(vllm_config.model_config.served_model_name), "0"]

@@ -12,8 +12,8 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from casa_engine.configuration import CasaConfig
-from casa_vllm.engine_counters import EngineCountersReader, metric_labels, shared_folder
-from casa_vllm.metric_names import COUNTERS, GAUGES, LABELS, LAST_STEP, LAST_STEP_TEXT, PREFIX
+from casa_vllm.engine_counters import EngineCountersReader, shared_folder
+from casa_vllm.metric_names import COUNTERS, GAUGES, LABELS, LAST_STEP, LAST_STEP_TEXT, PREFIX, metric_labels
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -42,7 +42,8 @@ PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 # Arguments of vLLM's server, beside those of its engine. CORS: no other origin is allowed unless the operator names it.
-SERVER_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"allowed_origins": []})
+# Details: usage says how many tokens of a prompt were found in the cache.
+SERVER_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"allowed_origins": [], "enable_prompt_tokens_details": True})
 
 
 def engine_arguments(

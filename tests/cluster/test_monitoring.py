@@ -137,7 +137,7 @@ def test_quantiles_are_of_buckets_and_rates_of_counters(asked):
 
 def test_names_of_our_own_metrics_are_those_that_are_exported():
     registry = CollectorRegistry()
-    live = LiveMetrics(registry)
+    live = LiveMetrics(["m", "0"], registry)
     live.delay.observe(0.1)
     for name in GAUGES:
         Gauge(PREFIX + name, "", registry=registry)

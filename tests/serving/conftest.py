@@ -8,6 +8,7 @@ from casa_engine.checkpoints import write_random_checkpoint
 from casa_engine.presets import preset_config
 from image_files import data_url, encoded, plain
 from serving_process import casa_serve
+from trace_receiver import trace_receiver
 
 MODEL = "casa-tiny-digits"
 IMAGE_LIMIT = 4
@@ -23,7 +24,14 @@ def random_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
-def server(tmp_path_factory):
+def traces():
+    """The spans that the server sends."""
+    with trace_receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory, traces):
     """`casa-serve` with the embedded model and small limits.
 
     Downloads are allowed from this machine, and from two private addresses, which must be
@@ -38,6 +46,7 @@ def server(tmp_path_factory):
         "--max-request-bytes-in-flight": 40_000_000,
         "--request-read-timeout": 5,
         "--middleware": "server_probe.Probe",
+        "--otlp-traces-endpoint": traces.url,
     }
     arguments = [part for option in options.items() for part in option]
     # Compiling would take longer than all the tests.

@@ -74,7 +74,7 @@ def test_a_line_of_the_captioner_has_its_own_names():
 
 
 def test_delays_of_the_statistics_are_rounded():
-    statistics = SessionStatistics(LiveMetrics(CollectorRegistry()), frame_interval_ms=4.69)
+    statistics = SessionStatistics(LiveMetrics(["m", "0"], CollectorRegistry()), frame_interval_ms=4.69)
     statistics.add_frame(RESULT)
     summary = statistics.summary()
     assert summary.delay_ms.model_dump() == {"p50": 4.7, "p95": 4.7, "max": 4.69}

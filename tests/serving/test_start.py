@@ -182,6 +182,12 @@ def test_the_embedded_model_is_not_compiled_on_a_cpu(monkeypatch, on_cpu):
     assert not cli.parse(["--no-enforce-eager"])[0].enforce_eager
 
 
+def test_usage_has_details_unless_the_operator_says_otherwise(random_checkpoint):
+    assert cli.parse([str(random_checkpoint)])[0].enable_prompt_tokens_details
+    given = cli.parse([str(random_checkpoint), "--no-enable-prompt-tokens-details"])[0]
+    assert not given.enable_prompt_tokens_details
+
+
 def test_renderers_by_cores_beside_a_gpu(monkeypatch, random_checkpoint):
     assert [engine_defaults.num_renderers(cores) for cores in (1, 7, 8, 16, 128)] == [1, 1, 2, 4, 4]
     monkeypatch.setattr(engine_defaults.os, "cpu_count", lambda: 16)

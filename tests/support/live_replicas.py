@@ -45,7 +45,7 @@ class Replica:
 
 async def start_replica(name, **options):
     chosen = LiveOptions(**{f"live_{key}": value for key, value in options.items()})
-    metrics = LiveMetrics(CollectorRegistry())
+    metrics = LiveMetrics(["scripted", "0"], CollectorRegistry())
     engine = ScriptedEngine()
     slots = SessionSlots(chosen.live_max_sessions, metrics)
     server = LiveServer(LiveService(engine, chosen, slots, metrics, GuardedImageIO(ImageLimits())))

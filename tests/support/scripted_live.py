@@ -26,6 +26,8 @@ from casa_serving.options.live_options import LiveOptions
 class ScriptedEngine:
     """Says each frame's size in two words; `gate` holds every frame until it is open."""
 
+    model_name = "scripted"
+
     def __init__(self):
         self.defaults = LiveSettings(text_budget=512)
         self.gate = asyncio.Event()
@@ -95,6 +97,9 @@ class ScriptedSession:
         self.is_closed = True
 
 
+LABELS = {"model_name": "scripted", "engine": "0"}
+
+
 @dataclass(frozen=True)
 class ScriptedServer:
     url: str
@@ -103,14 +108,14 @@ class ScriptedServer:
     metrics: CollectorRegistry
 
     def metric(self, name, **labels):
-        return self.metrics.get_sample_value(name, labels)
+        return self.metrics.get_sample_value(name, LABELS | labels)
 
 
 @asynccontextmanager
 async def scripted_server(**options) -> AsyncIterator[ScriptedServer]:
     """Serves the protocol in this very event loop; options are `LiveOptions`' without `live_`."""
     prometheus = CollectorRegistry()
-    metrics = LiveMetrics(prometheus)
+    metrics = LiveMetrics(LABELS.values(), prometheus)
     chosen = LiveOptions(**{f"live_{name}": value for name, value in options.items()})
     slots = SessionSlots(chosen.live_max_sessions, metrics)
     engine = ScriptedEngine()

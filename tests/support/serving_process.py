@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "NO_PROXY": "*",
+    # For servers that send spans.
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
     # For middleware that tests put into the server.
     "PYTHONPATH": str(Path(__file__).parent),
 }

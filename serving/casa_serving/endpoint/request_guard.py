@@ -14,6 +14,7 @@ vLLM 0.29.0 exposes them to every client; 0.32.0 no longer does.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from urllib.parse import urlsplit
@@ -27,6 +28,7 @@ from casa_serving.endpoint.error_shape import ErrorShape
 from casa_serving.endpoint.http_server import configure_server
 from casa_serving.endpoint.json_bounds import StructureCounter, parse_json
 from casa_serving.endpoint.logprobs_bound import bound_logprobs
+from casa_serving.endpoint.ready_line import announce
 from casa_serving.endpoint.request_body import (
     BodyReader,
     BytesInFlight,
@@ -62,6 +64,7 @@ class RequestGuard:
             # A cluster's ingress runs in Ray Serve's server and has none.
             if hasattr(state, "server"):
                 configure_server(state.server, state.args)
+                self._announcement = asyncio.create_task(announce(state.server, state.args))
             await self._app(scope, receive, send)
             return
         if self._checks is None:

@@ -57,6 +57,7 @@ from casa_serving.live.protocol import (
 from casa_serving.live.results import TextDelta
 from casa_serving.live.session import LiveEngine, LiveSession
 from casa_serving.live.session_slots import SessionSlots
+from casa_serving.live.tracing import SessionTrace
 from casa_serving.options.live_options import LiveOptions
 
 logger = logging.getLogger("vllm.casa_live")
@@ -108,6 +109,8 @@ class Connection:
         self.socket, self.service = socket, service
         self.statistics = SessionStatistics(service.metrics)
         self.queue = LatestFrameQueue()
+        self.id = uuid.uuid4().hex
+        self.trace: SessionTrace | None = None
         self.created = self.busy = False
 
     async def run(self) -> None:
@@ -123,16 +126,44 @@ class Connection:
             logger.info("Live session: the client disconnected before the handshake was complete.")
 
     async def _run_in_slot(self) -> None:
+        reason = "cancelled"
         try:
             await run_until_first_completes(self._run_session(), self._wait_for_shutdown())
         except SessionEnd as end:
+            reason = end.reason
             await self._send_error_and_close(end)
         except WebSocketDisconnect:
-            logger.info("Live session: the client disconnected.")
+            reason = "the client disconnected"
         except Exception:  # last resort: no error of the engine may crash the server
-            logger.exception("Live session: the engine failed.")
+            reason = "engine error"
+            logger.exception("Live session %s: the engine failed.", self.id)
             error = LiveError("engine_error", "The engine failed; connect again and resume with `history`.")
-            await self._send_error_and_close(SessionEnd("engine error", ENGINE_ERROR, error))
+            await self._send_error_and_close(SessionEnd(reason, ENGINE_ERROR, error))
+        finally:
+            self._record_end(reason)
+
+    def _record_end(self, reason: str) -> None:
+        """Logs the session's end, and ends its span."""
+        counts = self.statistics.summary()
+        if self.trace is not None:
+            self.trace.end(reason, counts)
+        logger.info(
+            "Live session %s ended after %.1f s: %s; %s frames (%s captioned, %s silent, %s dropped, %s refused, %s "
+            "late), %s questions, %s tokens, %s trims, %s restarts.",
+            self.id,
+            counts.duration_s,
+            reason if self.created else f"{reason}, before it was created",
+            counts.frames,
+            counts.captioned,
+            counts.silent,
+            counts.dropped,
+            counts.refused,
+            counts.late,
+            counts.questions,
+            counts.tokens,
+            counts.trims,
+            counts.restarts,
+        )
 
     async def _wait_for_shutdown(self) -> None:
         await self.service.slots.closing.wait()
@@ -205,7 +236,8 @@ class Connection:
             idle_timeout_s=options.live_idle_timeout,
             max_sessions=min(options.live_max_sessions, capacity),
         )
-        await self._send(Created(session=uuid.uuid4().hex, settings=asdict(settings), limits=limits))
+        self.trace = SessionTrace(self.id, self.service.engine.model_name, self.socket.headers)
+        await self._send(Created(session=self.id, settings=asdict(settings), limits=limits))
         return session
 
     # Incoming messages.
@@ -232,7 +264,7 @@ class Connection:
             else:
                 self._handle_text(read_text(message))
         except LiveError as error:
-            await self._reject(error, frame=number)
+            await self._reject(error, time.monotonic(), frame=number)
 
     async def _queue_frame(self, message: bytes) -> None:
         number = self.statistics.frames
@@ -241,6 +273,7 @@ class Connection:
         replaced = self.queue.put_frame(frame)
         if replaced is not None:
             self.statistics.count("dropped")
+            self.trace.add_failure("live_frame", replaced.number, replaced.arrived_s, "dropped", "")
             await self._send(
                 FrameDropped(frame=replaced.number, timestamp=replaced.timestamp, replaced_by=frame.number)
             )
@@ -266,17 +299,17 @@ class Connection:
     async def _process_queue(self, session: LiveSession) -> None:
         """Captions frames and answers questions until a stop; any exception but LiveError ends the session."""
         while (item := await self.queue.get()) is not None:
-            self.busy = True
+            self.busy, begun_s = True, time.monotonic()
             try:
                 if isinstance(item, Frame):
                     await self._caption(session, item)
                 else:
                     await self._answer(session, item)
             except LiveError as error:
-                is_frame = isinstance(item, Frame)
-                await self._reject(
-                    error, frame=item.number if is_frame else None, question=None if is_frame else item.number
-                )
+                if isinstance(item, Frame):
+                    await self._reject(error, item.arrived_s, frame=item.number)
+                else:
+                    await self._reject(error, begun_s, question=item.number)
             finally:
                 self.busy = False
         raise SessionEnd("stopped", STOPPED)
@@ -291,6 +324,7 @@ class Connection:
         except InputError as error:
             raise LiveError("bad_frame", str(error)) from error
         self.statistics.add_frame(piece)
+        self.trace.add_frame(frame.number, frame.arrived_s, piece)
         await self._send(FrameDone.of(frame.number, piece))
 
     def _decode(self, data: bytes) -> Image.Image:
@@ -302,6 +336,7 @@ class Connection:
             raise LiveError("bad_frame", str(error)) from error
 
     async def _answer(self, session: LiveSession, question: PendingQuestion) -> None:
+        begun_s = time.monotonic()
         try:
             async with contextlib.aclosing(session.ask(question.text)) as pieces:
                 async for piece in pieces:
@@ -309,6 +344,7 @@ class Connection:
                         await self._send(AnswerDelta(question=question.number, id=question.id, text=piece.text))
         except InputError as error:
             raise LiveError("bad_message", str(error), id=question.id) from error
+        self.trace.add_answer(question.number, begun_s, piece)
         await self._send(
             AnswerDone(
                 question=question.number,
@@ -321,9 +357,14 @@ class Connection:
 
     # Outgoing messages.
 
-    async def _reject(self, error: LiveError, *, frame: int | None = None, question: int | None = None) -> None:
+    async def _reject(
+        self, error: LiveError, begun_s: float, *, frame: int | None = None, question: int | None = None
+    ) -> None:
         if frame is not None:
             self.statistics.count("refused")
+            self.trace.add_failure("live_frame", frame, begun_s, "refused", str(error))
+        elif question is not None:
+            self.trace.add_failure("live_question", question, begun_s, "refused", str(error))
         await self._send(ErrorEvent(code=error.code, message=str(error), frame=frame, question=question, id=error.id))
 
     async def _send(self, event: Event) -> None:

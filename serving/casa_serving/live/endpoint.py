@@ -27,6 +27,7 @@ from casa_serving.live.session import LiveEngine
 from casa_serving.live.session_slots import SessionSlots
 from casa_serving.options.image_limits import ImageLimits
 from casa_serving.options.live_options import LiveOptions
+from casa_vllm.api import metric_labels
 
 
 class LiveEndpoint:
@@ -76,7 +77,7 @@ def open_service(
         options: The operator's limits on sessions.
         limits: The operator's limits on images, which apply to frames.
     """
-    metrics = LiveMetrics()
+    metrics = LiveMetrics(metric_labels(engine_client.vllm_config))
     return LiveService(
         engine=open_engine(engine_client, checkpoint, options),
         options=options,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from casa_serving.live.protocol import Delays, Statistics
 from casa_serving.live.results import FrameResult
+from casa_vllm.api import LABELS, PREFIX
 
 Result = Literal["captioned", "silent", "dropped", "refused"]
 # A session may run for days: percentiles are of its last frames, so that memory is bounded.
@@ -23,32 +25,38 @@ class LiveMetrics:
     """The server's Prometheus metrics; one object per process.
 
     Args:
+        labels: Values of `LABELS`, as vLLM's own metrics have them.
         registry: Where they are registered.
+
+    Attributes:
+        frames: A counter for each result.
     """
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self.sessions = Gauge(
-            "casa:live_sessions",
-            "Open connections to /v1/live that hold one of its places.",
-            multiprocess_mode="livesum",
-            registry=registry,
+    def __init__(self, labels: Sequence[str], registry: CollectorRegistry = REGISTRY) -> None:
+        def metric(kind: type, name: str, text: str, **options: Any) -> Any:
+            return kind(f"{PREFIX}live_{name}", text, LABELS, registry=registry, **options).labels(*labels)
+
+        self.sessions = metric(
+            Gauge, "sessions", "Open connections to /v1/live that hold one of its places.", multiprocess_mode="livesum"
         )
-        self.frames = Counter("casa:live_frames", "Frames of live sessions by result.", ["result"], registry=registry)
-        self.delay = Histogram(
-            "casa:live_frame_delay_seconds",
+        by_result = Counter(
+            f"{PREFIX}live_frames", "Frames of live sessions by result.", [*LABELS, "result"], registry=registry
+        )
+        # Made now, so that each series exists, as zero, from the start.
+        self.frames = {result: by_result.labels(*labels, result) for result in get_args(Result)}
+        self.delay = metric(
+            Histogram,
+            "frame_delay_seconds",
             "From a frame's arrival to the last token of its caption.",
             buckets=DELAY_BUCKETS_S,
-            registry=registry,
         )
-        self.late = Counter(
-            "casa:live_late_frames",
+        self.late = metric(
+            Counter,
+            "late_frames",
             "Frames whose caption took longer than 1/fps, from their arrival to its last token.",
-            registry=registry,
         )
-        self.trims = Counter("casa:live_trims", "Times a session's text budget was reached.", registry=registry)
-        self.restarts = Counter("casa:live_restarts", "Engine requests begun again from text.", registry=registry)
-        for result in ("captioned", "silent", "dropped", "refused"):
-            self.frames.labels(result)  # So that the series exists, as zero, from the start.
+        self.trims = metric(Counter, "trims", "Times a session's text budget was reached.")
+        self.restarts = metric(Counter, "restarts", "Engine requests begun again from text.")
 
 
 @dataclass
@@ -76,7 +84,7 @@ class SessionStatistics:
     def count(self, result: Result) -> None:
         """Counts a frame by its result."""
         self.counts[result] += 1
-        self.metrics.frames.labels(result).inc()
+        self.metrics.frames[result].inc()
 
     def add_frame(self, frame: FrameResult) -> None:
         """Adds a captioned or silent frame."""

@@ -57,6 +57,7 @@ class LiveEngine:
 
     Attributes:
         defaults: Settings that fit the checkpoint.
+        model_name: As clients know it.
     """
 
     def __init__(self, engine: EngineClient, checkpoint: Path, *, allow_insertion: bool = False) -> None:
@@ -66,6 +67,7 @@ class LiveEngine:
         self.format = StreamFormat.from_checkpoint(self.checkpoint)
         self.defaults = LiveSettings.for_checkpoint(self.checkpoint)
         self.pages = PageCosts.of_engine(self.config, engine.vllm_config)
+        self.model_name = str(engine.model_config.served_model_name)
 
     def capacity(self, settings: LiveSettings) -> int:
         """Returns how many sessions with these settings fit into the engine's KV cache."""
