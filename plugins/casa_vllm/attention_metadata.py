@@ -56,18 +56,16 @@ class Step:
     """A step's requests, as a runner passes them.
 
     Attributes:
-        plan: Its segments.
+        plan: Its segments; None where a full CUDA graph runs the step, or captures it: a token a request.
         rows: (R or more,) int64 on the device, row of each request's state.
         num_requests: R; 0 for a made-up batch, whose requests have no images.
         state: (rows, 3 + row pages) int32 on the device, see `WindowStates`.
-        in_graph: Whether a full CUDA graph runs the step, or captures it.
     """
 
-    plan: SegmentPlan
+    plan: SegmentPlan | None
     rows: torch.Tensor
     num_requests: int
     state: torch.Tensor
-    in_graph: bool
 
 
 class TextMetadataBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
@@ -116,21 +114,13 @@ class ImageMetadataBuilder(AttentionMetadataBuilder[CasaAttentionMetadata]):
         step, common = self.step, common_attn_metadata
         if step is None:
             return None
-        plan, has_image = step.plan, step.in_graph or step.plan.max_pages > 0
-        if not (self._sees_text or has_image):
+        if step.plan is None:
+            # The runner's own starts are in a persistent, padded buffer as well.
+            tensors, splits = self._graph_tensors.first(common.query_start_loc), None
+        elif not (self._sees_text or step.plan.max_pages):
             return None
-        splits, num_pages = None, max(plan.max_pages, 1)
-        num_positions = len(common.positions) if self._sees_text else None
-        if step.in_graph:
-            # One token a request: the runner's own persistent, padded buffer serves.
-            tensors = self._graph_tensors.first(common.query_start_loc)
-        elif plan.splits is None:
-            tensors = SegmentTensors.empty(common.query_start_loc, num_pages, num_positions)
         else:
-            staged = np.concatenate((plan.query_start_loc, plan.splits.ravel()))
-            sent = async_tensor_h2d(staged, device=self.device)
-            splits = sent[plan.num_segments + 1 :].view(plan.splits.shape)
-            tensors = SegmentTensors.empty(sent[: plan.num_segments + 1], num_pages, num_positions)
+            tensors, splits = self._eager_tensors(step.plan, common)
         build_segments(
             tensors,
             step.state,
@@ -141,13 +131,25 @@ class ImageMetadataBuilder(AttentionMetadataBuilder[CasaAttentionMetadata]):
             splits,
             use_triton=HAS_TRITON,
         )
-        return self._metadata(tensors, plan, common, in_graph=step.in_graph)
+        return self._metadata(tensors, step.plan, common)
+
+    def _eager_tensors(
+        self, plan: SegmentPlan, common: CommonAttentionMetadata
+    ) -> tuple[SegmentTensors, torch.Tensor | None]:
+        """Returns tensors for the plan's segments, and what the host has split of them, sent to the device."""
+        num_pages, num_positions = max(plan.max_pages, 1), len(common.positions) if self._sees_text else None
+        if plan.splits is None:
+            return SegmentTensors.empty(common.query_start_loc, num_pages, num_positions), None
+        staged = np.concatenate((plan.query_start_loc, plan.splits.ravel()))
+        sent = async_tensor_h2d(staged, device=self.device)
+        splits = sent[plan.num_segments + 1 :].view(plan.splits.shape)
+        return SegmentTensors.empty(sent[: plan.num_segments + 1], num_pages, num_positions), splits
 
     def _metadata(
-        self, tensors: SegmentTensors, plan: SegmentPlan, common: CommonAttentionMetadata, *, in_graph: bool
+        self, tensors: SegmentTensors, plan: SegmentPlan | None, common: CommonAttentionMetadata
     ) -> CasaAttentionMetadata:
         first_positions, text_starts, num_pages, requests = tensors.fields
-        max_text_len = self.vllm_config.model_config.max_model_len if in_graph else plan.max_text_len
+        max_text_len = self.vllm_config.model_config.max_model_len if plan is None else plan.max_text_len
         windows = WindowAttentionMetadata(
             query_start_loc=tensors.query_start_loc,
             first_positions=first_positions,
@@ -158,10 +160,10 @@ class ImageMetadataBuilder(AttentionMetadataBuilder[CasaAttentionMetadata]):
             text_rows=requests,
             text_block_table=None,
             text_slot_mapping=None,
-            max_query_len=1 if in_graph else plan.max_query_len,
+            max_query_len=1 if plan is None else plan.max_query_len,
             max_text_len=max_text_len if self._sees_text else 0,
-            has_image=in_graph or plan.max_pages > 0,
-            num_tokens=common.num_actual_tokens if in_graph else plan.num_tokens,
+            has_image=plan is None or plan.max_pages > 0,
+            num_tokens=common.num_actual_tokens if plan is None else plan.num_tokens,
         )
         return CasaAttentionMetadata(windows, tensors.relative_positions)
 

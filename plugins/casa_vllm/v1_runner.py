@@ -97,7 +97,7 @@ class CasaCPUModelRunner(CPUModelRunner):
         num_scheduled = np.fromiter(map(scheduled.__getitem__, request_ids), np.int64, num_requests)
         plan = self.windows.plan(rows, self.input_batch.num_computed_tokens_cpu[:num_requests], num_scheduled)
         table = torch.from_numpy(self.windows.table)
-        return Step(plan, torch.from_numpy(rows), num_requests, table, in_graph=False)
+        return Step(plan, torch.from_numpy(rows), num_requests, table)
 
 
 class CasaCPUWorker(CPUWorker):

@@ -131,16 +131,20 @@ class CasaModelState(DefaultModelState):
 
     def _step(self, input_batch: "InputBatch", *, in_graph: bool) -> Step:
         """Plans the step and writes the windows that moved on to the device."""
+        rows, num_requests = input_batch.idx_mapping_np, input_batch.num_reqs
         num_computed, num_scheduled = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
-        num_requests = input_batch.num_reqs
-        if input_batch.req_ids[0] in self.encoder_cache.mm_features:
-            plan = self._windows.plan(input_batch.idx_mapping_np, num_computed, num_scheduled)
-            self._send_windows()
-        else:
+        plan = None
+        if input_batch.req_ids[0] not in self.encoder_cache.mm_features:
             # A made-up batch (warm-up, capture, memory profiling): its rows are nobody's, or somebody else's.
-            plan = SegmentPlan.without_images(num_computed, num_scheduled)
             num_requests = 0
-        return Step(plan, input_batch.idx_mapping, num_requests, self._device_windows.gpu, in_graph)
+            if not in_graph:
+                plan = SegmentPlan.without_images(num_computed, num_scheduled)
+        elif in_graph:
+            self._windows.advance(rows, num_computed)
+        else:
+            plan = self._windows.plan(rows, num_computed, num_scheduled)
+        self._send_windows()
+        return Step(plan, input_batch.idx_mapping, num_requests, self._device_windows.gpu)
 
     def _send_windows(self) -> None:
         """Writes changed rows to the device, in one write. Mutates the copy there."""

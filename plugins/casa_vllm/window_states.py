@@ -150,6 +150,11 @@ class WindowStates:
         begins = self._rows[row].page_begins
         return slice(int(begins[image]), int(begins[image + 1]))
 
+    def advance(self, rows: np.ndarray, positions: np.ndarray) -> None:
+        """Moves the rows (R,) on to the windows of the tokens at these positions (R,). Mutates those that change."""
+        for request in np.flatnonzero(positions >= self._ends[rows]):
+            self._enter(rows[request], int(positions[request]))
+
     def plan(self, rows: np.ndarray, num_computed: np.ndarray, num_scheduled: np.ndarray) -> SegmentPlan:
         """Plans one step.
 
@@ -161,14 +166,9 @@ class WindowStates:
         Mutates:
             The rows of requests that enter another window with the first token of the step.
         """
-        windows, row_ends = self.table[rows, :PAGE_LENS], self._ends[rows]
-        moved = np.flatnonzero(num_computed >= row_ends)
-        for request in moved:
-            self._enter(rows[request], int(num_computed[request]))
-        if moved.size:
-            windows, row_ends = self.table[rows, :PAGE_LENS], self._ends[rows]
-        ends = num_computed + num_scheduled
-        crossing = np.flatnonzero(ends > row_ends)
+        self.advance(rows, num_computed)
+        windows, ends = self.table[rows, :PAGE_LENS], num_computed + num_scheduled
+        crossing = np.flatnonzero(ends > self._ends[rows])
         if crossing.size:
             return self._split(rows, windows, num_computed, ends, crossing)
         return SegmentPlan(

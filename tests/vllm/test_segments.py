@@ -229,7 +229,8 @@ def test_building_waits_for_nothing(kind, sees_text, monkeypatch):
         plan = replace(plan, splits=splits, query_start_loc=starts, num_segments=4)
     rows = torch.zeros(num_requests, dtype=torch.int64, device=device)
     state = torch.zeros(8, 3 + ROW_PAGES, dtype=torch.int32, device=device)
-    builder.step = attention_metadata.Step(plan, rows, num_requests, state, in_graph=kind == "graph")
+    plan = None if kind == "graph" else plan
+    builder.step = attention_metadata.Step(plan, rows, num_requests, state)
     common = SimpleNamespace(
         query_start_loc=torch.zeros(num_requests + 1, dtype=torch.int32, device=device),
         positions=torch.zeros(num_tokens, dtype=torch.int64, device=device),
