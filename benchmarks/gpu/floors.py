@@ -7,6 +7,8 @@ CA layers, and a prefill of little text, which reads the weights once more.
 
 from dataclasses import dataclass
 
+import torch
+
 from casa_engine.configuration import CasaConfig
 
 BYTES_PER_VALUE = 2  # bf16
@@ -25,8 +27,15 @@ class Hardware:
     flop_per_s: float
 
 
-# Measured on such a machine, not read from a data sheet.
+# Measured on such machines, not read from a data sheet.
 H200 = Hardware(bytes_per_s=4.3e12, flop_per_s=790e12)
+H100 = Hardware(bytes_per_s=3.0e12, flop_per_s=790e12)
+
+
+def hardware() -> Hardware:
+    """Returns the peaks of the device at hand; of an H200 where it is no H100."""
+    is_h100 = torch.cuda.is_available() and "H100" in torch.cuda.get_device_name()
+    return H100 if is_h100 else H200
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,21 @@ def attention_weights(config: CasaConfig) -> int:
     return text.hidden_size * heads * config.head_dim
 
 
-def decode_weights(config: CasaConfig) -> int:
+def decode_weights(config: CasaConfig, *, is_plain: bool = False) -> int:
     """Values that a decode step reads: decoder layers and output layer, no embedding table.
 
     `ca` computes no key and value for text in its CA layers.
+
+    Args:
+        config: The model.
+        is_plain: Whether it is the text decoder alone, with self-attention in every layer.
     """
     text, total = config.text_config, 0
     for layer in range(text.num_hidden_layers):
         total += 3 * text.hidden_size * text.intermediate_size
-        if config.has_sa(layer):
+        if is_plain or config.has_sa(layer):
             total += attention_weights(config)
-        if config.has_ca(layer) and config.ca_weights == "own":
+        if not is_plain and config.has_ca(layer) and config.ca_weights == "own":
             unused = 0
             if not config.sees_window_text:
                 unused = 2 * text.hidden_size * text.num_key_value_heads * config.head_dim
@@ -66,7 +79,9 @@ def decode_weights(config: CasaConfig) -> int:
     return total + text.hidden_size * text.vocab_size
 
 
-def decode_work(config: CasaConfig, num_seqs: int, image_tokens: int, text_tokens: int) -> DecodeWork:
+def decode_work(
+    config: CasaConfig, num_seqs: int, image_tokens: int, text_tokens: int, *, is_plain: bool = False
+) -> DecodeWork:
     """Bytes of one decode step.
 
     Args:
@@ -74,16 +89,17 @@ def decode_work(config: CasaConfig, num_seqs: int, image_tokens: int, text_token
         num_seqs: Sequences in the step.
         image_tokens: Image tokens in each one's window.
         text_tokens: Text in each one's stream, all of it in the window for `ca_tv`.
+        is_plain: See `decode_weights`.
     """
     text = config.text_config
     key_value = 2 * text.num_key_value_heads * config.head_dim
     values = 0
     for layer in range(text.num_hidden_layers):
-        if config.has_sa(layer):
+        if is_plain or config.has_sa(layer):
             values += text_tokens * key_value
-        if config.has_ca(layer):
+        if not is_plain and config.has_ca(layer):
             values += (image_tokens + text_tokens * config.sees_window_text) * key_value
-    return DecodeWork(decode_weights(config) * BYTES_PER_VALUE, num_seqs * values * BYTES_PER_VALUE)
+    return DecodeWork(decode_weights(config, is_plain=is_plain) * BYTES_PER_VALUE, num_seqs * values * BYTES_PER_VALUE)
 
 
 def vision_flop(config: CasaConfig, side: int) -> float:

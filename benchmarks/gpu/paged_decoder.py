@@ -20,11 +20,13 @@ BLOCK_SIZE = 16
 
 @dataclass
 class Attention:
-    """One attention's fused projections (self-attention's or CA's)."""
+    """One attention's fused projections (self-attention's or CA's), and the norms of its heads where it has them."""
 
     qkv: torch.Tensor
     bias: torch.Tensor | None
     output: torch.Tensor
+    query_norm: torch.nn.Module | None
+    key_norm: torch.nn.Module | None
 
     @classmethod
     def of(cls, projections: torch.nn.Module, *, keys: bool) -> "Attention":
@@ -33,7 +35,8 @@ class Attention:
         if keys:
             parts += [projections.k_proj, projections.v_proj]
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        return cls(torch.cat([part.weight for part in parts]), bias, projections.o_proj.weight)
+        weight = torch.cat([part.weight for part in parts])
+        return cls(weight, bias, projections.o_proj.weight, projections.q_norm, projections.k_norm)
 
 
 class PagedDecoder:
@@ -184,11 +187,11 @@ class PagedDecoder:
 
     def _attend(self, h, attention, rope, windows, text_caches, index) -> torch.Tensor:
         heads = linear(h, attention.qkv, attention.bias).unflatten(-1, (-1, self.config.head_dim))
-        query = heads[:, : self.num_heads].contiguous()
+        query = attention.query_norm(heads[:, : self.num_heads]).contiguous()
         if rope is not None:
             query = rotate(query, *rope)
             key, value = heads[:, self.num_heads :].chunk(2, 1)
-            key, cache = rotate(key, *rope), text_caches[index]
+            key, cache = rotate(attention.key_norm(key), *rope), text_caches[index]
             write_pages(key.contiguous(), value.contiguous(), cache, self.slots, use_triton=self.use_triton)
         output = torch.empty_like(query)
         window_attention(

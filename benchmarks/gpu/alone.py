@@ -1,17 +1,18 @@
 """Kernels, decode graphs and first tokens without vLLM, at the presets' sizes, random weights.
 
-`python bench_standalone.py RESULTS [--tiny]`; `--tiny` runs the same code on a CPU with tiny
-models, to see that it works: its times mean nothing.
+`python alone.py RESULTS [--tiny]`: the fall-back for a machine that vLLM does not run on. `--tiny` runs the same code
+on a CPU with tiny models, to see that it works: its times mean nothing.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from floors import BYTES_PER_VALUE, H200, decode_work, first_token_floor_ms
+from floors import BYTES_PER_VALUE, decode_work, first_token_floor_ms, hardware
 from paged_decoder import BLOCK_SIZE, PagedDecoder
-from timing import median_ms, record
+from rows import Rows, median_ms
+from sizes import PREFILL_TOKENS, Sizes, num_image_tokens, sizes
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.modeling_casa import CasaForConditionalGeneration
@@ -19,40 +20,14 @@ from casa_engine.presets import preset_config
 from casa_engine.rope import axes_rotary_tables, image_positions
 from casa_vllm.ops import WindowAttentionMetadata, window_attention
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured, and on what."""
-
-    presets: tuple[str, ...]
-    sides: tuple[int, ...]
-    num_seqs: tuple[int, ...]
-    max_text: int
-    device: torch.device
-    dtype: torch.dtype
-
-
-FULL = Sizes(
-    ("CASA-Helium1-VL-2B", "CASA-Qwen2_5-VL-3B", "CASA-Qwen2_5-VL-3B-LiveCC"),
-    (448, 896),
-    (1, 8, 32),
-    256,
-    torch.device("cuda"),
-    torch.bfloat16,
-)
-TINY = Sizes(("tiny-llama", "tiny-qwen"), (56, 112), (1, 2), 32, torch.device("cpu"), torch.float32)
-PREFILL_TOKENS = 16
+PRESETS = ("CASA-Helium1-VL-2B", "CASA-Qwen2_5-VL-3B", "CASA-Qwen2_5-VL-3B-LiveCC")
+TINY_PRESETS = ("tiny-llama", "tiny-qwen", "tiny-qwen3")
 
 
 def image_grid(config: CasaConfig, side: int) -> torch.Tensor:
     """int64 (1, 3): grid of a square image in patches."""
     patches = side // config.vision_config.patch_size
     return torch.tensor([[1, patches, patches]])
-
-
-def num_image_tokens(config: CasaConfig, side: int) -> int:
-    """Image tokens of a square image."""
-    return (side // config.vision_config.patch_size // config.vision_config.spatial_merge_size) ** 2
 
 
 def random_model(name: str, sizes: Sizes) -> CasaForConditionalGeneration:
@@ -66,7 +41,7 @@ def random_model(name: str, sizes: Sizes) -> CasaForConditionalGeneration:
         torch.set_default_dtype(torch.float32)
 
 
-def bench_kernel(name: str, sizes: Sizes, results: Path) -> None:
+def bench_kernel(name: str, sizes: Sizes, rows: Rows) -> None:
     """Window attention of one layer's decode alone, beside reading its keys and values."""
     config = preset_config(name)
     text = config.text_config
@@ -106,7 +81,7 @@ def bench_kernel(name: str, sizes: Sizes, results: Path) -> None:
         milliseconds = median_ms(repeated(attend, on_gpu), sizes.device) / (GRAPH_CALLS if on_gpu else 1)
         kv_bytes = num_seqs * tokens * 2 * kv_heads * dim * BYTES_PER_VALUE
         case = f"{name}, {num_seqs} x {tokens} image tokens"
-        record(results, "kernel, one layer", case, milliseconds, kv_bytes / H200.bytes_per_s * 1e3)
+        rows.add("kernel, one layer", case, milliseconds, floor=kv_bytes / hardware().bytes_per_s * 1e3)
 
 
 GRAPH_CALLS = 20
@@ -125,7 +100,7 @@ def repeated(function, on_gpu: bool):
     return graph.replay
 
 
-def bench_decode(name: str, model: CasaForConditionalGeneration, sizes: Sizes, results: Path) -> None:
+def bench_decode(name: str, model: CasaForConditionalGeneration, sizes: Sizes, rows: Rows) -> None:
     """Whole decode steps, as a CUDA graph on a GPU."""
     on_gpu, side = sizes.device.type == "cuda", sizes.sides[-1]
     tokens = num_image_tokens(model.config, side)
@@ -137,10 +112,10 @@ def bench_decode(name: str, model: CasaForConditionalGeneration, sizes: Sizes, r
         work = decode_work(model.config, num_seqs, tokens, sizes.max_text // 2)
         milliseconds = median_ms(decoder.run, sizes.device, repeats=10)
         case = f"{name}, {num_seqs} sequences, {side} px image each"
-        record(results, "decode step (no engine)", case, milliseconds, work.floor_ms(H200))
+        rows.add("decode step (no engine)", case, milliseconds, floor=work.floor_ms(hardware()))
 
 
-def bench_first_token(name: str, model: CasaForConditionalGeneration, sizes: Sizes, results: Path) -> None:
+def bench_first_token(name: str, model: CasaForConditionalGeneration, sizes: Sizes, rows: Rows) -> None:
     """Patches to logits of the first token, eagerly: vision encoder, image K/V, short prefill."""
     config = model.config
     vision = config.vision_config
@@ -161,16 +136,16 @@ def bench_first_token(name: str, model: CasaForConditionalGeneration, sizes: Siz
                 logits_to_keep=1,
             )
 
-        floor = first_token_floor_ms(config, side, PREFILL_TOKENS, H200)
+        floor = first_token_floor_ms(config, side, PREFILL_TOKENS, hardware())
         milliseconds = median_ms(first_token, sizes.device, repeats=5)
-        record(results, "first token (eager, no engine)", f"{name}, {side} px", milliseconds, floor)
+        rows.add("first token (eager, no engine)", f"{name}, {side} px", milliseconds, floor=floor)
 
 
 def check_decoder(sizes: Sizes) -> None:
     """Decoding step by step (with graphs on a GPU) must equal the eager model's one pass."""
-    tiny = Sizes(("tiny-llama", "tiny-qwen"), (84,), (2,), 48, sizes.device, torch.float32)
+    tiny = replace(sizes, dtype=torch.float32)
     on_gpu = sizes.device.type == "cuda"
-    for name in tiny.presets:
+    for name in TINY_PRESETS:
         model = random_model(name, tiny)
         config, grid = model.config, image_grid(model.config, 84).to(sizes.device)
         patches = torch.randn(int(grid.prod()), 1176, device=sizes.device)
@@ -209,15 +184,15 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU")
     options = parser.parse_args()
-    sizes = TINY if options.tiny else FULL
-    check_decoder(sizes)
-    for name in sizes.presets:
-        bench_kernel(name, sizes, options.results)
-        model = random_model(name, sizes)
-        bench_decode(name, model, sizes, options.results)
-        bench_first_token(name, model, sizes, options.results)
+    of, rows = sizes(is_tiny=options.tiny), Rows(options.results)
+    check_decoder(of)
+    for name in TINY_PRESETS if options.tiny else PRESETS:
+        bench_kernel(name, of, rows)
+        model = random_model(name, of)
+        bench_decode(name, model, of, rows)
+        bench_first_token(name, model, of, rows)
         del model
-        if sizes.device.type == "cuda":
+        if of.device.type == "cuda":
             torch.cuda.empty_cache()
 
 

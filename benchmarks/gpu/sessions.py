@@ -1,0 +1,183 @@
+"""Live sessions in an engine of a preset's size: `python sessions.py RESULTS PRESET --measure sessions|flat [--tiny]`.
+
+sessions    how many are captioned at 2 frames a second before the delay of a frame passes 500 ms at p95
+flat        one session as fast as it goes: a frame's time at frame 100 and at frame 10,000
+
+The engine has the defaults of `casa serve` and random weights, and the sessions are those of /v1/live with the
+published captioner's rules; they are opened in this process, without HTTP, WebSockets and JPEG (`casa bench live` has
+these). Frames are noise, none is shown twice. A random model never stops by itself: each caption has its 20 tokens.
+"""
+
+import argparse
+import asyncio
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_engine import write_checkpoint
+from PIL import Image
+from rows import Rows, leave
+
+from casa_bench.live import MAX_LATE_SHARE
+from casa_bench.statistics import percentile
+from casa_engine.configuration import CasaConfig
+from casa_engine.presets import preset_config
+from casa_serving.engine_defaults import engine_arguments, runs_on_cpu, set_environment
+from casa_serving.live.session import FrameResult, LiveEngine
+
+FPS, BOUND_MS = 2.0, 500.0
+WARMUP_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is shown, and for how long.
+
+    Attributes:
+        side: Pixels of a square frame.
+        numbers: Sessions at once, in order.
+        seconds: For each number.
+        frames: Of the flat session, and how many are compared at both ends.
+        seconds_flat: After which the flat session ends, wherever it is.
+    """
+
+    side: int
+    numbers: tuple[int, ...]
+    seconds: float
+    frames: int
+    window: int
+    seconds_flat: float
+
+
+FULL = Load(448, (16, 64, 128, 192, 256, 320, 384, 448, 512), 12.0, 10_000, 100, 105.0)
+TINY = Load(56, (1, 2), 4.0, 60, 10, 60.0)
+
+
+class Noise:
+    """Frames of noise, each another: cut from one larger picture at places of its own."""
+
+    def __init__(self, side: int) -> None:
+        self._side = side
+        self._picture = np.random.default_rng(0).integers(0, 255, (side + 1000, side + 1000, 3), dtype=np.uint8)
+        self._count = 0
+
+    def next(self) -> Image.Image:
+        """Returns the next frame; a million differ."""
+        top, left = divmod(self._count % 1_000_000, 1000)
+        self._count += 1
+        return Image.fromarray(self._picture[top : top + self._side, left : left + self._side])
+
+
+async def result_of(session: Any, frame: Image.Image, timestamp: float, arrived_s: float | None) -> FrameResult:
+    """Captions one frame."""
+    result = None
+    async for item in session.caption(frame, timestamp, arrived_s):
+        result = item
+    assert isinstance(result, FrameResult)
+    return result
+
+
+async def show(live: LiveEngine, noise: Noise, load: Load, delay_s: float) -> tuple[list[float], int, int]:
+    """Shows frames by the clock; returns their delays in ms, how many were dropped, and tokens, after the warm-up."""
+    session = await live.open(replace(live.defaults, fps=FPS))
+    delays, dropped, tokens = [], 0, 0
+    await asyncio.sleep(delay_s)
+    begun_s = time.monotonic()
+    for number in range(WARMUP_FRAMES + round(load.seconds * FPS)):
+        due_s = begun_s + number / FPS
+        if time.monotonic() > due_s + 1 / FPS:
+            dropped += number >= WARMUP_FRAMES
+            continue
+        await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+        result = await result_of(session, noise.next(), number / FPS, due_s)
+        if number >= WARMUP_FRAMES:
+            delays.append(result.delay_ms)
+            tokens += result.num_tokens
+    await session.close()
+    return delays, dropped, tokens
+
+
+async def measure_sessions(live: LiveEngine, load: Load, rows: Rows, name: str) -> None:
+    """More and more sessions until p95 passes the bound."""
+    noise = Noise(load.side)
+    for number in load.numbers:
+        shown = await asyncio.gather(
+            *(show(live, noise, load, place / number / FPS) for place in range(number)),
+        )
+        delays = [delay for result in shown for delay in result[0]]
+        dropped, tokens = (sum(result[index] for result in shown) for index in (1, 2))
+        # A frame that was never shown to the model is later than any.
+        late = sum(delay > BOUND_MS for delay in delays) + dropped
+        case = f"{name}, {number} sessions at {FPS:g} fps, {load.side} px"
+        if delays:
+            rows.add("frame's delay, p95", case, percentile(delays, 95))
+            rows.add("frame's delay, p50", case, percentile(delays, 50))
+        rows.add("tokens a second of all", case, tokens / load.seconds, "tokens/s")
+        rows.add("late or dropped", case, 100 * late / (len(delays) + dropped), "%")
+        if late > MAX_LATE_SHARE * (len(delays) + dropped):
+            return
+
+
+async def measure_flat(live: LiveEngine, load: Load, rows: Rows, name: str) -> None:
+    """One session of two tokens a frame; its text is trimmed to the budget again and again."""
+    noise, times = Noise(load.side), []
+    session = await live.open(replace(live.defaults, max_frame_tokens=2))
+    begun_s = time.monotonic()
+    while len(times) < load.frames and time.monotonic() - begun_s < load.seconds_flat:
+        times.append((await result_of(session, noise.next(), len(times) / FPS, None)).total_ms)
+    await session.close()
+    window = min(load.window, len(times) // 2)
+    first, last = (statistics.median(part) for part in (times[window : 2 * window] or times, times[-window:]))
+    rows.add("a frame's time", f"{name}, frames {window} to {2 * window}", first)
+    rows.add("a frame's time", f"{name}, the last {window} before frame {len(times):,}", last)
+    rows.add("ratio of both", name, last / first, "")
+
+
+def start_engine(folder: Path, config: CasaConfig, given: dict[str, Any]) -> Any:
+    """Starts an engine in a process of its own with the defaults of `casa serve`, which needs weights."""
+    arguments, variables = engine_arguments(config, embedded=False, on_cpu=runs_on_cpu(), live=True, given=given)
+    set_environment(variables, live=False)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **arguments))
+
+
+MEASUREMENTS = {"sessions": measure_sessions, "flat": measure_flat}
+
+
+async def measure(options: argparse.Namespace) -> None:
+    load = TINY if options.tiny else FULL
+    config = preset_config(options.preset, architectures=["CasaForConditionalGeneration"])
+    folder = write_checkpoint(config, is_plain=False)
+    given = {
+        "load_format": "dummy",
+        "dtype": "float32" if options.tiny else "bfloat16",
+        "enforce_eager": options.tiny,
+        "mm_processor_cache_gb": 0,
+        "max_num_seqs": max(load.numbers) if options.measure == "sessions" else 4,
+    }
+    start, rows = time.perf_counter(), Rows(options.results)
+    engine = start_engine(folder, config, given)
+    rows.add("start of the engine", options.preset, time.perf_counter() - start, "s")
+    try:
+        await MEASUREMENTS[options.measure](LiveEngine(engine, folder), load, rows, options.preset)
+    finally:
+        engine.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("preset")
+    parser.add_argument("--measure", choices=MEASUREMENTS, required=True)
+    parser.add_argument("--tiny", action="store_true", help="on a CPU")
+    asyncio.run(measure(parser.parse_args()))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
