@@ -318,7 +318,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         rope = self._image_rope(grids, images.device)
         # The runner joins the tokens of a step's images.
         self.model.language_model.profile_images(images.clone())
-        del rope
+        del rope  # alive until here, as in a step
 
     def _image_rope(self, grids: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Returns float32 cosines and sines of I images' tokens, (N, D) each; None where rotation is the identity."""

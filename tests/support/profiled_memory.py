@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.encoder_budget import MultiModalBudget, get_dummy_encoder_profile_inputs
+from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
@@ -115,7 +115,7 @@ def peaks_of(model: torch.nn.Module) -> dict[str, int]:
     hidden_size, dtype = model.config.text_config.hidden_size, torch.float32
     cache = EncoderCache()
     runner = EncoderRunner(model, NUM_TOKENS, hidden_size, cache, dtype, torch.device("cpu"))
-    dummies = get_dummy_encoder_profile_inputs(MULTIMODAL_REGISTRY, budget)
+    dummies = dummy_images(budget)
     encoder = model.model.visual
     peaks = {"profile_images": peak_bytes(lambda: runner.profile_encoder_cache(dummies, budget), after=encoder)}
     images = list(cache.encoder_outputs.values())
@@ -136,6 +136,15 @@ def peaks_of(model: torch.nn.Module) -> dict[str, int]:
     metadata = prefill(layers[0])
     peaks["attend_text"] = peak_bytes(lambda: attend(metadata))
     return peaks
+
+
+def dummy_images(budget: MultiModalBudget) -> list[Any]:
+    """What the runner profiles with: the most and largest images of a step."""
+    if hasattr(budget, "get_dummy_encoder_profile_inputs"):  # vLLM 0.32
+        return budget.get_dummy_encoder_profile_inputs()
+    from vllm.multimodal.encoder_budget import get_dummy_encoder_profile_inputs
+
+    return get_dummy_encoder_profile_inputs(MULTIMODAL_REGISTRY, budget)
 
 
 def prefill(layer: Any) -> Any:
