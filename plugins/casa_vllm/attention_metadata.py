@@ -39,15 +39,16 @@ class CasaAttentionMetadata:
 
     windows: WindowAttentionMetadata
     relative_positions: torch.Tensor | None
-    _with_text: dict[int, "CasaAttentionMetadata"] = field(default_factory=dict, repr=False)
+    _with_text: list[tuple[CommonAttentionMetadata, "CasaAttentionMetadata"]] = field(default_factory=list, repr=False)
 
     def with_text(self, text: CommonAttentionMetadata) -> "CasaAttentionMetadata":
         """Returns the same segments with the tables of a text group; all layers of the group get one object."""
-        joined = self._with_text.get(id(text))
-        if joined is None:
-            tables = {"text_block_table": text.block_table_tensor, "text_slot_mapping": text.slot_mapping}
-            joined = CasaAttentionMetadata(replace(self.windows, **tables), self.relative_positions)
-            self._with_text[id(text)] = joined
+        for known, joined in self._with_text:  # one or two
+            if known is text:
+                return joined
+        tables = {"text_block_table": text.block_table_tensor, "text_slot_mapping": text.slot_mapping}
+        joined = CasaAttentionMetadata(replace(self.windows, **tables), self.relative_positions)
+        self._with_text.append((text, joined))
         return joined
 
 

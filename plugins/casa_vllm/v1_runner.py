@@ -35,7 +35,7 @@ class CasaCPUModelRunner(CPUModelRunner):
             name: index for index, gid in enumerate(self.image_groups) for name in groups[gid].layer_names
         }
         spec = groups[self.image_groups[0]].kv_cache_spec  # of all image groups
-        self.windows = WindowStates(self.max_num_reqs, spec.row_pages, spec.block_size)
+        self.windows = WindowStates(self.max_num_reqs, spec.row_pages, spec.step_pages, spec.block_size)
         # Row in `windows` of each request: preempted and waiting ones keep theirs, so there may be more than scheduled.
         self.row_of: dict[str, int] = {}
         self.free_rows = list(range(self.max_num_reqs))

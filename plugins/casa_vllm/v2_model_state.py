@@ -9,7 +9,6 @@ Order of a step; only the last part may be in a CUDA graph:
 See `casa_vllm.attention_metadata` for what a graph reads.
 """
 
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from casa_vllm.image_cache_spec import ImageCacheSpec
 from casa_vllm.image_encoding import image_slots
 from casa_vllm.image_manager import register_image_cache
 from casa_vllm.kernel_warmup import warm_up_kernels
+from casa_vllm.ops.segments import PAGE_LENS
 from casa_vllm.v2_caption_sampler import CaptionSampler
 from casa_vllm.window_states import SegmentPlan, WindowStates
 
@@ -57,24 +57,26 @@ class CasaModelState(DefaultModelState):
         # Of the last step: names of each image group's layers, and its block table in batch order.
         self._image_groups: list[tuple[list[str], torch.Tensor]] = []
         self._is_warm = False
+        self._request_ids: set[str] = set()
         # Created with the sampler, on the ranks that sample.
         self._captions: CaptionSampler | None = None
 
     @cached_property
     def _windows(self) -> WindowStates:
-        # Block size of the allocated cache: vLLM may have enlarged the spec's.
-        spec = self._layers[0].get_kv_cache_spec(self.vllm_config)
-        spec = replace(spec, block_size=self._layers[0].kv_cache.shape[2])
-        return WindowStates(self.max_num_reqs, spec.row_pages, spec.block_size)
+        # vLLM may have enlarged the blocks of the allocated cache; a row has no more pages for that.
+        spec, block_size = self._layers[0].get_kv_cache_spec(self.vllm_config), self._layers[0].kv_cache.shape[2]
+        return WindowStates(self.max_num_reqs, spec.row_pages, spec.step_pages, block_size)
 
     @cached_property
     def _device_windows(self) -> StagedWriteTensor:
         # Not made with the model: sleep mode discards what is allocated while weights are loaded.
-        return StagedWriteTensor(self._windows.table.shape, dtype=torch.int32, device=self.device)
+        row_pages = self._layers[0].get_kv_cache_spec(self.vllm_config).row_pages
+        return StagedWriteTensor((self.max_num_reqs, PAGE_LENS + row_pages), dtype=torch.int32, device=self.device)
 
     def add_request(self, req_index: int, new_req_data: "NewRequestData") -> None:
         """Adds a new or resumed request, or a session's next chunk, whose whole row was sent."""
         super().add_request(req_index, new_req_data)
+        self._request_ids.add(new_req_data.req_id)
         self._windows.add_row(req_index, new_req_data.mm_features, new_req_data.num_computed_tokens)
         if self._captions is not None:
             self._captions.add_row(req_index, new_req_data)
@@ -82,6 +84,7 @@ class CasaModelState(DefaultModelState):
     def remove_request(self, req_id: str) -> None:
         """Removes a request that is finished, preempted, or about to be added again."""
         super().remove_request(req_id)
+        self._request_ids.discard(req_id)
         if self._captions is not None:
             self._captions.remove_row(req_id)
 
@@ -134,7 +137,7 @@ class CasaModelState(DefaultModelState):
         rows, num_requests = input_batch.idx_mapping_np, input_batch.num_reqs
         num_computed, num_scheduled = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
         plan = None
-        if input_batch.req_ids[0] not in self.encoder_cache.mm_features:
+        if input_batch.req_ids[0] not in self._request_ids:
             # A made-up batch (warm-up, capture, memory profiling): its rows are nobody's, or somebody else's.
             num_requests = 0
             if not in_graph:
@@ -190,7 +193,11 @@ class CasaModelState(DefaultModelState):
         self.model.write_images(torch.cat(list(encoded)), grids, slots)
 
     def dummy_inputs_embeds(self, num_tokens: int) -> None:
-        """Returns None: the embedding is part of the model's graph."""
+        """Returns None: the embedding is part of the model's graph.
+
+        vLLM's memory profiling calls it: what every step needs is allocated by then, and counted.
+        """
+        _ = self._device_windows
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Returns no inputs besides token ids and positions."""

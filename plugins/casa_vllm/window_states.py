@@ -100,6 +100,7 @@ class WindowStates:
     Args:
         num_rows: How many rows there are.
         row_pages: Most pages of a row.
+        window_pages: Most pages of a window: a decode graph's buffers have no more columns.
         block_size: Image tokens of a page.
 
     Attributes:
@@ -107,8 +108,8 @@ class WindowStates:
         changed: For each row that changed since this was last cleared, how many of its values, from the first on.
     """
 
-    def __init__(self, num_rows: int, row_pages: int, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self, num_rows: int, row_pages: int, window_pages: int, block_size: int) -> None:
+        self.block_size, self._window_pages = block_size, window_pages
         self.table = np.zeros((num_rows, PAGE_LENS + row_pages), dtype=np.int32)
         self.changed: dict[int, int] = {}
         self._ends = np.full(num_rows, NO_END, dtype=np.int64)
@@ -129,13 +130,16 @@ class WindowStates:
             num_computed_tokens: Text tokens computed before.
 
         Raises:
-            RuntimeError: Its pages do not fit into a row, which the scheduler has to prevent.
+            RuntimeError: Its pages do not fit into a row, or those of a window into a step: the scheduler prevents it.
         """
         images = RequestImages.from_features(features)
         windows = RowWindows.of(images, num_computed_tokens, self.block_size)
         num_pages, row_pages = int(windows.page_begins[-1]), self.table.shape[1] - PAGE_LENS
         if num_pages > row_pages:
             raise RuntimeError(f"a request's images need {num_pages} pages; a row has {row_pages}.")
+        widest = int(windows.windows[:, NUM_PAGES].max())
+        if widest > self._window_pages:
+            raise RuntimeError(f"a window's images need {widest} pages; a step has {self._window_pages}.")
         lens = np.full(num_pages, self.block_size)
         has_pages = np.diff(windows.page_begins) > 0
         last_pages = windows.page_begins[1:][has_pages] - 1

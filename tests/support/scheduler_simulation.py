@@ -167,7 +167,10 @@ class SymbolicWorker:
         self._requests[name] = SimpleNamespace(
             tokens=tokens, features=features, rows=[list(row) for row in rows], computed=computed
         )
-        windows = {gid: WindowStates(1, spec.row_pages, spec.block_size) for gid, spec in self._image_specs.items()}
+        windows = {
+            gid: WindowStates(1, spec.row_pages, spec.step_pages, spec.block_size)
+            for gid, spec in self._image_specs.items()
+        }
         for states in windows.values():
             states.add_row(0, features, computed)
         self._requests[name].windows = windows

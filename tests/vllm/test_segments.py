@@ -30,13 +30,22 @@ def test_under_the_interpreter():
     check_under_interpreter(__file__)
 
 
+@pytest.fixture(autouse=True)
+def several_rounds(monkeypatch):
+    """The kernel's loops over pages and tokens go round more than once."""
+    if USE_TRITON:
+        from casa_vllm.ops import triton_build_segments
+
+        monkeypatch.setattr(triton_build_segments, "BLOCK", 4)
+
+
 class Request:
     """A prompt with images, read in steps of any size, and the row of pages that was sent for it."""
 
     def __init__(self, rng, row):
         self.row, self.num_tokens = row, rng.randrange(1, 60)
         self.points = sorted(rng.choices(range(self.num_tokens + 1), k=rng.randrange(5)))
-        self.sizes = [rng.randrange(1, 4 * BLOCK_SIZE) for _ in self.points]
+        self.sizes = [rng.randrange(1, 7 * BLOCK_SIZE) for _ in self.points]
         self.computed = rng.choice([0, 0, rng.randrange(self.num_tokens)])
         # Images that no token can see any more have no pages in the row.
         live = last_window(self.computed, np.array(self.points))[1]
@@ -66,7 +75,7 @@ class Worker:
 
     def __init__(self, rng, num_rows):
         self.rng, self.requests = rng, {}
-        self.windows = WindowStates(num_rows, ROW_PAGES, BLOCK_SIZE)
+        self.windows = WindowStates(num_rows, ROW_PAGES, ROW_PAGES, BLOCK_SIZE)
         self.state = torch.zeros(self.windows.table.shape, dtype=torch.int32, device=DEVICE)
 
     def step(self, num_padding=0):
@@ -157,7 +166,7 @@ def test_random_steps(seed):
 
 def test_decoding_moves_no_window():
     """In the last window a step writes nothing to the device and splits nothing."""
-    windows = WindowStates(2, ROW_PAGES, BLOCK_SIZE)
+    windows = WindowStates(2, ROW_PAGES, ROW_PAGES, BLOCK_SIZE)
     request = Request(random.Random(3), 0)
     for row in range(2):
         windows.add_row(row, request.features(), request.num_tokens)
@@ -168,7 +177,7 @@ def test_decoding_moves_no_window():
 
 
 def test_rows_grow():
-    windows = WindowStates(1, ROW_PAGES, BLOCK_SIZE)
+    windows = WindowStates(1, ROW_PAGES, ROW_PAGES, BLOCK_SIZE)
     request = Request(random.Random(3), 0)
     windows.add_row(0, request.features(), 0)
     before = windows.table[0].copy()
@@ -178,10 +187,11 @@ def test_rows_grow():
     assert windows.pages_of(1, 0) == windows.pages_of(0, 0)
 
 
-def test_row_that_is_too_short_is_an_error():
+@pytest.mark.parametrize(("row_pages", "error"), [(8, "need 9 pages; a row has 8"), (9, "9 pages; a step has 8")])
+def test_pages_that_do_not_fit_are_an_error(row_pages, error):
     feature = SimpleNamespace(mm_position=SimpleNamespace(offset=1, get_num_embeds=lambda: 9 * BLOCK_SIZE))
-    with pytest.raises(RuntimeError, match="need 9 pages; a row has 8"):
-        WindowStates(1, 8, BLOCK_SIZE).add_row(0, [feature], 0)
+    with pytest.raises(RuntimeError, match=error):
+        WindowStates(1, row_pages, 8, BLOCK_SIZE).add_row(0, [feature], 0)
 
 
 @pytest.mark.skipif(not USE_TRITON, reason="runs in the process that the first test starts")

@@ -148,6 +148,14 @@ def test_prompt_embeddings_are_refused(checkpoints):
 
 
 @in_v2
+def test_an_engine_without_images(engine, checkpoints, eager):
+    """With a limit of no image vLLM gives the runner no cache of encoders at all."""
+    folder = checkpoints("tiny-llama", fusion="ca")
+    vllm = engine(folder, max_num_seqs=4, max_num_batched_tokens=STEP_TOKENS, limit_mm_per_prompt={"image": 0})
+    assert_same(vllm.ask(PROMPTS[:1], NUM_TOKENS), [eager(folder)(PROMPTS[0], NUM_TOKENS)])
+
+
+@in_v2
 def test_decode_from_the_buffers_of_a_graph(v2, eager, monkeypatch):
     """CA layers read what `prepare_attn` returned at capture, as a replayed CUDA graph does.
 
