@@ -2,11 +2,10 @@
 
     PYTHONPATH=tests/support python benchmarks/step_preparation.py [--seqs 1 32 128] [--fusion ca ca_tv]
 
-An engine decodes that many sequences, each with an image. Timed is what CA adds to the call that builds a step's
-attention metadata: the call less the same call of vLLM's own class within it; the median of the steps, processor time.
-On Model Runner V2 (GPUs) the step is prepared as a decode graph is replayed, CA's Triton kernels are not run (on a
-device only their launch costs the host), and counted are the operations that would be kernels and the copies from the
-host.
+An engine decodes that many sequences, each with an image. Timed is the call that builds a step's attention metadata,
+vLLM's own part included: the median of the steps, processor time. On Model Runner V2 (GPUs) the step is prepared as a
+decode graph is replayed; CA's Triton kernels are not run (on a device only their launch costs the host). Counted are
+the operations that would be kernels, vLLM's own and those on the host's tensors included, and copies from the host.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,56 +32,41 @@ WARM_UP_STEPS = 5
 
 
 class Clock:
-    """Seconds of a method and, within them, of its base class's, a pair for each call."""
+    """Processor seconds of each call of a method."""
 
-    def __init__(self, cls: type, base: type, name: str) -> None:
-        self.seconds: list[tuple[float, float]] = []
-        self._base_seconds = 0.0
-        self._patches = [
-            patch.object(cls, name, self._timed(getattr(cls, name), is_base=False)),
-            patch.object(base, name, self._timed(getattr(base, name), is_base=True)),
-        ]
+    def __init__(self, cls: type, name: str) -> None:
+        self.seconds: list[float] = []
+        method = getattr(cls, name)
 
-    def __enter__(self) -> "Clock":
-        for entry in self._patches:
-            entry.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for entry in self._patches:
-            entry.stop()
-
-    def _timed(self, method: Any, *, is_base: bool) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.thread_time()
             result = method(*args, **kwargs)
-            elapsed = time.thread_time() - start
-            if is_base:
-                self._base_seconds = elapsed
-            else:
-                self.seconds.append((elapsed, self._base_seconds))
+            self.seconds.append(time.thread_time() - start)
             return result
 
-        return call
+        self._patch = patch.object(cls, name, call)
 
-    def added_us(self) -> float:
-        """Returns the median of what the method adds to its base class's, in microseconds."""
-        return 1e6 * statistics.median(whole - base for whole, base in self.seconds)
+    def __enter__(self) -> "Clock":
+        self._patch.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.stop()
+
+    def median_us(self) -> float:
+        """Returns the median in microseconds."""
+        return 1e6 * statistics.median(self.seconds)
 
 
 def clock() -> Clock:
     """Returns the clock of this process's model runner."""
     if IS_V2:
-        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-
         from casa_vllm.v2_model_state import CasaModelState
 
-        return Clock(CasaModelState, DefaultModelState, "prepare_attn")
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
+        return Clock(CasaModelState, "prepare_attn")
     from casa_vllm.v1_runner import CasaCPUModelRunner
 
-    return Clock(CasaCPUModelRunner, GPUModelRunner, "_build_attention_metadata")
+    return Clock(CasaCPUModelRunner, "_build_attention_metadata")
 
 
 def prepare_for_a_graph() -> Any:
@@ -114,40 +98,33 @@ def only_vllm_kernels() -> Any:
 
 
 def count_launches(engine: Engine) -> dict[str, int]:
-    """Counts what CA adds to the preparation of one step on V2: `kernels` and `copies` from the host."""
+    """Counts in the preparation of one step on V2: `kernels`, and `copies` from the host."""
     from kernel_counts import LaunchCounter
     from vllm.utils import torch_utils
 
     from casa_vllm.v2_model_state import CasaModelState
 
-    counts: Counter[str] = Counter()
-    copy = torch_utils.async_tensor_h2d
+    counts: dict[str, int] = {}
+    prepare, copy, copies = CasaModelState.prepare_attn, torch_utils.async_tensor_h2d, []
 
     def counted_copy(*args: Any, **kwargs: Any) -> Any:
-        counts["copies"] += 1
+        copies.append(None)
         return copy(*args, **kwargs)
 
-    def counted(cls: type, sign: int) -> Any:
-        method = cls.prepare_attn
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counter = LaunchCounter()
-            with counter.counting() as launches:
-                result = method(*args, **kwargs)
-            counts["kernels"] += sign * sum(launches.values())
-            return result
-
-        return patch.object(cls, "prepare_attn", call)
+    def counted_prepare(*args: Any, **kwargs: Any) -> Any:
+        num_before = len(copies)
+        with LaunchCounter().counting() as launches:
+            result = prepare(*args, **kwargs)
+        counts["kernels"], counts["copies"] = sum(launches.values()), len(copies) - num_before
+        return result
 
     users = [module for module in list(sys.modules.values()) if getattr(module, "async_tensor_h2d", None) is copy]
-    patches = [patch.object(module, "async_tensor_h2d", counted_copy) for module in users]
-    for entry in patches:
-        entry.start()
-    with counted(CasaModelState, 1):
+    with ExitStack() as patches:
+        for module in users:
+            patches.enter_context(patch.object(module, "async_tensor_h2d", counted_copy))
+        patches.enter_context(patch.object(CasaModelState, "prepare_attn", counted_prepare))
         engine.engine.step()
-    for entry in patches:
-        entry.stop()
-    return dict(counts)
+    return counts
 
 
 def measure(fusion: str, num_seqs: int, num_steps: int) -> dict[str, Any]:
@@ -165,7 +142,7 @@ def measure(fusion: str, num_seqs: int, num_steps: int) -> dict[str, Any]:
         with clock() as timed:
             for _ in range(num_steps):
                 engine.engine.step()
-        figures: dict[str, Any] = {"host_us": round(timed.added_us(), 1)}
+        figures: dict[str, Any] = {"host_us": round(timed.median_us(), 1)}
         if IS_V2:
             figures |= count_launches(engine)
         engine.close()
