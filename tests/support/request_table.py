@@ -223,6 +223,7 @@ def good_cases() -> list[Case]:
         Case("head of the page", "HEAD", "/", status=200),
         Case("a file of the page", "GET", "/web/index.html", status=200),
         Case("no file of the page", "GET", "/web/nothing.js", status=404),
+        Case("the model of the page", "GET", "/web/model.json", status=200),
         Case("openapi", "GET", "/openapi.json"),
     ]
 

@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from casa_engine.checkpoints import default_processor
 from casa_engine.presets import preset_config
+from casa_vllm.api import PageCosts
 from casa_vllm.image_cache_spec import ImageCacheSpec, ImageLimits
 from casa_vllm.image_manager import register_image_cache
 from casa_vllm.kv_capacity import report_capacity, text_token_capacity
@@ -70,6 +71,20 @@ def test_text_capacity_of_122_gib(preset, bytes_per_token, of_vllm, tmp_path):
     assert get_kv_cache_capacity(vllm_config, kv_cache)[0] < of_vllm < num_tokens / 2
     report_capacity(vllm_config, kv_cache)
     assert vllm_config.cache_config.kv_cache_size_tokens == num_tokens
+
+
+@pytest.mark.parametrize("preset", ["CASA-Helium1-VL-2B", "CASA-Qwen2_5-VL-3B-LiveCC"])
+def test_a_session_weighs_its_pages_in_the_pool(preset, tmp_path):
+    vllm_config, kv_cache = kv_cache_of(preset, 4, tmp_path)
+    vllm_config.cache_config.block_size = 16
+    config = preset_config(preset)
+    costs = PageCosts.of_engine(config, vllm_config)
+    page_bytes = sum(tensor.size for tensor in kv_cache.kv_cache_tensors) // kv_cache.num_blocks
+    pages = 3 * costs.text_groups + costs.image_pages(100)
+    assert costs.session_bytes(33, 100) == pages * page_bytes
+    text = config.text_config
+    token_bytes = text.num_hidden_layers * 2 * text.num_key_value_heads * config.head_dim * 2
+    assert costs.insertion_bytes(100) == 100 * token_bytes
 
 
 @pytest.mark.parametrize("num_text_groups", [1, 2])

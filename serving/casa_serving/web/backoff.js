@@ -7,8 +7,7 @@ export class Backoff {
     this.tries = 0;
     this.timer = null;
     this.action = null;
-    // A network that is back is worth a try at once.
-    addEventListener("online", () => this.hurry());
+    this.onOnline = () => this.hurry(); // A network that is back is worth a try at once.
   }
 
   /** Calls `action` after a while: half of the next wait, and up to as much again by chance. */
@@ -17,6 +16,7 @@ export class Backoff {
     const longest = WAITS_MS[Math.min(this.tries, WAITS_MS.length - 1)];
     this.tries += 1;
     this.action = action;
+    addEventListener("online", this.onOnline);
     this.timer = setTimeout(() => this.hurry(), longest * (0.5 + Math.random() / 2));
   }
 
@@ -29,6 +29,7 @@ export class Backoff {
 
   cancel() {
     clearTimeout(this.timer);
+    removeEventListener("online", this.onOnline);
     this.action = null;
   }
 
