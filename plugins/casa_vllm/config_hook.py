@@ -1,6 +1,7 @@
 """CASA's changes to vLLM's configuration, and the options that it rejects."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         from casa_vllm.compat import check_version
 
         check_version()
+        _require_fast_encoder()
         config: CasaConfig = vllm_config.model_config.hf_config
         _reject_image_options(vllm_config)
         grammars = vllm_config.structured_outputs_config
@@ -106,6 +108,15 @@ def _keep_worker_in_engine(vllm_config: "VllmConfig") -> None:
     if parallel.world_size == 1 and parallel.distributed_executor_backend in names and not is_bound:
         # The class and not the name, which vLLM's CPU platform replaces with "mp".
         parallel.distributed_executor_backend = UniProcExecutor
+
+
+def _require_fast_encoder() -> None:
+    """Rejects a GPU without torchvision: transformers' vision encoder would stand in, several times slower."""
+    if not current_platform.is_cpu() and find_spec("torchvision") is None:
+        raise ValueError(
+            "torchvision is not installed; expected it on a machine with a GPU, where CASA models run vLLM's vision "
+            "encoder, which needs it: install the torchvision that vLLM names (pip install vllm brings it)."
+        )
 
 
 def _reject_image_options(vllm_config: "VllmConfig") -> None:

@@ -46,6 +46,7 @@ from casa_engine.rope import (
 )
 from casa_engine.tensor_map import read_tensor_map
 from casa_vllm.cross_attention import CrossAttention
+from casa_vllm.encoder_graphs import EncoderGraphs
 from casa_vllm.image_cache_spec import ImageLimits
 from casa_vllm.image_keys import StackedImageKeys
 from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
@@ -230,7 +231,7 @@ class CasaModel(nn.Module):
 
 
 @MULTIMODAL_REGISTRY.register_processor(CasaMultiModalProcessor, info=CasaProcessingInfo, dummy_inputs=CasaDummyInputs)
-class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE):
+class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE, EncoderGraphs):
     """vLLM's model class for `CasaConfig`."""
 
     packed_modules_mapping = {  # noqa: RUF012 (vLLM's)
@@ -278,6 +279,16 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
             self.lm_head = self.lm_head.tie_weights(self.model.language_model.embed_tokens)
         self.logits_processor = LogitsProcessor(text.vocab_size)
 
+    @property
+    def visual(self) -> nn.Module:
+        """The vision encoder."""
+        return self.model.visual
+
+    @property
+    def image_norm(self) -> nn.Module | None:
+        """The norm behind the vision encoder."""
+        return self.model.image_norm
+
     def get_language_model(self) -> nn.Module:
         """Returns the text model."""
         return self.model.language_model
@@ -295,10 +306,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
         if pixel_values is None or grids is None:
             return []
-        visual = self.model.visual
-        images = visual(self.patch_values(pixel_values, grids, visual.dtype), grid_thw=grids.tolist())
-        if self.model.image_norm is not None:
-            images = self.model.image_norm(images)
+        images = self.encoder_eager_forward(kwargs)
         if any(layer.cross_attn.is_unbound for layer in self.model.language_model.image_layers[:1]):
             # vLLM's memory profiling, with the most images of a step; writing their keys comes next in a step.
             self._profile_images(images, grids)

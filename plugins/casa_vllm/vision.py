@@ -1,8 +1,9 @@
 """The vision encoder: vLLM's Qwen2.5-VL encoder, or transformers' where vLLM's cannot be imported.
 
-vLLM's shards over ranks and batches its attention windows in one kernel call, which GPUs need.
-Its module imports torchvision, for which there is no CPU build beside CPU torch on the package
-index; transformers' encoder is the same function under the same parameter names.
+vLLM's shards over ranks, batches its attention windows in one kernel call and runs as CUDA graphs
+(`encoder_graphs.py`): GPUs need it, and `config_hook.py` asks for torchvision there, which its
+module imports. There is no CPU build of that beside CPU torch on the package index; transformers'
+encoder is the same function under the same parameter names.
 """
 
 from importlib.util import find_spec

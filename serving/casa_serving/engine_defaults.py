@@ -88,6 +88,8 @@ def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> di
     }
     if not on_cpu:  # On a CPU the model needs the cores.
         arguments["renderer_num_workers"] = num_renderers(os.cpu_count() or 1)
+        # A frame's encoder is some 900 launches otherwise.
+        arguments["compilation_config"] = {"cudagraph_mm_encoder": True}
     if embedded:
         arguments |= {
             "served_model_name": [EMBEDDED_NAME],

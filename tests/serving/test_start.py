@@ -188,13 +188,22 @@ def test_usage_has_details_unless_the_operator_says_otherwise(random_checkpoint)
     assert not given.enable_prompt_tokens_details
 
 
-def test_renderers_by_cores_beside_a_gpu(monkeypatch, random_checkpoint):
+def test_renderers_and_encoder_graphs_beside_a_gpu(monkeypatch, random_checkpoint):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
     assert [engine_defaults.num_renderers(cores) for cores in (1, 7, 8, 16, 128)] == [1, 1, 2, 4, 4]
     monkeypatch.setattr(engine_defaults.os, "cpu_count", lambda: 16)
-    assert cli.parse([str(random_checkpoint)])[0].renderer_num_workers == 1
+    args, _ = cli.parse([str(random_checkpoint)])
+    assert args.renderer_num_workers == 1
+    assert not AsyncEngineArgs.from_cli_args(args).compilation_config.cudagraph_mm_encoder
     monkeypatch.setattr(cli, "runs_on_cpu", lambda: False)
-    assert cli.parse([str(random_checkpoint)])[0].renderer_num_workers == 4
-    assert cli.parse([str(random_checkpoint), "--renderer-num-workers", "2"])[0].renderer_num_workers == 2
+    args, _ = cli.parse([str(random_checkpoint)])
+    assert args.renderer_num_workers == 4
+    assert AsyncEngineArgs.from_cli_args(args).compilation_config.cudagraph_mm_encoder
+    options = ["--renderer-num-workers", "2", "-cc.cudagraph_mm_encoder=false"]
+    args, _ = cli.parse([str(random_checkpoint), *options])
+    assert args.renderer_num_workers == 2
+    assert not AsyncEngineArgs.from_cli_args(args).compilation_config.cudagraph_mm_encoder
 
 
 @pytest.mark.slow
