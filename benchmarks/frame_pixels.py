@@ -2,10 +2,10 @@
 
     python benchmarks/frame_pixels.py [--runs 30] [--json]
 
-Each stage runs in one thread; printed is the least processor time of all runs. `decode` and `resize` are the server's
-share. `patches` is the engine's: normalise, cut and double, here on a CPU; launches are what PyTorch dispatches, which
-on a CUDA device is a kernel each. `processor` is the image processor as the eager model calls it, in place of the last
-two: it sends float32.
+Each stage runs in one thread; printed is the least processor time of all runs. `decode`, `key` and `resize` are the
+server's share; `key` is the digest of a live frame's pixels (that of a chat's file costs next to nothing). `patches` is
+the engine's: normalise, cut and double, here on a CPU; launches are what PyTorch dispatches, on a CUDA device a kernel
+each. `processor` is the image processor as the eager model calls it, in place of the last two: it sends float32.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from casa_engine.checkpoints import default_processor
 from casa_engine.image_patches import PatchValues
 from casa_engine.image_preparation import read_image
 from casa_engine.presets import preset_config
+from casa_vllm.image_items import content_key
 
 # Sides of the picture as it is sent, and as the processor leaves it.
 FRAMES = {"448 px": (448, 448), "896 px": (896, 896), "1280 px to 896 px": (1280, 896)}
@@ -61,6 +62,7 @@ def measure(sent_side: int, side: int, runs: int) -> dict[str, Any]:
         values(pixels, grid[None], torch.bfloat16)
     return {
         "decode_ms": least_ms(lambda: read_image(file, "JPEG"), runs),
+        "key_ms": least_ms(lambda: content_key(image, ""), runs),
         "resize_ms": least_ms(lambda: processor.image_bytes(image), runs),
         "patches_ms": least_ms(lambda: values(pixels, grid[None]), runs),
         "sent_bytes": pixels.nbytes,

@@ -20,7 +20,7 @@ from vllm.multimodal.cache import MultiModalProcessorOnlyCache
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataParser
-from vllm.utils.cache import LRUCache
+from vllm.utils.cache import CacheInfo, LRUCache
 
 from casa_engine.errors import InputError
 from casa_engine.image_preparation import EncodedImage, as_image
@@ -98,6 +98,14 @@ class ImageItemCache(MultiModalProcessorOnlyCache):
         """Returns the content key of a name, or None."""
         with self._lock:
             return self._names.get(name)
+
+    def make_stats(self, *, delta: bool = False) -> CacheInfo:
+        """Returns hits and queries, since the last call with `delta` if so: never less than none.
+
+        vLLM gives them to a counter, which refuses a negative number, and with it ends the server.
+        """
+        with self._lock:
+            return super().make_stats(delta=delta)
 
     def clear_cache(self) -> None:
         """Clears images and names."""

@@ -14,13 +14,14 @@ window's start, so an image's keys and values do not depend on its position.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
+    BlockHashWithGroupId,
     KVCacheBlock,
     get_group_id,
     make_block_hash_with_group_id,
@@ -75,8 +76,10 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self._pins: dict[str, dict[int, list[KVCacheBlock]]] = {}
         # Pages allocated in this step, by block id: in the cache, but written only when the step runs.
         self._unwritten: dict[int, str] = {}
-        # Pages that a session allocated and that were never found by content since, by block id.
-        self._unshared_frames: set[int] = set()
+        # Pages that a session allocated and that were never found by content since: block id -> what it held then.
+        self._unshared_frames: dict[int, BlockHashWithGroupId] = {}
+        # A session's passed frames, of which a text prefix hit could still ask for some: end of the window, pages.
+        self._passed_frames: dict[str, deque[tuple[int, list[KVCacheBlock]]]] = {}
         self._share_unwritten = True
         self._max_pages_in_use = 2 * self.step_pages
 
@@ -254,12 +257,13 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         if points[row.first_kept] == points[row.end_image - 1]:
             return  # only the latest window: no later one has pages yet
         live = self.images(self._requests[request_id]).first_live(processed_computed_tokens)
-        self._release_before(request_id, row, live)
+        self._release_before(request_id, row, live, processed_computed_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Removes the row; the caller releases the pages."""
         self._rows.pop(request_id, None)
         self._images.pop(request_id, None)
+        self._passed_frames.pop(request_id, None)
         blocks = [b for b in super().pop_blocks_for_free(request_id) if not b.is_null]
         # Dropped from the step that would have written them: they must not be found.
         lost = {b.block_id for b in blocks if self._unwritten.get(b.block_id) == request_id}
@@ -298,7 +302,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
             row = self._rows[request.request_id] = ImageRow(first, first, first)
         elif first > row.first_image:
             # A session's next chunk: as for a new request, its whole row is sent.
-            self._release_before(request.request_id, row, first)
+            self._release_before(request.request_id, row, first, request.num_computed_tokens)
             dropped = min(first, row.end_image) - row.first_image
             cut = row.starts[dropped]
             del self.req_to_blocks[request.request_id][:cut]
@@ -308,8 +312,8 @@ class ImageCacheManager(SingleTypeKVCacheManager):
             row.first_kept = max(row.first_kept, first)
         return row
 
-    def _release_before(self, request_id: str, row: ImageRow, live: int) -> None:
-        """Releases the pages of the row's images before image `live`."""
+    def _release_before(self, request_id: str, row: ImageRow, live: int, num_computed_tokens: int) -> None:
+        """Releases the pages of the row's images before image `live`, which the computed tokens have passed."""
         end = min(live, row.end_image)
         if end <= row.first_kept:
             return
@@ -320,7 +324,12 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         row.first_kept = end
         self.counters.pages_released += len(released)
         self._release(released)
-        self._evict_first(released)
+        passed = self._passed_frames.setdefault(request_id, deque())
+        passed.append((int(self._images[request_id].points[live]), released))
+        # A request that lost its pages is computed anew from the last full page of its text on.
+        recomputed_from = num_computed_tokens - num_computed_tokens % self.block_size
+        while passed and passed[0][0] <= recomputed_from:
+            self._evict_first(passed.popleft()[1])
 
     def _pages_for(
         self, request: Request, image: int, images: RequestImages, new_pages: dict[bytes, list[KVCacheBlock]]
@@ -343,32 +352,42 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self.counters.pages_in_use += len(blocks)
         self.counters.images_encoded += 1
         if self.enable_caching:
-            if request.resumable:
-                self._unshared_frames.update(block.block_id for block in blocks)
             for page, block in enumerate(blocks):
                 self.block_pool._insert_block_hash(
                     make_block_hash_with_group_id(_page_key(key, page), self.kv_cache_group_id), block, None
                 )
                 self._unwritten[block.block_id] = request.request_id
+                if request.resumable:
+                    self._unshared_frames[block.block_id] = block.block_hash
+                else:
+                    self._unshared_frames.pop(block.block_id, None)
         return blocks
 
     def _touch(self, blocks: list[KVCacheBlock]) -> None:
         self.counters.pages_in_use += sum(block.ref_cnt == 0 for block in blocks)
         self.block_pool.touch(blocks)
-        self._unshared_frames.difference_update(block.block_id for block in blocks)
+        for block in blocks:
+            self._unshared_frames.pop(block.block_id, None)
 
     def _release(self, blocks: list[KVCacheBlock]) -> None:
         self.counters.pages_in_use -= self._num_last_uses(blocks)
         # Last page first, so that an image is lost from its end.
         self.block_pool.free_blocks(reversed(blocks))
 
-    def _evict_first(self, released: list[KVCacheBlock]) -> None:
+    def _evict_first(self, passed: list[KVCacheBlock]) -> None:
         """Moves a session's passed frames to where the next pages are taken from; others keep their turn (LRU)."""
-        free = [block for block in reversed(released) if block.block_id in self._unshared_frames and not block.ref_cnt]
-        for block in free:
-            self.block_pool.free_block_queue.remove(block)
-            self._unshared_frames.discard(block.block_id)
+        free = []
+        for block in reversed(passed):
+            if not block.ref_cnt and self._is_unshared_frame(block):
+                self.block_pool.free_block_queue.remove(block)
+                # An image may have been shown twice: its pages are moved once.
+                del self._unshared_frames[block.block_id]
+                free.append(block)
         self.block_pool.free_block_queue.prepend_n(free)
+
+    def _is_unshared_frame(self, block: KVCacheBlock) -> bool:
+        # Somebody else, text too, may have been given the page since.
+        return block.block_hash is not None and block.block_hash == self._unshared_frames.get(block.block_id)
 
     @staticmethod
     def _num_last_uses(blocks: list[KVCacheBlock]) -> int:

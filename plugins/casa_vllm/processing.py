@@ -16,6 +16,7 @@ longer than its range is not documented; tests/vllm/test_limits.py checks it.
 Parsing and caching of images is in image_items.py.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,16 @@ MAX_PROMPT_IMAGES = 1024
 # Images of all prompts that are decoded and resized concurrently, each with its full-size pixels in memory:
 # see docs/limits.md.
 MAX_DECODERS = 4
+
+
+@functools.cache
+def decoders() -> ThreadPoolExecutor:
+    """Returns the threads in which images are decoded and resized: those of the process, which has two processors."""
+    return ThreadPoolExecutor(min(MAX_DECODERS, len(os.sched_getaffinity(0))), "casa-image")
+
+
+# A forked process has none of them.
+os.register_at_fork(after_in_child=decoders.cache_clear)
 
 
 class CasaProcessingInfo(BaseProcessingInfo):
@@ -132,7 +143,6 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         if options.get("cache") is not None:
             options["cache"] = self._kept
         super().__init__(info, dummy_inputs, **options)
-        self._decoders = ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), "casa-image")
 
     def clear_cache(self) -> None:
         """Drops every image that is kept, and the names that clients gave."""
@@ -229,7 +239,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         for key in missing:
             if key not in sent:
                 raise unknown_name(keys.index(key))
-        processed = dict(zip(missing, self._decoders.map(self._process, map(sent.get, missing)), strict=True))
+        processed = dict(zip(missing, decoders().map(self._process, map(sent.get, missing)), strict=True))
         if kept is not None:
             for key, item in processed.items():
                 kept.put(key, item)

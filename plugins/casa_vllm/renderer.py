@@ -31,6 +31,7 @@ class CasaRenderer(HfRenderer):
         self._process_images_async = None
         if num_workers > 1:
             workers = ThreadPoolExecutor(num_workers, "casa-render")
+            self._resources.callback(workers.shutdown, wait=False)
             self._process_images_async = make_async(super()._process_tokens, executor=workers)
 
     def render_messages(self, messages: list[Any], params: Any) -> Any:

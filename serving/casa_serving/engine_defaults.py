@@ -87,7 +87,7 @@ def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> di
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=embedded),
     }
     if not on_cpu:  # On a CPU the model needs the cores.
-        arguments["renderer_num_workers"] = num_renderers(os.cpu_count() or 1)
+        arguments["renderer_num_workers"] = num_renderers(len(os.sched_getaffinity(0)))
         # A frame's encoder is some 900 launches otherwise.
         arguments["compilation_config"] = {"cudagraph_mm_encoder": True}
     if embedded:
@@ -104,7 +104,7 @@ def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> di
 
 
 def num_renderers(num_cores: int) -> int:
-    """Returns the number of threads that render requests on a machine with a GPU."""
+    """Returns the number of threads that render requests beside a GPU, of the cores that this process may use."""
     return max(1, min(MAX_RENDERERS, num_cores // 4))
 
 

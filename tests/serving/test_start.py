@@ -121,7 +121,7 @@ def test_the_command_itself_exits_with_the_sentence(tmp_path):
 # Whoever asks CUDA before vLLM has said how makes it unusable in the engine's process, on every GPU.
 ASKED = """
 import os, sys, torch
-from casa_serving import cli, engine_defaults
+from casa_serving import cli
 
 def ask(*_):
     assert os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") == "1", "CUDA was asked"
@@ -192,7 +192,7 @@ def test_renderers_and_encoder_graphs_beside_a_gpu(monkeypatch, random_checkpoin
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     assert [engine_defaults.num_renderers(cores) for cores in (1, 7, 8, 16, 128)] == [1, 1, 2, 4, 4]
-    monkeypatch.setattr(engine_defaults.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(engine_defaults.os, "sched_getaffinity", lambda _: set(range(16)))
     args, _ = cli.parse([str(random_checkpoint)])
     assert args.renderer_num_workers == 1
     assert not AsyncEngineArgs.from_cli_args(args).compilation_config.cudagraph_mm_encoder

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 import threading
 
 import pytest
@@ -118,6 +119,35 @@ def test_random_requests(renderer, processor, seed):
                 for number, feature in zip(numbers_sent, features, strict=True):
                     assert torch.equal(feature.data["pixel_values"].data, expected[number])
             on_the_way = []
+
+
+def test_threads_statistics_are_never_negative(processor):
+    """vLLM's counter of queries ends the server over a negative number."""
+    from casa_vllm.image_items import ImageItemCache
+
+    cache = ImageItemCache(processor.info.ctx.model_config)
+    ended, negative = threading.Event(), []
+
+    def look():
+        while not ended.is_set():
+            cache.get("nothing")
+            if (stats := cache.make_stats(delta=True)).total < 0 or stats.hits < 0:
+                negative.append(stats)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(300):
+            cache.clear_cache()
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert not negative
 
 
 def test_an_items_memory_is_its_own(renderer):

@@ -99,7 +99,7 @@ def test_no_batch_compiles_a_kernel_anew(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", specialise)
     monkeypatch.setattr(attention, "TARGET_PROGRAMS", 1)  # one way to split keys, whatever the batch
-    cache, state = torch.zeros(2, 2, 16, 128), torch.zeros(17, 40, dtype=torch.int32)
+    cache = torch.zeros(2, 2, 16, 128)
     for num_sequences, num_pages, offset in [(1, 1, 0), (2, 16, 1), (3, 5, 2), (16, 1, 3), (17, 32, 4)]:
         query = torch.zeros(num_sequences, 4, 64)
         metadata = batch(num_sequences, num_pages, offset)
@@ -108,6 +108,8 @@ def test_no_batch_compiles_a_kernel_anew(monkeypatch):
         rows, positions = torch.zeros(num_sequences, dtype=torch.int64), torch.zeros(num_sequences, dtype=torch.int64)
         # Decode graphs read the first rows of one buffer; a step of text alone has no splits.
         splits = torch.zeros(4 * num_sequences + offset, dtype=torch.int32)[offset:].view(-1, 4)
+        # The warm-up has one row of four columns.
+        state = torch.zeros(17, 3 + num_pages + 13 * offset, dtype=torch.int32)
         for parts in (None, splits):
             triton_build_segments(
                 tensors, state, rows, num_sequences, metadata.text_block_table, positions, parts

@@ -179,7 +179,7 @@ def ask(simulation, chunk):
     simulation.step()
     num_cached = simulation.worker.num_computed(client.name)
     while not client.is_done:
-        simulation.step()
+        assert simulation.step(), client
     return num_cached
 
 
@@ -206,6 +206,37 @@ def test_a_sessions_frames_leave_the_rest_in_the_cache(checkpoints, kind):
     simulation.close(session)
     finish(simulation)
     assert simulation.free_blocks() == simulation.num_free_blocks
+
+
+def test_a_page_that_was_a_frame_is_a_chats_afterwards(checkpoints):
+    simulation = Simulation(checkpoints("tiny-llama", fusion="ca"))
+    images = simulation.scheduler.image_managers[0]
+    for number in range(4):
+        session = simulation.open([Chunk([2], [Picture(1000 + number, 32, 0)])], is_session=True, closes=False)
+        while session.pending:
+            simulation.step()
+        simulation.close(session)
+    for number in range(simulation.num_free_blocks // 4):
+        first = Picture(2 * number, 32, 1)
+        ask(simulation, Chunk([number] * 3, [first, Picture(2 * number + 1, 16, 2)], max_tokens=2))
+        ask(simulation, Chunk([number, 1, 1], max_tokens=2))
+        num_encoded = images.counters.images_encoded
+        ask(simulation, Chunk([number, 2], [first], max_tokens=2))
+        assert images.counters.images_encoded == num_encoded, f"image {number} was evicted before older ones"
+
+
+def test_a_session_that_loses_its_pages_finds_the_frames_of_its_last_text(checkpoints):
+    simulation = Simulation(checkpoints("tiny-llama", fusion="ca"))
+    chunks = [Chunk([number], [Picture(number, 16, 0)]) for number in range(40)]
+    session = simulation.open(chunks, is_session=True, closes=False)
+    watch(simulation, session, 30)
+    assert not session.pending and session.error is None
+    simulation.scheduler._evict(simulation.scheduler.requests[session.name])
+    # They take what is evicted first.
+    ask(simulation, Chunk([50] * 60, [Picture(999, 16, 1)], max_tokens=2))
+    simulation.send_next(session)
+    finish(simulation)
+    assert session.error is None and len(session.answered) == 32
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import triton.language as tl
 from casa_vllm.ops.segments import SegmentTensors
 
 BLOCK = 128
-# What differs from step to step: specialised on it, the kernel would be compiled anew inside a request.
-VARYING = ("num_requests", "num_positions", "table_stride", "fields_stride", "pages_stride")
+# What differs from step to step, or from the warm-up: specialised on it, the kernel would be compiled anew inside a
+# request.
+VARYING = ("num_requests", "num_positions", "state_stride", "table_stride", "fields_stride", "pages_stride")
 UNALIGNED = ("query_start_loc_ptr", "splits_ptr", "fields_ptr", "page_lens_ptr", "pages_ptr", "relative_ptr")
 
 

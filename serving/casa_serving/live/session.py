@@ -109,7 +109,7 @@ class LiveEngine:
         return is_v2 or CAPTION_PROCESSOR in (self.engine.model_config.logits_processors or ())
 
     async def render(self, chunk: Chunk, images: list[Image.Image]) -> Any:
-        """Renders a chunk with vLLM's renderer, which resizes and splits images in a thread.
+        """Renders a chunk with vLLM's renderer, which resizes images in threads.
 
         Raises:
             InputError: vLLM refuses the chunk, in most cases for its image.
