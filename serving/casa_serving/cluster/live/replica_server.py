@@ -211,13 +211,13 @@ class FrameWindow:
         return seen - seen_before, late - late_before
 
     def _totals(self) -> tuple[float, float]:
-        results = totals(self._metrics.frames)
-        dropped = results.get("dropped", 0.0)
-        seen = results.get("captioned", 0.0) + results.get("silent", 0.0)
-        return seen + dropped, totals(self._metrics.late)[""] + dropped
+        frames = {result: total(counter) for result, counter in self._metrics.frames.items()}
+        seen = frames["captioned"] + frames["silent"] + frames["dropped"]
+        return seen, total(self._metrics.late) + frames["dropped"]
 
 
-def totals(counter: Counter) -> dict[str, float]:
-    """Returns a counter's values by its label `result`; "" if it has no such label."""
-    samples = [sample for metric in counter.collect() for sample in metric.samples if sample.name.endswith("_total")]
-    return {sample.labels.get("result", ""): sample.value for sample in samples}
+def total(counter: Counter) -> float:
+    """Returns the value of a counter that has no labels, or all of them."""
+    return sum(
+        sample.value for metric in counter.collect() for sample in metric.samples if sample.name.endswith("_total")
+    )
