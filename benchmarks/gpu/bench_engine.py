@@ -28,8 +28,10 @@ PLAIN_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     # CUDA graphs of decode and no inductor: starts in seconds.
-    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
-    "compile": {},
+    "decode-graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+    # The vision encoder as graphs, too, as `casa serve` has it.
+    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_mm_encoder": True}},
+    "compile": {"compilation_config": {"cudagraph_mm_encoder": True}},
 }
 
 
@@ -68,6 +70,9 @@ class BenchEngine:
         }
         if self.is_plain:
             arguments["skip_tokenizer_init"] = True
+            # A copy: there is no vision encoder.
+            arguments["compilation_config"] = dict(arguments.get("compilation_config", {}))
+            arguments["compilation_config"].pop("cudagraph_mm_encoder", None)
         else:
             arguments |= {"limit_mm_per_prompt": {"image": 1}, "mm_processor_cache_gb": 0}
         vllm_config = EngineArgs(**(arguments | options)).create_engine_config()

@@ -45,6 +45,9 @@ PLUGIN_GROUPS = (
 # Details: usage says how many tokens of a prompt were found in the cache.
 SERVER_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"allowed_origins": [], "enable_prompt_tokens_details": True})
 
+# A frame's encoder is some 900 launches otherwise.
+ENCODER_GRAPHS: Mapping[str, Any] = MappingProxyType({"cudagraph_mm_encoder": True})
+
 
 def engine_arguments(
     config: CasaConfig,
@@ -66,6 +69,8 @@ def engine_arguments(
         given: Arguments that are set already; they override the defaults.
     """
     arguments = {**default_arguments(config, embedded=embedded, on_cpu=on_cpu), **given}
+    if arguments.get("language_model_only") and arguments.get("compilation_config") == ENCODER_GRAPHS:
+        arguments["compilation_config"] = {}  # vLLM refuses graphs of an encoder that is not there
     if live and on_cpu:
         # On GPUs Model Runner V2 supports no logits processors; there the plugin wraps the sampler.
         arguments["logits_processors"] = [*(arguments.get("logits_processors") or ()), CAPTION_PROCESSOR]
@@ -88,8 +93,7 @@ def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> di
     }
     if not on_cpu:  # On a CPU the model needs the cores.
         arguments["renderer_num_workers"] = num_renderers(len(os.sched_getaffinity(0)))
-        # A frame's encoder is some 900 launches otherwise.
-        arguments["compilation_config"] = {"cudagraph_mm_encoder": True}
+        arguments["compilation_config"] = dict(ENCODER_GRAPHS)
     if embedded:
         arguments |= {
             "served_model_name": [EMBEDDED_NAME],

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.unit
-GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
+ROOT = Path(__file__).parents[2]
+GPU = ROOT / "benchmarks" / "gpu"
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 
 
@@ -31,6 +32,14 @@ def test_each_command_names_a_script_and_all_default_stages_fit_into_fifteen_min
             assert not {"PRESET", "LARGEST"} & set(arguments)
     # The machine starts and is given back in the same fifteen minutes.
     assert sum(stage.limit_s for stage in run.STAGES.values() if stage.is_default) <= 13 * 60
+
+
+@pytest.mark.parametrize("names", [("kernels", "parity", "decode"), ("live", "flat")])
+def test_the_commands_for_a_lent_machine(names):
+    assert f"run.py {' '.join(names)}" in (ROOT / "docs" / "gpu.md").read_text()
+    assert sum(run.STAGES[name].limit_s for name in names) <= 590
+    # Each leaves its figures and its log; the machine's description comes with them.
+    assert 2 * len(names) + 1 <= 8
 
 
 def test_both_published_sizes_come_before_what_they_stand_beside():

@@ -200,6 +200,8 @@ def test_renderers_and_encoder_graphs_beside_a_gpu(monkeypatch, random_checkpoin
     args, _ = cli.parse([str(random_checkpoint)])
     assert args.renderer_num_workers == 4
     assert AsyncEngineArgs.from_cli_args(args).compilation_config.cudagraph_mm_encoder
+    args, _ = cli.parse([str(random_checkpoint), "--language-model-only"])
+    assert not AsyncEngineArgs.from_cli_args(args).compilation_config.cudagraph_mm_encoder
     options = ["--renderer-num-workers", "2", "-cc.cudagraph_mm_encoder=false"]
     args, _ = cli.parse([str(random_checkpoint), *options])
     assert args.renderer_num_workers == 2
