@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
+from casa_engine.image_inputs import VIRTUAL_TOKENS
 
 ROW_TENSORS = ("key_positions", "token_ids", "next_rope", "token_images")
 ROW_LISTS = ("insertion_points", "seen_points")
@@ -208,4 +209,7 @@ class CasaCache(DynamicCache):
 def check_cache(cache: object) -> None:
     """Raises InputError unless it is a `CasaCache`, or None."""
     if cache is not None and not isinstance(cache, CasaCache):
-        raise InputError(f"the cache is a {type(cache).__name__}; expected a CasaCache: make one with new_cache().")
+        raise InputError(
+            f"the cache is a {type(cache).__name__}; expected a CasaCache: make one with new_cache(). One that PEFT's "
+            f"prefix tuning made is refused: {VIRTUAL_TOKENS}."
+        )

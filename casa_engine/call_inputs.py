@@ -7,7 +7,7 @@ from torch import Tensor
 
 from casa_engine.configuration import CasaConfig
 from casa_engine.errors import InputError
-from casa_engine.image_inputs import ImageInputs, check_images
+from casa_engine.image_inputs import VIRTUAL_TOKENS, ImageInputs, check_images
 from casa_engine.tensor_checks import check_tensor
 
 NO_ID = -1
@@ -74,6 +74,7 @@ def check_inputs(
         ids = input_ids.long()
     else:
         ids = _ids_of_embeddings(config, input_ids, inputs_embeds, image_token_embedding, device)
+        _check_no_virtual_tokens(attention_mask, insertion_points)
     num_rows, num_columns = ids.shape
     cached = torch.zeros(num_rows, 0, dtype=torch.long, device=device) if cached_positions is None else cached_positions
     if len(cached) != num_rows:
@@ -137,6 +138,25 @@ def _ids_of_embeddings(
     if config.is_cross_attention:
         return unknown
     return unknown.masked_fill((embeddings == image_token.to(embeddings)).all(dim=-1), config.image_token_id)
+
+
+def _check_no_virtual_tokens(mask: Tensor | None, insertion_points: Tensor | None) -> None:
+    """Raises InputError where embeddings may have virtual tokens before the text, which no insertion point counts.
+
+    PEFT puts them there without a word; only the mask, which it makes longer as floating point numbers, shows it.
+    """
+    if insertion_points is None:
+        return
+    if mask is None:
+        raise InputError(
+            "got inputs_embeds with insertion_points and no attention_mask; expected the mask (B, T) of the text that "
+            f"the points were counted in, as CasaProcessor returns it: {VIRTUAL_TOKENS}, unnoticed without it."
+        )
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        raise InputError(
+            f"got inputs_embeds with insertion_points and attention_mask of {mask.dtype}, which PEFT makes of it; "
+            f"expected whole numbers or bool: {VIRTUAL_TOKENS}. Use LoRA."
+        )
 
 
 def _check_mask(mask: Tensor | None, ids: Tensor, cached: Tensor) -> Tensor:

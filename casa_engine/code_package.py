@@ -22,7 +22,9 @@ from casa_engine.checkpoint_folder import LIST_FILE, list_files, stage_checkpoin
 from casa_engine.checkpoints import check_tensors, read_config
 from casa_engine.errors import CheckpointError
 from casa_engine.json_files import read_object
+from casa_engine.staged_folder import check_apart
 from casa_engine.tensor_map import MAP_FILE
+from casa_engine.untrusted_folder import check_link
 
 SOURCES = Path(__file__).parent
 MODEL = "modeling_casa.CasaForConditionalGeneration"
@@ -48,6 +50,7 @@ class GuardedModel:
     """A model that is read as transformers does."""
 '''
 COPIED = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md")
+LEGAL = ("LICENSE", "NOTICE")
 CARD = """\
 ---
 library_name: transformers
@@ -76,16 +79,21 @@ def write_package(checkpoint: str | Path, output: str | Path) -> None:
         output: The package, a folder of its own.
 
     Raises:
-        CheckpointError: The checkpoint is not complete, or is an original that is read in place.
-        OutputError: The package cannot be written, or its folder holds such files of others; it is as before.
+        CheckpointError: The checkpoint is not complete, is an original that is read in place, or has a link out of its
+            folder in the place of a file.
+        OutputError: The package cannot be written, its folder holds such files of others, or is the checkpoint's or
+            within it; it is as before.
     """
     checkpoint = Path(checkpoint)
+    check_apart(checkpoint, Path(output))
     check_tensors(checkpoint, read_config(checkpoint))
     if (checkpoint / MAP_FILE).exists():
         raise CheckpointError(f"{checkpoint} has weights of other names, by {MAP_FILE}; convert it first.")
     if not (checkpoint / PROCESSOR_NAME).is_file():
         raise CheckpointError(f"{checkpoint} has no {PROCESSOR_NAME}; expected model and processor in one folder.")
-    files = [path for path in sorted(checkpoint.iterdir()) if path.suffix in COPIED and path.name != LIST_FILE]
+    files = [path for path in sorted(checkpoint.iterdir()) if _is_copied(path)]
+    for path in files:
+        check_link(checkpoint, path)
     with stage_checkpoint(output, sum(path.stat().st_size for path in files)) as staged:
         for path in files:
             shutil.copyfile(path, staged.path / path.name)
@@ -112,6 +120,11 @@ def package_sources() -> dict[str, str]:
             header = f"# Of {_engine()}, written by casa-checkpoint package. SPDX-License-Identifier: Apache-2.0\n"
             sources[f"{name}.py"] = header + OWN_IMPORT.sub(r"\1from .\2 import ", source)
     return sources
+
+
+def _is_copied(path: Path) -> bool:
+    """Returns whether a checkpoint's file goes into its package as it is."""
+    return (path.suffix in COPIED or path.name in LEGAL) and path.name != LIST_FILE
 
 
 def _own_modules(source: str) -> list[str]:

@@ -78,7 +78,9 @@ class CasaGenerationMixin(GenerationMixin):
         if expand_size == 1 or not images:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         mask, embeddings = model_kwargs.get("attention_mask"), model_kwargs.get(EMBEDDINGS)
-        if mask is not None and embeddings is None:
+        if embeddings is not None:
+            mask = _mask_of(embeddings, mask)
+        elif mask is not None:
             mask = mask[:, -input_ids.shape[1] :]  # new tokens alone come with the mask of the cached ones too
         inputs = self._check(input_ids if embeddings is None else None, mask, images | {EMBEDDINGS: embeddings})
         if "pixel_values" in images:
@@ -97,7 +99,8 @@ class CasaGenerationMixin(GenerationMixin):
         """
         processors = super()._get_logits_processor(*args, **kwargs)
         if not self.config.is_cross_attention:
-            processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device))
+            # First: behind `top_k` or `top_p`, of which the image token may be all that is left, nothing would be left.
+            processors.insert(0, SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device))
         return processors
 
     def _get_candidate_generator(self, *, generation_config, input_ids, model_kwargs, **kwargs) -> CandidateGenerator:
@@ -106,6 +109,8 @@ class CasaGenerationMixin(GenerationMixin):
         It notes what `_prefill`, which assisted generation does without, finds out: whether the ids are a whole
         conversation, or new tokens alone, with a mask that covers the cached ones too.
         """
+        if kwargs.get("assistant_model") is not None:
+            self._check_text_behind_images(input_ids, model_kwargs)
         own = {name: model_kwargs.pop(name) for name in (PADDING_IDS,) if name in model_kwargs}
         generator = super()._get_candidate_generator(
             generation_config=generation_config, input_ids=input_ids, model_kwargs=model_kwargs, **kwargs
@@ -115,6 +120,24 @@ class CasaGenerationMixin(GenerationMixin):
             length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
             model_kwargs |= own | {IS_WHOLE: length == input_ids.shape[1]}
         return generator
+
+    def _check_text_behind_images(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Raises InputError where a prompt ends with an image, in front of which an assistant's cache would go back.
+
+        It does where the model accepts none of its guesses: the prompt's last token is read again with the model's own.
+        """
+        images, mask = _given(model_kwargs), model_kwargs.get("attention_mask")
+        if not images or not input_ids.shape[1]:
+            return
+        inputs = self._check(input_ids, None if mask is None else mask[:, -input_ids.shape[1] :], images)
+        for points, order, real in zip(inputs.images.points, inputs.images.by_row, inputs.real, strict=True):
+            length = 0 if self.config.is_cross_attention or not order else inputs.images.counts[order[-1]]
+            if points and points[-1] + length >= int(real.sum()):
+                raise InputError(
+                    "the prompt ends with an image, and assistant_model takes back the prompt's last token where its "
+                    "guesses are wrong, but earlier windows are gone; let text follow the image, leave assistant_model "
+                    "out, or guess by prompt_lookup_num_tokens."
+                )
 
     def prepare_inputs_for_generation(
         self,
@@ -142,7 +165,7 @@ class CasaGenerationMixin(GenerationMixin):
             input_ids, attention_mask, kwargs = self._new_part(cache, input_ids, attention_mask, padding_ids, kwargs)
             next_sequence_length = None
         elif inputs_embeds is not None:
-            inputs_embeds, attention_mask = pad_left(inputs_embeds, attention_mask)
+            inputs_embeds, attention_mask = pad_left(inputs_embeds, _mask_of(inputs_embeds, attention_mask))
         elif attention_mask is not None and attention_mask.shape == input_ids.shape:
             input_ids, attention_mask = pad_left(input_ids, attention_mask)
         prepared = super().prepare_inputs_for_generation(
@@ -192,6 +215,11 @@ class CasaGenerationMixin(GenerationMixin):
 def _given(arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Returns the image arguments among these."""
     return {name: arguments[name] for name in IMAGE_ARGUMENTS if arguments.get(name) is not None}
+
+
+def _mask_of(embeddings: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns the mask (B, T) of embeddings (B, T, C) that `generate` has checked; it drops one that is all ones."""
+    return torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device) if mask is None else mask
 
 
 def _padding_ids(generation_config: GenerationConfig) -> set[int]:

@@ -1,6 +1,6 @@
 """How configuration and model are read from a folder: never with its code, and by its tensor map where it has one.
 
-Mixed into `CasaConfig` and `CasaPreTrainedModel`. A package (`packaging.py`) has transformers' own loading instead:
+Mixed into `CasaConfig` and `CasaPreTrainedModel`. A package (`code_package.py`) has transformers' own loading instead:
 whoever loads one has allowed its code.
 """
 

@@ -22,6 +22,7 @@ from casa_engine.rope import image_token_counts
 from casa_engine.tensor_checks import check_tensor
 
 NO_IMAGE = -1
+VIRTUAL_TOKENS = "virtual tokens (PEFT's prompt and prefix tuning) would move the text away from its images"
 
 
 @dataclass(frozen=True)

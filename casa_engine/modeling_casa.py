@@ -285,8 +285,9 @@ class CasaModel(CasaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(inputs.ids)
         with nullcontext() if cache is None else cache.transaction():
-            states = self._decode(inputs_embeds, inputs, image_embeds, cache)
-        return BaseModelOutput(states[-1], tuple(states) if output_hidden_states else None)
+            between: list[Tensor] | None = [] if output_hidden_states else None
+            last = self._decode(inputs_embeds, inputs, image_embeds, cache, between)
+        return BaseModelOutput(last, None if between is None else (*between, last))
 
     @property
     def recomputes_activations(self) -> bool:
@@ -295,9 +296,22 @@ class CasaModel(CasaPreTrainedModel):
         return self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
 
     def _decode(
-        self, x: Tensor, inputs: CallInputs, image_embeds: Tensor | None, cache: CasaCache | None
-    ) -> list[Tensor]:
-        """Computes the L + 1 hidden states (B, T, C) of a checked call. Mutates the cache."""
+        self,
+        x: Tensor,
+        inputs: CallInputs,
+        image_embeds: Tensor | None,
+        cache: CasaCache | None,
+        between: list[Tensor] | None,
+    ) -> Tensor:
+        """Computes the last hidden states (B, T, C) of a checked call. Mutates the cache.
+
+        Args:
+            x: (B, T, C). The text's embeddings.
+            inputs: The call.
+            image_embeds: (sum of N, C). None without new images.
+            cache: None when nothing is to be kept.
+            between: Filled with what each of the L layers reads; with None no layer's input outlives the layer.
+        """
         ids, positions = inputs.ids, inputs.positions
         key_positions = positions if cache is None else cache.append_text(positions, ids)
         causal = (key_positions[:, None] >= 0) & (key_positions[:, None] <= positions[..., None])
@@ -318,17 +332,17 @@ class CasaModel(CasaPreTrainedModel):
                 x = x.masked_scatter(where, image_embeds.to(x.dtype))
             text_rope = axes_rotary_tables(self._insertion_positions(ids, inputs, cache), inv_freq, mrope_section)
         layer_inputs = LayerInputs(_with_heads(text_rope), causal, windows, window_rope, image_rope, cache)
-        states = [x]
         for layer in self.language_model.layers:
-            states.append(layer(states[-1], layer_inputs, images))
+            if between is not None:
+                between.append(x)
+            x = layer(x, layer_inputs, images)
         if cache is not None and inputs.images.counts:
             num_seen = zip(inputs.images.points, inputs.num_seen, strict=True)
             cache.append_points([[point + seen for point in points] for points, seen in num_seen])
             if windows is not None:
                 cache.token_images = windows.kept_images.masked_fill(windows.kept < 0, -1)
                 cache.insertion_points = windows.kept_points
-        states[-1] = self.language_model.norm(states[-1])
-        return states
+        return self.language_model.norm(x)
 
     def _insertion_positions(self, ids: Tensor, inputs: CallInputs, cache: CasaCache | None) -> Tensor:
         """Returns the rotary positions of an insertion stream, int64 (3, B, T). Mutates `cache.next_rope`."""

@@ -117,6 +117,11 @@ class CasaProcessor(ProcessorMixin):
                 f"truncation is {truncation!r}, max_length {max_length!r}; prompts are not cut, since their images "
                 "would lose their places: leave both out, and leave longer examples away."
             )
+        if pad_to_multiple_of is not None and not (isinstance(pad_to_multiple_of, int) and pad_to_multiple_of > 0):
+            raise InputError(
+                f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected a whole number from 1, or None to pad to the "
+                "longest prompt."
+            )
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise InputError(f"text is {text!r}; expected one prompt or a list of prompts.")

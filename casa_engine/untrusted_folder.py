@@ -60,12 +60,17 @@ def check_files(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder} has {ADAPTER}: an adapter names another model to load. Merge it into the weights first."
             )
-        is_read = name.lower().endswith(READ_SUFFIXES) or name in READ_FOLDERS
-        if is_read and path.is_symlink() and not _stays(folder, path):
-            raise CheckpointError(
-                f"{path} is a symbolic link to {os.readlink(path)}, outside of the folder. Copy the file itself; only "
-                "links of the hub's cache, from snapshots/ to its own blobs/, are followed."
-            )
+        if name.lower().endswith(READ_SUFFIXES) or name in READ_FOLDERS:
+            check_link(folder, path)
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """Raises CheckpointError if a file of the folder is a symbolic link that leads out of it."""
+    if path.is_symlink() and not _stays(folder, path):
+        raise CheckpointError(
+            f"{path} is a symbolic link to {os.readlink(path)}, outside of the folder. Copy the file itself; only "
+            "links of the hub's cache, from snapshots/ to its own blobs/, are followed."
+        )
 
 
 def check_no_code(folder: Path) -> None:

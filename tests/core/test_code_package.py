@@ -3,19 +3,21 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from casa_engine.checkpoint_cli import main
 from casa_engine.checkpoints import load_model, load_processor, read_config, write_random_checkpoint
 from casa_engine.code_package import package_sources
 from casa_engine.errors import CheckpointError
 from casa_engine.presets import preset_config
+from casa_engine.processing_casa import CasaProcessor
 from chats import picture, prepare, user
 
 CHATS = [[user(picture(56, 84), "What?")], [user("And", picture(61, 50), "this, longer one?")]]
@@ -116,9 +118,22 @@ def test_a_package_is_never_run_by_casa_engine(checkpoints) -> None:
     for load in (load_model, load_processor, read_config):
         with pytest.raises(CheckpointError, match="auto_map, which names Python files"):
             load(package)
-    for trust in (True, False):
-        with pytest.raises(CheckpointError, match="auto_map, which names Python files"):
-            AutoModelForImageTextToText.from_pretrained(package, trust_remote_code=trust)
+
+
+@pytest.mark.parametrize("trust", [True, False])
+@pytest.mark.parametrize("auto", [AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_auto_classes_refuse_a_package_beside_casa_engine(checkpoints, auto, trust: bool) -> None:
+    with pytest.raises(CheckpointError, match="auto_map, which names Python files"):
+        auto.from_pretrained(checkpoints / f"package of {FUSIONS[0]}", trust_remote_code=trust)
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_the_processor_of_a_package_is_casa_engines_own(checkpoints, trust: bool) -> None:
+    """Beside casa-engine: none of the folder's code is read."""
+    before = set(sys.modules)
+    processor = AutoProcessor.from_pretrained(checkpoints / f"package of {FUSIONS[0]}", trust_remote_code=trust)
+    assert type(processor) is CasaProcessor
+    assert not [name for name in set(sys.modules) - before if name.startswith("transformers_modules.")]
 
 
 def test_the_code_of_a_package_imports_nothing_of_casa_engine() -> None:
@@ -144,3 +159,31 @@ def test_what_cannot_be_packaged(checkpoints, tmp_path, capsys) -> None:
     assert not (tmp_path / "out").exists()
     assert main(["package", str(checkpoints / FUSIONS[0]), package]) == 0
     assert main(["package", str(checkpoints / FUSIONS[0]), str(tmp_path / "model")]) == 1
+
+
+@pytest.mark.parametrize("place", [".", "within", "..", "link"])
+def test_a_package_never_takes_its_checkpoints_place(checkpoints, tmp_path, capsys, place: str) -> None:
+    checkpoint = tmp_path / "folder" / "checkpoint"
+    shutil.copytree(checkpoints / FUSIONS[0], checkpoint)
+    (tmp_path / "link").symlink_to(checkpoint)
+    output = tmp_path / "link" if place == "link" else checkpoint / place
+    assert main(["package", str(checkpoint), str(output)]) == 1
+    assert "are the same or within each other" in capsys.readouterr().err
+    load_model(checkpoint)  # it would be refused as a package
+    assert not (checkpoint / "within").exists() and os.listdir(checkpoint.parent) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "NOTICE", "vocabulary.txt"])
+def test_a_package_takes_a_checkpoints_own_texts_and_no_others(checkpoints, tmp_path, capsys, name: str) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints / FUSIONS[0], checkpoint)
+    (checkpoint / name).write_text("words of the checkpoint's owner")
+    assert main(["package", str(checkpoint), str(tmp_path / "package")]) == 0
+    assert (tmp_path / "package" / name).read_text() == "words of the checkpoint's owner"
+    (tmp_path / "others").write_text("words of somebody else")
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to(tmp_path / "others")
+    capsys.readouterr()
+    assert main(["package", str(checkpoint), str(tmp_path / "second")]) == 1
+    assert f"{name} is a symbolic link to {tmp_path / 'others'}" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()

@@ -112,6 +112,9 @@ def test_what_a_processor_cannot_do_for_a_collator(processor) -> None:
         ({"max_length": 8}, "prompts are not cut"),
         ({"padding": "max_length"}, "padding 'max_length'"),
         ({"padding_side": "both"}, "padding_side is 'both'"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; expected a whole number from 1"),
+        ({"pad_to_multiple_of": -8}, "pad_to_multiple_of is -8"),
+        ({"pad_to_multiple_of": 8.0}, "pad_to_multiple_of is 8.0"),
     ):
         with pytest.raises(InputError, match=words):
             processor(text=["Hello"], **options)
@@ -196,6 +199,11 @@ def test_virtual_tokens_are_refused(model, processor, kind) -> None:
     config = kind(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
     if kind is PrefixTuningConfig:
         config.token_dim, config.num_layers, config.num_attention_heads = 16, 2, 2
-    with pytest.raises((InputError, ValueError)) as error:
-        get_peft_model(model, config)(**batch)
-    print(kind, error.value)
+    for inputs in (batch, {name: value for name, value in batch.items() if name != "attention_mask"}):
+        with pytest.raises(InputError, match=r"virtual tokens .* would move the text away from its images"):
+            get_peft_model(model, config)(**inputs)
+        prompt = {name: value for name, value in inputs.items() if name != "labels"}
+        # Prefix tuning gives its own cache beside that of transformers.
+        words = "got both cache and past_key_values" if kind is PrefixTuningConfig else "virtual tokens .* would move"
+        with pytest.raises(InputError, match=words):
+            get_peft_model(model, config).generate(**prompt, **GREEDY)

@@ -1,6 +1,7 @@
 """What users of transformers do with a model, tried on ours: the rows of the table in docs/transformers.md."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -108,8 +109,44 @@ def test_assisted_generation_over_a_conversation(parts) -> None:
     assert torch.equal(found[:, new.shape[1] :], expected[:, ids.shape[1] :])
 
 
+def test_an_assistant_behind_an_image_at_the_end_is_refused(parts) -> None:
+    """Before anything is generated: it would go back in front of the image where its guesses are wrong."""
+    model, processor = parts
+    inputs = dict(processor(text="abcabcabc<|image_pad|>", images=picture(56, 84)))
+    assistant, calls = load_model(model.config.name_or_path), []
+    hook = assistant.register_forward_pre_hook(lambda *arguments: calls.append(1))
+    with pytest.raises(InputError, match="the prompt ends with an image, and assistant_model"):
+        model.generate(**inputs, max_new_tokens=8, **GREEDY, assistant_model=assistant)
+    hook.remove()
+    assert not calls
+    expected = model.generate(**inputs, max_new_tokens=8, **GREEDY)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, **GREEDY, prompt_lookup_num_tokens=3), expected)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 0, "top_p": 0.01}, {"top_k": 0, "min_p": 0.9}], ids=str)
+def test_sampling_where_the_image_token_is_the_likeliest(parts, options: dict) -> None:
+    """With `insertion` it is never written: the next likeliest is. Elsewhere it is a token as any other."""
+    model, processor = parts
+    image_token = model.config.image_token_id
+
+    def favour(module, arguments, logits):
+        return logits.index_fill(-1, torch.tensor([image_token]), 1e4)
+
+    hook = model.lm_head.register_forward_hook(favour)
+    try:
+        inputs = prepare(processor, CHATS[0])
+        expected = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+        sharp = {"do_sample": True, "temperature": 1e-3}
+        found = model.generate(**inputs, max_new_tokens=4, **GREEDY | sharp | options)
+    finally:
+        hook.remove()
+    answer = found[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(found, expected)
+    assert (answer == image_token).any() == model.config.is_cross_attention
+
+
 def test_stop_strings(parts) -> None:
-    """Generation ends with the token that completes the words, in a batch each row by itself."""
+    """Generation ends with the token that completes the words."""
     model, processor = parts
     inputs, tokenizer = prepare(processor, CHATS[0]), processor.tokenizer
     letters = tokenizer("abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)["input_ids"]
@@ -178,6 +215,32 @@ def test_hidden_states(parts) -> None:
     assert torch.equal(model.lm_head(states[-1]), outputs.logits) and torch.equal(outputs.logits, plain.logits)
 
 
+def test_no_more_hidden_states_are_held_than_asked_for(parts) -> None:
+    """When the last norm runs, what the first layers gave is gone, unless it is to be returned."""
+    model, processor = parts
+    inputs, text = prepare(processor, CHATS[0]), model.model.language_model
+    outputs: list[weakref.ref] = []
+    held: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, arguments, output: outputs.append(weakref.ref(output)))
+        for layer in text.layers
+    ]
+    hooks.append(
+        text.norm.register_forward_pre_hook(
+            lambda *arguments: held.append(sum(output() is not None for output in outputs))
+        )
+    )
+    try:
+        with torch.no_grad():
+            for asked in (False, True):
+                outputs.clear()
+                model(**inputs, output_hidden_states=asked)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(text.layers) > 1 and held == [1, len(text.layers)]
+
+
 def test_outputs_as_a_tuple(parts) -> None:
     model, processor = parts
     inputs = prepare(processor, CHATS[0])
@@ -186,11 +249,12 @@ def test_outputs_as_a_tuple(parts) -> None:
         assert torch.equal(logits, model(**inputs).logits) and loss.ndim == 0
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
 def test_inputs_embeds(parts, side: str) -> None:
     """Logits, loss, answers and beams of embeddings are those of the ids."""
     model, processor = parts
-    batch = prepare(processor, CHATS) if side == "left" else padded_right(prepare(processor, CHATS))
+    batch = prepare(processor, CHATS[0] if side == "none" else CHATS)
+    batch = padded_right(batch) if side == "right" else batch
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     embeddings = embedded(model, batch)
     with torch.no_grad():
@@ -213,6 +277,11 @@ def test_inputs_embeds_are_refused_where_they_mean_nothing(parts) -> None:
             call(**embeddings | {"inputs_embeds": embeddings["inputs_embeds"][..., 1:]})
         with pytest.raises(InputError, match="inputs_embeds has values that are NaN"):
             call(**embeddings | {"inputs_embeds": embeddings["inputs_embeds"] * float("nan")})
+    if "insertion_points" in inputs:
+        without = {name: value for name, value in embeddings.items() if name != "attention_mask"}
+        for call in (model, model.generate):
+            with pytest.raises(InputError, match=r"no attention_mask; expected the mask .* virtual tokens"):
+                call(**without)
     with pytest.raises(InputError, match="inputs_embeds without a cache"):
         model.generate(**embeddings, use_cache=False, **GREEDY)
     cache = model.new_cache()
