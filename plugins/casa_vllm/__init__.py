@@ -23,7 +23,6 @@ def register() -> None:
 
     import casa_engine  # noqa: F401 (teaches transformers' AutoConfig the model_type "casa")
     from casa_vllm.config_hook import CasaConfigHook
-    from casa_vllm.exit_messages import close_error_output_at_exit
     from casa_vllm.image_manager import register_image_cache
     from casa_vllm.renderer import register_renderer
 
@@ -34,4 +33,3 @@ def register() -> None:
     # Here and not with the model: the engine process builds KV-cache groups without a model.
     register_image_cache()
     register_renderer()
-    close_error_output_at_exit()

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from casa_engine.configuration import CasaConfig
 from casa_engine.originals.views import resolve_checkpoint
 from casa_engine.untrusted_folder import check_folder
+from casa_vllm.exit_messages import close_error_output_at_exit
 from casa_vllm.renderer import MODE
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         Raises:
             CheckpointError: The folder may not be trusted, or is an original and fits no family.
         """
+        close_error_output_at_exit()
         if model_config.tokenizer_mode not in ("auto", "hf", MODE):
             raise ValueError(
                 f"tokenizer_mode is {model_config.tokenizer_mode!r}; CASA models work with 'auto' and 'hf': leave "

@@ -47,6 +47,7 @@ from casa_engine.rope import (
 from casa_engine.tensor_map import read_tensor_map
 from casa_vllm.cross_attention import CrossAttention
 from casa_vllm.encoder_graphs import EncoderGraphs
+from casa_vllm.exit_messages import close_error_output_at_exit
 from casa_vllm.image_cache_spec import ImageLimits
 from casa_vllm.image_keys import StackedImageKeys
 from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
@@ -259,6 +260,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        close_error_output_at_exit()
         config: CasaConfig = vllm_config.model_config.hf_config
         self.config, self.vllm_config = config, vllm_config
         self.merge_size = config.vision_config.spatial_merge_size

@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from casa_vllm import compat
 from casa_vllm.encoder_cache import ImageEncoderCacheManager
 from casa_vllm.engine_counters import EngineCounters
+from casa_vllm.exit_messages import close_error_output_at_exit
 from casa_vllm.image_manager import ImageCacheManager
 from casa_vllm.kv_capacity import report_capacity
 from casa_vllm.metrics import image_stats
@@ -37,6 +38,7 @@ class ImageScheduling(SessionScheduling):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        close_error_output_at_exit()
         self.image_managers = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
