@@ -12,6 +12,25 @@ from live_page import ask, begin_clip, give_key, wait_until
 
 SENT = "Number(document.querySelector('[data-count=sent] dd').textContent)"
 
+# The video is loaded, but the page hears of it only at `release()`.
+HOLD_LOADED = """() => {
+    video.addEventListener = function (type, listener, options) {
+        const held = type === "loadeddata" ? () => (window.release = listener) : listener;
+        EventTarget.prototype.addEventListener.call(this, type, held, options);
+    };
+}"""
+# The camera's permission is given at `release()`.
+HOLD_CAMERA = """() => {
+    const devices = navigator.mediaDevices;
+    const open = devices.getUserMedia.bind(devices);
+    devices.getUserMedia = async (wanted) => {
+        await new Promise((resolve) => (window.release = resolve));
+        const stream = await open(wanted);
+        [window.track] = stream.getTracks();
+        return stream;
+    };
+}"""
+
 
 @pytest.fixture
 def page(open_page):
@@ -43,6 +62,82 @@ def test_the_screen_is_captioned_until_it_is_no_longer_shared(page):
     # As the browser's own button for it does.
     page.evaluate("video.srcObject.getTracks()[0].dispatchEvent(new Event('ended'))")
     expect(page.locator("#status")).to_contain_text("Session ended: ")
+
+
+@pytest.mark.vllm
+def test_a_session_that_was_stopped_is_not_opened_again(page):
+    """However its connection ends."""
+    sockets = []
+
+    def relay(socket):
+        server = socket.connect_to_server()
+        socket.on_message(lambda message: cut(socket) if is_stop(message) else server.send(message))
+        sockets.append(socket)
+
+    def is_stop(message):
+        return isinstance(message, str) and "session.stop" in message
+
+    def cut(socket):
+        socket.close(code=1011)
+
+    page.route_web_socket("**/v1/live", relay)
+    page.click(".invitation [data-action=camera]")
+    give_key(page)
+    wait_until(page, f"{SENT} >= 1")
+    opened = len(sockets)
+    page.click("#stop")
+    expect(page.locator("html")).to_have_attribute("data-phase", "empty")
+    expect(page.locator("#status")).to_have_text("Stopped")
+    expect(page.locator("#problem")).to_be_hidden()
+    page.wait_for_timeout(1000)  # Longer than the first wait before a try.
+    assert len(sockets) == opened
+
+
+@pytest.mark.vllm
+def test_no_key_is_asked_for_when_there_is_nothing_to_show(page):
+    page.click(".invitation [data-action=screen]")
+    expect(page.locator("#key-form")).to_be_visible()
+    page.evaluate("video.srcObject.getTracks()[0].dispatchEvent(new Event('ended'))")
+    expect(page.locator("#key-form")).to_be_hidden()
+    expect(page.locator("html")).to_have_attribute("data-phase", "empty")
+
+
+@pytest.mark.vllm
+def test_a_video_may_play_and_be_stopped_while_it_is_being_opened(page):
+    begin_clip(page)
+    page.evaluate(HOLD_LOADED)
+    page.click(".controls [data-action=clip]")
+    expect(page.locator("html")).to_have_attribute("data-phase", "opening")
+    page.evaluate("video.play()")
+    wait_until(page, "video.currentTime > 0.3")
+    page.click("#stop")
+    expect(page.locator("html")).to_have_attribute("data-phase", "stopped")
+    page.evaluate("release()")
+    page.wait_for_timeout(300)
+    expect(page.locator("html")).to_have_attribute("data-phase", "stopped")
+    page.click("#reconnect")
+    wait_until(page, f"{SENT} >= 1")
+
+
+@pytest.mark.vllm
+def test_a_camera_that_is_allowed_too_late_is_let_go(page):
+    page.evaluate(HOLD_CAMERA)
+    page.click(".invitation [data-action=camera]")
+    begin_clip(page)
+    page.evaluate("release()")
+    wait_until(page, "window.track?.readyState === 'ended'")
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+    expect(page.locator("#source-name")).to_have_text("Sample clip")
+    assert page.evaluate("video.srcObject === null")
+
+
+@pytest.mark.vllm
+def test_a_browser_that_cannot_play_the_clip_says_so(page):
+    page.route("**/web/digits.mp4", lambda route: route.fulfill(body="in no format of this browser"))
+    page.click(".invitation [data-action=clip]")
+    expect(page.locator("#problem")).to_have_text(
+        "This browser cannot play the sample clip (H.264). Choose a WebM file or the camera."
+    )
 
 
 @pytest.mark.vllm

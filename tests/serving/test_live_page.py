@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from casa_engine.digits import checkpoint_path
-from casa_serving.live.web_files import CONTENT_TYPES, attach, page_model
+from casa_serving.live.web_files import CONTENT_TYPES, WebFiles, attach, page_model
 
 pytestmark = pytest.mark.unit
 
@@ -69,6 +69,17 @@ def test_the_page_learns_what_is_served(browser):
 
 def test_a_checkpoint_without_words_has_its_name_alone(tmp_path):
     assert page_model("other", tmp_path) == {"name": "other", "reads": "", "questions": []}
+
+
+def test_a_file_of_another_kind_is_none_of_the_page(browser, tmp_path):
+    web = tmp_path / "web"
+    web.mkdir()
+    (web / "digits.json").write_text("[]")
+    files = WebFiles()
+    files.all_directories = [web]
+    app = Starlette(routes=[Route("/web/{name}", files.serve)])
+    for name in ("digits.json", "missing.js", "."):
+        assert TestClient(app, raise_server_exceptions=False).get(f"/web/{name}").status_code == 404
 
 
 def test_a_known_file_is_not_sent_again(browser):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -65,13 +66,15 @@ class WebFiles(StaticFiles):
         """Returns the file that the path names, or 304 to a browser that has it, or `FIELDS`, or `MODEL`.
 
         Raises:
-            HTTPException: 404, there is no such file.
+            HTTPException: 404, there is no such file, or none of the page's kinds.
         """
         name = request.path_params.get("name", INDEX)
         if name == FIELDS:
             return JSONResponse(field_attributes(), headers=HEADERS)
         if name == MODEL:
             return JSONResponse(request.app.state.page_model, headers=HEADERS)
+        if Path(name).suffix not in CONTENT_TYPES:
+            raise HTTPException(404)
         return await self.get_response(name, request.scope)
 
     def file_response(self, full_path: str, *args: object, **kwargs: object) -> Response:

@@ -1,7 +1,7 @@
 // The page's controls and what they do.
 
 import { watchFrames } from "./frames.js";
-import { SourceError } from "./messages.js";
+import { SourceError, openingProblem } from "./messages.js";
 import { fetchModel, showModel } from "./model.js";
 import { fillScreen, openSmallWindow } from "./placement.js";
 import { Screen } from "./screen.js";
@@ -21,6 +21,8 @@ class App {
     this.session = new Session(this.state, this.screen);
     this.still = new StillImage(this.state, this.screen);
     this.video = this.screen.ui.video;
+    this.choices = 0; // How often something was chosen to be shown.
+    this.shown = 0; // The number of the choice that is shown; an older one comes too late.
   }
 
   async start() {
@@ -93,11 +95,20 @@ class App {
 
   /** Shows another video, if it can be opened; what is shown now goes on until then. Returns whether it is shown. */
   async useSource(source, open) {
-    const show = await this.orProblem(open);
-    if (!show) return false;
-    this.leave();
-    await show(this.video);
-    this.state.source = source;
+    const choice = (this.choices += 1);
+    const opened = await this.orProblem(open);
+    if (!opened) return false;
+    if (choice < this.shown) {
+      opened.drop();
+      return false;
+    }
+    this.leave(choice, source);
+    const loaded = await opened.show(this.video).then(() => true, () => false);
+    if (choice !== this.shown) return false; // Something else, or Stop, meanwhile.
+    if (!loaded) {
+      this.showNothing(openingProblem());
+      return false;
+    }
     // Sharing may also be ended by the browser's own button, a camera by pulling its plug.
     for (const track of this.video.srcObject?.getTracks() ?? []) track.onended = () => this.stop();
     this.session.connect(true);
@@ -105,9 +116,10 @@ class App {
   }
 
   async useImage(file) {
+    const choice = (this.choices += 1);
     const picture = await this.orProblem(() => openImage(file));
-    if (!picture) return;
-    this.leave();
+    if (!picture || choice < this.shown) return;
+    this.leave(choice, { name: file.name, kind: "image" });
     this.still.open(file.name, picture);
   }
 
@@ -122,12 +134,22 @@ class App {
     }
   }
 
-  /** Leaves what is shown for something else. */
-  leave() {
+  /** Leaves what is shown for another source, which is being opened from now on. */
+  leave(choice, source) {
+    this.shown = choice;
     this.session.abandon();
     this.still.close();
     this.reset();
     closeSource(this.video);
+    Object.assign(this.state, { source, phase: "opening", idle: false });
+    this.screen.show(this.state, "Opening…", "busy");
+  }
+
+  showNothing(problem) {
+    closeSource(this.video);
+    Object.assign(this.state, { source: null, phase: "empty" });
+    this.screen.show(this.state, "Pick a video to begin");
+    this.screen.problem(problem);
   }
 
   /** Clears the transcript and the screen, for another video or for this one from its beginning. */
@@ -138,6 +160,7 @@ class App {
   }
 
   stop() {
+    if (this.state.phase === "opening") this.shown = this.choices += 1; // What is being opened comes too late.
     if (!this.isFile) {
       closeSource(this.video); // The camera is off; its captions stay.
       this.state.source = null;

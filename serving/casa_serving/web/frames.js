@@ -19,8 +19,8 @@ export async function play(video) {
 /** Calls `onFrame(time)` for every frame that the video shows, for as long as the page lives. */
 export function watchFrames(video, onFrame) {
   const next = (_, { mediaTime }) => {
+    video.requestVideoFrameCallback(next); // First, so that no error ends the watch.
     onFrame(mediaTime);
-    video.requestVideoFrameCallback(next);
   };
   video.requestVideoFrameCallback(next);
 }

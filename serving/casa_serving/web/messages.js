@@ -16,6 +16,14 @@ export function clipProblem() {
   return "The sample clip could not be loaded. Try again in a moment, or choose a video.";
 }
 
+export function clipFormatProblem() {
+  return "This browser cannot play the sample clip (H.264). Choose a WebM file or the camera.";
+}
+
+export function openingProblem() {
+  return "The browser could not show this. Try again, or choose something else.";
+}
+
 export function cameraProblem(name, message) {
   if (name === "insecure") {
     return "Browsers give the camera only to pages on this machine (localhost) or behind HTTPS. Open the page there, or choose a file.";

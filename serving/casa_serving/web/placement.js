@@ -1,5 +1,6 @@
 // Where the picture stands: on the page, alone on the whole screen, or in a small window over other programs.
 
+import { play } from "./frames.js";
 import { SourceError, placeProblem } from "./messages.js";
 
 /** Whether this browser has a small window. */
@@ -23,11 +24,18 @@ export async function openSmallWindow(stage, video) {
   const small = await allowed(documentPictureInPicture.requestWindow({ width: 480, height: 340 }));
   furnish(small.document);
   const place = document.createComment("stage");
+  small.addEventListener("pagehide", () => move(video, () => place.replaceWith(stage)), { once: true });
+  move(video, () => {
+    stage.replaceWith(place);
+    small.document.body.append(stage);
+  });
+}
+
+/** Moves a video that goes on playing: browsers pause it. */
+function move(video, put) {
   const playing = !video.paused;
-  stage.replaceWith(place);
-  small.document.body.append(stage);
-  small.addEventListener("pagehide", () => place.replaceWith(stage), { once: true });
-  if (playing) await video.play(); // A video that moves is paused.
+  put();
+  if (playing) play(video);
 }
 
 function furnish(target) {

@@ -31,7 +31,7 @@ export class Screen {
     ui.status.textContent = status;
     ui.status.dataset.kind = kind;
     const visible = {
-      stop: ["connecting", "live", "waiting"].includes(phase),
+      stop: ["opening", "connecting", "live", "waiting"].includes(phase),
       reconnect: hasVideo && (phase === "stopped" || phase === "waiting"),
       restart: hasVideo && (phase === "live" || phase === "stopped"),
       "full-screen": hasVideo,

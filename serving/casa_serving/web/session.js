@@ -15,8 +15,9 @@ export class Session {
     this.backoff = new Backoff();
   }
 
-  /** Opens a session as a person has asked for. */
+  /** Opens a session as a person has asked for, if there is something to show it. */
   connect(playWhenLive) {
+    if (!this.state.source) return;
     this.backoff.reset();
     this.screen.problem("");
     this.#open(playWhenLive);
@@ -41,7 +42,7 @@ export class Session {
   abandon() {
     this.backoff.cancel();
     this.state.client?.abandon();
-    this.state.client = null;
+    Object.assign(this.state, { client: null, stopping: false });
     this.#drop(null);
   }
 
@@ -127,13 +128,13 @@ export class Session {
 
   onEnd({ opened, code }) {
     const { state } = this;
+    const { stopping } = state;
     this.abandon();
     if (state.fatal) console.info(state.fatal.message); // For operators: it names options of the server.
-    if (!opened) {
+    if (stopping || (state.summary && code === 1000)) {
+      this.#showStopped(state.summary ?? "Stopped");
+    } else if (!opened) {
       this.explainFailedConnect();
-    } else if (state.summary && code === 1000) {
-      state.phase = state.source ? "stopped" : "empty";
-      this.screen.show(state, state.summary);
     } else if (state.fatal?.code === "idle_timeout") {
       Object.assign(state, { phase: "stopped", idle: true });
       this.screen.show(state, "No frame came for a while: goes on when the video plays");
@@ -149,7 +150,8 @@ export class Session {
     const { state } = this;
     const { key, source } = state;
     const answer = await fetch(address("v1/models"), { headers: authorization(key) }).catch(() => null);
-    if (state.phase !== "connecting" || state.source !== source) return; // Another video, or Stop, meanwhile.
+    // Another try, another video, or Stop, meanwhile.
+    if (state.phase !== "connecting" || state.client || state.source !== source) return;
     const problem = connectProblem(answer?.status ?? null, Boolean(key));
     if (answer?.status === 401) {
       this.fail(problem);
@@ -180,14 +182,21 @@ export class Session {
   /** Ends the session; its captions stay. */
   stop() {
     this.video.pause();
-    if (this.state.phase === "live") {
-      this.state.client.stop(); // The server answers with statistics.
+    const { state } = this;
+    if (state.phase === "live" && !state.stopping) {
+      state.stopping = true;
+      state.client.stop(); // The server answers with statistics.
       return;
     }
     this.abandon();
+    this.#showStopped("Stopped");
+  }
+
+  #showStopped(status) {
     this.state.phase = this.state.source ? "stopped" : "empty";
+    this.screen.ui["key-form"].hidden = true;
     this.screen.problem("");
-    this.screen.show(this.state, "Stopped");
+    this.screen.show(this.state, status);
   }
 
   // Frames

@@ -1,12 +1,15 @@
 // Sources of frames: the sample clip, a file, a camera or the screen, each put into a <video>.
 
 import { address } from "./live_client.js";
-import { SourceError, cameraProblem, clipProblem, fileProblem, screenProblem } from "./messages.js";
+import { SourceError, cameraProblem, clipFormatProblem, clipProblem, fileProblem, screenProblem } from "./messages.js";
 
 /**
- * Opens a file; rejects with an error message if it cannot be played.
- * @returns a function that puts it into a video
+ * What was opened, not shown yet.
+ * @typedef {{show: (video: HTMLVideoElement) => Promise<void>, drop: () => void}} Opened `show` puts it into a video,
+ *   `drop` releases it instead
  */
+
+/** Opens a file; rejects with an error message if it cannot be played. @returns {Promise<Opened>} */
 export async function openFile(file) {
   const url = URL.createObjectURL(file);
   const trial = document.createElement("video");
@@ -15,14 +18,18 @@ export async function openFile(file) {
     URL.revokeObjectURL(url);
     throw new SourceError(fileProblem(file));
   }
-  return (video) => loaded(video, () => (video.src = url));
+  return { show: (video) => loaded(video, () => (video.src = url)), drop: () => URL.revokeObjectURL(url) };
 }
 
 /** Opens the clip that comes with the page. */
 export async function openClip() {
   const answer = await fetch(address("web/digits.mp4")).catch(() => null);
   if (!answer?.ok) throw new SourceError(clipProblem());
-  return openFile(new File([await answer.blob()], "digits.mp4", { type: "video/mp4" }));
+  try {
+    return await openFile(new File([await answer.blob()], "digits.mp4", { type: "video/mp4" }));
+  } catch {
+    throw new SourceError(clipFormatProblem());
+  }
 }
 
 /** Opens a camera, the browser's own choice with ""; rejects with an error message if it may not be used. */
@@ -51,11 +58,15 @@ export async function listCameras() {
 
 /** Empties the video and releases the file, the camera or the screen. */
 export function closeSource(video) {
-  for (const track of video.srcObject?.getTracks() ?? []) track.stop();
+  stopTracks(video.srcObject);
   if (video.src) URL.revokeObjectURL(video.src);
   video.srcObject = null;
   video.removeAttribute("src");
   video.load();
+}
+
+function stopTracks(stream) {
+  for (const track of stream?.getTracks() ?? []) track.stop();
 }
 
 async function openStream(open, problem) {
@@ -65,7 +76,7 @@ async function openStream(open, problem) {
   } catch (error) {
     throw new SourceError(problem(error.name, error.message));
   }
-  return (video) => loaded(video, () => (video.srcObject = stream));
+  return { show: (video) => loaded(video, () => (video.srcObject = stream)), drop: () => stopTracks(stream) };
 }
 
 function loaded(video, open) {

@@ -4,7 +4,7 @@ import { Transcript } from "./transcript.js";
 
 export function createState() {
   return {
-    phase: "empty", // empty | connecting | live | waiting (to connect again) | stopped | image
+    phase: "empty", // empty | opening (a source) | connecting | live | waiting (to connect again) | stopped | image
     source: null, // {name, kind} of what is shown, or null; kind: file | camera | screen | image.
     model: null, // {name, reads, questions}, from the server.
     client: null, // The connection, which is the session, or null.
@@ -16,6 +16,7 @@ export function createState() {
     encoding: false, // A frame is being encoded.
     questions: 0,
     fatal: null, // The server's fatal error event, or null.
+    stopping: false, // The server was asked for the end; however it comes, it is no loss.
     summary: null, // The status text after a stop, or null.
     idle: false, // Closed by the idle timeout; reconnects when the video plays.
     playWhenLive: false,

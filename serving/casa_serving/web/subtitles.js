@@ -4,7 +4,7 @@ const MAX_CAPTION_S = 10;
 // Characters with a meaning in one of the formats; captions are plain text.
 const HARMLESS = { "{": "(", "}": ")", "<": "\u2039", ">": "\u203a", "\\": "/" };
 
-/** Returns SubRip. @param {{timestamp: number, text: string}[]} captions by time @param {number} endS the video's end */
+/** Returns SubRip. @param {{timestamp: number, text: string}[]} captions by time @param {number} endS the video's end, not finite if unknown */
 export function toSrt(captions, endS) {
   const blocks = timed(captions, endS).map(({ start, end, text }, index) => `${index + 1}\n${span(start, end, ",")}\n${text}\n`);
   return blocks.join("\n");
@@ -17,9 +17,10 @@ export function toVtt(captions, endS) {
 }
 
 function timed(captions, endS) {
+  const end = Number.isFinite(endS) ? endS : Infinity; // A camera that is off has no duration.
   return captions.map(({ timestamp, text }, index) => ({
     start: timestamp,
-    end: Math.min(captions[index + 1]?.timestamp ?? Math.max(endS, timestamp), timestamp + MAX_CAPTION_S),
+    end: Math.min(captions[index + 1]?.timestamp ?? Math.max(end, timestamp), timestamp + MAX_CAPTION_S),
     text: text.trim().replace(/[{}<>\\]/g, (character) => HARMLESS[character]).replace(/\s+/g, " "),
   }));
 }
