@@ -37,6 +37,8 @@ def questioned(open_page):
         page.evaluate("video.pause()")
         found = []
         for number, span in enumerate(clip_truth()):
+            # Questions are about the last frame that was taken: none may be on its way.
+            wait_until(page, f"{SENT} > 0 && {SENT} === {DONE} + {DROPPED}")
             done = count(page, "captioned") + count(page, "silent")
             page.evaluate(f"video.currentTime = {(span.start + span.end) / 2}")
             if number > 0:
@@ -49,6 +51,9 @@ def questioned(open_page):
         yield page, found
 
 
+SENT, DROPPED = (
+    f"Number(document.querySelector('[data-count={name}] dd').textContent)" for name in ("sent", "dropped")
+)
 DONE = """["captioned", "silent"].map((name) => Number(document.querySelector(`[data-count=${name}] dd`).textContent))
     .reduce((sum, number) => sum + number)"""
 

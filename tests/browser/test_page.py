@@ -19,6 +19,13 @@ NOTE_WHAT_IS_TOLD = """() => {
 }"""
 
 
+NOTE_PHASES = """() => {
+    window.phases = [];
+    const note = () => phases.push(document.documentElement.dataset.phase);
+    new MutationObserver(note).observe(document.documentElement, { attributeFilter: ["data-phase"] });
+}"""
+
+
 def as_bytes(text):
     number, unit = text.split()
     return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
@@ -103,7 +110,7 @@ def test_a_chosen_caption_is_shown_again_and_not_asked_for_again(watched):
 def test_one_page_too_many_is_told_so_and_gets_the_next_free_place(watched):
     """The others have ended and are let go for want of frames."""
     page = watched[2]
-    expect(page.locator("html")).to_have_attribute("data-phase", "live", timeout=60_000)
+    expect(page.locator("html")).to_have_attribute("data-phase", "live", timeout=1000 * (60 + IDLE_TIMEOUT_S))
     told = page.evaluate("told")
     assert told[:2] == ["This server asks for an API key.", told[1]]
     assert told[1].startswith("All places are taken right now.")
@@ -183,26 +190,41 @@ def test_a_paused_video_lets_its_session_go_and_takes_it_up_again(page, videos):
 
 @pytest.mark.vllm
 def test_a_broken_connection_is_taken_up_with_the_captions_so_far(page, videos):
-    sockets, created = [], []
+    sockets, created, held = [], [], []
+    holding = False
 
     def relay(socket):
         server = socket.connect_to_server()
-        socket.on_message(lambda message: keep(message) or server.send(message))
+        socket.on_message(lambda message: take(server, message))
         sockets.append(socket)
 
-    def keep(message):
+    def take(server, message):
         if isinstance(message, str):
             created.append(message)
+        if holding:
+            held.append((server, message))
+        else:
+            server.send(message)
 
     page.route_web_socket("**/v1/live", relay)
     begin(page, videos[0][0])
     wait_until(page, "captions.querySelectorAll('li').length >= 2")
     page.wait_for_timeout(300)
     before = transcript(page)
+    holding = True
+    page.evaluate(NOTE_PHASES)
     sockets[-1].close(code=1011, reason="cut")
-    expect(page.locator("html")).to_have_attribute("data-phase", "waiting")
     expect(page.locator("#problem")).to_contain_text("The connection was lost. Your captions are kept")
+    expect(page.locator("html")).to_have_attribute("data-phase", "connecting")
+    assert page.evaluate("phases") == ["waiting", "connecting"]
     assert page.evaluate("video.paused")
+    for _ in range(1000):  # The new connection asks for its session as soon as it is open.
+        if held:
+            break
+        page.wait_for_timeout(20)
+    holding = False
+    for server, message in held:
+        server.send(message)
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
     expect(page.locator("#problem")).to_be_hidden()
     assert all(f'"caption":"{text}"' in created[-1] for _, text in before)

@@ -7,7 +7,8 @@ from playwright.sync_api import Page, expect
 
 KEY = "a key/with+signs? that=base64 needs>>"
 MAX_SESSIONS = 2
-IDLE_TIMEOUT_S = 4
+# Longer than a test looks at a video that it has paused, on a busy machine too.
+IDLE_TIMEOUT_S = 20
 FRAME_S = 0.5
 
 
