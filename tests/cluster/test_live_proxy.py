@@ -7,6 +7,10 @@ import struct
 from urllib.parse import urlsplit
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 from websockets.asyncio.client import connect
@@ -14,6 +18,7 @@ from websockets.exceptions import InvalidStatus
 
 from casa_serving.cluster.live import placement, proxy, replica_server
 from casa_serving.cluster.live.session_ticket import TOKEN_HEADER, SessionRejection
+from casa_serving.live import tracing
 from casa_serving.live.client import LiveClient
 from image_files import encoded, plain
 from live_messages import rest, take
@@ -82,6 +87,33 @@ async def test_the_subprotocol_and_the_replicas_name_come_with_the_handshake():
             assert socket.response.headers["x-casa-replica"] == "a"
         async with connect(ingress.url) as socket:
             assert socket.subprotocol is None
+
+
+async def test_a_session_that_the_engine_ends_is_an_error_in_the_clients_trace(monkeypatch):
+    """Through the ingress: the span is the child of the client's; one that the client ends is no error."""
+    spans, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    monkeypatch.setattr(tracing.trace, "get_tracer", provider.get_tracer)
+    trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"traceparent": f"00-{trace_id}-{parent_id}-01", "tracestate": "vendor=1"}
+    async with ingress_over("a") as ingress:
+        for fails in (False, True):
+            async with connect(ingress.url, additional_headers=headers) as socket:
+                await socket.send(CREATE)
+                await socket.recv()
+                if fails:
+                    monkeypatch.setattr(ingress.replicas[0].engine.sessions[-1], "ask", None)
+                    await socket.send('{"type": "question", "text": "Is it?"}')
+                else:
+                    await socket.send('{"type": "session.stop"}')
+                await rest(socket)
+                assert socket.close_code == (1011 if fails else 1000)
+        await nothing_is_held(ingress)
+    sessions = [span for span in spans.get_finished_spans() if span.name == "live_session"]
+    assert [span.status.status_code for span in sessions] == [StatusCode.UNSET, StatusCode.ERROR]
+    for span in sessions:
+        assert (f"{span.parent.trace_id:032x}", f"{span.parent.span_id:016x}") == (trace_id, parent_id)
+        assert span.parent.trace_state.get("vendor") == "1"
 
 
 async def test_frames_of_megabytes_go_through_and_larger_ones_end_the_session():

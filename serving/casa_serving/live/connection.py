@@ -126,7 +126,7 @@ class Connection:
             logger.info("Live session: the client disconnected before the handshake was complete.")
 
     async def _run_in_slot(self) -> None:
-        reason = "cancelled"
+        reason, failure = "cancelled", ""
         try:
             await run_until_first_completes(self._run_session(), self._wait_for_shutdown())
         except SessionEnd as end:
@@ -138,15 +138,16 @@ class Connection:
             reason = "engine error"
             logger.exception("Live session %s: the engine failed.", self.id)
             error = LiveError("engine_error", "The engine failed; connect again and resume with `history`.")
+            failure = str(error)
             await self._send_error_and_close(SessionEnd(reason, ENGINE_ERROR, error))
         finally:
-            self._record_end(reason)
+            self._record_end(reason, failure)
 
-    def _record_end(self, reason: str) -> None:
+    def _record_end(self, reason: str, failure: str) -> None:
         """Logs the session's end, and ends its span."""
         counts = self.statistics.summary()
         if self.trace is not None:
-            self.trace.end(reason, counts)
+            self.trace.end(reason, counts, failure)
         logger.info(
             "Live session %s ended after %.1f s: %s; %s frames (%s captioned, %s silent, %s dropped, %s refused, %s "
             "late), %s questions, %s tokens, %s trims, %s restarts.",

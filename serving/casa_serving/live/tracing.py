@@ -75,8 +75,14 @@ class SessionTrace:
             span.set_status(Status(StatusCode.ERROR, message))
         span.end()
 
-    def end(self, reason: str, statistics: Statistics) -> None:
-        """Ends the session's span."""
+    def end(self, reason: str, statistics: Statistics, failure: str) -> None:
+        """Ends the session's span.
+
+        Args:
+            reason: Why the session ended.
+            statistics: The session's.
+            failure: What the client is told where the engine failed; "" for every other end, which is no error.
+        """
         counts = {name: getattr(statistics, name) for name in ("frames", "questions", "dropped", "refused", "restarts")}
         self._span.set_attributes(
             {
@@ -85,6 +91,8 @@ class SessionTrace:
                 **{f"casa.live.{name}": value for name, value in counts.items()},
             }
         )
+        if failure:
+            self._span.set_status(Status(StatusCode.ERROR, failure))
         self._span.end()
 
     def _add(

@@ -21,6 +21,7 @@ from casa_serving.live.protocol import SUBPROTOCOL, LiveError
 from casa_serving.options.live_options import MAX_MESSAGE_BYTES
 
 LOGGER = logging.getLogger("ray.serve")
+TRACE_HEADERS = ("traceparent", "tracestate")
 PLACEMENT_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
@@ -61,7 +62,7 @@ async def place_session(websocket: WebSocket, reserve: Callable[[RoutingContext]
         async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
             while True:
                 context = RoutingContext(avoid=avoid, replica_shutdown=ReplicaShutdown())
-                placed = await try_replica(reserve(context), context, websocket.scope["subprotocols"])
+                placed = await try_replica(reserve(context), context, websocket)
                 if isinstance(placed, PlacedSession):
                     return placed
                 reason = placed.reason
@@ -77,14 +78,14 @@ async def place_session(websocket: WebSocket, reserve: Callable[[RoutingContext]
 
 
 async def try_replica(
-    call: ReservationCall, context: RoutingContext, offered: list[str]
+    call: ReservationCall, context: RoutingContext, websocket: WebSocket
 ) -> PlacedSession | SessionRejection:
     """Tries one replica; the call stays open if it has a free slot, and is closed otherwise.
 
     Args:
         call: The Ray call that reserves a slot.
         context: An argument of that call.
-        offered: The client's subprotocols.
+        websocket: The client's.
 
     Raises:
         RayError: The router found no replica.
@@ -100,7 +101,7 @@ async def try_replica(
         if isinstance(reply, SessionRejection):
             return reply
         try:
-            upstream = await open_upstream(reply, offered)
+            upstream = await open_upstream(reply, websocket)
         except (OSError, WebSocketException):
             LOGGER.warning("Live session: %s was not reached.", reply.url, exc_info=True)
             return SessionRejection("a replica was not reached")
@@ -108,17 +109,18 @@ async def try_replica(
         return PlacedSession(reply, call, context, upstream)
 
 
-async def open_upstream(ticket: SessionTicket, offered: list[str]) -> ClientConnection:
-    """Connects to a replica.
+async def open_upstream(ticket: SessionTicket, websocket: WebSocket) -> ClientConnection:
+    """Connects to a replica, with the client's subprotocol and trace.
 
     Raises:
         OSError: It is gone, or does not respond in time.
         WebSocketException: It rejects the handshake.
     """
+    trace = {name: websocket.headers[name] for name in TRACE_HEADERS if name in websocket.headers}
     return await connect(
         ticket.url,
-        subprotocols=[Subprotocol(SUBPROTOCOL)] if SUBPROTOCOL in offered else None,
-        additional_headers={TOKEN_HEADER: ticket.token},
+        subprotocols=[Subprotocol(SUBPROTOCOL)] if SUBPROTOCOL in websocket.scope["subprotocols"] else None,
+        additional_headers={TOKEN_HEADER: ticket.token, **trace},
         compression=None,
         max_size=MAX_MESSAGE_BYTES,
         max_queue=1,
