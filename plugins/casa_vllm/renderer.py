@@ -28,11 +28,16 @@ class CasaRenderer(HfRenderer):
     def __init__(self, config: "VllmConfig", tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         num_workers = config.model_config.renderer_num_workers
-        self._process_images_async = None
+        self._workers = self._process_images_async = None
         if num_workers > 1:
-            workers = ThreadPoolExecutor(num_workers, "casa-render")
-            self._resources.callback(workers.shutdown, wait=False)
-            self._process_images_async = make_async(super()._process_tokens, executor=workers)
+            self._workers = ThreadPoolExecutor(num_workers, "casa-render")
+            self._process_images_async = make_async(super()._process_tokens, executor=self._workers)
+
+    def shutdown(self) -> None:
+        """Ends the threads, after what they render now."""
+        super().shutdown()
+        if self._workers is not None:
+            self._workers.shutdown(wait=False)
 
     def render_messages(self, messages: list[Any], params: Any) -> Any:
         """Renders messages as vLLM does, after checking them."""

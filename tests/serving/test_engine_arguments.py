@@ -64,6 +64,12 @@ def environment(monkeypatch):
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def cores(monkeypatch):
+    """This process may use eight, two of them for renderers beside a GPU."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+
 def expected_arguments(checkpoint, *, embedded, on_cpu, live, eager=None):
     arguments = {
         "max_model_len": read_config(checkpoint).text_config.max_position_embeddings,
@@ -78,6 +84,8 @@ def expected_arguments(checkpoint, *, embedded, on_cpu, live, eager=None):
         arguments["enforce_eager"] = True
     if live and on_cpu:
         arguments["logits_processors"] = [CAPTION_PROCESSOR]
+    if not on_cpu:
+        arguments |= {"renderer_num_workers": 2, "compilation_config": {"cudagraph_mm_encoder": True}}
     return arguments
 
 
@@ -132,7 +140,7 @@ def test_the_command_line(monkeypatch, checkpoint, embedded, on_cpu, live):
     argv = [] if embedded else [str(checkpoint(embedded))]
     cli.run(argv if live else [*argv, "--live-max-sessions", "0"])
     (args,) = served
-    assert args.allowed_origins == []
+    assert (args.allowed_origins, args.enable_prompt_tokens_details) == ([], True)
     expected = expected_arguments(checkpoint(embedded), embedded=embedded, on_cpu=on_cpu, live=live)
     # How a server ends is its own affair.
     expected["shutdown_timeout"] = 8
@@ -168,7 +176,11 @@ def test_an_engine_in_this_process(monkeypatch, checkpoint, embedded, on_cpu, is
     )
     assert arguments["model"] == str(checkpoint(embedded))
     eager = on_cpu and (embedded or is_captioner)
-    assert changed(arguments, defaults) == expected_arguments(
+    found = changed(arguments, defaults)
+    if not on_cpu:  # vLLM has made an object of it.
+        graphs = found["compilation_config"].cudagraph_mm_encoder
+        found["compilation_config"] = {"cudagraph_mm_encoder": graphs}
+    assert found == expected_arguments(
         checkpoint(embedded), embedded=embedded, on_cpu=on_cpu, live=True, eager=eager
     )
     variables, enabled = found_environment()
@@ -214,6 +226,7 @@ def test_a_cluster(checkpoint, embedded, on_cpu, live):
         **expected,
         **({"enforce_eager": on_cpu} if embedded else {}),
         "allowed_origins": [],
+        "enable_prompt_tokens_details": True,
         "allowed_media_domains": [],
         "block_size": 64,
         "max_num_seqs": 18 if live else 16,

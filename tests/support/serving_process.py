@@ -22,6 +22,8 @@ START_TIMEOUT_S = 480
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    # Engines in the tests' own process say less (vllm_harness.py).
+    "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "NO_PROXY": "*",
     # For servers that send spans.
