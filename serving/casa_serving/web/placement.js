@@ -31,7 +31,7 @@ export async function openSmallWindow(stage, video) {
   });
 }
 
-/** Moves a video that goes on playing: browsers pause it. */
+/** Moves a video that goes on playing where a browser pauses what is moved; Chromium 156 does not. */
 function move(video, put) {
   const playing = !video.paused;
   put();
