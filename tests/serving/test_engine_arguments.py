@@ -180,9 +180,7 @@ def test_an_engine_in_this_process(monkeypatch, checkpoint, embedded, on_cpu, is
     if not on_cpu:  # vLLM has made an object of it.
         graphs = found["compilation_config"].cudagraph_mm_encoder
         found["compilation_config"] = {"cudagraph_mm_encoder": graphs}
-    assert found == expected_arguments(
-        checkpoint(embedded), embedded=embedded, on_cpu=on_cpu, live=True, eager=eager
-    )
+    assert found == expected_arguments(checkpoint(embedded), embedded=embedded, on_cpu=on_cpu, live=True, eager=eager)
     variables, enabled = found_environment()
     assert variables == expected_environment(embedded=embedded, on_cpu=on_cpu, eager=eager)
     assert enabled == {"casa_http"}
