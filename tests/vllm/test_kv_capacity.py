@@ -79,9 +79,10 @@ def test_a_session_weighs_its_pages_in_the_pool(preset, tmp_path):
     vllm_config.cache_config.block_size = 16
     config = preset_config(preset)
     costs = PageCosts.of_engine(config, vllm_config)
-    page_bytes = sum(tensor.size for tensor in kv_cache.kv_cache_tensors) // kv_cache.num_blocks
+    # Groups take their pages from one pool.
+    assert kv_cache.num_blocks == (4 << 30) // costs.page_bytes
     pages = 3 * costs.text_groups + costs.image_pages(100)
-    assert costs.session_bytes(33, 100) == pages * page_bytes
+    assert costs.session_bytes(33, 100) == pages * costs.page_bytes
     text = config.text_config
     token_bytes = text.num_hidden_layers * 2 * text.num_key_value_heads * config.head_dim * 2
     assert costs.insertion_bytes(100) == 100 * token_bytes
