@@ -25,7 +25,7 @@ from PIL import Image
 
 from casa_bench.backend import Needs
 from casa_bench.engine_backend import EngineBackend, EngineSettings
-from casa_bench.process_use import STATUS, resident_peak_bytes
+from casa_bench.process_use import own_bytes, resident_peak_bytes
 from casa_engine.checkpoint_cli import main as casa_checkpoint
 from casa_engine.checkpoints import load_model, random_model, weight_bytes
 from casa_engine.presets import preset_config
@@ -36,12 +36,6 @@ GIB = 1 << 30
 IMAGE_PX, NUM_TOKENS = 448, 64
 BARE_PRESETS = {"helium": "tiny-llama", "qwen": "tiny-qwen"}
 SAMPLE_S = 0.02
-
-
-def own_bytes() -> int:
-    """Return the memory of this process that is mapped from no file (`RssAnon`)."""
-    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:")]
-    return int(line.split()[1]) << 10
 
 
 class Peak:

@@ -39,5 +39,14 @@ class Meter:
 
 def resident_peak_bytes() -> int:
     """Return the most memory that this process had since the peak was reset."""
-    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+    return _status_bytes("VmHWM")
+
+
+def own_bytes() -> int:
+    """Return the memory of this process that is mapped from no file."""
+    return _status_bytes("RssAnon")
+
+
+def _status_bytes(field: str) -> int:
+    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:")]
     return 1024 * int(line.split()[1])

@@ -83,14 +83,25 @@ class SegmentPlan:
     @classmethod
     def without_images(cls, num_computed: np.ndarray, num_scheduled: np.ndarray) -> "SegmentPlan":
         """Returns the plan of R requests without images, of which (R,) and (R,) tokens are computed and scheduled."""
+        return cls.of_requests(num_scheduled, num_computed + num_scheduled, max_pages=0)
+
+    @classmethod
+    def of_requests(cls, num_scheduled: np.ndarray, text_lens: np.ndarray, max_pages: int) -> "SegmentPlan":
+        """Returns the plan of R requests that are a segment each.
+
+        Args:
+            num_scheduled: (R,) int, text tokens of the step.
+            text_lens: (R,) int, text of the window up to the last of them.
+            max_pages: Image pages of the window that has most.
+        """
         return cls(
             splits=None,
             query_start_loc=None,
             num_segments=len(num_scheduled),
             num_tokens=int(num_scheduled.sum()),
             max_query_len=int(num_scheduled.max()),
-            max_text_len=int((num_computed + num_scheduled).max()),
-            max_pages=0,
+            max_text_len=int(text_lens.max()),
+            max_pages=max_pages,
         )
 
 
@@ -175,15 +186,7 @@ class WindowStates:
         crossing = np.flatnonzero(ends > self._ends[rows])
         if crossing.size:
             return self._split(rows, windows, num_computed, ends, crossing)
-        return SegmentPlan(
-            splits=None,
-            query_start_loc=None,
-            num_segments=len(rows),
-            num_tokens=int(num_scheduled.sum()),
-            max_query_len=int(num_scheduled.max()),
-            max_text_len=int((ends - windows[:, START]).max()),
-            max_pages=int(windows[:, NUM_PAGES].max()),
-        )
+        return SegmentPlan.of_requests(num_scheduled, ends - windows[:, START], int(windows[:, NUM_PAGES].max()))
 
     def _enter(self, row: int, position: int) -> None:
         """Sets the row's current window to that of the token at a text position."""
