@@ -12,6 +12,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from casa_engine.errors import InputError
+from casa_engine.image_inputs import VIRTUAL_TOKENS
 
 NAMES = ("cache", "past_key_values")
 CACHE_ARGUMENT = next(name for name in NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
@@ -31,7 +32,10 @@ def pop_cache(arguments: dict[str, Any]) -> Cache | None:
     """
     given = [value for name in NAMES if (value := arguments.pop(name, None)) is not None]
     if len(given) > 1:
-        raise InputError("got both cache and past_key_values; they are two names of one argument: pass one of them.")
+        raise InputError(
+            "got both cache and past_key_values; they are two names of one argument: pass one of them. The second one "
+            f"may be PEFT's: {VIRTUAL_TOKENS}."
+        )
     return given[0] if given else None
 
 

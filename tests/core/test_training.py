@@ -203,7 +203,6 @@ def test_virtual_tokens_are_refused(model, processor, kind) -> None:
         with pytest.raises(InputError, match=r"virtual tokens .* would move the text away from its images"):
             get_peft_model(model, config)(**inputs)
         prompt = {name: value for name, value in inputs.items() if name != "labels"}
-        # Prefix tuning gives its own cache beside that of transformers.
-        words = "got both cache and past_key_values" if kind is PrefixTuningConfig else "virtual tokens .* would move"
-        with pytest.raises(InputError, match=words):
+        # Prefix tuning gives its own cache: beside that of transformers 5.24, in its place before.
+        with pytest.raises(InputError, match=r"virtual tokens .* would move"):
             get_peft_model(model, config).generate(**prompt, **GREEDY)
