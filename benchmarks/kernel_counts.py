@@ -7,8 +7,9 @@ tiny widths. Counted is what PyTorch dispatches: on a CUDA device each operation
 product may be two, where cuBLAS splits it), a launch of a Triton kernel is one, and a copy from the host is one. Views,
 allocations and operations on nothing are none. vLLM's norms are one: they have a kernel there.
 
-A decode step is one layer of two sequences with an image each, as a decode graph runs it: the layer's operator and the
-sum with self-attention. A frame is one image of four tokens from the vision encoder's output to all layers' pages.
+A decode step is both attentions of one layer, of two sequences with an image each, as a decode graph runs it: the
+matrix products of both, CA's operator and the sum. Self-attention's other kernels (rotation, its cache, the attention)
+are left out. A frame is one image of four tokens from the vision encoder's output to all layers' pages.
 """
 
 import argparse
@@ -105,9 +106,10 @@ def build(
     from vllm.engine.arg_utils import EngineArgs
 
     import casa_vllm.cross_attention
+    import casa_vllm.joint_projections
     import casa_vllm.model
 
-    for module in (casa_vllm.cross_attention, casa_vllm.model):
+    for module in (casa_vllm.cross_attention, casa_vllm.joint_projections, casa_vllm.model):
         module.HAS_TRITON = True
     config = preset_config(preset, **fields)
     config.text_config.num_hidden_layers = num_layers
@@ -180,16 +182,22 @@ def decode_metadata(sees_text: bool) -> Any:
 
 
 def count_decode(model: torch.nn.Module) -> Counter[str]:
-    """Counts one layer of a decode step."""
-    layer, config = cross_attention_layers(model)[0], model.config
-    hidden_size = config.text_config.hidden_size
-    width = hidden_size
-    if layer.is_shared:
-        heads = config.text_config.num_attention_heads + 2 * config.text_config.num_key_value_heads
-        width = heads * config.head_dim
-    x, from_self = torch.randn(NUM_SEQUENCES, width), torch.randn(NUM_SEQUENCES, hidden_size)
-    output, metadata = torch.empty(NUM_SEQUENCES, hidden_size), decode_metadata(layer.sees_text)
-    return count(lambda: (layer.attend(x, output, metadata), from_self + output))
+    """Counts both attentions of one layer of a decode step."""
+    from casa_vllm.model import SelfAttention
+
+    layer = model.model.language_model.layers[0]
+    cross, metadata = layer.cross_attn, decode_metadata(layer.cross_attn.sees_text)
+    x, positions = torch.randn(NUM_SEQUENCES, layer.hidden_size), torch.arange(NUM_SEQUENCES)
+
+    def operator(x: torch.Tensor, from_self: torch.Tensor | None, output: torch.Tensor, _: str) -> None:
+        cross.attend(x, from_self, output, metadata)
+
+    with (
+        # What runs inside of an operator a dispatch mode does not see.
+        patch.object(torch.ops.vllm, "casa_cross_attention", operator),
+        patch.object(SelfAttention, "attend", lambda own, _, qkv: own.split(qkv)[0]),
+    ):
+        return count(lambda: layer.attend(positions, x))
 
 
 def count_frame(model: torch.nn.Module) -> Counter[str]:

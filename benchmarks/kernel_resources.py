@@ -78,9 +78,11 @@ def cases(head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
         for is_decode, splits in ((True, SPLITS), (True, 1), (False, 1)):
             tiles = attention.tile_constants(head_dim, NUM_HEADS // NUM_KV_HEADS, dtype, is_decode=is_decode)
             name = f"{fusion} {'decode' if is_decode else 'prefill'}, {splits} splits"
-            yield Case(name, attention._window_attention_kernel, blocks | tiles | {"SPLITS": splits}, 4)
+            constants = blocks | tiles | {"SPLITS": splits, "BESIDE": NUM_HEADS * head_dim}
+            yield Case(name, attention._window_attention_kernel, constants, 4)
     sizes = {"HEAD_DIM": head_dim, "DIMS": triton.next_power_of_2(head_dim)}
-    yield Case("merge splits", attention._merge_splits_kernel, sizes | {"SPLITS": SPLITS}, 4)
+    merging = sizes | {"SPLITS": SPLITS, "BESIDE": NUM_HEADS * head_dim}
+    yield Case("merge splits", attention._merge_splits_kernel, merging, 4)
     cells = NUM_KV_HEADS * head_dim
     writing = {"BLOCK": BLOCK_SIZE, "CELLS": cells, "CELLS_PADDED": triton.next_power_of_2(cells), "HEAD_DIM": head_dim}
     yield Case("write pages", attention._write_pages_kernel, writing, 4)

@@ -23,7 +23,8 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.rope import rotate
 from casa_vllm.attention_metadata import CasaAttentionMetadata, ImageMetadataBuilder, TextMetadataBuilder
 from casa_vllm.image_cache_spec import ImageCacheSpec, ImageLimits
-from casa_vllm.ops import window_attention, write_pages
+from casa_vllm.joint_projections import LayerProjections
+from casa_vllm.ops import WindowAttentionMetadata, window_attention, write_pages
 from casa_vllm.projections import AttentionProjections, needs_queries_apart, norm_heads
 
 
@@ -118,9 +119,15 @@ class CrossAttention(CacheLayer):
         rotary_emb: The backbone's rotary embedding for text.
         inv_freq: float32 (D / 2,), the same for image keys.
         prefix: Name of the layer.
+
+    Attributes:
+        joint: Products that self-attention and CA have in common, else None (see joint_projections.py).
+        shares_output: Whether the sum of what both attended is projected, with shared weights. Not with a bias of the
+            output: it belongs to each attention, and to `ca` only where there is an image.
     """
 
     backend = ImageCacheBackend
+    joint: LayerProjections | None = None
 
     def __init__(
         self,
@@ -139,6 +146,7 @@ class CrossAttention(CacheLayer):
         self.config, self.limits = config, limits
         self.scale = config.head_dim**-0.5
         self.sees_text, self.is_shared = config.sees_window_text, shared is not None
+        self.shares_output = self.is_shared and not config.output_bias
         if shared is None:
             for name, module in projections.named_children():  # the checkpoint has no level between
                 self.add_module(name, module)
@@ -170,8 +178,41 @@ class CrossAttention(CacheLayer):
             (T, C).
         """
         output = x.new_empty(x.shape[0], hidden_size)
-        torch.ops.vllm.casa_cross_attention(x, output, self.layer_name)
+        torch.ops.vllm.casa_cross_attention(x, None, output, self.layer_name)
         return output
+
+    def attend_heads(self, projected: torch.Tensor, from_self: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes what CA attended, for a layer that projects the output of both attentions as one.
+
+        Args:
+            projected: What `text_layer` of the projections makes of (T, C), neither normed nor rotated.
+            from_self: (T, H D), attended by self-attention, with joint projections.
+
+        Returns:
+            (T, H D), or `from_self` and then those, (T, 2 H D).
+        """
+        width = self.projections.num_heads * self.head_size
+        output = projected.new_empty(projected.shape[0], width if from_self is None else 2 * width)
+        torch.ops.vllm.casa_cross_attention(projected, from_self, output, self.layer_name)
+        return output
+
+    @property
+    def projects_output(self) -> bool:
+        """Whether the operator is that of `forward`, and not of `attend_heads`."""
+        return self.joint is None and not self.shares_output
+
+    def dummy_operands(
+        self, num_tokens: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Returns `x`, `from_self` and `output` of `attend` for T tokens: zeros of the type and device of `like`."""
+        projections, hidden_size = self.projections, self.config.text_config.hidden_size
+        width = heads = projections.num_heads * self.head_size
+        if not projections.has_queries_apart:
+            width += 2 * self.num_kv_heads * self.head_size
+        if self.joint is not None:
+            return tuple(like.new_zeros(num_tokens, size) for size in (width, heads, 2 * heads))
+        x = like.new_zeros(num_tokens, width if self.is_shared else hidden_size)
+        return x, None, like.new_zeros(num_tokens, heads if self.shares_output else hidden_size)
 
     def step_metadata(self, metadata: dict[str, Any] | None) -> CasaAttentionMetadata | None:
         """Returns what the layer reads of the forward context's metadata; None where it adds nothing."""
@@ -180,30 +221,44 @@ class CrossAttention(CacheLayer):
             return step
         return step.with_text(metadata[self.text_cache.layer_name])
 
-    def attend(self, x: torch.Tensor, output: torch.Tensor, metadata: CasaAttentionMetadata | None) -> None:
-        """Runs the operator. Mutates `output` and the text cache."""
+    def attend(
+        self,
+        x: torch.Tensor,
+        from_self: torch.Tensor | None,
+        output: torch.Tensor,
+        metadata: CasaAttentionMetadata | None,
+    ) -> None:
+        """Runs the operator of `forward` or of `attend_heads`. Mutates `output` and the text cache."""
         if self.is_unbound:
             self._profile(x, output)
             return
         if metadata is None or not (self.sees_text or metadata.windows.has_image):
             output.zero_()
+            if from_self is not None:
+                output[:, : from_self.shape[1]] = from_self
             return
         windows = metadata.windows
         query = self._text(x, metadata) if self.sees_text else self._queries(x)
+        if not self.projects_output:
+            beside = None if from_self is None else self._heads(from_self)
+            self._attend_windows(query, windows, self._heads(output), beside)
+            return
         attended = torch.empty_like(query, memory_format=torch.contiguous_format)
-        window_attention(
-            query,
-            self.kv_cache,
-            self.text_cache.kv_cache if self.sees_text else None,
-            windows,
-            self.scale,
-            attended,
-            use_triton=HAS_TRITON,
-        )
+        self._attend_windows(query, windows, attended)
         self.projections.project_output(attended.flatten(1), output)
         if self.config.output_bias and not self.sees_text:
             # Without an image CA contributes exactly zero, not the projection's bias.
             output *= windows.tokens_with_image(len(output))[:, None]
+
+    def _attend_windows(
+        self,
+        query: torch.Tensor,
+        windows: WindowAttentionMetadata,
+        output: torch.Tensor,
+        beside: torch.Tensor | None = None,
+    ) -> None:
+        text_cache = self.text_cache.kv_cache if self.sees_text else None
+        window_attention(query, self.kv_cache, text_cache, windows, self.scale, output, beside, use_triton=HAS_TRITON)
 
     @property
     def is_unbound(self) -> bool:
@@ -213,17 +268,23 @@ class CrossAttention(CacheLayer):
     def _profile(self, x: torch.Tensor, output: torch.Tensor) -> None:
         """Allocates what the layer does in a step, without keys to attend. Mutates `output`: zeros."""
         if self.sees_text:
-            query = self.projections.split(x if self.is_shared else self.projections.qkv_proj(x)[0])[0]
+            query = self.projections.split(self._projected(x))[0]
             query = torch.empty_like(query, memory_format=torch.contiguous_format)
         else:
             query = self._queries(x).flatten(1)
-        self.projections.project_output(torch.zeros_like(query, memory_format=torch.contiguous_format), output)
+        if self.projects_output:
+            self.projections.project_output(torch.zeros_like(query, memory_format=torch.contiguous_format), output)
         output.zero_()
+
+    def _projected(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns queries, and what else the layer's `text_layer` makes, of the operator's input."""
+        is_projected = self.is_shared or self.joint is not None
+        return x if is_projected else self.projections.text_layer(x)[0]
 
     def _queries(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the (T, H, D) queries of `ca`, which are not rotated."""
         projections = self.projections
-        query = projections.split(x)[0] if self.is_shared else projections.queries(x)
+        query = projections.queries_of(self._projected(x))
         if HAS_TRITON and projections.q_norm is not None:
             from casa_vllm.ops.triton_key_pages import normalize_heads
 
@@ -233,7 +294,7 @@ class CrossAttention(CacheLayer):
     def _text(self, x: torch.Tensor, metadata: CasaAttentionMetadata) -> torch.Tensor:
         """Returns the rotated (T, H, D) queries of `ca_tv`. Mutates the text cache, into which keys and values go."""
         projections, rotary_emb = self._projections
-        qkv = projections.split(x if self.is_shared else projections.qkv_proj(x)[0])
+        qkv = projections.split(self._projected(x))
         cache, slots = self.text_cache.kv_cache, metadata.windows.text_slot_mapping
         if HAS_TRITON:
             from casa_vllm.ops.triton_key_pages import prepare_text_heads
@@ -283,13 +344,17 @@ class CrossAttention(CacheLayer):
         return x.unflatten(-1, (-1, self.head_size))
 
 
-def _casa_cross_attention(x: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+def _casa_cross_attention(
+    x: torch.Tensor, from_self: torch.Tensor | None, output: torch.Tensor, layer_name: str
+) -> None:
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
-    layer.attend(x, output, layer.step_metadata(context.attn_metadata))
+    layer.attend(x, from_self, output, layer.step_metadata(context.attn_metadata))
 
 
-def _casa_cross_attention_fake(x: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+def _casa_cross_attention_fake(
+    x: torch.Tensor, from_self: torch.Tensor | None, output: torch.Tensor, layer_name: str
+) -> None:
     return
 
 

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from casa_vllm.cross_attention import CrossAttention
-from casa_vllm.projections import has_plain_weight, stack_parameters
+from casa_vllm.stacked_linears import StackedLinears
 
 # For normed and projected image tokens of all layers; more tokens are taken in several goes.
 WORKSPACE_BYTES = 256 << 20
@@ -24,18 +24,16 @@ WORKSPACE_BYTES = 256 << 20
 class StackedImageKeys:
     """Writes image tokens into the pages of all CA layers.
 
-    To be built before weights are loaded: parameters move into one tensor.
-
     Args:
         layers: The model's L CA layers, none of them quantised.
         norms: Norm of image tokens of each layer; None where they are not normed.
+        linears: The stacked weights of their keys and values, which are the last rows of each layer's.
     """
 
-    def __init__(self, layers: Sequence[CrossAttention], norms: Sequence[RMSNorm] | None) -> None:
-        self.layers, self.norms = layers, norms
-        self._linears = [layer.projections.key_value_layer for layer in layers]
-        self._weights = stack_parameters([linear.weight for linear in self._linears])
-        # Keys and values; a stack of `qkv_proj` begins with queries.
+    def __init__(
+        self, layers: Sequence[CrossAttention], norms: Sequence[RMSNorm] | None, linears: StackedLinears
+    ) -> None:
+        self.layers, self.norms, self._linears = layers, norms, linears
         self._num_rows = 2 * layers[0].num_kv_heads * layers[0].head_size
         # Of the caches, which are bound when the engine has started.
         self._addresses: list[int] = []
@@ -43,11 +41,8 @@ class StackedImageKeys:
 
     @property
     def is_usable(self) -> bool:
-        """Whether the layers still compute with the stack: after loading their weights may be packed or replaced."""
-        return all(
-            has_plain_weight(linear) and linear.weight.data_ptr() == weight.data_ptr()
-            for linear, weight in zip(self._linears, self._weights, strict=True)
-        )
+        """Whether the layers still compute with the stacked weights."""
+        return self._linears.is_usable
 
     def write(
         self,
@@ -103,11 +98,10 @@ class StackedImageKeys:
             # What the norms of all layers have in common, then the weight of each.
             normed = nn.functional.rms_norm(images, images.shape[-1:], None, self.norms[0].variance_epsilon)
             images = normed * norms[:, None]
-        weights = self._weights[:, -self._num_rows :].transpose(1, 2)
-        if self._linears[0].bias is None:
+        weights = self._linears.weight[:, -self._num_rows :].transpose(1, 2)
+        if self._linears.bias is None:
             return torch.bmm(images, weights)
-        biases = torch.stack([linear.bias[-self._num_rows :] for linear in self._linears])
-        return torch.baddbmm(biases[:, None], images, weights)
+        return torch.baddbmm(self._linears.bias[:, None, -self._num_rows :], images, weights)
 
     def _cache_addresses(self, caches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns (L,) int64, the address of each cache, on the caches' device."""

@@ -58,8 +58,7 @@ def _build_segments(layer: CrossAttention) -> None:
 
 def _attend(layer: CrossAttention, num_sequences: int, query_len: int) -> None:
     """Runs one CA layer over sequences whose windows have an image of one token."""
-    cache, hidden_size = layer.kv_cache, layer.config.text_config.hidden_size
-    num_tokens = num_sequences * query_len
+    cache, num_tokens = layer.kv_cache, num_sequences * query_len
 
     def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.full(shape, value, dtype=dtype, device=cache.device)
@@ -80,7 +79,4 @@ def _attend(layer: CrossAttention, num_sequences: int, query_len: int) -> None:
         num_tokens=num_tokens,
     )
     positions = filled(0, num_tokens, dtype=torch.int64) if layer.sees_text else None
-    projections = layer.projections
-    width = (projections.num_heads + 2 * projections.num_kv_heads) * layer.head_size if layer.is_shared else hidden_size
-    x, output = cache.new_zeros(num_tokens, width), cache.new_empty(num_tokens, hidden_size)
-    layer.attend(x, output, CasaAttentionMetadata(windows, positions))
+    layer.attend(*layer.dummy_operands(num_tokens, cache), CasaAttentionMetadata(windows, positions))

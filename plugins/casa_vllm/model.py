@@ -50,8 +50,10 @@ from casa_vllm.encoder_graphs import EncoderGraphs
 from casa_vllm.exit_messages import close_error_output_at_exit
 from casa_vllm.image_cache_spec import ImageLimits
 from casa_vllm.image_keys import StackedImageKeys
+from casa_vllm.joint_projections import JointProjections, joins_attentions
 from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
 from casa_vllm.projections import AttentionProjections, needs_queries_apart, norm_heads
+from casa_vllm.stacked_linears import StackedLinears
 from casa_vllm.vision import vision_encoder
 from casa_vllm.weights import load_stacked, load_strictly
 
@@ -74,12 +76,12 @@ class SelfAttention(AttentionProjections):
             prefix=f"{prefix}.attn",
         )
 
-    def forward(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-        """Computes (T, (H + 2 Hkv) D) projections -> (T, C)."""
+    def attend(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        """Computes (T, (H + 2 Hkv) D) projections -> (T, H D). May rotate `qkv` in place."""
         query, key, value = self.split(qkv)
         query, key = norm_heads(query, self.q_norm), norm_heads(key, self.k_norm)
         query, key = self.rotary_emb(positions, query, key)
-        return self.o_proj(self.attn(query, key, value))[0]
+        return self.attn(query, key, value)
 
 
 class CasaDecoderLayer(nn.Module):
@@ -128,21 +130,30 @@ class CasaDecoderLayer(nn.Module):
             residual, x = x, self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
-        attended = None
-        if self.self_attn is None:
-            attended = self.cross_attn(x, self.hidden_size)
-        else:
-            qkv = self.self_attn.qkv_proj(x)[0]
-            if self.cross_attn is not None:
-                # Before self-attention, which rotates the shared projections in place.
-                source = qkv if self.cross_attn.is_shared else x
-                attended = self.cross_attn(source, self.hidden_size)
-            from_self = self.self_attn(positions, qkv)
-            attended = from_self if attended is None else from_self + attended
+        attended = self.attend(positions, x)
         if self.reduces:
             attended = tensor_model_parallel_all_reduce(attended)
         x, residual = self.post_attention_layernorm(attended, residual)
         return self.mlp(x), residual
+
+    def attend(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of both attentions, (T, C), not yet summed over ranks, from (T, C) normed hidden states."""
+        own, cross = self.self_attn, self.cross_attn
+        if own is None:
+            return cross(x, self.hidden_size)
+        if cross is not None and cross.joint is not None:
+            qkv, projected = cross.joint.project(x)
+            attended = cross.attend_heads(projected, own.attend(positions, qkv))
+            return cross.joint.project_output(attended)
+        qkv = own.qkv_proj(x)[0]
+        if cross is None:
+            return own.o_proj(own.attend(positions, qkv))[0]
+        if cross.shares_output:
+            # Before self-attention, which rotates the projections in place.
+            attended = cross.attend_heads(qkv)
+            return own.o_proj(own.attend(positions, qkv) + attended)[0]
+        from_cross = cross(qkv if cross.is_shared else x, self.hidden_size)
+        return own.o_proj(own.attend(positions, qkv))[0] + from_cross
 
     def write_images(self, images: torch.Tensor, rope: tuple | None, slots: torch.Tensor) -> None:
         """See `CrossAttention.write_images`; `images` is the vision encoder's output."""
@@ -177,12 +188,24 @@ class CasaTextModel(nn.Module):
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.has_queries_apart = needs_queries_apart(config, vllm_config)
         self.image_layers = [layer for layer in self.layers if layer.cross_attn is not None]
-        self.stacked_images = None
-        if HAS_TRITON and self.image_layers and vllm_config.quant_config is None:
-            self.stacked_images = StackedImageKeys(
-                [layer.cross_attn for layer in self.image_layers],
-                [layer.input_layernorm for layer in self.image_layers] if config.normalize_image_tokens else None,
+        self.joint = self.stacked_images = None
+        if joins_attentions(config, vllm_config):
+            self.joint = JointProjections(
+                [(layer.self_attn, layer.cross_attn.projections) for layer in self.image_layers]
             )
+            for layer, joint in zip(self.image_layers, self.joint.layers, strict=True):
+                layer.cross_attn.joint = joint
+        if HAS_TRITON and self.image_layers and vllm_config.quant_config is None:
+            norms = [layer.input_layernorm for layer in self.image_layers] if config.normalize_image_tokens else None
+            self.stacked_images = StackedImageKeys(
+                [layer.cross_attn for layer in self.image_layers], norms, self._image_linears()
+            )
+
+    def _image_linears(self) -> StackedLinears:
+        """Returns the stacked layers of image keys; those of `ca_tv` are stacked with self-attention's already."""
+        if self.joint is not None and not self.has_queries_apart:
+            return self.joint.inputs
+        return StackedLinears([[layer.cross_attn.projections.key_value_layer] for layer in self.image_layers])
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(T,) -> (T, C)."""
@@ -205,22 +228,29 @@ class CasaTextModel(nn.Module):
     def write_images(self, images: torch.Tensor, rope: tuple | None, slots: dict[str, torch.Tensor]) -> None:
         """Writes keys and values of image tokens into the pages of all CA layers; see `StackedImageKeys.write`."""
         if self.stacked_images is not None:
-            if self.stacked_images.is_usable:
-                self.stacked_images.write(images, rope, slots)
-                return
-            logger.warning("The weights of CA layers were replaced: image keys are written layer by layer, slower.")
-            self.stacked_images = None
+            self.stacked_images.write(images, rope, slots)
+            return
         for layer in self.image_layers:
             layer.write_images(images, rope, slots[layer.cross_attn.layer_name])
 
     def profile_images(self, images: torch.Tensor) -> None:
         """Allocates what `write_images` does for (N, C) images, before there are caches."""
-        if self.stacked_images is not None and self.stacked_images.is_usable:
+        if self.stacked_images is not None:
             self.stacked_images.profile(images)
         elif self.image_layers:
             layer = self.image_layers[0]
             normed = layer.input_layernorm(images) if layer.normalize_image_tokens else images
             layer.cross_attn.projections.image_keys(normed)
+
+    def process_weights_after_loading(self) -> None:
+        """Keeps the stacked weights only where the layers still compute with them."""
+        stacks = [stack for stack in (self.joint, self.stacked_images) if stack is not None]
+        if all(stack.is_usable for stack in stacks):
+            return
+        logger.warning("Weights of attentions were replaced: more and smaller matrix products, slower.")
+        self.joint = self.stacked_images = None
+        for layer in self.image_layers:
+            layer.cross_attn.joint = None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Hook called by vLLM: stacks q, k, v and gate, up of the checkpoint."""
@@ -374,6 +404,10 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
         """Loads a checkpoint that contains exactly this model's tensors, under the names of its tensor map if any."""
         tensor_map = read_tensor_map(self.vllm_config.model_config.model)
         return load_strictly(self, self.config, weights if tensor_map is None else tensor_map.apply(weights))
+
+    def process_weights_after_loading(self) -> None:
+        """Hook called by vLLM when all layers have their weights as they will be used."""
+        self.model.language_model.process_weights_after_loading()
 
 
 def _patch_values(vllm_config: VllmConfig) -> PatchValues:

@@ -1,10 +1,7 @@
 """The projections of one attention layer, self-attention's or CA's, made of vLLM's layers."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -12,10 +9,10 @@ from vllm.model_executor.layers.linear import (
     LinearBase,
     QKVParallelLinear,
     RowParallelLinear,
-    UnquantizedLinearMethod,
 )
 
 from casa_engine.configuration import CasaConfig
+from casa_vllm.stacked_linears import has_plain_weight
 
 
 class AttentionProjections(nn.Module):
@@ -80,9 +77,9 @@ class AttentionProjections(nn.Module):
         """
         return qkv.split(self._sizes, dim=-1)
 
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns (T, H D) queries alone, neither normalised nor rotated, from (T, C)."""
-        return self.q_proj(x)[0] if self.has_queries_apart else self.split(self.qkv_proj(x)[0])[0]
+    def queries_of(self, projected: torch.Tensor) -> torch.Tensor:
+        """Returns the (T, H D) queries of what `text_layer` computed."""
+        return projected if self.has_queries_apart else self.split(projected)[0]
 
     def image_keys(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys, normalised but not rotated, and values of image tokens, (N, Hkv D) each, from (N, C)."""
@@ -91,6 +88,11 @@ class AttentionProjections(nn.Module):
         else:
             _, key, value = self.split(self.qkv_proj(images)[0])
         return norm_heads(key, self.k_norm), value
+
+    @property
+    def text_layer(self) -> LinearBase:
+        """The layer that projects text: queries, and keys and values where they are not apart."""
+        return self.q_proj if self.has_queries_apart else self.qkv_proj
 
     @property
     def key_value_layer(self) -> LinearBase:
@@ -113,32 +115,6 @@ def needs_queries_apart(config: CasaConfig, vllm_config: VllmConfig) -> bool:
     """
     is_own = config.is_cross_attention and config.ca_weights == "own"
     return is_own and not config.sees_window_text and vllm_config.quant_config is None
-
-
-def has_plain_weight(layer: nn.Module) -> bool:
-    """Whether the layer's product is PyTorch's with its `weight`, rows of which may then be used alone.
-
-    Not if it is quantised, packed for a CPU, wrapped by an adapter, or has to give the same bits in every batch.
-    """
-    is_unquantized = type(getattr(layer, "quant_method", None)) is UnquantizedLinearMethod
-    return is_unquantized and layer.weight.numel() > 0 and not envs.VLLM_BATCH_INVARIANT
-
-
-def stack_parameters(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Moves L equal-sized parameters into one tensor (L, ...), of which each becomes a view.
-
-    Before weights are loaded, which are copied into the views. The old storage is free afterwards; of parameters of
-    1 to 10 MiB PyTorch may keep it on a GPU as holes between others, which only smaller tensors can use.
-
-    Mutates:
-        The parameters' `data`.
-    """
-    first = parameters[0].data
-    stack = torch.empty((len(parameters), *first.shape), dtype=first.dtype, device=first.device)
-    for parameter, view in zip(parameters, stack, strict=True):
-        view.copy_(parameter.data)
-        parameter.data = view
-    return stack
 
 
 def norm_heads(x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:

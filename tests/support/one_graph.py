@@ -27,10 +27,11 @@ class TracedError(Exception):
 
 
 def main(preset: str, fusion: str, weights: str) -> None:
+    import casa_vllm.joint_projections
     import casa_vllm.model
     from casa_vllm.config_hook import SPLITTING_OPS
 
-    casa_vllm.model.HAS_TRITON = True  # parameters are stacked as on a GPU
+    casa_vllm.joint_projections.HAS_TRITON = casa_vllm.model.HAS_TRITON = True  # parameters are stacked as on a GPU
     config = preset_config(preset, fusion=fusion, ca_weights=weights)
     config.architectures = ["CasaForConditionalGeneration"]
     graphs: list[torch.fx.GraphModule] = []

@@ -122,10 +122,7 @@ def peaks_of(model: torch.nn.Module) -> dict[str, int]:
 
     def attend(metadata: Any) -> None:
         # The operator's body: what runs inside of an operator a dispatch mode does not see.
-        layer = layers[0]
-        heads = model.config.text_config.num_attention_heads + 2 * model.config.text_config.num_key_value_heads
-        x = torch.zeros(NUM_TOKENS, heads * layer.head_size if layer.is_shared else hidden_size)
-        layer.attend(x, torch.empty(NUM_TOKENS, hidden_size), metadata)
+        layers[0].attend(*layers[0].dummy_operands(NUM_TOKENS, torch.empty(0)), metadata)
 
     peaks["profile_text"] = peak_bytes(lambda: attend(None))
     for bound_cache, pages in bound:

@@ -150,6 +150,11 @@ class Engine:
     def num_free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    @property
+    def answered(self) -> set[str]:
+        """Requests of the run that goes on which have their answer."""
+        return set(self._answers)
+
     def add(self, prompt: Prompt, num_tokens: int, **options: Any) -> str:
         """Queues a greedy request; returns its id."""
         return self.add_rendered(self.render(prompt), num_tokens, **options)

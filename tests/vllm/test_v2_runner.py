@@ -80,8 +80,9 @@ def test_equals_eager_cold_and_warm(v2, eager):
     engine.scheduler.reset_encoder_cache()
     engine.forget_text()
     expected = [eager(folder)(prompt, NUM_TOKENS) for prompt in PROMPTS]
-    stacked = runner_of(engine).model.model.language_model.stacked_images
-    assert stacked.is_usable, "image keys of all layers are to be written in one go, as on a GPU"
+    text_model = runner_of(engine).model.model.language_model
+    assert text_model.stacked_images.is_usable, "image keys of all layers are to be written in one go, as on a GPU"
+    assert text_model.joint.is_usable, "both attentions of a layer are to be projected as one, as on a GPU"
     encoded = engine.images.counters.images_encoded
     assert_same(engine.ask(PROMPTS, NUM_TOKENS), expected)
     assert engine.images.counters.images_encoded == encoded + 4, "the fifth image is the first's"

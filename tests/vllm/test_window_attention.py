@@ -139,8 +139,11 @@ class Paged:
             weights = np.exp(scores - scores.max())
             self.expected[token, head] = weights @ values[:, head // group] / weights.sum()
 
-    def run(self, use_triton=USE_TRITON, num_padding=2):
-        output = torch.full((self.num_tokens + num_padding, *self.query.shape[1:]), 7.0)
+    def run(self, use_triton=USE_TRITON, num_padding=2, beside=None):
+        """The results; `beside` (T + padding, H, D), which must stand before them, is checked here."""
+        num_heads = self.query.shape[1]
+        width = num_heads if beside is None else 2 * num_heads
+        output = torch.full((self.num_tokens + num_padding, width, self.query.shape[2]), 7.0)
         output = output.to(DEVICE, self.dtype)
         padding = torch.full((num_padding, *self.query.shape[1:]), torch.nan, dtype=self.dtype)
         window_attention(
@@ -150,10 +153,13 @@ class Paged:
             _to_device(self.metadata),
             self.scale,
             output,
+            None if beside is None else beside.to(DEVICE),
             use_triton=use_triton,
         )
         assert (output[self.num_tokens :] == 0).all(), "padding rows must become 0"
-        return output[: self.num_tokens].double().cpu().numpy()
+        if beside is not None:
+            assert torch.equal(output[: self.num_tokens, :num_heads].cpu(), beside[: self.num_tokens])
+        return output[: self.num_tokens, -num_heads:].double().cpu().numpy()
 
     def check(self, **kwargs):
         output = self.run(**kwargs)
@@ -185,6 +191,25 @@ def few_splits(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_matches_float64(case, with_text):
     Paged(CASES[case], with_text=with_text).check()
+
+
+@pytest.mark.parametrize(
+    ("case", "with_text", "max_splits"),
+    [("decode-batch", False, 1), ("decode-batch", True, 4), ("unequal-windows", True, 1)],
+)
+def test_results_stand_beside_other_heads(case, with_text, max_splits, monkeypatch):
+    """What self-attention attended and the result are one tensor, without a kernel for it."""
+    if IS_INTERPRETED:
+        from casa_vllm.ops import triton_window_attention
+
+        monkeypatch.setattr(triton_window_attention, "MAX_SPLITS", max_splits)
+    paged = Paged(CASES[case], head_dim=80, with_text=with_text)
+    rows = torch.randn(paged.num_tokens + 2, 2 * paged.query[0].numel())
+    beside = rows[:, : rows.shape[1] // 2].unflatten(1, paged.query.shape[1:])  # rows apart, as of a wider tensor
+    paged.check(beside=beside)
+    paged.metadata.has_image = False
+    paged.metadata.torch_buckets = None
+    assert with_text or (paged.run(beside=beside) == 0).all()
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
@@ -262,9 +287,9 @@ def test_kernel_compiles_for_an_h200(is_decode):
     constants = {
         "IMAGE_BLOCK": 16, "TEXT_BLOCK": 16, "HAS_TEXT": True, "HEAD_DIM": 128, "DIMS": 128, "GROUP": 8,
         "TILE_QUERIES": 1 if is_decode else 8, "ROWS": 16 if is_decode else 64, "TILE_KEYS": 32,
-        "SPLITS": 16 if is_decode else 1, "IS_DECODE": is_decode, "PRECISION": "tf32",
+        "SPLITS": 16 if is_decode else 1, "IS_DECODE": is_decode, "PRECISION": "tf32", "BESIDE": 2048,
     }  # fmt: skip
-    pointers = dict.fromkeys(("query_ptr", "image_ptr", "text_ptr", "output_ptr"), "*bf16")
+    pointers = dict.fromkeys(("query_ptr", "image_ptr", "text_ptr", "output_ptr", "beside_ptr"), "*bf16")
     pointers |= dict.fromkeys(("partial_ptr", "max_ptr", "sum_ptr"), "*fp32")
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32")

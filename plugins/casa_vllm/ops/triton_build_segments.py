@@ -7,9 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
+from casa_vllm.ops import segments
 from casa_vllm.ops.segments import SegmentTensors
 
 BLOCK = 128
+# Columns of a row of state, as a kernel may read them.
+START, FIRST_PAGE, NUM_PAGES, PAGE_LENS = map(
+    tl.constexpr, (segments.START, segments.FIRST_PAGE, segments.NUM_PAGES, segments.PAGE_LENS)
+)
 # What differs from step to step, or from the warm-up: specialised on it, the kernel would be compiled anew inside a
 # request.
 VARYING = ("num_requests", "num_positions", "state_stride", "table_stride", "fields_stride", "pages_stride")
@@ -31,9 +36,9 @@ def _build_segments_kernel(
     row = tl.load(rows_ptr + request, mask=is_request, other=0)
     row_ptr = state_ptr + row * state_stride
     window_ptr = splits_ptr + 4 * segment + 1 if IS_SPLIT else row_ptr
-    start = tl.load(window_ptr, mask=is_request, other=0)
-    first_page = tl.load(window_ptr + 1, mask=is_request, other=0)
-    num_pages = tl.load(window_ptr + 2, mask=is_request, other=0)
+    start = tl.load(window_ptr + START, mask=is_request, other=0)
+    first_page = tl.load(window_ptr + FIRST_PAGE, mask=is_request, other=0)
+    num_pages = tl.load(window_ptr + NUM_PAGES, mask=is_request, other=0)
     first_position = tl.load(positions_ptr + begin, mask=begin < end, other=0).to(tl.int32)
     tl.store(fields_ptr + segment, first_position)
     tl.store(fields_ptr + fields_stride + segment, start)
@@ -44,7 +49,7 @@ def _build_segments_kernel(
         mask = page + block < num_pages
         source = first_page + page + block
         target = segment * pages_stride + page + block
-        tl.store(page_lens_ptr + target, tl.load(row_ptr + 3 + source, mask=mask), mask=mask)
+        tl.store(page_lens_ptr + target, tl.load(row_ptr + PAGE_LENS + source, mask=mask), mask=mask)
         tl.store(pages_ptr + target, tl.load(table_ptr + request * table_stride + source, mask=mask), mask=mask)
     if HAS_TEXT:
         for token in range(begin, end, BLOCK):

@@ -59,17 +59,17 @@ UNALIGNED = (
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def _window_attention_kernel(
-    query_ptr, image_ptr, text_ptr, output_ptr, partial_ptr, max_ptr, sum_ptr,
+    query_ptr, image_ptr, text_ptr, output_ptr, beside_ptr, partial_ptr, max_ptr, sum_ptr,
     query_start_loc_ptr, image_table_ptr, page_lens_ptr, num_pages_ptr,
     text_table_ptr, text_rows_ptr, text_starts_ptr, first_positions_ptr,
     num_segments, num_rows, scale, num_heads,
-    query_stride, output_stride, image_table_stride, page_lens_stride, text_table_stride,
+    query_stride, output_stride, beside_stride, image_table_stride, page_lens_stride, text_table_stride,
     image_block_stride, image_head_stride, image_slot_stride,
     text_block_stride, text_head_stride, text_slot_stride,
     IMAGE_BLOCK: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, GROUP: tl.constexpr,
     TILE_QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, IS_DECODE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, IS_DECODE: tl.constexpr, PRECISION: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -165,6 +165,9 @@ def _window_attention_kernel(
             result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
             pointers = output_ptr + token[:, None] * output_stride + cells
             tl.store(pointers, result.to(output_ptr.dtype.element_ty), mask=mask)
+            if BESIDE > 0:
+                beside = tl.load(beside_ptr + token[:, None] * beside_stride + cells, mask=mask)
+                tl.store(pointers - BESIDE, beside, mask=mask)
         else:
             index = (segment * num_heads + row_head).to(tl.int64) * SPLITS + split
             tl.store(max_ptr + index, row_max, mask=row_mask)
@@ -177,12 +180,15 @@ def _window_attention_kernel(
             padding_row = output_ptr + segment.to(tl.int64) * output_stride + kv_head * GROUP * HEAD_DIM
             zeros = tl.zeros([ROWS * DIMS], dtype=output_ptr.dtype.element_ty)
             tl.store(padding_row + lanes, zeros, mask=lanes < GROUP * HEAD_DIM)
+            if BESIDE > 0:
+                tl.store(padding_row - BESIDE + lanes, zeros, mask=lanes < GROUP * HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=("num_rows",), do_not_specialize_on_alignment=("query_start_loc_ptr",))
 def _merge_splits_kernel(
-    partial_ptr, max_ptr, sum_ptr, output_ptr, query_start_loc_ptr, num_rows, num_heads, output_stride,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
+    partial_ptr, max_ptr, sum_ptr, output_ptr, beside_ptr, query_start_loc_ptr, num_rows, num_heads,
+    output_stride, beside_stride,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """One program a (segment, head): the splits weighted by their share of the softmax."""
     segment = tl.program_id(0)
@@ -201,10 +207,16 @@ def _merge_splits_kernel(
         result = tl.sum(partial * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
         pointers = output_ptr + token * output_stride + head * HEAD_DIM + dims
         tl.store(pointers, result.to(output_ptr.dtype.element_ty), mask=dim_mask)
+        if BESIDE > 0:
+            beside = tl.load(beside_ptr + token * beside_stride + head * HEAD_DIM + dims, mask=dim_mask)
+            tl.store(pointers - BESIDE, beside, mask=dim_mask)
     elif segment < num_rows:  # a padding segment: nobody else writes its row
         dims = tl.arange(0, DIMS)
         pointers = output_ptr + segment.to(tl.int64) * output_stride + head * HEAD_DIM + dims
-        tl.store(pointers, tl.zeros([DIMS], dtype=output_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+        zeros = tl.zeros([DIMS], dtype=output_ptr.dtype.element_ty)
+        tl.store(pointers, zeros, mask=dims < HEAD_DIM)
+        if BESIDE > 0:
+            tl.store(pointers - BESIDE, zeros, mask=dims < HEAD_DIM)
 
 
 @triton.jit
@@ -235,8 +247,9 @@ def triton_window_attention(
     metadata: WindowAttentionMetadata,
     scale: float,
     output: torch.Tensor,
+    beside: torch.Tensor | None = None,
 ) -> None:
-    """See `casa_vllm.ops.window_attention`."""
+    """See `casa_vllm.ops.window_attention`; `output` is the results' part, behind that of `beside`."""
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = image_cache.shape[1]
     group = num_heads // num_kv_heads
@@ -249,6 +262,9 @@ def triton_window_attention(
     if num_tiles == 0:
         return
     partial = maxima = sums = query
+    # How far before a result its neighbour stands.
+    distance = 0 if beside is None else num_heads * head_dim
+    beside = query if beside is None else beside
     if splits > 1:
         # Allocated per call: under capture it comes from the graph's own pool, at a fixed address.
         shape = (num_segments, num_heads, splits)
@@ -258,7 +274,7 @@ def triton_window_attention(
     text_cache = text_cache if has_text else image_cache
     text_block_table = metadata.text_block_table if has_text else metadata.image_block_table
     _window_attention_kernel[(num_tiles, num_kv_heads, splits)](
-        query, image_cache, text_cache, output, partial, maxima, sums,
+        query, image_cache, text_cache, output, beside, partial, maxima, sums,
         metadata.query_start_loc,
         metadata.image_block_table,
         metadata.image_page_lens,
@@ -268,20 +284,21 @@ def triton_window_attention(
         metadata.text_starts,
         metadata.first_positions,
         num_segments, len(output), scale, num_heads,
-        query.stride(0), output.stride(0),
+        query.stride(0), output.stride(0), beside.stride(0),
         metadata.image_block_table.stride(0),
         metadata.image_page_lens.stride(0),
         text_block_table.stride(0),
         *image_cache.stride()[:3],
         *text_cache.stride()[:3],
         IMAGE_BLOCK=image_cache.shape[2], TEXT_BLOCK=text_cache.shape[2], HAS_TEXT=has_text,
-        SPLITS=splits, **tiles,
+        SPLITS=splits, BESIDE=distance, **tiles,
         num_warps=4,
     )  # fmt: skip
     if splits > 1:
         _merge_splits_kernel[(num_segments, num_heads)](
-            partial, maxima, sums, output, metadata.query_start_loc, len(output), num_heads,
-            output.stride(0), HEAD_DIM=head_dim, DIMS=tiles["DIMS"], SPLITS=splits,
+            partial, maxima, sums, output, beside, metadata.query_start_loc, len(output), num_heads,
+            output.stride(0), beside.stride(0),
+            HEAD_DIM=head_dim, DIMS=tiles["DIMS"], SPLITS=splits, BESIDE=distance,
         )  # fmt: skip
 
 

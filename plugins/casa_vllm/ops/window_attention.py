@@ -18,6 +18,7 @@ def window_attention(
     metadata: WindowAttentionMetadata,
     scale: float,
     output: torch.Tensor,
+    beside: torch.Tensor | None = None,
     *,
     use_triton: bool,
 ) -> None:
@@ -33,7 +34,9 @@ def window_attention(
             None for `ca`.
         metadata: the segments of this step.
         scale: factor on the scores.
-        output: (T or more, H, D), whatever is in it; rows beyond T and of padding segments become 0.
+        output: (T or more, H, D), or with `beside` (T or more, 2 H, D), whatever is in it; rows beyond T and of
+            padding segments become 0.
+        beside: (T or more, H, D), heads contiguous: copied into the first H heads of `output`, before the results.
         use_triton: run the Triton kernels (GPU, or CPU under Triton's interpreter).
 
     Mutates:
@@ -41,15 +44,19 @@ def window_attention(
     """
     if len(output) > metadata.num_tokens:
         output[metadata.num_tokens :] = 0
-    if metadata.text_block_table is None and not metadata.has_image:
-        output[: metadata.num_tokens] = 0
-    elif use_triton:
+    results = output if beside is None else output[:, beside.shape[1] :]
+    if use_triton and (metadata.text_block_table is not None or metadata.has_image):
         # Triton is not there on every CPU installation.
         from casa_vllm.ops.triton_window_attention import triton_window_attention
 
-        triton_window_attention(query, image_cache, text_cache, metadata, scale, output)
+        triton_window_attention(query, image_cache, text_cache, metadata, scale, results, beside)
+        return
+    if beside is not None:
+        output[: metadata.num_tokens, : beside.shape[1]] = beside[: metadata.num_tokens]
+    if metadata.text_block_table is None and not metadata.has_image:
+        results[: metadata.num_tokens] = 0
     else:
-        torch_window_attention(query, image_cache, text_cache, metadata, scale, output)
+        torch_window_attention(query, image_cache, text_cache, metadata, scale, results)
 
 
 def write_pages(
