@@ -181,8 +181,9 @@ def decode_metadata(sees_text: bool) -> Any:
     return CasaAttentionMetadata(windows, torch.full((NUM_SEQUENCES,), 2) if sees_text else None)
 
 
-def count_decode(model: torch.nn.Module) -> Counter[str]:
-    """Counts both attentions of one layer of a decode step."""
+@contextmanager
+def decoding(model: torch.nn.Module) -> Iterator[Callable[[], torch.Tensor]]:
+    """Yields a function that runs both attentions of the first layer; self-attention returns its queries."""
     from casa_vllm.model import SelfAttention
 
     layer = model.model.language_model.layers[0]
@@ -197,7 +198,13 @@ def count_decode(model: torch.nn.Module) -> Counter[str]:
         patch.object(torch.ops.vllm, "casa_cross_attention", operator),
         patch.object(SelfAttention, "attend", lambda own, _, qkv: own.split(qkv)[0]),
     ):
-        return count(lambda: layer.attend(positions, x))
+        yield lambda: layer.attend(positions, x)
+
+
+def count_decode(model: torch.nn.Module) -> Counter[str]:
+    """Counts both attentions of one layer of a decode step."""
+    with decoding(model) as attend:
+        return count(attend)
 
 
 def count_frame(model: torch.nn.Module) -> Counter[str]:
