@@ -15,10 +15,11 @@ The token that ends a frame is never fed in it: it is read with the next chunk, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,13 +96,35 @@ class CaptionState:
         return CaptionState(counts, self.recent)
 
     def after(self, generated: Sequence[int], rules: CaptionRules) -> "CaptionState":
-        """The state after a generation, whose last token is read with the next chunk."""
-        state = self
-        for index, _ in enumerate(generated):
-            state = state.decay_counts(rules)
-            if index < len(generated) - 1:
-                state = state.read(generated[index : index + 1], rules)
-        return state
+        """The state after a generation, whose last token is read with the next chunk.
+
+        Equal to `decay_counts`, and `read` and `decay_counts` for each token but the last. Python walks the counts once
+        a generation, not once a token: a captioner that has talked for long remembers a thousand of them.
+        """
+        if not generated:
+            return self
+        state = self.read(generated[:-1], rules)
+        if rules.repetition_penalty == 1:
+            return state
+        ids, amounts = count_tokens(self.counts, [*self.recent[-1:], *generated[:-1]], rules.penalty_decay)
+        return CaptionState(dict(zip(ids.tolist(), amounts.tolist(), strict=True)), state.recent)
+
+
+def count_tokens(counts: Mapping[int, float], token_ids: Sequence[int], decay: float) -> tuple[np.ndarray, np.ndarray]:
+    """Counts tokens one after the other; before each, all counts decay, and one that has become too small is 0.
+
+    Returns:
+        Ids (N,) int64 and their counts (N,) float64, above 0.
+    """
+    places = {token: place for place, token in enumerate(dict.fromkeys([*counts, *token_ids]))}
+    amounts = np.zeros(len(places))
+    amounts[: len(counts)] = np.fromiter(counts.values(), np.float64, len(counts))
+    for token in token_ids:
+        amounts *= decay
+        amounts[amounts <= MIN_COUNT] = 0
+        amounts[places[token]] += 1
+    kept = np.flatnonzero(amounts)
+    return np.fromiter(places, np.int64, len(places))[kept], amounts[kept]
 
 
 def caption_logits(logits: Tensor, state: CaptionState, rules: CaptionRules) -> Tensor:

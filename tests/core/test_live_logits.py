@@ -1,5 +1,7 @@
 """The three rules of a captioner against dense loops that follow the published text word for word."""
 
+import sys
+
 import pytest
 import torch
 
@@ -69,6 +71,35 @@ def test_a_session_of_many_frames(seed):
         # The token that was only sampled comes with the next chunk.
         unread = generated[-1:] if generated[-1] in STOPS else [generated[-1], STOPS[0]]
     assert num_banned > 3
+
+
+def count_steps(state, generated):
+    """Returns how many bytecodes Python runs for what a generation leaves."""
+    num_steps = 0
+
+    def trace(frame, event, _):
+        nonlocal num_steps
+        frame.f_trace_opcodes = True
+        num_steps += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        state.after(generated, RULES)
+    finally:
+        sys.settrace(before)
+    return num_steps
+
+
+def test_the_work_of_a_token_does_not_grow_with_what_is_remembered():
+    """Counted in steps of Python: those of 20 tokens more are as many with 10 counts as with 2,000."""
+    more = []
+    for num_counts in (10, 2000):
+        state = CaptionState(dict.fromkeys(range(100, 100 + num_counts), 1.0), (5, 6))
+        short, long = (count_steps(state, list(range(10, 10 + length))) for length in (10, 30))
+        more.append(long - short)
+    assert more[0] == more[1] > 0
 
 
 def test_off_means_off():

@@ -6,9 +6,13 @@ import struct
 from urllib.parse import urlsplit
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import ValidationError
 from websockets.asyncio.client import connect
 
+from casa_serving.live import tracing
 from casa_serving.live.client import ConnectionLostError, LiveClient
 from casa_serving.live.protocol import LiveError, read_event
 from image_files import encoded, plain
@@ -345,6 +349,49 @@ async def test_a_fault_of_the_engine_ends_one_session():
         assert "dead" not in messages[-2]["message"]
         await neighbour.send_frame(picture(), 0.0)
         assert (await take(neighbour, "frame.done")).caption == "28 28"
+
+
+@pytest.fixture
+def spans(monkeypatch):
+    """The spans that end in this process, in the order of their ends."""
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing.trace, "get_tracer", provider.get_tracer)
+    return exporter.get_finished_spans
+
+
+@pytest.mark.parametrize("ends", ["engine fails", "client leaves"])
+async def test_what_has_no_result_at_the_end_has_a_span_all_the_same(spans, ends):
+    """A frame in work, one that waits and a question; what has had its result has one span and no more."""
+    async with scripted_server() as server, connect(server.url) as socket:
+        await socket.send('{"type": "session.create"}')
+        await socket.send(frame())
+        while json.loads(await socket.recv())["type"] != "frame.done":
+            pass
+        server.engine.gate.clear()
+        await socket.send(frame(width=13))
+        await soon(lambda: server.engine.num_in_work == 1)
+        await socket.send(frame())
+        await socket.send('{"type": "question", "text": "Is it?"}')
+        await socket.send("no message")
+        while json.loads(await socket.recv())["type"] != "error":
+            pass
+        if ends == "engine fails":
+            server.engine.gate.set()
+            await rest(socket)
+        else:
+            await socket.close()
+        await soon(lambda: spans() and spans()[-1].name == "live_session")
+    done, *unfinished, session = spans()
+    assert done.attributes["casa.live.result"] == "captioned"
+    names = ("casa.live.number", "casa.live.result")
+    found = [(span.name, *(span.attributes[name] for name in names)) for span in unfinished]
+    result = "failed" if ends == "engine fails" else "abandoned"
+    assert found == [("live_frame", 1, result), ("live_question", 0, result), ("live_frame", 2, result)]
+    has_failed = ends == "engine fails"
+    assert [span.status.is_ok for span in (*unfinished, session)] == [not has_failed] * 4
+    assert all(span.parent.span_id == session.context.span_id for span in unfinished)
+    assert all(span.end_time <= session.end_time for span in unfinished)
 
 
 async def test_every_session_is_told_when_the_server_ends():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from casa_engine.live.caption_logits import MIN_COUNT, CaptionRules, CaptionState
+from casa_engine.live.caption_logits import CaptionRules, CaptionState, count_tokens
 from casa_vllm.caption_rules.tensors import NEUTRAL_NUMBERS
 
 
@@ -61,24 +61,8 @@ class RememberedRow:
 
 def _decayed(state: CaptionState, rules: CaptionRules, output_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids and counts, without stop tokens, whose counts no rule reads."""
-    num_sent = len(state.counts)
-    tokens = [*state.recent[-1:], *output_ids]
-    # Room for what is counted now.
-    ids, counts = np.full(num_sent + len(tokens), -1, np.int32), np.zeros(num_sent + len(tokens))
-    ids[:num_sent] = np.fromiter(state.counts, np.int32, num_sent)
-    counts[:num_sent] = np.fromiter(state.counts.values(), np.float64, num_sent)
-    stop_ids, num_ids = set(rules.stop_ids), num_sent
-    for token in tokens:
-        counts *= rules.penalty_decay
-        counts[counts <= MIN_COUNT] = 0
-        if token in stop_ids:
-            continue
-        found = np.flatnonzero(ids == token)
-        place = found[0] if len(found) else num_ids
-        num_ids = max(num_ids, place + 1)
-        ids[place] = token
-        counts[place] += 1
-    kept = np.flatnonzero((counts > 0) & ~np.isin(ids, list(stop_ids)))
+    ids, counts = count_tokens(state.counts, [*state.recent[-1:], *output_ids], rules.penalty_decay)
+    kept = np.flatnonzero(~np.isin(ids, rules.stop_ids))
     # In ascending order a row's logits are read from one end to the other: fewer pages of memory at once.
     kept = kept[np.argsort(ids[kept])]
-    return ids[kept], counts[kept]
+    return ids[kept].astype(np.int32), counts[kept]

@@ -112,6 +112,8 @@ class Connection:
         self.id = uuid.uuid4().hex
         self.trace: SessionTrace | None = None
         self.created = self.busy = False
+        # In work, with no result and so no span yet.
+        self.unfinished: Frame | PendingQuestion | None = None
 
     async def run(self) -> None:
         """Runs the connection to its end; raises nothing."""
@@ -144,9 +146,13 @@ class Connection:
             self._record_end(reason, failure)
 
     def _record_end(self, reason: str, failure: str) -> None:
-        """Logs the session's end, and ends its span."""
+        """Logs the session's end, and ends its span and those of what was in work or waiting."""
         counts = self.statistics.summary()
         if self.trace is not None:
+            for item in [*([self.unfinished] if self.unfinished else []), *self.queue.waiting()]:
+                name = "live_frame" if isinstance(item, Frame) else "live_question"
+                result = "failed" if failure else "abandoned"
+                self.trace.add_failure(name, item.number, item.arrived_s, result, failure)
             self.trace.end(reason, counts, failure)
         logger.info(
             "Live session %s ended after %.1f s: %s; %s frames (%s captioned, %s silent, %s dropped, %s refused, %s "
@@ -283,7 +289,8 @@ class Connection:
         if isinstance(message, Stop):
             self.queue.end()
         elif isinstance(message, Question):
-            self.queue.put_question(PendingQuestion(self.statistics.questions, message.text, message.id))
+            number, arrived_s = self.statistics.questions, time.monotonic()
+            self.queue.put_question(PendingQuestion(number, message.text, message.id, arrived_s))
             self.statistics.questions += 1
         else:
             raise LiveError("already_created", "This connection has a session: one connection is one session.")
@@ -300,13 +307,14 @@ class Connection:
     async def _process_queue(self, session: LiveSession) -> None:
         """Captions frames and answers questions until a stop; any exception but LiveError ends the session."""
         while (item := await self.queue.get()) is not None:
-            self.busy, begun_s = True, time.monotonic()
+            self.busy, self.unfinished, begun_s = True, item, time.monotonic()
             try:
                 if isinstance(item, Frame):
                     await self._caption(session, item)
                 else:
                     await self._answer(session, item)
             except LiveError as error:
+                self.unfinished = None
                 if isinstance(item, Frame):
                     await self._reject(error, item.arrived_s, frame=item.number)
                 else:
@@ -326,6 +334,7 @@ class Connection:
             raise LiveError("bad_frame", str(error)) from error
         self.statistics.add_frame(piece)
         self.trace.add_frame(frame.number, frame.arrived_s, piece)
+        self.unfinished = None
         await self._send(FrameDone.of(frame.number, piece))
 
     def _decode(self, data: bytes) -> Image.Image:
@@ -346,6 +355,7 @@ class Connection:
         except InputError as error:
             raise LiveError("bad_message", str(error), id=question.id) from error
         self.trace.add_answer(question.number, begun_s, piece)
+        self.unfinished = None
         await self._send(
             AnswerDone(
                 question=question.number,

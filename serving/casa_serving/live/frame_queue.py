@@ -26,11 +26,13 @@ class PendingQuestion:
         number: 0 for the session's first.
         text: The question.
         id: The client's own name for it.
+        arrived_s: Time of arrival on the server's monotonic clock, in seconds.
     """
 
     number: int
     text: str
     id: str | None
+    arrived_s: float
 
 
 class LatestFrameQueue:
@@ -67,6 +69,10 @@ class LatestFrameQueue:
         """Marks the end: nothing will be added."""
         self.ended = True
         self._changed.set()
+
+    def waiting(self) -> list[Frame | PendingQuestion]:
+        """Returns what nobody has taken."""
+        return [*self._questions, *([self._frame] if self._frame else [])]
 
     async def get(self) -> Frame | PendingQuestion | None:
         """Waits for the next item, questions first; returns None at the end."""

@@ -67,8 +67,8 @@ class SessionTrace:
             name: "live_frame" or "live_question".
             number: Its number; None where it has none.
             begun_s: When it arrived, on the monotonic clock.
-            result: "dropped" or "refused".
-            message: What the client is told; "" for a frame that was dropped, which is no error.
+            result: "dropped", "refused", or at the session's end "failed" (with the engine) or "abandoned".
+            message: What the client is told; "" for what was dropped or abandoned, which is no error.
         """
         span = self._start(name, number, begun_s, {"casa.live.result": result})
         if message:
