@@ -48,14 +48,14 @@ def open_page(chromium, server):
     """Opens the page; whatever the browser complains about fails the test, and nothing else is loaded."""
 
     @contextmanager
-    def opened(**options):
+    def opened(url=server.url, **options):
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
         page = context.new_page()
         complaints = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if is_fault(message) else None)
-        page.on("request", lambda request: complaints.append(request.url) if is_foreign(request.url, server) else None)
-        page.goto(f"{server.url}/")
+        page.on("request", lambda request: complaints.append(request.url) if is_foreign(request.url, url) else None)
+        page.goto(f"{url}/")
         yield page
         context.close()
         assert not complaints
@@ -68,8 +68,8 @@ def is_fault(message):
     return message.type == "error" and not any(word in message.text for word in ("WebSocket", "Failed to load"))
 
 
-def is_foreign(url, server):
-    return not url.startswith((f"{server.url}/", "blob:"))
+def is_foreign(address, url):
+    return not address.startswith((f"{url}/", "blob:"))
 
 
 @pytest.fixture(scope="package")

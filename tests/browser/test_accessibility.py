@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 from accessibility import SCHEMES, SIZES, axe_report, overflow_px, small_targets
 from clip import clip_truth
-from live_page import ask, begin_clip, give_key, wait_until
+from live_page import HeldAnswers, ask, begin_camera, begin_clip, give_key, wait_until
 
 # axe looks at the page for longer than a caption takes to move the list.
 SETTLE_MS = 500
@@ -40,6 +40,17 @@ def answered(page):
     page.evaluate("document.querySelector('details').open = true")
 
 
+def asked(page):
+    """Waits for an answer, and a second question was pressed meanwhile."""
+    held = HeldAnswers(page)
+    live(page)
+    held.holding = True
+    for _ in range(2):
+        page.fill("#question", "Read the digits.")
+        page.press("#question", "Enter")
+    expect(page.locator("#question-hint")).to_contain_text("One question at a time")
+
+
 def waiting(page):
     sockets = []
     page.route_web_socket("**/v1/live", lambda socket: sockets.append(socket) or socket.connect_to_server())
@@ -61,6 +72,14 @@ def camera(page):
     expect(page.locator("#cameras")).to_be_visible()
 
 
+def no_camera(page):
+    _, other = begin_camera(page)
+    page.evaluate(HOLD_LONG_TIMERS)
+    page.evaluate("for (const option of cameras.options) refused.push(option.value)")
+    page.select_option("#cameras", other)
+    expect(page.locator("#problem")).to_contain_text("could not be started again either")
+
+
 def wrong_file(page):
     page.evaluate(HOLD_LONG_TIMERS)
     page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"What a beautiful day!"})
@@ -73,7 +92,7 @@ def image(page):
     page.set_input_files("#image-file", {"name": "navy.png", "mimeType": "image/png", "buffer": file.getvalue()})
     ask(page, "How many digits are there?")
     give_key(page)
-    wait_until(page, "captions.textContent.includes('How many') && !ask.disabled")
+    wait_until(page, "captions.textContent.includes('How many') && ask.ariaDisabled === 'false'")
 
 
 # Each state with the phase that it is.
@@ -82,9 +101,11 @@ STATES = {
     key: "stopped",
     live: "live",
     answered: "live",
+    asked: "live",
     waiting: "waiting",
     stopped: "stopped",
     camera: "live",
+    no_camera: "empty",
     wrong_file: "empty",
     image: "image",
 }

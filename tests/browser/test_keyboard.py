@@ -3,10 +3,23 @@
 import pytest
 from playwright.sync_api import expect
 
-from live_page import KEY, wait_until
+from live_page import KEY, HeldAnswers, give_key, wait_until
 
 FOCUSED = "document.activeElement.id || document.activeElement.textContent.trim()"
 OUTLINE = "getComputedStyle(document.activeElement).outlineStyle"
+# A list of real entries, whose newest caption is not finished.
+FILL_LIST = """async () => {
+    const { Transcript } = await import("/web/transcript.js");
+    const { TranscriptView } = await import("/web/transcript_view.js");
+    const transcript = new Transcript();
+    window.view = new TranscriptView(captions, document.querySelector("#captions-scroll"),
+        document.querySelector("#captions-empty"), () => undefined);
+    for (const frame of [0, 1, 2]) {
+        const entry = transcript.captionDelta({ frame, timestamp: frame, text: `caption ${frame}` });
+        view.show(entry, transcript.entries);
+    }
+    window.drop = () => transcript.dropUnfinished().reverse().map((entry) => view.remove(entry));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +74,98 @@ def test_the_list_is_one_stop_and_the_arrows_go_through_it(page):
     assert page.evaluate("[...captions.querySelectorAll('button')].indexOf(document.activeElement)") == 2
     page.keyboard.press("Home")
     assert page.evaluate("[...captions.querySelectorAll('button')].indexOf(document.activeElement)") == 0
+
+
+@pytest.fixture
+def live(open_page):
+    """A page whose session was opened by keys, and what holds its answers."""
+    with open_page() as page:
+        held = HeldAnswers(page)
+        tab_to(page, "Play the sample clip")
+        page.keyboard.press("Enter")
+        give_key(page)
+        expect(page.locator("html")).to_have_attribute("data-phase", "live")
+        page.wait_for_selector("#captions li")
+        yield page, held
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ["ask", "Read the digits."])
+def test_a_button_that_waits_for_an_answer_keeps_the_focus(live, name):
+    page, held = live
+    held.holding = True
+    tab_to(page, "question")
+    page.keyboard.type("How many digits are there?")
+    tab_to(page, name, "Tab" if name == "ask" else "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#captions li.question")).to_have_count(1)
+    expect(page.locator("#ask")).to_be_disabled()
+    assert page.evaluate(FOCUSED) == name
+    # Pressed once more it says why nothing happens, and keeps what was typed.
+    page.fill("#question", "Read the digits.")
+    page.get_by_role("button", name="Ask" if name == "ask" else name, exact=True).focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#question-hint")).to_contain_text("One question at a time")
+    expect(page.locator("#captions li.question")).to_have_count(1)
+    expect(page.locator("#question")).to_have_value("Read the digits.")
+    held.release()
+    expect(page.locator("#ask")).to_be_enabled()
+    expect(page.locator("#question-hint")).to_be_empty()
+    assert page.evaluate(FOCUSED) == name
+    page.keyboard.press("Enter")
+    expect(page.locator("#captions li.question")).to_have_count(2)
+
+
+@pytest.mark.vllm
+def test_stop_and_reconnect_hand_the_focus_to_each_other(live):
+    page, _ = live
+    tab_to(page, "stop", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_contain_text("Session ended: ")
+    assert page.evaluate(FOCUSED) == "reconnect"
+    page.keyboard.press("Enter")
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+    assert page.evaluate(FOCUSED) == "stop"
+
+
+@pytest.mark.vllm
+def test_a_question_is_typed_on_while_the_connection_is_lost(live):
+    page, held = live
+    tab_to(page, "question")
+    page.keyboard.type("How many ")
+    held.sockets[-1].close(code=1011)
+    expect(page.locator("#problem")).to_contain_text("The connection was lost.")
+    page.keyboard.type("digits are there?")
+    page.keyboard.press("Enter")
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+    expect(page.locator("#question")).to_have_value("How many digits are there?")
+    assert page.evaluate(FOCUSED) == "question"
+    page.keyboard.press("Enter")
+    expect(page.locator("#captions li.question")).to_have_count(1)
+    expect(page.locator("#question")).to_have_value("")
+
+
+@pytest.mark.vllm
+def test_a_question_before_anything_is_shown_says_what_to_do(open_page):
+    with open_page() as page:
+        tab_to(page, "question")
+        page.keyboard.type("How many digits are there?")
+        page.keyboard.press("Enter")
+        expect(page.locator("#question-hint")).to_have_text("Choose something to show first, then ask about it.")
+        assert page.evaluate(FOCUSED) == "question"
+
+
+@pytest.mark.vllm
+def test_an_entry_that_goes_hands_its_focus_on(open_page):
+    with open_page() as page:
+        page.evaluate(FILL_LIST)
+        tab_to(page, "0:00.0caption 0")
+        page.keyboard.press("End")
+        assert "caption 2" in page.evaluate(FOCUSED)
+        page.evaluate("drop()")
+        assert page.evaluate(FOCUSED) == "captions-scroll"
+        page.evaluate(FILL_LIST)
+        page.keyboard.press("Tab")
+        assert "caption" in page.evaluate(FOCUSED)
+        page.evaluate("view.clear()")
+        assert page.evaluate(FOCUSED) == "captions-scroll"

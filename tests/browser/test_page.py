@@ -7,16 +7,23 @@ from playwright.sync_api import expect
 
 from casa_engine.live.settings import INTEGER_RANGES, MAX_TEXT_CHARACTERS, NUMBER_RANGES
 from casa_serving.live.protocol import MAX_QUESTION_CHARACTERS
-from live_page import FRAME_S, IDLE_TIMEOUT_S, KEY, Watched, ask, begin, count, pick, transcript, wait_until
+from live_page import (
+    FRAME_S,
+    IDLE_TIMEOUT_S,
+    KEY,
+    NOTE_WHAT_IS_TOLD,
+    Watched,
+    ask,
+    begin,
+    count,
+    pick,
+    transcript,
+    wait_until,
+)
 
 PATIENCE_S = 20
 # A 448x224 picture is 32 image tokens, each with keys and values of 2 heads of 32 in 3 layers, as float32.
 INSERTED_BYTES = 32 * 2 * 2 * 32 * 3 * 4
-NOTE_WHAT_IS_TOLD = """() => {
-    window.told = [];
-    const note = () => problem.textContent.includes(".") && told.push(problem.textContent);
-    new MutationObserver(note).observe(problem, { childList: true });
-}"""
 
 
 NOTE_PHASES = """() => {

@@ -8,9 +8,8 @@ import pytest
 from playwright.sync_api import expect
 
 from casa_digits.data import draw_image, load_samples
-from live_page import ask, begin_clip, give_key, wait_until
-
-SENT = "Number(document.querySelector('[data-count=sent] dd').textContent)"
+from clip import clip_truth
+from live_page import NOW, SENT, ask, begin_camera, begin_clip, give_key, wait_until
 
 # The video is loaded, but the page hears of it only at `release()`.
 HOLD_LOADED = """() => {
@@ -18,6 +17,10 @@ HOLD_LOADED = """() => {
         const held = type === "loadeddata" ? () => (window.release = listener) : listener;
         EventTarget.prototype.addEventListener.call(this, type, held, options);
     };
+}"""
+# A browser that knows that it plays no MP4.
+WITHOUT_MP4 = """() => {
+    HTMLMediaElement.prototype.canPlayType = (type) => (type.includes("mp4") ? "" : "maybe");
 }"""
 # The camera's permission is given at `release()`.
 HOLD_CAMERA = """() => {
@@ -51,6 +54,81 @@ def test_another_camera_can_be_chosen(page):
     expect(page.locator("#cameras")).to_have_value(other)
     assert page.evaluate("track.readyState") == "ended"
     wait_until(page, f"{SENT} >= 1")
+
+
+@pytest.mark.vllm
+def test_a_phone_exchanges_its_cameras_one_after_the_other(page):
+    _, other = begin_camera(page)
+    page.select_option("#cameras", other)
+    wait_until(page, f"{NOW} === '{other}'")
+    expect(page.locator("#cameras")).to_have_value(other)
+    expect(page.locator("#problem")).to_be_hidden()
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+    wait_until(page, f"{SENT} >= 1")
+    assert page.evaluate("opened.map((track) => track.readyState)") == ["ended", "live"]
+
+
+@pytest.mark.vllm
+def test_a_camera_that_cannot_be_opened_leaves_the_one_before(page):
+    sockets = []
+    page.route_web_socket("**/v1/live", lambda socket: sockets.append(socket.connect_to_server()))
+    now, other = begin_camera(page)
+    num_sessions = len(sockets)
+    page.evaluate(f"refused.push('{other}')")
+    page.select_option("#cameras", other)
+    expect(page.locator("#problem")).to_contain_text("The camera could not be started")
+    expect(page.locator("#cameras")).to_have_value(now)
+    assert page.evaluate(NOW) == now
+    sent = page.evaluate(SENT)
+    wait_until(page, f"{SENT} > {sent}")
+    assert len(sockets) == num_sessions, "the session goes on"
+    # Two choices at once end with the second, and one camera open.
+    page.evaluate("refused.length = 0")
+    page.evaluate(
+        f"for (const id of ['{other}', '{now}']) {{ cameras.value = id; cameras.dispatchEvent(new Event('change')); }}"
+    )
+    wait_until(page, f"{NOW} === '{now}' && opened.filter((track) => track.readyState === 'live').length === 1")
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+
+
+@pytest.mark.vllm
+def test_no_camera_left_is_told_so(page):
+    now, other = begin_camera(page)
+    page.evaluate(f"refused.push('{now}', '{other}')")
+    page.select_option("#cameras", other)
+    expect(page.locator("#problem")).to_contain_text("could not be started again either: it is off")
+    expect(page.locator("html")).to_have_attribute("data-phase", "empty")
+    expect(page.locator(".invitation")).to_be_visible()
+
+
+@pytest.mark.vllm
+def test_a_camera_that_is_exchanged_is_stopped_all_the_same(page):
+    """Stop while the other one is being opened: no camera comes on afterwards."""
+    _, other = begin_camera(page)
+    page.evaluate(HOLD_CAMERA)
+    page.select_option("#cameras", other)
+    wait_until(page, "'release' in window")
+    page.click("#stop")
+    expect(page.locator("html")).to_have_attribute("data-phase", "empty")
+    page.evaluate("release()")
+    wait_until(page, "window.track?.readyState === 'ended'")
+    expect(page.locator("html")).to_have_attribute("data-phase", "empty")
+
+
+@pytest.mark.vllm
+def test_cameras_are_offered_before_one_has_a_picture(page):
+    """One that never shows anything can be exchanged."""
+    page.evaluate(HOLD_LOADED)
+    page.click(".invitation [data-action=camera]")
+    expect(page.locator("#cameras option")).to_have_count(2)
+    expect(page.locator("html")).to_have_attribute("data-phase", "opening")
+    expect(page.locator("#cameras")).to_be_visible()
+    names = page.locator("#cameras option").all_inner_texts()
+    assert all("fake_device" in name for name in names), names
+    # A camera is plugged in or out.
+    page.evaluate("navigator.mediaDevices.enumerateDevices = async () => []")
+    page.evaluate("navigator.mediaDevices.dispatchEvent(new Event('devicechange'))")
+    expect(page.locator("#cameras")).to_be_hidden()
 
 
 @pytest.mark.vllm
@@ -132,12 +210,44 @@ def test_a_camera_that_is_allowed_too_late_is_let_go(page):
 
 
 @pytest.mark.vllm
-def test_a_browser_that_cannot_play_the_clip_says_so(page):
+@pytest.mark.parametrize("says", ["no", "maybe"])
+def test_a_browser_without_h264_plays_the_other_clip(page, says):
+    """One that knows it, and one that finds out; what is loaded is the WebM file as it is served."""
+    loaded = []
+    page.on("request", lambda request: loaded.append(request.url.rpartition("/")[2]))
+    if says == "no":
+        page.evaluate(WITHOUT_MP4)
     page.route("**/web/digits.mp4", lambda route: route.fulfill(body="in no format of this browser"))
+    begin_clip(page)
+    assert [name for name in loaded if name.startswith("digits")] == ["digits.mp4", "digits.webm"][says == "no" :]
+    expect(page.locator("#captions li.caption .text").first).to_have_text(clip_truth()[0].text)
+    assert page.evaluate("video.duration") == clip_truth()[-1].end
+
+
+@pytest.mark.vllm
+def test_a_browser_that_cannot_play_the_clip_says_so(page):
+    page.route("**/web/digits.*", lambda route: route.fulfill(body="in no format of this browser"))
     page.click(".invitation [data-action=clip]")
     expect(page.locator("#problem")).to_have_text(
-        "This browser cannot play the sample clip (H.264). Choose a WebM file or the camera."
+        "This browser cannot play the sample clip: it knows neither H.264 nor VP9. "
+        "Use the camera, or ask about an image."
     )
+
+
+@pytest.mark.vllm
+def test_no_key_is_asked_for_beside_an_image_before_a_question(page):
+    page.click(".invitation [data-action=clip]")
+    expect(page.locator("#key-form")).to_be_visible()
+    file = io.BytesIO()
+    draw_image(np.random.default_rng(5), load_samples(held_out=True)).to_pil().save(file, "PNG")
+    page.set_input_files("#image-file", {"name": "digits.png", "mimeType": "image/png", "buffer": file.getvalue()})
+    expect(page.locator("#still")).to_be_visible()
+    expect(page.locator("#key-form")).to_be_hidden()
+    expect(page.locator("#problem")).to_be_hidden()
+    ask(page, "Read the digits.")
+    give_key(page)
+    expect(page.locator("#key-form")).to_be_hidden()
+    expect(page.locator("#captions li.question")).to_have_count(1)
 
 
 @pytest.mark.vllm

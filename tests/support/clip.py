@@ -7,7 +7,8 @@ import numpy as np
 import casa_serving
 from casa_digits.video import caption_spans, draw_scenes
 
-CLIP = Path(casa_serving.__file__).parent / "web" / "digits.mp4"
+# The same in H.264 and in VP9.
+CLIPS = sorted((Path(casa_serving.__file__).parent / "web").glob("digits.*"))
 SECONDS, FPS, SEED, SCALE = 40, 10, 3, 2
 
 

@@ -19,6 +19,32 @@ NOTE_WHAT_IS_SHOWN = """() => {
 }"""
 
 
+NOTE_WHAT_IS_TOLD = """() => {
+    window.told = [];
+    const note = () => problem.textContent.includes(".") && told.push(problem.textContent);
+    new MutationObserver(note).observe(problem, { childList: true });
+}"""
+
+# A phone: one camera at a time. Those in `refused` are used by another program.
+ONE_CAMERA_AT_A_TIME = """() => {
+    const devices = navigator.mediaDevices;
+    const open = devices.getUserMedia.bind(devices);
+    Object.assign(window, { opened: [], refused: [] });
+    devices.getUserMedia = async (wanted) => {
+        const isTaken = opened.some((track) => track.readyState === "live");
+        if (isTaken || refused.includes(wanted.video.deviceId?.exact)) {
+            throw new DOMException("Could not start video source", "NotReadableError");
+        }
+        const stream = await open(wanted);
+        opened.push(...stream.getTracks());
+        return stream;
+    };
+}"""
+# How many frames were sent, and the id of the camera that is shown.
+SENT = "Number(document.querySelector('[data-count=sent] dd').textContent)"
+NOW = "video.srcObject?.getTracks()[0].getSettings().deviceId"
+
+
 @dataclass
 class Watched:
     """A page whose video runs, noting all the while what it shows.
@@ -77,8 +103,21 @@ def begin_clip(page):
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
 
 
+def begin_camera(page):
+    """Captions a phone's camera; returns its id, and that of the other one."""
+    page.evaluate(ONE_CAMERA_AT_A_TIME)
+    page.click(".invitation [data-action=camera]")
+    give_key(page)
+    expect(page.locator("#cameras option")).to_have_count(2)
+    wait_until(page, f"{SENT} >= 1")
+    now = page.evaluate(NOW)
+    (other,) = page.evaluate(f"[...cameras.options].map((option) => option.value).filter((id) => id !== '{now}')")
+    return now, other
+
+
 def ask(page, question):
     page.fill("#question", question)
+    expect(page.locator("#ask")).to_be_enabled()
     page.press("#question", "Enter")
 
 
@@ -108,3 +147,27 @@ def transcript(page, kind="caption"):
 def seconds(clock):
     minutes, rest = clock.split(":")
     return 60 * int(minutes) + float(rest)
+
+
+class HeldAnswers:
+    """Passes the messages of live sessions on, but for answers while `holding`."""
+
+    def __init__(self, page):
+        self.holding, self.sockets, self._held = False, [], []
+        page.route_web_socket("**/v1/live", self._relay)
+
+    def _relay(self, socket):
+        server = socket.connect_to_server()
+        server.on_message(lambda message: self._pass(socket, message))
+        self.sockets.append(socket)
+
+    def _pass(self, socket, message):
+        if self.holding and '"answer.' in message:
+            self._held.append((socket, message))
+        else:
+            socket.send(message)
+
+    def release(self):
+        self.holding = False
+        for socket, message in self._held:
+            socket.send(message)

@@ -30,6 +30,7 @@ CONTENT_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
     ".mp4": "video/mp4",
+    ".webm": "video/webm",
 }
 CONTENT_SECURITY_POLICY = "; ".join(
     (

@@ -1,13 +1,14 @@
 // The page's controls and what they do.
 
-import { watchFrames } from "./frames.js";
-import { SourceError, openingProblem } from "./messages.js";
+import { Cameras, ExchangeError, listCameras } from "./cameras.js";
+import { play, watchFrames } from "./frames.js";
+import { SourceError, exchangeProblem, openingProblem, questionHint } from "./messages.js";
 import { fetchModel, showModel } from "./model.js";
 import { fillScreen, openSmallWindow } from "./placement.js";
 import { Screen } from "./screen.js";
 import { Session } from "./session.js";
 import { boundFields } from "./settings.js";
-import { closeSource, listCameras, openCamera, openClip, openFile, openScreen } from "./sources.js";
+import { closeSource, openClip, openFile, openScreen } from "./sources.js";
 import { createState } from "./state.js";
 import { StillImage, openImage } from "./still.js";
 import { save, toSrt, toVtt } from "./subtitles.js";
@@ -20,6 +21,7 @@ class App {
     this.screen = new Screen(document, (time) => this.seek(time));
     this.session = new Session(this.state, this.screen);
     this.still = new StillImage(this.state, this.screen);
+    this.cameras = new Cameras();
     this.video = this.screen.ui.video;
     this.choices = 0; // How often something was chosen to be shown.
     this.shown = 0; // The number of the choice that is shown; an older one comes too late.
@@ -46,13 +48,14 @@ class App {
     ui["image-file"].addEventListener("change", () => this.useFile(ui["image-file"].files[0]));
     ui.cameras.addEventListener("change", () => this.useCamera(ui.cameras.value));
     this.acceptDrops(ui.stage);
+    navigator.mediaDevices?.addEventListener("devicechange", () => this.offerCameras());
     watchFrames(this.video, (time) => this.session.onVideoFrame(time));
     this.video.addEventListener("timeupdate", () => this.screen.caption(this.state.transcript));
     this.screen.show(this.state, "Pick a video to begin");
     boundFields(this.document);
     this.state.model = await fetchModel();
     showModel(ui, this.state.model, (question) => this.ask(question));
-    this.screen.allowQuestion(!ui.ask.disabled);
+    this.screen.allowQuestion(this.screen.mayAsk);
   }
 
   onClick(selector, action) {
@@ -87,32 +90,58 @@ class App {
     ui.file.value = ui["image-file"].value = ""; // So that the same file may be chosen again.
   }
 
-  async useCamera(id = "") {
-    if (!(await this.useSource({ name: "Camera", kind: "camera" }, () => openCamera(id)))) return;
-    const [track] = this.video.srcObject.getTracks();
-    this.screen.offerCameras(await listCameras(), track.getSettings().deviceId);
+  useCamera(id = "") {
+    const open = () => this.cameras.open(id).catch((error) => this.returnToCamera(error));
+    return this.useSource({ name: "Camera", kind: "camera" }, open);
   }
 
-  /** Shows another video, if it can be opened; what is shown now goes on until then. Returns whether it is shown. */
+  /** Goes on with the camera that was closed for another one, which failed. Returns null if this failed as well. */
+  async returnToCamera(error) {
+    const { former } = error;
+    if (!(error instanceof ExchangeError)) throw error;
+    if (this.state.source?.kind !== "camera") {
+      former?.drop(); // Something else, or Stop, meanwhile.
+    } else if (!former) {
+      this.session.abandon();
+      this.showNothing(exchangeProblem(error.message));
+      return null;
+    } else if (await this.show(former)) {
+      if (this.state.phase === "opening") this.session.connect(true);
+      else if (this.state.phase === "live") play(this.video);
+    }
+    throw error;
+  }
+
+  /** Shows another video, if it can be opened; what is shown now goes on until then, but for a camera. */
   async useSource(source, open) {
     const choice = (this.choices += 1);
     const opened = await this.orProblem(open);
-    if (!opened) return false;
+    if (!opened) return;
     if (choice < this.shown) {
       opened.drop();
-      return false;
+      return;
     }
     this.leave(choice, source);
-    const loaded = await opened.show(this.video).then(() => true, () => false);
-    if (choice !== this.shown) return false; // Something else, or Stop, meanwhile.
-    if (!loaded) {
-      this.showNothing(openingProblem());
-      return false;
-    }
+    const isLoaded = await this.show(opened);
+    if (choice !== this.shown) return; // Something else, or Stop, meanwhile.
+    if (isLoaded) this.session.connect(true);
+    else this.showNothing(openingProblem());
+  }
+
+  /** Puts what was opened into the video; returns whether it has a picture. */
+  async show(opened) {
+    const loaded = opened.show(this.video).then(() => true, () => false);
     // Sharing may also be ended by the browser's own button, a camera by pulling its plug.
-    for (const track of this.video.srcObject?.getTracks() ?? []) track.onended = () => this.stop();
-    this.session.connect(true);
-    return true;
+    for (const track of opened.stream?.getTracks() ?? []) track.onended = () => this.stop();
+    this.offerCameras();
+    return loaded;
+  }
+
+  /** Offers the cameras while one is shown; their names are known by then. */
+  async offerCameras() {
+    const isCamera = () => this.state.source?.kind === "camera";
+    const cameras = isCamera() ? await listCameras() : [];
+    if (isCamera()) this.screen.offerCameras(cameras, this.cameras.id);
   }
 
   async useImage(file) {
@@ -141,7 +170,8 @@ class App {
     this.still.close();
     this.reset();
     closeSource(this.video);
-    Object.assign(this.state, { source, phase: "opening", idle: false });
+    Object.assign(this.state, { source, phase: "opening", idle: false, needsKey: false });
+    this.screen.problem("");
     this.screen.show(this.state, "Opening…", "busy");
   }
 
@@ -160,7 +190,7 @@ class App {
   }
 
   stop() {
-    if (this.state.phase === "opening") this.shown = this.choices += 1; // What is being opened comes too late.
+    this.shown = this.choices += 1; // What is being opened comes too late.
     if (!this.isFile) {
       closeSource(this.video); // The camera is off; its captions stay.
       this.state.source = null;
@@ -199,11 +229,11 @@ class App {
     if (this.ask(question.value.trim())) question.value = "";
   }
 
-  /** Asks a question about what is shown; returns whether there was somebody to ask. */
+  /** Asks a question about what is shown, or shows why it cannot be asked now; returns whether it was asked. */
   ask(text) {
-    const { phase } = this.state;
-    if (!text || this.screen.ui.ask.disabled) return false;
-    if (phase === "image") this.still.ask(text);
+    if (!this.screen.mayAsk) this.screen.questionHint(questionHint(this.state));
+    if (!text || !this.screen.mayAsk) return false;
+    if (this.state.phase === "image") this.still.ask(text);
     else this.session.ask(text);
     return true;
   }
@@ -215,7 +245,7 @@ class App {
   save(suffix, write, type) {
     const { source, transcript } = this.state;
     const name = (source?.name ?? "captions").replace(/\.[^.]*$/, "");
-    const finished = transcript.captions.filter(({ done }) => done);
+    const finished = transcript.captions.items.filter(({ done }) => done);
     save(`${name}.${suffix}`, write(finished, this.video.duration), type);
   }
 }

@@ -15,22 +15,17 @@ export class CaptionTrack {
     this.#choosePlace();
   }
 
-  /** Shows an entry as it is now; `captions` are all, by time. */
+  /** Shows an entry as it is now. @param {Timeline} captions all of them */
   show(entry, captions) {
-    if (!this.cues.has(entry)) {
-      const cue = new VTTCue(entry.timestamp, END_S, "");
-      this.cues.set(entry, cue);
-      this.track.addCue(cue);
-    }
+    if (!this.cues.has(entry)) this.#add(entry, captions);
     this.cues.get(entry).text = plain(entry.text.trim());
-    this.#setEnds(captions);
   }
 
   remove(entry, captions) {
     if (!this.cues.has(entry)) return;
     this.track.removeCue(this.cues.get(entry));
     this.cues.delete(entry);
-    this.#setEnds(captions);
+    this.#setEnd(captions.at(entry.timestamp), captions);
   }
 
   clear() {
@@ -38,12 +33,18 @@ export class CaptionTrack {
     this.cues.clear();
   }
 
-  #setEnds(captions) {
-    for (const [index, entry] of captions.entries()) {
-      const end = captions[index + 1]?.timestamp ?? END_S;
-      const cue = this.cues.get(entry);
-      if (cue && cue.endTime !== end) cue.endTime = end;
-    }
+  #add(entry, captions) {
+    const cue = new VTTCue(entry.timestamp, END_S, "");
+    this.cues.set(entry, cue);
+    this.track.addCue(cue);
+    this.#setEnd(entry, captions);
+    this.#setEnd(captions.before(entry), captions);
+  }
+
+  /** Ends an entry's cue where the next one begins. */
+  #setEnd(entry, captions) {
+    const cue = this.cues.get(entry);
+    if (cue) cue.endTime = captions.after(entry)?.timestamp ?? END_S;
   }
 
   #choosePlace() {

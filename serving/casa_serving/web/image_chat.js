@@ -3,9 +3,12 @@
 import { Backoff } from "./backoff.js";
 import { address, authorization } from "./live_client.js";
 import { answerProblem } from "./messages.js";
+import { SilenceTimer } from "./silence.js";
 
 const MAX_EXCHANGES = 8; // What the model reads again with each question.
 const MAX_TRIES = 5;
+// A question may wait for others, and an answer comes in pieces.
+const MAX_SILENCE_MS = 60_000;
 
 /** An answer that did not come. `needsKey`: the server asks for an API key, or for another one. */
 export class AnswerError extends Error {
@@ -25,15 +28,24 @@ export class ImageChat {
     this.url = canvas.toDataURL("image/png");
     this.exchanges = []; // {question, answer}, the newest last.
     this.aborter = new AbortController();
+    this.silence = new SilenceTimer(MAX_SILENCE_MS, () => this.close());
   }
 
   /** Yields the pieces of an answer. Rejects with AnswerError. */
   async *ask(question, key) {
-    const response = await this.#post(question, key);
+    this.aborter = new AbortController();
+    this.silence.expect();
     let answer = "";
-    for await (const text of deltas(response.body)) {
-      answer += text;
-      yield text;
+    try {
+      const response = await this.#post(question, key);
+      for await (const text of deltas(response.body)) {
+        this.silence.heard();
+        this.silence.expect();
+        answer += text;
+        yield text;
+      }
+    } finally {
+      this.silence.heard();
     }
     this.exchanges = [...this.exchanges, { question, answer }].slice(-MAX_EXCHANGES);
   }
@@ -54,9 +66,8 @@ export class ImageChat {
     for (;;) {
       const response = await fetch(address("v1/chat/completions"), request).catch(() => null);
       if (response?.ok) return response;
-      this.aborter.signal.throwIfAborted();
       const passes = response === null || [429, 502, 503, 504].includes(response.status);
-      if (!passes || backoff.tries >= MAX_TRIES) throw new AnswerError(response?.status ?? null, Boolean(key));
+      if (this.aborter.signal.aborted || !passes || backoff.tries >= MAX_TRIES) throw new AnswerError(response?.status ?? null, Boolean(key));
       await new Promise((resolve) => backoff.schedule(resolve));
     }
   }

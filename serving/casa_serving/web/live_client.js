@@ -1,7 +1,13 @@
 // The protocol of /v1/live: one WebSocket is one session. Independent of the page.
 
+import { SilenceTimer } from "./silence.js";
+
 const PROTOCOL = "casa-live";
 const TIMESTAMP_BYTES = 8;
+// A server answers each frame, if only that a newer one took its place; one that says nothing for so long is gone.
+const MAX_SILENCE_MS = 20_000;
+// The close code of a connection that ended without a close frame.
+const LOST = 1006;
 
 /** Returns text as base64url without padding, as a subprotocol's name requires. */
 export function base64url(text) {
@@ -35,14 +41,26 @@ export class LiveClient {
    */
   constructor(create, key, onEvent, onEnd) {
     let opened = false;
+    this.silence = new SilenceTimer(MAX_SILENCE_MS, () => {
+      this.abandon();
+      onEnd({ opened, code: LOST, reason: "silent" });
+    });
     // Browsers cannot set a header here; the server turns this subprotocol into one.
     this.socket = new WebSocket(liveAddress(), key ? [PROTOCOL, `casa-key.${base64url(key)}`] : [PROTOCOL]);
     this.socket.onopen = () => {
       opened = true;
+      this.silence.heard();
       this.#send({ type: "session.create", ...create });
     };
-    this.socket.onmessage = (message) => onEvent(JSON.parse(message.data));
-    this.socket.onclose = ({ code, reason }) => onEnd({ opened, code, reason });
+    this.socket.onmessage = (message) => {
+      this.silence.heard();
+      onEvent(JSON.parse(message.data));
+    };
+    this.socket.onclose = ({ code, reason }) => {
+      this.silence.heard();
+      onEnd({ opened, code, reason });
+    };
+    this.silence.expect();
   }
 
   /** Whether the last frame is still being sent: the next one would only queue up behind it. */
@@ -55,6 +73,7 @@ export class LiveClient {
     const header = new DataView(new ArrayBuffer(TIMESTAMP_BYTES));
     header.setFloat64(0, timestamp, true);
     this.socket.send(new Blob([header, picture]));
+    this.silence.expect();
   }
 
   ask(text, id) {
@@ -68,11 +87,14 @@ export class LiveClient {
 
   /** Closes at once; nothing is reported any more. */
   abandon() {
+    this.silence.heard();
     this.socket.onmessage = this.socket.onclose = null;
     this.socket.close();
   }
 
   #send(message) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+    if (this.socket.readyState !== WebSocket.OPEN) return;
+    this.socket.send(JSON.stringify(message));
+    this.silence.expect();
   }
 }

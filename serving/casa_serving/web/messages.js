@@ -17,7 +17,7 @@ export function clipProblem() {
 }
 
 export function clipFormatProblem() {
-  return "This browser cannot play the sample clip (H.264). Choose a WebM file or the camera.";
+  return "This browser cannot play the sample clip: it knows neither H.264 nor VP9. Use the camera, or ask about an image.";
 }
 
 export function openingProblem() {
@@ -31,6 +31,11 @@ export function cameraProblem(name, message) {
   if (name === "NotAllowedError") return "The camera was not allowed. Allow it in the browser’s address bar, then try again.";
   if (name === "NotFoundError") return "No camera was found. Connect one, or choose a file.";
   return `The camera could not be started (${message || name}). Is another program using it?`;
+}
+
+/** Returns what happened where another camera could not be opened, and then not even the former one again. */
+export function exchangeProblem(problem) {
+  return `${problem} The camera from before could not be started again either: it is off, and its captions are kept.`;
 }
 
 export function screenProblem(name, message) {
@@ -75,6 +80,13 @@ export function answerProblem(status, hadKey) {
   if (status === null) return "The server cannot be reached. Ask again in a moment.";
   if (status === 429 || status >= 500) return "The server is busy. Ask again in a moment.";
   return "This question could not be answered. Ask a shorter one, or choose another image.";
+}
+
+/** Returns why a question is not sent now; what was typed stays. */
+export function questionHint({ phase, source, stopping }) {
+  if ((phase === "live" && !stopping) || phase === "image") return "One question at a time: the last one is being answered.";
+  if (!source) return "Choose something to show first, then ask about it.";
+  return phase === "stopped" || stopping ? "Reconnect first, then ask." : "There is no connection yet: ask again in a moment.";
 }
 
 /** Returns the statistics of a session as text. */

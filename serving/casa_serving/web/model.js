@@ -25,7 +25,7 @@ export function showModel(ui, model, onAsk) {
 
 function suggestion(question, onAsk) {
   const button = document.createElement("button");
-  Object.assign(button, { type: "button", textContent: question, disabled: true });
+  Object.assign(button, { type: "button", textContent: question, ariaDisabled: "true" });
   button.addEventListener("click", () => onAsk(question));
   return button;
 }

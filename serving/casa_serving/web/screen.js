@@ -18,6 +18,7 @@ export class Screen {
     this.view = new TranscriptView(this.ui.captions, this.ui["captions-scroll"], this.ui["captions-empty"], onSeek);
     this.track = new CaptionTrack(this.ui.video);
     this.notice = null; // Timer that hides a problem.
+    this.mayAsk = false; // A question is sent at once.
     for (const button of document.querySelectorAll("[data-action=screen]")) button.hidden = !canShareScreen();
   }
 
@@ -39,25 +40,38 @@ export class Screen {
       video: source?.kind !== "image",
       still: source?.kind === "image",
     };
+    visible["key-form"] = state.needsKey;
     for (const [name, shown] of Object.entries(visible)) ui[name].hidden = !shown;
     ui.reconnect.textContent = phase === "waiting" ? "Try now" : "Reconnect";
     ui.stage.toggleAttribute("data-empty", source === null);
     ui["source-name"].textContent = source?.name ?? "";
     this.showSaving(state.transcript);
     if (source?.kind !== "camera") ui["camera-choice"].hidden = true;
-    ui.question.disabled = phase !== "live" && phase !== "image";
-    this.allowQuestion(!ui.question.disabled);
-    // What had the focus may be gone; the keyboard goes on from here.
-    if (focused !== this.document.body && focused?.getClientRects().length === 0) ui.stage.focus();
+    this.allowQuestion(phase === "live" || phase === "image");
+    if (focused && focused !== this.document.body && !isSeen(focused)) this.#keepFocus(focused);
   }
 
-  /** Enables sending: while an answer is awaited the next question may be typed, not sent. */
+  /** Gives the focus of what is gone to the button that took its place, else to the picture. */
+  #keepFocus(gone) {
+    const { stop, reconnect, stage } = this.ui;
+    const successor = gone.parentElement === stop.parentElement && [stop, reconnect].find(isSeen);
+    (successor || stage).focus();
+  }
+
+  /** Lets questions be sent or not. They can be typed at any time, and a button that waits keeps the focus. */
   allowQuestion(allowed) {
-    for (const button of [this.ui.ask, ...this.ui.suggestions.children]) button.disabled = !allowed;
+    this.mayAsk = allowed;
+    for (const button of [this.ui.ask, ...this.ui.suggestions.children]) button.ariaDisabled = String(!allowed);
+    this.questionHint("");
+  }
+
+  /** Shows why a question is not sent, or nothing with "". */
+  questionHint(text) {
+    this.ui["question-hint"].textContent = text;
   }
 
   showSaving(transcript) {
-    this.ui["save-srt"].hidden = this.ui["save-vtt"].hidden = transcript.captions.length === 0;
+    this.ui["save-srt"].hidden = this.ui["save-vtt"].hidden = transcript.captions.last === null;
   }
 
   /** Offers the cameras, if there is a choice. @param {{id: string, name: string}[]} cameras @param {string} now its id */
@@ -100,7 +114,7 @@ export class Screen {
 
   /** Shows the caption that belongs to a time in the video. */
   caption(transcript, time = this.ui.video.currentTime) {
-    const entry = transcript.captionAt(time);
+    const entry = transcript.captions.at(time);
     const text = entry?.text.trim() ?? "";
     if (this.ui.caption.textContent !== text) this.ui.caption.textContent = text;
     this.view.mark(entry);
@@ -113,4 +127,8 @@ export class Screen {
     this.figures.clear();
     this.ui.caption.textContent = this.ui.spoken.textContent = "";
   }
+}
+
+function isSeen(element) {
+  return element.getClientRects().length > 0;
 }

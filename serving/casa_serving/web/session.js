@@ -5,6 +5,9 @@ import { play, takePicture } from "./frames.js";
 import { LiveClient, address, authorization } from "./live_client.js";
 import { fillSettings, readSettings } from "./settings.js";
 import { connectProblem, endProblem, sessionSummary } from "./messages.js";
+import { fetchWithin } from "./silence.js";
+
+const MAX_PROBE_MS = 5000;
 
 export class Session {
   constructor(state, screen) {
@@ -26,8 +29,7 @@ export class Session {
   /** Opens a session with the captions so far as its history; abandons the one before. */
   #open(playWhenLive) {
     this.abandon();
-    Object.assign(this.state, { playWhenLive, fatal: null, summary: null, idle: false, phase: "connecting" });
-    this.screen.ui["key-form"].hidden = true;
+    Object.assign(this.state, { playWhenLive, fatal: null, summary: null, idle: false, phase: "connecting", needsKey: false });
     this.screen.show(this.state, "Connecting…", "busy");
     const create = { ...readSettings(this.screen.ui.settings), history: this.state.transcript.history() };
     this.state.client = new LiveClient(
@@ -149,16 +151,13 @@ export class Session {
   async explainFailedConnect() {
     const { state } = this;
     const { key, source } = state;
-    const answer = await fetch(address("v1/models"), { headers: authorization(key) }).catch(() => null);
+    const answer = await fetchWithin(MAX_PROBE_MS, address("v1/models"), { headers: authorization(key) });
     // Another try, another video, or Stop, meanwhile.
     if (state.phase !== "connecting" || state.client || state.source !== source) return;
     const problem = connectProblem(answer?.status ?? null, Boolean(key));
-    if (answer?.status === 401) {
-      this.fail(problem);
-      this.screen.ui["key-form"].hidden = false;
-    } else {
-      this.retry(problem);
-    }
+    state.needsKey = answer?.status === 401;
+    if (state.needsKey) this.fail(problem);
+    else this.retry(problem);
   }
 
   /** Pauses the video, so that nothing is missed, and connects again after a while. */
@@ -186,6 +185,8 @@ export class Session {
     if (state.phase === "live" && !state.stopping) {
       state.stopping = true;
       state.client.stop(); // The server answers with statistics.
+      this.screen.show(state, "Stopping…", "busy");
+      this.screen.allowQuestion(false);
       return;
     }
     this.abandon();
@@ -193,8 +194,7 @@ export class Session {
   }
 
   #showStopped(status) {
-    this.state.phase = this.state.source ? "stopped" : "empty";
-    this.screen.ui["key-form"].hidden = true;
+    Object.assign(this.state, { phase: this.state.source ? "stopped" : "empty", needsKey: false });
     this.screen.problem("");
     this.screen.show(this.state, status);
   }

@@ -1,12 +1,20 @@
-// Sources of frames: the sample clip, a file, a camera or the screen, each put into a <video>.
+// Sources of frames, each put into a <video>: the sample clip, a file, the screen; cameras are in cameras.js.
 
 import { address } from "./live_client.js";
-import { SourceError, cameraProblem, clipFormatProblem, clipProblem, fileProblem, screenProblem } from "./messages.js";
+import { SourceError, clipFormatProblem, clipProblem, fileProblem, screenProblem } from "./messages.js";
+import { fetchWithin } from "./silence.js";
+
+const MAX_WAIT_MS = 15_000;
+// The sample clip in each format that it comes in, the first one that a browser plays; nearly all play both.
+const CLIPS = [
+  { name: "digits.mp4", type: 'video/mp4; codecs="avc1.64001f"' },
+  { name: "digits.webm", type: 'video/webm; codecs="vp9"' },
+];
 
 /**
  * What was opened, not shown yet.
- * @typedef {{show: (video: HTMLVideoElement) => Promise<void>, drop: () => void}} Opened `show` puts it into a video,
- *   `drop` releases it instead
+ * @typedef {{show: (video: HTMLVideoElement) => Promise<void>, drop: () => void, stream?: MediaStream}} Opened `show`
+ *   puts it into a video, `drop` releases it instead; only a camera or a screen has a stream
  */
 
 /** Opens a file; rejects with an error message if it cannot be played. @returns {Promise<Opened>} */
@@ -21,22 +29,16 @@ export async function openFile(file) {
   return { show: (video) => loaded(video, () => (video.src = url)), drop: () => URL.revokeObjectURL(url) };
 }
 
-/** Opens the clip that comes with the page. */
+/** Opens the clip that comes with the page, in the first format that this browser plays. */
 export async function openClip() {
-  const answer = await fetch(address("web/digits.mp4")).catch(() => null);
-  if (!answer?.ok) throw new SourceError(clipProblem());
-  try {
-    return await openFile(new File([await answer.blob()], "digits.mp4", { type: "video/mp4" }));
-  } catch {
-    throw new SourceError(clipFormatProblem());
+  const trial = document.createElement("video");
+  for (const { name, type } of CLIPS.filter((clip) => trial.canPlayType(clip.type))) {
+    const answer = await fetchWithin(MAX_WAIT_MS, address(`web/${name}`));
+    if (!answer?.ok) throw new SourceError(clipProblem());
+    const opened = await openFile(new File([await answer.blob()], name, { type })).catch(() => null);
+    if (opened) return opened;
   }
-}
-
-/** Opens a camera, the browser's own choice with ""; rejects with an error message if it may not be used. */
-export async function openCamera(deviceId = "") {
-  if (!navigator.mediaDevices) throw new SourceError(cameraProblem("insecure"));
-  const device = deviceId ? { deviceId: { exact: deviceId } } : { facingMode: "environment" };
-  return openStream(() => navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1280 }, ...device } }), cameraProblem);
+  throw new SourceError(clipFormatProblem());
 }
 
 /** Whether this browser shares screens; phones do not. */
@@ -47,13 +49,6 @@ export function canShareScreen() {
 /** Opens a screen, window or tab that the user chooses. */
 export function openScreen() {
   return openStream(() => navigator.mediaDevices.getDisplayMedia({ video: { frameRate: { ideal: 15 } } }), screenProblem);
-}
-
-/** Returns the cameras as {id, name}; their names are known once one was allowed. */
-export async function listCameras() {
-  const devices = await navigator.mediaDevices.enumerateDevices();
-  const cameras = devices.filter(({ kind }) => kind === "videoinput");
-  return cameras.map(({ deviceId, label }, index) => ({ id: deviceId, name: label || `Camera ${index + 1}` }));
 }
 
 /** Empties the video and releases the file, the camera or the screen. */
@@ -69,14 +64,15 @@ function stopTracks(stream) {
   for (const track of stream?.getTracks() ?? []) track.stop();
 }
 
-async function openStream(open, problem) {
+/** Opens a camera or a screen by the browser's own call; `problem` words its errors. @returns {Promise<Opened>} */
+export async function openStream(open, problem) {
   let stream;
   try {
     stream = await open();
   } catch (error) {
     throw new SourceError(problem(error.name, error.message));
   }
-  return { show: (video) => loaded(video, () => (video.srcObject = stream)), drop: () => stopTracks(stream) };
+  return { stream, show: (video) => loaded(video, () => (video.srcObject = stream)), drop: () => stopTracks(stream) };
 }
 
 function loaded(video, open) {

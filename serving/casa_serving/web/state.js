@@ -11,6 +11,7 @@ export function createState() {
     settings: null, // The session's settings, from the server.
     limits: null, // What the server accepts, from the server.
     key: "",
+    needsKey: false, // The server asks for a key, or for another one.
     transcript: new Transcript(),
     seen: new Set(), // Numbers of the frames, in time at this fps, that were sent.
     encoding: false, // A frame is being encoded.

@@ -32,6 +32,11 @@ export class StillImage {
     this.chat = new ImageChat(this.state.model?.name, still);
     Object.assign(this.state, { source: { name, kind: "image" }, phase: "image" });
     this.screen.problem("");
+    this.#show(false);
+  }
+
+  #show(needsKey) {
+    this.state.needsKey = needsKey;
     this.screen.show(this.state, "Ask about the image");
   }
 
@@ -64,7 +69,7 @@ export class StillImage {
 
   /** Asks again what waited for a key. */
   askAgain() {
-    this.screen.ui["key-form"].hidden = true;
+    this.#show(false);
     if (this.unanswered) this.ask(this.unanswered);
   }
 
@@ -74,6 +79,6 @@ export class StillImage {
     for (const entry of state.transcript.dropUnfinished()) screen.remove(entry, state.transcript);
     screen.problem(error.message);
     this.unanswered = error.needsKey ? text : null;
-    screen.ui["key-form"].hidden = !error.needsKey;
+    this.#show(error.needsKey);
   }
 }

@@ -1,12 +1,15 @@
 // The captions and answers of a video by time. It outlives sessions, which resume from it.
 
+import { Timeline } from "./timeline.js";
+
 // The server keeps what fits its text budget, and takes no more characters in one item.
 const MAX_HISTORY = 400;
 const MAX_CHARACTERS = 2000;
 
 export class Transcript {
   constructor() {
-    this.entries = []; // By time in the video.
+    this.entries = new Timeline();
+    this.captions = new Timeline(); // Those of the entries that are no questions.
     this.arrived = []; // In order of arrival, which is the model's.
     this.open = new Map(); // Key of a caption or answer that is being written -> entry.
   }
@@ -49,19 +52,6 @@ export class Transcript {
     return gone.map(([, entry]) => entry);
   }
 
-  /** Captions by time, without questions. */
-  get captions() {
-    return this.entries.filter(({ kind }) => kind === "caption");
-  }
-
-  /** Returns the caption that belongs to a time in the video, or null. */
-  captionAt(time) {
-    for (let index = this.#after(time) - 1; index >= 0; index -= 1) {
-      if (this.entries[index].kind === "caption") return this.entries[index];
-    }
-    return null;
-  }
-
   /** Returns the history for session.create. */
   history() {
     const finished = this.arrived.filter((entry) => entry.done).slice(-MAX_HISTORY);
@@ -71,20 +61,9 @@ export class Transcript {
     });
   }
 
-  /** Returns the number of entries up to and including a time, by binary search. */
-  #after(time) {
-    let low = 0;
-    let high = this.entries.length;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (this.entries[middle].timestamp <= time) low = middle + 1;
-      else high = middle;
-    }
-    return low;
-  }
-
   #add(key, entry) {
-    this.entries.splice(this.#after(entry.timestamp), 0, entry);
+    this.entries.add(entry);
+    if (entry.kind === "caption") this.captions.add(entry);
     this.arrived.push(entry);
     this.open.set(key, entry);
     return entry;
@@ -100,9 +79,11 @@ export class Transcript {
 
   #drop(key) {
     const entry = this.open.get(key);
+    if (!entry) return null;
     this.open.delete(key);
-    this.entries = this.entries.filter((other) => other !== entry);
-    this.arrived = this.arrived.filter((other) => other !== entry);
+    this.entries.remove(entry);
+    if (entry.kind === "caption") this.captions.remove(entry);
+    this.arrived.splice(this.arrived.lastIndexOf(entry), 1);
     return null;
   }
 }

@@ -15,21 +15,24 @@ export class TranscriptView {
     this.items = new Map(); // Entry -> its <li>.
     this.current = null;
     this.reached = null; // The entry that Tab goes to; the arrow keys go on from there.
+    this.isAtEnd = true; // The newest entry is in sight.
+    this.isMoving = false; // The list goes to its end with the next picture.
     list.addEventListener("keydown", (event) => this.#onKey(event));
+    scroll.addEventListener("scroll", () => this.#onScroll());
   }
 
-  /** Shows an entry as it is now: adds it at its place, or updates its text. */
+  /** Shows an entry as it is now: adds it at its place, or updates its text. @param {Timeline} entries all of them */
   show(entry, entries) {
-    const isLast = entries.at(-1) === entry;
-    const atEnd = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 150; // About two entries.
     if (!this.items.has(entry)) this.#insert(entry, entries);
     this.items.get(entry).querySelector(".text").textContent = entry.text || "…";
     this.hint.hidden = true;
-    if (isLast && atEnd) this.scroll.scrollTop = this.scroll.scrollHeight;
+    if (entries.last === entry && this.isAtEnd) this.#moveToEnd();
   }
 
   remove(entry) {
-    this.items.get(entry)?.remove();
+    const item = this.items.get(entry);
+    if (item?.contains(document.activeElement)) this.#keepFocus(item.previousElementSibling ?? item.nextElementSibling);
+    item?.remove();
     this.items.delete(entry);
     if (entry === this.reached) this.#reach(this.items.keys().next().value ?? null);
   }
@@ -43,20 +46,42 @@ export class TranscriptView {
   }
 
   clear() {
+    if (this.list.contains(document.activeElement)) this.#keepFocus(null);
     this.items.clear();
     this.list.replaceChildren();
     this.current = this.reached = null;
+    this.isAtEnd = true;
     this.hint.hidden = false;
   }
 
   /** Goes through the list by the arrow keys, Home and End: one stop of Tab, however many captions there are. */
   #onKey(event) {
-    const buttons = [...this.list.querySelectorAll("button")];
-    const now = buttons.indexOf(event.target);
-    const next = { ArrowDown: now + 1, ArrowUp: now - 1, Home: 0, End: buttons.length - 1 }[event.key];
-    if (next === undefined || !buttons[next]) return;
+    const { previousElementSibling: before, nextElementSibling: after } = event.target.closest("li");
+    const { firstElementChild: first, lastElementChild: last } = this.list;
+    const next = { ArrowDown: after, ArrowUp: before, Home: first, End: last }[event.key];
+    if (!next) return;
     event.preventDefault();
-    buttons[next].focus();
+    next.querySelector("button").focus();
+  }
+
+  /** Gives the focus of an item that goes to another one, or to the list itself. */
+  #keepFocus(item) {
+    (item?.querySelector("button") ?? this.scroll).focus();
+  }
+
+  #onScroll() {
+    const { scrollHeight, scrollTop, clientHeight } = this.scroll;
+    this.isAtEnd = scrollHeight - scrollTop - clientHeight < 150; // About two entries.
+  }
+
+  /** Once a picture: the browser lays out the list then anyway, and not for each token. */
+  #moveToEnd() {
+    if (this.isMoving) return;
+    this.isMoving = true;
+    requestAnimationFrame(() => {
+      this.isMoving = false;
+      if (this.isAtEnd) this.scroll.scrollTop = this.scroll.scrollHeight;
+    });
   }
 
   #reach(entry) {
@@ -67,8 +92,7 @@ export class TranscriptView {
 
   #insert(entry, entries) {
     const item = this.#build(entry);
-    const next = entries[entries.indexOf(entry) + 1];
-    this.list.insertBefore(item, this.items.get(next) ?? null);
+    this.list.insertBefore(item, this.items.get(entries.after(entry)) ?? null);
     this.items.set(entry, item);
     if (!this.reached) this.#reach(entry);
   }
