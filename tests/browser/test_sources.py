@@ -238,6 +238,10 @@ def test_a_browser_that_cannot_play_the_clip_says_so(page):
 def test_no_key_is_asked_for_beside_an_image_before_a_question(page):
     page.click(".invitation [data-action=clip]")
     expect(page.locator("#key-form")).to_be_visible()
+    # Its parts stand side by side, and nothing else offers to connect.
+    heights = page.evaluate("[...document.querySelector('#key-form').children].map((part) => part.offsetTop)")
+    assert max(heights) - min(heights) < 44, heights
+    expect(page.locator("#reconnect")).to_be_hidden()
     file = io.BytesIO()
     draw_image(np.random.default_rng(5), load_samples(held_out=True)).to_pil().save(file, "PNG")
     page.set_input_files("#image-file", {"name": "digits.png", "mimeType": "image/png", "buffer": file.getvalue()})
@@ -260,6 +264,8 @@ def test_questions_about_a_still_image(page):
     ask(page, "Read the digits.")
     give_key(page)
     expect(page.locator("#captions li.question .text")).to_have_text([drawn.text])
+    # There is no time beside it: the question has the whole line.
+    assert page.locator(".asked").bounding_box()["height"] < 30
     page.click("#suggestions >> text=How many digits are there?")
     expect(page.locator("#captions li.question .text")).to_have_text([drawn.text, str(len(drawn.digits))])
 

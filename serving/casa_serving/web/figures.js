@@ -73,9 +73,10 @@ export class Figures {
       `${event.text_tokens} of ${settings.text_budget} tokens`,
     );
     this.insertedBytes += event.insertion_bytes;
+    const saves = event.kv_bytes < this.insertedBytes; // Not with the first few frames.
     this.bytes.push(
       { held: event.kv_bytes, inserted: this.insertedBytes },
-      `${bytes(event.kv_bytes)}, not ${bytes(this.insertedBytes)}`,
+      saves ? `${bytes(event.kv_bytes)}, not ${bytes(this.insertedBytes)}` : bytes(event.kv_bytes),
     );
   }
 

@@ -89,8 +89,7 @@ export function questionHint({ phase, source, stopping }) {
   return phase === "stopped" || stopping ? "Reconnect first, then ask." : "There is no connection yet: ask again in a moment.";
 }
 
-/** Returns the statistics of a session as text. */
-export function sessionSummary({ frames, captioned, silent, dropped, delay_ms: delay }) {
-  const times = delay?.p50 == null ? "" : ` Delay ${Math.round(delay.p50)} ms (p50), ${Math.round(delay.p95)} ms (p95).`;
-  return `Session ended: ${frames} frames, ${captioned} captioned, ${silent} silent, ${dropped} dropped.${times}`;
+/** Returns the statistics of a session as text, short enough for the top of the page; the figures have the rest. */
+export function sessionSummary({ frames, captioned }) {
+  return `Session ended: ${frames} ${frames === 1 ? "frame" : "frames"}, ${captioned} captioned`;
 }

@@ -25,7 +25,7 @@ export class Screen {
   /** Shows a phase with its status text and its buttons. */
   show(state, status, kind = "idle") {
     const { ui } = this;
-    const { phase, source } = state;
+    const { phase, source, needsKey } = state;
     const focused = this.document.activeElement;
     const hasVideo = source !== null && source.kind !== "image";
     this.root.dataset.phase = phase;
@@ -33,14 +33,15 @@ export class Screen {
     ui.status.dataset.kind = kind;
     const visible = {
       stop: ["opening", "connecting", "live", "waiting"].includes(phase),
-      reconnect: hasVideo && (phase === "stopped" || phase === "waiting"),
-      restart: hasVideo && (phase === "live" || phase === "stopped"),
+      // Where a key is asked for, nothing goes on without it.
+      reconnect: hasVideo && !needsKey && (phase === "stopped" || phase === "waiting"),
+      restart: hasVideo && !needsKey && (phase === "live" || phase === "stopped"),
       "full-screen": hasVideo,
       "small-window": hasVideo && hasSmallWindow(ui.video),
       video: source?.kind !== "image",
       still: source?.kind === "image",
+      "key-form": needsKey,
     };
-    visible["key-form"] = state.needsKey;
     for (const [name, shown] of Object.entries(visible)) ui[name].hidden = !shown;
     ui.reconnect.textContent = phase === "waiting" ? "Try now" : "Reconnect";
     ui.stage.toggleAttribute("data-empty", source === null);
