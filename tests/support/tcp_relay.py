@@ -1,9 +1,9 @@
 """A wire between a browser and a server that a test can cut without a word, as when a cable is pulled."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class TcpRelay:
@@ -33,6 +33,9 @@ class TcpRelay:
     def close(self) -> None:
         """Closes everything."""
         for each in [self._listener, *self._sockets]:
+            # What waits for it in a thread ends.
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
             each.close()
 
     def _accept(self) -> None:
@@ -61,7 +64,7 @@ class TcpRelay:
             return
 
 
-@contextmanager
+@contextlib.contextmanager
 def tcp_relay(server_port: int) -> Iterator[TcpRelay]:
     """Runs a relay until the body is done."""
     relay = TcpRelay(server_port)
