@@ -80,6 +80,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         if current_platform.is_cpu():
             _keep_worker_in_engine(vllm_config)
         if not config.is_cross_attention:
+        _set_encoder_graphs(vllm_config)
             return
         _reject_options(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = "casa_vllm.scheduler.create_scheduler"
@@ -124,6 +125,19 @@ def _require_fast_encoder() -> None:
 def _reject_image_options(vllm_config: "VllmConfig") -> None:
     """Rejects options by which images bypass casa_vllm.image_items or its cache."""
     multimodal = vllm_config.model_config.multimodal_config
+def _set_encoder_graphs(vllm_config: "VllmConfig") -> None:
+    """Sets the sizes of the vision encoder's graphs, where they are wanted and nobody has chosen other sizes."""
+    compilation = vllm_config.compilation_config
+    if not compilation.cudagraph_mm_encoder or compilation.encoder_cudagraph_token_budgets:
+        return
+    from casa_vllm.encoder_graphs import graph_tokens
+
+    # vLLM: a graph has at least as many tokens as images. Where none has, it chooses sizes itself.
+    smallest = compilation.encoder_cudagraph_max_vision_items_per_batch
+    sizes = graph_tokens(vllm_config.scheduler_config.max_num_encoder_input_tokens)
+    compilation.encoder_cudagraph_token_budgets = [size for size in sizes if size >= smallest]
+
+
     if multimodal is None:
         return
     if multimodal.enable_mm_embeds:

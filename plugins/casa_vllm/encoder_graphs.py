@@ -3,8 +3,9 @@
     pixels (uint8) -> normalised and cut -> graph's buffers -> replay: encoder, norm behind it -> image tokens
 
 vLLM captures the encoder for a few numbers of image tokens and replays the smallest that fits a batch, with vLLM's
-option `cudagraph_mm_encoder`. The encoder is that of vLLM's Qwen2.5-VL, and so are its buffers: the methods of that
-model are called with the encoder alone.
+option `cudagraph_mm_encoder`. What a batch lacks to the graph's number is computed for nothing: vLLM would take powers
+of two, and up to half of the work would be lost. The encoder is that of vLLM's Qwen2.5-VL, and so are its buffers: the
+methods of that model are called with the encoder alone.
 """
 
 from dataclasses import replace
@@ -30,6 +31,17 @@ if TYPE_CHECKING:
 # Image tokens of the smallest graph, and of the largest: four frames of 896 px. Beyond that an operation takes
 # far longer than its launch, and a graph's memory grows with its tokens.
 MIN_GRAPH_TOKENS, MAX_GRAPH_TOKENS = 64, 4096
+# Tokens up to which graphs lie so far apart. Of 448 px (256 tokens) one to eight frames fit exactly, of 896 px (1,024
+# tokens) all that fit at all.
+GRAPH_STEPS = ((512, 64), (1024, 128), (2048, 256), (MAX_GRAPH_TOKENS, 512))
+
+
+def graph_tokens(max_step_tokens: int) -> list[int]:
+    """Returns the image tokens of each graph, ascending, for steps that encode up to `max_step_tokens`."""
+    largest, sizes = min(max_step_tokens, MAX_GRAPH_TOKENS), [0]
+    for end, step in GRAPH_STEPS:
+        sizes += range(sizes[-1] + step, end + 1, step)
+    return [*(size for size in sizes[1:] if size < largest), largest]
 
 
 class EncoderGraphs(SupportsEncoderCudaGraph):
