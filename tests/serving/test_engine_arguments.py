@@ -11,6 +11,7 @@ import pytest
 from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -159,10 +160,11 @@ async def open_captioner(checkpoint):
 @pytest.mark.parametrize(("embedded", "on_cpu"), MODELS)
 def test_an_engine_in_this_process(monkeypatch, checkpoint, embedded, on_cpu, is_captioner):
     """`casa-caption` compiles nothing on a CPU, whatever the checkpoint."""
-    started = []
+    started, contexts = [], []
 
-    def from_engine_args(arguments):
+    def from_engine_args(arguments, usage_context):
         started.append(arguments)
+        contexts.append(usage_context)
         raise NotStartedError
 
     monkeypatch.setattr(engine_start, "runs_on_cpu", lambda: on_cpu)
@@ -175,6 +177,7 @@ def test_an_engine_in_this_process(monkeypatch, checkpoint, embedded, on_cpu, is
         {name: getattr(of, name) for name in ENGINE_ARGUMENTS} for of in (*started, AsyncEngineArgs())
     )
     assert arguments["model"] == str(checkpoint(embedded))
+    assert contexts == [UsageContext.OPENAI_API_SERVER], "a step would have a quarter of a server's tokens"
     eager = on_cpu and (embedded or is_captioner)
     found = changed(arguments, defaults)
     if not on_cpu:  # vLLM has made an object of it.

@@ -43,6 +43,9 @@ async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
     set_environment(variables, live=False)
     # Imported here: the protocol and its client need no vLLM.
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(checkpoint), **arguments))
+    # vLLM chooses a step's tokens by it, and with them the images of a step: a server's, not those of a program.
+    context = UsageContext.OPENAI_API_SERVER
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(checkpoint), **arguments), usage_context=context)
