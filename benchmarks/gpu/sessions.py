@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,18 @@ from rows import Rows, leave
 from casa_bench.live import MAX_LATE_SHARE
 from casa_bench.statistics import percentile
 from casa_engine.configuration import CasaConfig
+from casa_engine.live.settings import LiveSettings
+from casa_engine.live.transcript import HistoryItem
 from casa_engine.presets import preset_config
 from casa_serving.engine_defaults import engine_arguments, runs_on_cpu, set_environment
 from casa_serving.live.session import FrameResult, LiveEngine
 
 FPS, BOUND_MS = 2.0, 500.0
 WARMUP_FRAMES = 4
+# Text tokens of a frame beside its caption.
+FRAME_TOKENS = 4
+# Phases of trims are spread by it, whatever the number of sessions and whenever each begins.
+GOLDEN = 0.618
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,23 @@ async def result_of(session: Any, frame: Image.Image, timestamp: float, arrived_
     return result
 
 
-async def show(live: LiveEngine, noise: Noise, load: Load, delay_s: float) -> tuple[list[float], int, int]:
-    """Shows frames by the clock; returns their delays in ms, how many were dropped, and tokens, after the warm-up."""
-    session = await live.open(replace(live.defaults, fps=FPS))
+def said_before(settings: LiveSettings, phase: float) -> list[HistoryItem]:
+    """Returns captions that fill a session's text from half of its budget (phase 0) to all of it (1).
+
+    A trim leaves half. Of sessions that began together all would be trimmed together, and none in a short measurement.
+    """
+    caption = "and so it goes on and on and on and on and on"[: settings.max_frame_tokens]  # a token a character
+    num_tokens = settings.text_budget * (1 + phase) / 2
+    number = int(num_tokens / (settings.max_frame_tokens + FRAME_TOKENS)) - 1
+    return [HistoryItem(caption=caption, timestamp=index / FPS) for index in range(number)]
+
+
+async def show(
+    live: LiveEngine, noise: Noise, load: Load, delay_s: float, history: Sequence[HistoryItem] = ()
+) -> tuple[list[float], int, int, int]:
+    """Shows frames by the clock; returns delays in ms, how many were dropped, tokens and trims, after the warm-up."""
+    session = await live.open(replace(live.defaults, fps=FPS), history)
+    trims = 0
     delays, dropped, tokens = [], 0, 0
     await asyncio.sleep(delay_s)
     begun_s = time.monotonic()
@@ -96,8 +117,9 @@ async def show(live: LiveEngine, noise: Noise, load: Load, delay_s: float) -> tu
         if number >= WARMUP_FRAMES:
             delays.append(result.delay_ms)
             tokens += result.num_tokens
+            trims += result.trimmed
     await session.close()
-    return delays, dropped, tokens
+    return delays, dropped, tokens, trims
 
 
 async def measure_sessions(live: LiveEngine, load: Load, rows: Rows, name: str) -> None:
@@ -108,10 +130,13 @@ async def measure_sessions(live: LiveEngine, load: Load, rows: Rows, name: str) 
     await asyncio.gather(*(show(live, noise, warm_up, 0.0) for _ in range(load.numbers[0])))
     for number in load.numbers:
         shown = await asyncio.gather(
-            *(show(live, noise, load, place / number / FPS) for place in range(number)),
+            *(
+                show(live, noise, load, place / number / FPS, said_before(live.defaults, place * GOLDEN % 1))
+                for place in range(number)
+            ),
         )
         delays = [delay for result in shown for delay in result[0]]
-        dropped, tokens = (sum(result[index] for result in shown) for index in (1, 2))
+        dropped, tokens, trims = (sum(result[index] for result in shown) for index in (1, 2, 3))
         # A frame that was never shown to the model is later than any.
         late = sum(delay > BOUND_MS for delay in delays) + dropped
         case = f"{name}, {number} sessions at {FPS:g} fps, {load.side} px"
@@ -119,6 +144,7 @@ async def measure_sessions(live: LiveEngine, load: Load, rows: Rows, name: str) 
             rows.add("frame's delay, p95", case, percentile(delays, 95))
             rows.add("frame's delay, p50", case, percentile(delays, 50))
         rows.add("tokens a second of all", case, tokens / load.seconds, "tokens/s")
+        rows.add("trims of all", case, trims, "")
         rows.add("late or dropped", case, 100 * late / (len(delays) + dropped), "%")
         if late > MAX_LATE_SHARE * (len(delays) + dropped):
             return
