@@ -1,6 +1,7 @@
 """Runs each Triton kernel of CA once in every form that a step may ask for, so that none is compiled in a request.
 
-vLLM's own warm-up has no images: `ca` would skip its attention in it, and nothing would write image keys.
+vLLM's own warm-up has no images: `ca` would skip its attention in it, and nothing would write image keys. Its requests
+are all sampled with top-k and top-p together, captions with top-k alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,10 @@ from casa_vllm.ops import WindowAttentionMetadata
 from casa_vllm.ops.build_segments import build_segments
 from casa_vllm.ops.segments import SegmentTensors
 
+
+# vLLM's kernel for top-k and top-p takes over at 8 rows (PyTorch sorts fewer); Triton compiles it once for multiples of
+# 16 and once for all others.
+TOP_K_BATCHES = (8, 16)
 
 def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], max_num_seqs: int) -> None:
     """Decodes, prefills, builds segments and writes images, with block 0 for an image and without a slot to write to.
@@ -35,6 +40,24 @@ def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], ma
 
 
 def _decode_sizes(num_kv_heads: int, max_num_seqs: int) -> Iterable[int]:
+def warm_up_sampling(vocab_size: int, device: torch.device) -> None:
+    """Cuts logits off by top-k, by top-p and by both, with which vLLM's kernel is compiled anew.
+
+    Args:
+        vocab_size: V.
+        device: Of the logits.
+    """
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    if device.type == "cpu":  # nothing is compiled, and Triton's interpreter does not run vLLM's kernel
+        return
+    for batch_size in TOP_K_BATCHES:
+        top_k = torch.full((batch_size,), 1, dtype=torch.int32, device=device)
+        top_p = torch.full((batch_size,), 0.5, dtype=torch.float32, device=device)
+        for limits in ((top_k, None), (None, top_p), (top_k, top_p)):
+            apply_top_k_top_p(torch.zeros(batch_size, vocab_size, device=device), *limits)
+
+
     """Returns numbers of sequences that, together, have every way to split keys."""
     from casa_vllm.ops.triton_window_attention import decode_splits  # Triton is not on every CPU
 

@@ -17,6 +17,7 @@ from casa_engine.errors import InputError
 from casa_vllm.caption_processor import sent_state
 from casa_vllm.caption_rules import CaptionTable
 from casa_vllm.caption_rules.remembered import RememberedRow
+from casa_vllm.kernel_warmup import warm_up_sampling
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
@@ -44,10 +45,11 @@ class CaptionSampler:
         return CaptionTable(self._states.max_num_reqs, self._states.device, use_triton=HAS_TRITON)
 
     def warm_up(self) -> None:
-        """Compiles the kernels, with nobody's row: not in the first session's request."""
+        """Compiles the kernels, with nobody's row, and those that sample: not in the first session's request."""
         device = self._states.device
         nobody = torch.full((1,), -1, device=device)
         self._table.apply(torch.zeros(1, 2, device=device), nobody, nobody.int(), np.array([-1]))
+        warm_up_sampling(self._states.vocab_size, device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
