@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE, SPLITS = 16, 2, 16, 16
 INT32 = {
     "query_start_loc_ptr", "image_table_ptr", "page_lens_ptr", "num_pages_ptr",
     "text_table_ptr", "text_rows_ptr", "text_starts_ptr", "first_positions_ptr",
-    "state_ptr", "splits_ptr", "table_ptr", "fields_ptr", "pages_ptr",
+    "state_ptr", "splits_ptr", "table_ptr", "fields_ptr", "pages_ptr", "padded_starts_ptr",
 }  # fmt: skip
 INT64 = {"slots_ptr", "positions_ptr", "caches_ptr", "rows_ptr", "relative_ptr"}
 FLOAT32 = {"partial_ptr", "max_ptr", "sum_ptr", "cos_ptr", "sin_ptr"}
@@ -95,9 +96,10 @@ def cases(head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
             image = constants | {"NUM_HEADS": NUM_KV_HEADS, "HAS_ROPE": has_rope}
             name = f"image heads{', rotation' if has_rope else ''}{suffix}"
             yield Case(name, pages._image_heads_kernel, image, 1)
-    for is_split in (False, True):
-        constants = {"IS_SPLIT": is_split, "HAS_TEXT": True, "BLOCK": triton_build_segments.BLOCK}
-        name = f"segments, {'split' if is_split else 'a request each'}"
+    for is_split, is_padded in product((False, True), repeat=2):
+        constants = {"IS_SPLIT": is_split, "HAS_TEXT": True, "IS_PADDED": is_padded}
+        constants["BLOCK"] = triton_build_segments.BLOCK
+        name = f"segments, {'split' if is_split else 'a request each'}{', of a graph' if is_padded else ''}"
         yield Case(name, triton_build_segments._build_segments_kernel, constants, 4)
     alone = {"NUM_HEADS": NUM_HEADS, "BLOCK": 1, "ROTARY_DIM": 0, "HAS_NORM": True, "HAS_KEYS": False}
     yield Case("queries alone, norms", pages._text_heads_kernel, sizes | alone, 1)

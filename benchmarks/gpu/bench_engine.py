@@ -29,8 +29,8 @@ MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     # CUDA graphs of decode and no inductor: starts in seconds.
     "decode-graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
-    # The vision encoder as graphs, too, as `casa serve` has it.
-    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_mm_encoder": True}},
+    # Short prefills and the vision encoder as graphs, too, as `casa serve` has them.
+    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_mm_encoder": True}},
     "compile": {"compilation_config": {"cudagraph_mm_encoder": True}},
 }
 
@@ -70,9 +70,11 @@ class BenchEngine:
         }
         if self.is_plain:
             arguments["skip_tokenizer_init"] = True
-            # A copy: there is no vision encoder.
-            arguments["compilation_config"] = dict(arguments.get("compilation_config", {}))
-            arguments["compilation_config"].pop("cudagraph_mm_encoder", None)
+            # There is no vision encoder, and vLLM's own graphs of mode FULL would decode as if they prefilled.
+            if "graphs" in mode and on_gpu:
+                arguments |= MODES["decode-graphs"]
+            elif mode == "compile":
+                arguments.pop("compilation_config", None)
         else:
             arguments |= {"limit_mm_per_prompt": {"image": 1}, "mm_processor_cache_gb": 0}
         vllm_config = EngineArgs(**(arguments | options)).create_engine_config()

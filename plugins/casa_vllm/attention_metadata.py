@@ -4,8 +4,13 @@ A runner plans a step once (`set_step`) and then lets vLLM build the metadata of
 image group builds the tensors of the step's segments, that of a text cache's group hands on vLLM's own tables. A layer
 of `ca_tv` reads both, under the names of its two caches.
 
-In a full CUDA graph a decode step's segments are in buffers of `max_num_seqs` rows. The graph is captured over these
-and reads whatever a step has written there: nothing that it reads is ever reallocated, no length is a constant in it.
+In a full CUDA graph a step's segments are in buffers with a row for each token of the largest graph. The graph is
+captured over these and reads whatever a step has written there: nothing that it reads is ever reallocated, no length is
+a constant in it. A graph of T tokens has T segments:
+
+    decode                              one a request, a token each; padding segments are empty
+    requests of any length              one a request and window; the next has the padding tokens, the others are empty
+    (see `v2_chunk_graphs`)
 """
 
 from collections.abc import Sequence
@@ -25,6 +30,9 @@ from casa_vllm.ops import WindowAttentionMetadata
 from casa_vllm.ops.build_segments import build_segments
 from casa_vllm.ops.segments import SegmentTensors
 from casa_vllm.window_states import SegmentPlan
+
+# vLLM's worker with graphs of short prefills.
+GPU_WORKER = "casa_vllm.v2_chunk_graphs.CasaGPUWorker"
 
 
 @dataclass
@@ -57,22 +65,33 @@ class Step:
     """A step's requests, as a runner passes them.
 
     Attributes:
-        plan: Its segments; None where a full CUDA graph runs the step, or captures it: a token a request.
+        plan: Its segments; None where a full CUDA graph of decode runs the step, or captures it: a token a request.
         rows: (R or more,) int64 on the device, row of each request's state.
         num_requests: R; 0 for a made-up batch, whose requests have no images.
         state: (rows, 3 + row pages) int32 on the device, see `WindowStates`.
+        in_graph: Whether a full CUDA graph runs the step, or captures it.
     """
 
     plan: SegmentPlan | None
     rows: torch.Tensor
     num_requests: int
     state: torch.Tensor
+    in_graph: bool = False
 
 
-class TextMetadataBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
+class GraphSupport:
+    """What CA caches declare to vLLM of full CUDA graphs."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        """Returns graphs of any step, with the worker that promises them the length of queries; of decode otherwise."""
+        if vllm_config.parallel_config.worker_cls == GPU_WORKER:
+            return AttentionCGSupport.ALWAYS
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+class TextMetadataBuilder(GraphSupport, AttentionMetadataBuilder[CommonAttentionMetadata]):
     """Hands on vLLM's tables of a text group."""
-
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -86,10 +105,8 @@ class TextMetadataBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
         return common_attn_metadata
 
 
-class ImageMetadataBuilder(AttentionMetadataBuilder[CasaAttentionMetadata]):
+class ImageMetadataBuilder(GraphSupport, AttentionMetadataBuilder[CasaAttentionMetadata]):
     """Builds the segments of a step for the CA layers of an image group."""
-
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -101,11 +118,14 @@ class ImageMetadataBuilder(AttentionMetadataBuilder[CasaAttentionMetadata]):
 
     @cached_property
     def _graph_tensors(self) -> SegmentTensors:
-        """The buffers of `max_num_seqs` segments that decode graphs read."""
-        max_num_seqs = self.vllm_config.scheduler_config.max_num_seqs
-        query_start_loc = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=self.device)
+        """The buffers that graphs read."""
+        config = self.vllm_config
+        max_tokens = max(
+            config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0
+        )
+        query_start_loc = torch.zeros(max_tokens + 1, dtype=torch.int32, device=self.device)
         return SegmentTensors.empty(
-            query_start_loc, self.kv_cache_spec.step_pages, max_num_seqs if self._sees_text else None
+            query_start_loc, self.kv_cache_spec.step_pages, max_tokens if self._sees_text else None
         )
 
     def build(
@@ -115,13 +135,19 @@ class ImageMetadataBuilder(AttentionMetadataBuilder[CasaAttentionMetadata]):
         step, common = self.step, common_attn_metadata
         if step is None:
             return None
-        if step.plan is None:
-            # The runner's own starts are in a persistent, padded buffer as well.
-            tensors, splits = self._graph_tensors.first(common.query_start_loc), None
-        elif not (self._sees_text or step.plan.max_pages):
+        plan = step.plan
+        if not (step.in_graph or self._sees_text or plan.max_pages):
             return None
+        starts, splits = self._given_segments(plan, common)
+        if not step.in_graph:
+            tensors = SegmentTensors.empty(
+                starts, max(plan.max_pages, 1), len(common.positions) if self._sees_text else None
+            )
+        elif plan is None:
+            # The runner's own starts are in a persistent, padded buffer as well.
+            tensors = self._graph_tensors.first(starts)
         else:
-            tensors, splits = self._eager_tensors(step.plan, common)
+            tensors = self._graph_tensors.first(self._graph_tensors.query_start_loc[: common.num_actual_tokens + 1])
         build_segments(
             tensors,
             step.state,
@@ -130,25 +156,25 @@ class ImageMetadataBuilder(AttentionMetadataBuilder[CasaAttentionMetadata]):
             common.block_table_tensor,
             common.positions,
             splits,
+            padded=(starts, plan.num_segments) if step.in_graph and plan is not None else None,
             use_triton=HAS_TRITON,
         )
-        return self._metadata(tensors, step.plan, common)
+        return self._metadata(tensors, None if step.in_graph else plan, common)
 
-    def _eager_tensors(
-        self, plan: SegmentPlan, common: CommonAttentionMetadata
-    ) -> tuple[SegmentTensors, torch.Tensor | None]:
-        """Returns tensors for the plan's segments, and what the host has split of them, sent to the device."""
-        num_pages, num_positions = max(plan.max_pages, 1), len(common.positions) if self._sees_text else None
-        if plan.splits is None:
-            return SegmentTensors.empty(common.query_start_loc, num_pages, num_positions), None
+    def _given_segments(
+        self, plan: SegmentPlan | None, common: CommonAttentionMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the starts of a step's segments, and what the host has split of them, on the device."""
+        if plan is None or plan.splits is None:
+            return common.query_start_loc, None
         staged = np.concatenate((plan.query_start_loc, plan.splits.ravel()))
         sent = async_tensor_h2d(staged, device=self.device)
-        splits = sent[plan.num_segments + 1 :].view(plan.splits.shape)
-        return SegmentTensors.empty(sent[: plan.num_segments + 1], num_pages, num_positions), splits
+        return sent[: plan.num_segments + 1], sent[plan.num_segments + 1 :].view(plan.splits.shape)
 
     def _metadata(
         self, tensors: SegmentTensors, plan: SegmentPlan | None, common: CommonAttentionMetadata
     ) -> CasaAttentionMetadata:
+        """Returns the metadata; without a plan that of a graph, which holds for whatever it replays."""
         first_positions, text_starts, num_pages, requests = tensors.fields
         max_text_len = self.vllm_config.model_config.max_model_len if plan is None else plan.max_text_len
         windows = WindowAttentionMetadata(
@@ -161,7 +187,7 @@ class ImageMetadataBuilder(AttentionMetadataBuilder[CasaAttentionMetadata]):
             text_rows=requests,
             text_block_table=None,
             text_slot_mapping=None,
-            max_query_len=1 if plan is None else plan.max_query_len,
+            max_query_len=common.max_query_len if plan is None else plan.max_query_len,
             max_text_len=max_text_len if self._sees_text else 0,
             has_image=plan is None or plan.max_pages > 0,
             num_tokens=common.num_actual_tokens if plan is None else plan.num_tokens,

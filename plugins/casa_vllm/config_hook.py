@@ -79,8 +79,8 @@ class CasaConfigHook(VerifyAndUpdateConfig):
             grammars.backend = "xgrammar"
         if current_platform.is_cpu():
             _keep_worker_in_engine(vllm_config)
-        if not config.is_cross_attention:
         _set_encoder_graphs(vllm_config)
+        if not config.is_cross_attention:
             return
         _reject_options(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = "casa_vllm.scheduler.create_scheduler"
@@ -90,6 +90,10 @@ class CasaConfigHook(VerifyAndUpdateConfig):
         if current_platform.is_cpu():
             vllm_config.parallel_config.worker_cls = "casa_vllm.v1_runner.CasaCPUWorker"
             return
+        if current_platform.is_cuda_alike() and vllm_config.parallel_config.worker_cls == "auto":
+            from casa_vllm.attention_metadata import GPU_WORKER
+
+            vllm_config.parallel_config.worker_cls = GPU_WORKER
         compilation = vllm_config.compilation_config
         if compilation.splitting_ops is None and not vllm_config.model_config.enforce_eager:
             # The operator reads the step's metadata, so it must not be part of a piecewise graph.
@@ -122,9 +126,6 @@ def _require_fast_encoder() -> None:
         )
 
 
-def _reject_image_options(vllm_config: "VllmConfig") -> None:
-    """Rejects options by which images bypass casa_vllm.image_items or its cache."""
-    multimodal = vllm_config.model_config.multimodal_config
 def _set_encoder_graphs(vllm_config: "VllmConfig") -> None:
     """Sets the sizes of the vision encoder's graphs, where they are wanted and nobody has chosen other sizes."""
     compilation = vllm_config.compilation_config
@@ -138,6 +139,9 @@ def _set_encoder_graphs(vllm_config: "VllmConfig") -> None:
     compilation.encoder_cudagraph_token_budgets = [size for size in sizes if size >= smallest]
 
 
+def _reject_image_options(vllm_config: "VllmConfig") -> None:
+    """Rejects options by which images bypass casa_vllm.image_items or its cache."""
+    multimodal = vllm_config.model_config.multimodal_config
     if multimodal is None:
         return
     if multimodal.enable_mm_embeds:

@@ -1,10 +1,11 @@
-"""Runs each Triton kernel of CA once in every form that a step may ask for, so that none is compiled in a request.
+"""Runs each Triton kernel once in every form that a step may ask for, so that none is compiled in a request.
 
 vLLM's own warm-up has no images: `ca` would skip its attention in it, and nothing would write image keys. Its requests
 are all sampled with top-k and top-p together, captions with top-k alone.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import torch
 
@@ -14,10 +15,10 @@ from casa_vllm.ops import WindowAttentionMetadata
 from casa_vllm.ops.build_segments import build_segments
 from casa_vllm.ops.segments import SegmentTensors
 
-
 # vLLM's kernel for top-k and top-p takes over at 8 rows (PyTorch sorts fewer); Triton compiles it once for multiples of
 # 16 and once for all others.
 TOP_K_BATCHES = (8, 16)
+
 
 def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], max_num_seqs: int) -> None:
     """Decodes, prefills, builds segments and writes images, with block 0 for an image and without a slot to write to.
@@ -39,7 +40,6 @@ def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], ma
     model.write_images(image, grids, {layer.layer_name: nowhere for layer in layers})
 
 
-def _decode_sizes(num_kv_heads: int, max_num_seqs: int) -> Iterable[int]:
 def warm_up_sampling(vocab_size: int, device: torch.device) -> None:
     """Cuts logits off by top-k, by top-p and by both, with which vLLM's kernel is compiled anew.
 
@@ -58,6 +58,7 @@ def warm_up_sampling(vocab_size: int, device: torch.device) -> None:
             apply_top_k_top_p(torch.zeros(batch_size, vocab_size, device=device), *limits)
 
 
+def _decode_sizes(num_kv_heads: int, max_num_seqs: int) -> Iterable[int]:
     """Returns numbers of sequences that, together, have every way to split keys."""
     from casa_vllm.ops.triton_window_attention import decode_splits  # Triton is not on every CPU
 
@@ -68,15 +69,16 @@ def warm_up_sampling(vocab_size: int, device: torch.device) -> None:
 
 
 def _build_segments(layer: CrossAttention) -> None:
-    """Builds the segment of one token, of a whole request and of a part of one."""
+    """Builds the segment of one token, of a whole request and of a part of one, alone and in a graph's buffers."""
     device = layer.kv_cache.device
     position, state = (
         torch.zeros(1, dtype=torch.int64, device=device),
         torch.zeros(1, 4, dtype=torch.int32, device=device),
     )
     tensors = SegmentTensors.empty(torch.zeros_like(state[0, :2]), 1, 1 if layer.sees_text else None)
-    for splits in (None, state):
-        build_segments(tensors, state, position, 1, state, position, splits, use_triton=True)
+    starts = tensors.query_start_loc.clone()
+    for splits, padded in product((None, state), (None, (starts, 1))):
+        build_segments(tensors, state, position, 1, state, position, splits, padded=padded, use_triton=True)
 
 
 def _attend(layer: CrossAttention, num_sequences: int, query_len: int) -> None:

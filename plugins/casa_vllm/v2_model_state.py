@@ -4,7 +4,7 @@ Order of a step; only the last part may be in a CUDA graph:
 
     prepare_attn            windows that moved on are written to the device, one kernel builds the step's segments
     prepare_inputs_embeds   encode the scheduled images, write their K/V of all layers to pages
-    forward                 eagerly, or as a replay of the decode graph
+    forward                 eagerly, or as a replay of a graph: of decode, or of requests of any length
 
 See `casa_vllm.attention_metadata` for what a graph reads.
 """
@@ -134,20 +134,22 @@ class CasaModelState(DefaultModelState):
 
     def _step(self, input_batch: "InputBatch", *, in_graph: bool) -> Step:
         """Plans the step and writes the windows that moved on to the device."""
+        # Of the length of queries a graph of decode promises nothing, or (vLLM 0.32) one token.
+        is_decode = in_graph and input_batch.max_query_len in (None, 1)
         rows, num_requests = input_batch.idx_mapping_np, input_batch.num_reqs
         num_computed, num_scheduled = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
         plan = None
         if input_batch.req_ids[0] not in self._request_ids:
             # A made-up batch (warm-up, capture, memory profiling): its rows are nobody's, or somebody else's.
             num_requests = 0
-            if not in_graph:
+            if not is_decode:
                 plan = SegmentPlan.without_images(num_computed, num_scheduled)
-        elif in_graph:
+        elif is_decode:
             self._windows.advance(rows, num_computed)
         else:
             plan = self._windows.plan(rows, num_computed, num_scheduled)
         self._send_windows()
-        return Step(plan, input_batch.idx_mapping, num_requests, self._device_windows.gpu)
+        return Step(plan, input_batch.idx_mapping, num_requests, self._device_windows.gpu, in_graph)
 
     def _send_windows(self) -> None:
         """Writes changed rows to the device, in one write. Mutates the copy there."""

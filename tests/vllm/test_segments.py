@@ -78,7 +78,7 @@ class Worker:
         self.windows = WindowStates(num_rows, ROW_PAGES, ROW_PAGES, BLOCK_SIZE)
         self.state = torch.zeros(self.windows.table.shape, dtype=torch.int32, device=DEVICE)
 
-    def step(self, num_padding=0):
+    def step(self, num_padding=0, num_graph_padding=0):
         """Plans and builds a step of some of the requests; yields what it was built of."""
         for row in range(len(self.windows.table)):
             if row not in self.requests or self.rng.random() < 0.1:
@@ -93,10 +93,10 @@ class Worker:
         for row, num_values in self.windows.changed.items():
             self.state[row, :num_values] = torch.from_numpy(self.windows.table[row, :num_values])
         self.windows.changed.clear()
-        tensors = self.build(plan, batch, rows, counts, num_padding)
+        tensors = self.build(plan, batch, rows, counts, num_padding, num_graph_padding)
         return plan, tensors, batch, counts
 
-    def build(self, plan, batch, rows, counts, num_padding):
+    def build(self, plan, batch, rows, counts, num_padding, num_graph_padding):
         positions = [
             p for request, n in zip(batch, counts, strict=True) for p in range(request.computed, request.computed + n)
         ]
@@ -106,9 +106,11 @@ class Worker:
             table[index, : len(pages)] = pages
         starts = plan.query_start_loc if plan.splits is not None else np.cumsum([0, *counts])
         starts = np.append(starts, np.full(num_padding, starts[-1]))
-        tensors = SegmentTensors.empty(
-            torch.from_numpy(starts).to(DEVICE, torch.int32), max(plan.max_pages, 1), len(positions) + 3
-        )
+        starts = given = torch.from_numpy(starts).to(DEVICE, torch.int32)
+        num_positions = len(positions) + (num_graph_padding or 3)
+        if num_graph_padding:
+            starts = torch.full((num_positions + 1,), -77, dtype=torch.int32, device=DEVICE)
+        tensors = SegmentTensors.empty(starts, max(plan.max_pages, 1), num_positions)
         for tensor in (tensors.fields, tensors.page_lens, tensors.pages, tensors.relative_positions):
             tensor.fill_(-77)  # what is not written shows
         build_segments(
@@ -117,8 +119,10 @@ class Worker:
             torch.from_numpy(rows).to(DEVICE),
             len(batch),
             torch.from_numpy(table).to(DEVICE),
-            torch.tensor(positions + [0] * 3, device=DEVICE),
+            # Behind a step's tokens stand those of an earlier one.
+            torch.tensor(positions + [77] * (num_positions - len(positions)), device=DEVICE),
             None if plan.splits is None else torch.from_numpy(plan.splits).to(DEVICE),
+            padded=(given, plan.num_segments) if num_graph_padding else None,
             use_triton=USE_TRITON,
         )
         return tensors
@@ -146,8 +150,8 @@ def check_step(plan, tensors, batch, counts):
             pages = zip(tensors.pages[segment].tolist(), tensors.page_lens[segment].tolist(), strict=True)
             assert list(pages)[: len(seen)] == seen
         text_lens.append(part[-1][1] - text_starts[segment] + 1)
-    assert tensors.relative_positions[len(tokens) :].tolist() == [0] * 3
-    assert plan.max_query_len == np.diff(starts).max()
+    assert set(tensors.relative_positions[len(tokens) :].tolist()) == {0}
+    assert plan.max_query_len == np.diff(starts[: plan.num_segments + 1]).max()
     assert plan.max_text_len == max(text_lens)
     assert plan.max_pages == max(num_pages[: plan.num_segments])
 
@@ -205,6 +209,26 @@ def test_padding_has_no_image():
 
 
 @pytest.mark.skipif(not USE_TRITON, reason="runs in the process that the first test starts")
+@pytest.mark.parametrize("seed", range(3))
+def test_segments_of_a_graph(seed):
+    """Those of a step stand first; the next has the padding tokens, sees nothing, and the rest is empty."""
+    rng = random.Random(seed)
+    worker, num_split = Worker(rng, num_rows=5), 0
+    for _ in range(12):
+        plan, tensors, batch, counts = worker.step(num_graph_padding=4)
+        check_step(plan, tensors, batch, counts)
+        num_split += plan.splits is not None
+        num_tokens, last = plan.num_tokens, plan.num_segments
+        starts = tensors.query_start_loc.tolist()
+        assert starts[last:] == [num_tokens] + [num_tokens + 4] * (num_tokens + 4 - last)
+        first_positions, text_starts, num_pages, requests = tensors.fields[:, last:].tolist()
+        assert set(first_positions) == set(num_pages) == set(requests) == {0}
+        assert text_starts == [4] + [0] * (num_tokens + 3 - last), "the last padding token is before its window"
+        worker.advance(batch, counts)
+    assert num_split, "no step had tokens of several windows"
+
+
+@pytest.mark.skipif(not USE_TRITON, reason="runs in the process that the first test starts")
 def test_made_up_batch_reads_no_row():
     """Warm-up batches have rows that are somebody else's: as many segments, no image, windows that start at 0."""
     state = torch.full((2, 3 + ROW_PAGES), 9, dtype=torch.int32, device=DEVICE)
@@ -220,36 +244,49 @@ def test_made_up_batch_reads_no_row():
 
 
 @pytest.mark.parametrize("sees_text", [False, True], ids=["ca", "ca_tv"])
-@pytest.mark.parametrize("kind", ["graph", "eager", "split"])
+@pytest.mark.parametrize("kind", ["graph", "eager", "split", "chunks"])
 def test_building_waits_for_nothing(kind, sees_text, monkeypatch):
     """On torch's meta device, where whatever needs a value on the host raises; the kernel alone is left out."""
     built = []
     monkeypatch.setattr(attention_metadata, "build_segments", lambda tensors, *args, **kwargs: built.append(tensors))
-    num_requests, num_tokens, device = 3, 3 if kind != "split" else 9, torch.device("meta")
+    num_requests, num_tokens, device = 3, 3 if kind in ("graph", "eager") else 9, torch.device("meta")
     config = SimpleNamespace(
-        compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(sees_text=sees_text)}),
+        compilation_config=SimpleNamespace(
+            static_forward_context={"layer": SimpleNamespace(sees_text=sees_text)}, max_cudagraph_capture_size=16
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         model_config=SimpleNamespace(max_model_len=64),
     )
     builder = attention_metadata.ImageMetadataBuilder(SimpleNamespace(step_pages=7), ["layer"], config, device)
     plan = SegmentPlan.without_images(np.full(num_requests, 5), np.full(num_requests, num_tokens // num_requests))
     plan = replace(plan, max_pages=2)
-    if kind == "split":
+    if kind in ("split", "chunks"):
         splits, starts = np.zeros((4, 4), np.int32), np.array([0, 1, 3, 6, 9], np.int32)
         plan = replace(plan, splits=splits, query_start_loc=starts, num_segments=4)
     rows = torch.zeros(num_requests, dtype=torch.int64, device=device)
     state = torch.zeros(8, 3 + ROW_PAGES, dtype=torch.int32, device=device)
     plan = None if kind == "graph" else plan
-    builder.step = attention_metadata.Step(plan, rows, num_requests, state)
+    builder.step = attention_metadata.Step(plan, rows, num_requests, state, kind in ("graph", "chunks"))
     common = SimpleNamespace(
         query_start_loc=torch.zeros(num_requests + 1, dtype=torch.int32, device=device),
         positions=torch.zeros(num_tokens, dtype=torch.int64, device=device),
         block_table_tensor=torch.zeros(num_requests, ROW_PAGES, dtype=torch.int32, device=device),
         num_actual_tokens=num_tokens,
+        max_query_len=16 if kind == "chunks" else num_tokens // num_requests,
     )
     windows = builder.build(0, common).windows
-    num_segments = 4 if kind == "split" else 3
+    num_segments = {"split": 4, "chunks": num_tokens}.get(kind, num_requests)
     assert windows.num_segments == num_segments and windows.num_tokens == num_tokens
-    assert windows.image_block_table.shape == (num_segments, 7 if kind == "graph" else 2)
-    assert windows.max_query_len == num_tokens // num_requests
+    assert windows.image_block_table.shape == (num_segments, 7 if builder.step.in_graph else 2)
+    assert windows.max_query_len == common.max_query_len
     assert (built[0].relative_positions is not None) == sees_text
+
+
+@pytest.mark.parametrize(
+    ("worker", "support"), [(attention_metadata.GPU_WORKER, "ALWAYS"), ("vllm.Worker", "UNIFORM_SINGLE_TOKEN_DECODE")]
+)
+def test_graphs_of_any_step_need_our_worker(worker, support):
+    """vLLM's own promises a graph of any step nothing of the length of queries: CA would capture decode's kernel."""
+    config = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=worker))
+    for builder in (attention_metadata.ImageMetadataBuilder, attention_metadata.TextMetadataBuilder):
+        assert builder.get_cudagraph_support(config, None).name == support

@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(STAND_IN is None, reason="CASA_STAND_IN names no stand-ins of the CUDA libraries"),
 ]
 LIMIT_S = 400
+# Of benchmarks/gpu/live_steps.py.
+CHUNK_TOKENS = 20
 FOLDERS = ("", "plugins", "serving", "models", "benchmarks", "benchmarks/gpu", "tests/support")
 STARTS = [
     ("tiny-llama", "eager"),
@@ -62,6 +64,32 @@ def test_an_engine_starts_and_decodes_in_one_replay(preset, mode):
         assert decode["running"] == decode["sequences"]
         if mode != "eager":
             assert decode["a_step"]["replays"] == 1, "a decode step is one graph"
+
+
+@pytest.mark.parametrize(
+    ("preset", "mode"), [("CASA-Helium1-VL-2B", "compile"), ("CASA-Qwen2_5-VL-3B-LiveCC", "graphs")]
+)
+def test_steps_of_live_sessions(preset, mode):
+    """Nothing is compiled once sessions are there, no step waits for the device, a frame's text is one replay."""
+    done = subprocess.run(
+        [STAND_IN, "python3", str(ROOT / "benchmarks/gpu/live_steps.py"), preset, "--mode", mode],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_GPU_SYNC_CHECK="error"),
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stderr[-4000:]
+    sessions = [line for line in lines if "sessions" in line]
+    assert [line["sessions"] for line in sessions] == [1, 8, 32, 128]
+    assert all(line["compiled"] == [] for line in sessions), "a kernel is compiled inside a request"
+    steps = [line for line in lines if "chunks" in line]
+    # 128 sequences at most: 256 tokens in the largest graph. The encoder is one more replay.
+    short = [line for line in steps if line["decoding"] + CHUNK_TOKENS * line["chunks"] <= 256]
+    kinds = {(line["decoding"] > 0, min(line["chunks"], 2)) for line in short}
+    assert kinds >= {(True, 0), (True, 1), (True, 2), (False, 1)}
+    assert all(line["replays"] == 1 + (line["images"] > 0) for line in short)
 
 
 @pytest.mark.parametrize("arguments", [[], ["CHECKPOINT"], ["CHECKPOINT", "--enforce-eager"]], ids=" ".join)

@@ -190,6 +190,31 @@ def test_decode_from_the_buffers_of_a_graph(v2, eager, monkeypatch):
 
 
 @in_v2
+def test_short_prefills_are_replayed(v2, eager, monkeypatch):
+    """Chunks of several windows beside requests that decode, each step of them one graph with padding."""
+    from replayed_graphs import use_graphs
+
+    folder, engine = v2
+    engine.forget_text()
+    engine.engine.step()  # the worker hears with the next step which requests of other tests have ended
+    replays = use_graphs(runner_of(engine), [4, 16, STEP_TOKENS], monkeypatch)
+    lengths = [12, 5, 4, 3]
+    names = [engine.add(PROMPTS[0], lengths[0])]
+    for _ in range(3):
+        engine._step()
+    names += [engine.add(prompt, length) for prompt, length in zip(PROMPTS[1:], lengths[1:], strict=True)]
+    answers = engine.run()
+    expected = [eager(folder)(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    assert_same([answers[name] for name in names], expected)
+    mixed = [batch for batch in replays if 1 in batch.num_scheduled_tokens and (batch.num_scheduled_tokens > 1).any()]
+    assert any((batch.num_scheduled_tokens > 1).sum() > 1 for batch in mixed), "no step had chunks beside a decode"
+    assert any(batch.num_tokens < batch.num_tokens_after_padding for batch in mixed), "no graph was larger than a step"
+    decodes = [batch for batch in replays if batch.max_query_len is None]
+    assert decodes and all((batch.num_scheduled_tokens == 1).all() for batch in decodes)
+    assert {batch.max_query_len for batch in replays} == {None, STEP_TOKENS}
+
+
+@in_v2
 def test_what_a_gpu_worker_runs_before_serving(v2, eager):
     """Warm-up steps of made-up requests, and dummy batches with attention; then a real answer."""
     from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup

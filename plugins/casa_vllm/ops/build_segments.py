@@ -20,18 +20,22 @@ def build_segments(
     positions: torch.Tensor,
     splits: torch.Tensor | None,
     *,
+    padded: tuple[torch.Tensor, int] | None = None,
     use_triton: bool,
 ) -> None:
     """Builds the segments of a step.
 
     Args:
-        out: Where to; its `query_start_loc` is read.
+        out: Where to; its `query_start_loc` is read, unless `padded` is given.
         state: (rows, 3 + row pages) int32.
         rows: (R or more,) int64, the state's row of each request.
         num_requests: R. Segments of requests beyond have no image and a window that starts at 0.
         block_table: (R or more, row pages) int32, in batch order.
         positions: (T,) int64, text position of each token.
         splits: (V, 4) int32, see `casa_vllm.window_states.SegmentPlan`; None if segment v is request v.
+        padded: Starts (S + 1 or more,) int32 of the step's S segments and S, where `out` has more of them and gets
+            its starts from these: of the others the first has all further tokens, sees nothing, and the rest is empty.
+            Triton's kernel alone; None: the segments of `out` are the step's.
         use_triton: Run the Triton kernel.
 
     Mutates:
@@ -40,7 +44,9 @@ def build_segments(
     if use_triton:
         from casa_vllm.ops.triton_build_segments import triton_build_segments
 
-        triton_build_segments(out, state, rows, num_requests, block_table, positions, splits)
+        triton_build_segments(out, state, rows, num_requests, block_table, positions, splits, padded)
+    elif padded is not None:
+        raise NotImplementedError("padded segments are of CUDA graphs; expected use_triton.")
     else:
         torch_build_segments(out, state, rows, num_requests, block_table, positions, splits)
 

@@ -17,29 +17,44 @@ START, FIRST_PAGE, NUM_PAGES, PAGE_LENS = map(
 )
 # What differs from step to step, or from the warm-up: specialised on it, the kernel would be compiled anew inside a
 # request.
-VARYING = ("num_requests", "num_positions", "state_stride", "table_stride", "fields_stride", "pages_stride")
-UNALIGNED = ("query_start_loc_ptr", "splits_ptr", "fields_ptr", "page_lens_ptr", "pages_ptr", "relative_ptr")
+VARYING = (
+    "num_requests", "num_segments", "num_positions", "state_stride", "table_stride", "fields_stride", "pages_stride",
+)  # fmt: skip
+UNALIGNED = (
+    "query_start_loc_ptr", "splits_ptr", "fields_ptr", "page_lens_ptr", "pages_ptr", "relative_ptr",
+    "padded_starts_ptr",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def _build_segments_kernel(
     state_ptr, rows_ptr, splits_ptr, query_start_loc_ptr, positions_ptr, table_ptr,
-    fields_ptr, page_lens_ptr, pages_ptr, relative_ptr,
-    num_requests, num_positions, state_stride, table_stride, fields_stride, pages_stride,
-    IS_SPLIT: tl.constexpr, HAS_TEXT: tl.constexpr, BLOCK: tl.constexpr,
+    fields_ptr, page_lens_ptr, pages_ptr, relative_ptr, padded_starts_ptr,
+    num_requests, num_segments, num_positions, state_stride, table_stride, fields_stride, pages_stride,
+    IS_SPLIT: tl.constexpr, HAS_TEXT: tl.constexpr, IS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
-    begin = tl.load(query_start_loc_ptr + segment)
-    end = tl.load(query_start_loc_ptr + segment + 1)
-    request = tl.load(splits_ptr + 4 * segment) if IS_SPLIT else segment
-    is_request = request < num_requests
+    is_segment = segment < num_segments
+    begin = tl.load(query_start_loc_ptr + tl.minimum(segment, num_segments))
+    end = tl.load(query_start_loc_ptr + tl.minimum(segment + 1, num_segments))
+    if IS_PADDED:
+        begin = tl.where(segment <= num_segments, begin, num_positions)
+        end = tl.where(is_segment, end, num_positions)
+        tl.store(padded_starts_ptr + segment, begin)
+        tl.store(padded_starts_ptr + segment + 1, end, mask=segment == tl.num_programs(0) - 1)
+    request = tl.load(splits_ptr + 4 * segment, mask=is_segment, other=0) if IS_SPLIT else segment
+    is_request = is_segment & (request < num_requests)
     row = tl.load(rows_ptr + request, mask=is_request, other=0)
     row_ptr = state_ptr + row * state_stride
     window_ptr = splits_ptr + 4 * segment + 1 if IS_SPLIT else row_ptr
     start = tl.load(window_ptr + START, mask=is_request, other=0)
     first_page = tl.load(window_ptr + FIRST_PAGE, mask=is_request, other=0)
     num_pages = tl.load(window_ptr + NUM_PAGES, mask=is_request, other=0)
-    first_position = tl.load(positions_ptr + begin, mask=begin < end, other=0).to(tl.int32)
+    first_position = tl.load(positions_ptr + begin, mask=is_segment & (begin < end), other=0).to(tl.int32)
+    if IS_PADDED:
+        # Tokens at 0 of a window that starts behind them have no text, nor a row of a table.
+        start = tl.where(is_segment, start, end - begin)
+        request = tl.where(is_segment, request, 0)
     tl.store(fields_ptr + segment, first_position)
     tl.store(fields_ptr + fields_stride + segment, start)
     tl.store(fields_ptr + 2 * fields_stride + segment, num_pages)
@@ -55,7 +70,7 @@ def _build_segments_kernel(
         for token in range(begin, end, BLOCK):
             mask = token + block < end
             position = tl.load(positions_ptr + token + block, mask=mask, other=0)
-            tl.store(relative_ptr + token + block, position - start, mask=mask)
+            tl.store(relative_ptr + token + block, tl.where(is_segment, position - start, 0), mask=mask)
         if segment == tl.num_programs(0) - 1:
             for token in range(end, num_positions, BLOCK):
                 tl.store(relative_ptr + token + block, 0, mask=token + block < num_positions)
@@ -69,14 +84,16 @@ def triton_build_segments(
     block_table: torch.Tensor,
     positions: torch.Tensor,
     splits: torch.Tensor | None,
+    padded: tuple[torch.Tensor, int] | None = None,
 ) -> None:
     """See `casa_vllm.ops.build_segments.build_segments`."""
-    relative = out.relative_positions
-    _build_segments_kernel[(len(out.query_start_loc) - 1,)](
-        state, rows, state if splits is None else splits, out.query_start_loc, positions, block_table,
-        out.fields, out.page_lens, out.pages, positions if relative is None else relative,
-        num_requests, 0 if relative is None else len(relative),
+    relative, num_programs = out.relative_positions, len(out.query_start_loc) - 1
+    starts, num_segments = (out.query_start_loc, num_programs) if padded is None else padded
+    _build_segments_kernel[(num_programs,)](
+        state, rows, state if splits is None else splits, starts, positions, block_table,
+        out.fields, out.page_lens, out.pages, positions if relative is None else relative, out.query_start_loc,
+        num_requests, num_segments, len(positions if relative is None else relative),
         state.stride(0), block_table.stride(0), out.fields.stride(0), out.pages.stride(0),
-        IS_SPLIT=splits is not None, HAS_TEXT=relative is not None, BLOCK=BLOCK,
+        IS_SPLIT=splits is not None, HAS_TEXT=relative is not None, IS_PADDED=padded is not None, BLOCK=BLOCK,
         num_warps=4,
     )  # fmt: skip

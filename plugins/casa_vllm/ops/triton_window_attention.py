@@ -82,8 +82,13 @@ def _window_attention_kernel(
         # Segment s starts at tile start(s) // TILE_QUERIES + s: at most one tile a segment is
         # wasted and the host needs no list of tiles. Binary search for the last such s.
         program = tl.program_id(0)
+        # A graph has far more segments than most of its steps: programs of the empty ones at the end search nothing.
+        num_tokens = tl.load(query_start_loc_ptr + num_segments)
+        behind = program - num_tokens // TILE_QUERIES
+        is_behind = (behind >= 0) & (behind < num_segments)
+        is_empty = tl.load(query_start_loc_ptr + behind, mask=is_behind, other=-1) == num_tokens
         low = tl.full([], 0, tl.int32)
-        high = tl.full([], 0, tl.int32) + num_segments
+        high = tl.where(is_empty, 1, num_segments)
         while high - low > 1:
             middle = (low + high) // 2
             if tl.load(query_start_loc_ptr + middle) // TILE_QUERIES + middle <= program:
@@ -92,7 +97,7 @@ def _window_attention_kernel(
                 high = middle
         segment = low
         query_start = tl.load(query_start_loc_ptr + segment)
-        query_len = tl.load(query_start_loc_ptr + segment + 1) - query_start
+        query_len = tl.where(is_empty, 0, tl.load(query_start_loc_ptr + segment + 1) - query_start)
         tile = program - (query_start // TILE_QUERIES + segment)
 
     if tile * TILE_QUERIES < query_len:
