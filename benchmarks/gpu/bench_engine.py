@@ -30,7 +30,15 @@ MODES: dict[str, dict[str, Any]] = {
     # CUDA graphs of decode and no inductor: starts in seconds.
     "decode-graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     # Short prefills and the vision encoder as graphs, too, as `casa serve` has them.
-    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_mm_encoder": True}},
+    "graphs": {
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL",
+            "cudagraph_mm_encoder": True,
+            # Of what is measured; vLLM's own sizes take longer to capture than a start may.
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256],
+        }
+    },
     "compile": {"compilation_config": {"cudagraph_mm_encoder": True}},
 }
 
