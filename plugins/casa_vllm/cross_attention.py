@@ -23,7 +23,7 @@ from casa_engine.configuration import CasaConfig
 from casa_engine.rope import rotate
 from casa_vllm.attention_metadata import CasaAttentionMetadata, ImageMetadataBuilder, TextMetadataBuilder
 from casa_vllm.image_cache_spec import ImageCacheSpec, ImageLimits
-from casa_vllm.joint_projections import LayerProjections
+from casa_vllm.joint_projections import LayerProjections, sums_attentions
 from casa_vllm.ops import WindowAttentionMetadata, window_attention, write_pages
 from casa_vllm.projections import AttentionProjections, needs_queries_apart, norm_heads
 
@@ -122,8 +122,7 @@ class CrossAttention(CacheLayer):
 
     Attributes:
         joint: Products that self-attention and CA have in common, else None (see joint_projections.py).
-        shares_output: Whether the sum of what both attended is projected, with shared weights. Not with a bias of the
-            output: it belongs to each attention, and to `ca` only where there is an image.
+        shares_output: Whether the sum of what both attended is projected (see `sums_attentions`).
     """
 
     backend = ImageCacheBackend
@@ -146,7 +145,7 @@ class CrossAttention(CacheLayer):
         self.config, self.limits = config, limits
         self.scale = config.head_dim**-0.5
         self.sees_text, self.is_shared = config.sees_window_text, shared is not None
-        self.shares_output = self.is_shared and not config.output_bias
+        self.shares_output = self.is_shared and sums_attentions(config, vllm_config)
         if shared is None:
             for name, module in projections.named_children():  # the checkpoint has no level between
                 self.add_module(name, module)
@@ -233,9 +232,10 @@ class CrossAttention(CacheLayer):
             self._profile(x, output)
             return
         if metadata is None or not (self.sees_text or metadata.windows.has_image):
-            output.zero_()
+            width = 0 if from_self is None else from_self.shape[1]
+            output[:, width:].zero_()
             if from_self is not None:
-                output[:, : from_self.shape[1]] = from_self
+                output[:, :width] = from_self
             return
         windows = metadata.windows
         query = self._text(x, metadata) if self.sees_text else self._queries(x)

@@ -10,26 +10,34 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import linear
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.triton_utils import HAS_TRITON
 
 from casa_engine.configuration import CasaConfig
 from casa_vllm.projections import AttentionProjections
-from casa_vllm.stacked_linears import StackedLinears
+from casa_vllm.stacked_linears import StackedLinears, can_stack_weights
 
 
 def joins_attentions(config: CasaConfig, vllm_config: VllmConfig) -> bool:
     """Whether layers with CA compute both attentions' projections as one: the one place where that is decided.
 
     Where both have weights of their own and the same input, and Triton's kernels run, which put their results side by
-    side. A bias of the output would be added to tokens without an image as well; quantised layers are as in their
-    checkpoint; batch-invariant products are vLLM's own. Elsewhere, and where `JointProjections.is_usable` is false
-    after loading, each attention has its products, and `ca` skips its own in steps without an image.
+    side, and where weights may be stacked at all. A bias of the output would be added to tokens without an image as
+    well. Elsewhere, and where `JointProjections.is_usable` is false after loading, each attention has its products,
+    and `ca` skips its own in steps without an image.
     """
     has_both = config.is_cross_attention and bool(config.cross_attention_layers) and config.ca_placement == "parallel"
-    is_plain = vllm_config.quant_config is None and not envs.VLLM_BATCH_INVARIANT
-    return HAS_TRITON and has_both and config.ca_weights == "own" and not config.output_bias and is_plain
+    has_weights = config.ca_weights == "own" and not config.output_bias
+    return HAS_TRITON and has_both and has_weights and can_stack_weights(vllm_config)
+
+
+def sums_attentions(config: CasaConfig, vllm_config: VllmConfig) -> bool:
+    """Whether the sum of what both attended is projected, with shared weights.
+
+    Not with a bias of the output: it belongs to each attention, and to `ca` only where there is an image. Not in a
+    quantised model: a checkpoint's scale was measured on what one attention attended, which the sum may exceed.
+    """
+    return config.ca_weights == "shared" and not config.output_bias and vllm_config.quant_config is None
 
 
 class JointProjections:

@@ -53,7 +53,7 @@ from casa_vllm.image_keys import StackedImageKeys
 from casa_vllm.joint_projections import JointProjections, joins_attentions
 from casa_vllm.processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
 from casa_vllm.projections import AttentionProjections, needs_queries_apart, norm_heads
-from casa_vllm.stacked_linears import StackedLinears
+from casa_vllm.stacked_linears import StackedLinears, can_stack_weights
 from casa_vllm.vision import vision_encoder
 from casa_vllm.weights import load_stacked, load_strictly
 
@@ -195,7 +195,7 @@ class CasaTextModel(nn.Module):
             )
             for layer, joint in zip(self.image_layers, self.joint.layers, strict=True):
                 layer.cross_attn.joint = joint
-        if HAS_TRITON and self.image_layers and vllm_config.quant_config is None:
+        if HAS_TRITON and self.image_layers and can_stack_weights(vllm_config):
             norms = [layer.input_layernorm for layer in self.image_layers] if config.normalize_image_tokens else None
             self.stacked_images = StackedImageKeys(
                 [layer.cross_attn for layer in self.image_layers], norms, self._image_linears()

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from casa_engine.configuration import CasaConfig
-from casa_vllm.stacked_linears import has_plain_weight
+from casa_vllm.stacked_linears import has_plain_products, has_plain_weight
 
 
 class AttentionProjections(nn.Module):
@@ -60,6 +60,7 @@ class AttentionProjections(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
+        self._has_plain_products = has_plain_products(vllm_config)
         self.norm_eps = text.rms_norm_eps
         self.q_norm = self.k_norm = None
         if config.backbone.has_qk_norm:
@@ -101,7 +102,7 @@ class AttentionProjections(nn.Module):
 
     def project_output(self, attended: torch.Tensor, output: torch.Tensor) -> None:
         """Writes the projection of (T, H D) to `output`, (T, C); without a copy where that is possible."""
-        if self.o_proj.bias is None and has_plain_weight(self.o_proj):
+        if self._has_plain_products and self.o_proj.bias is None and has_plain_weight(self.o_proj):
             torch.mm(attended, self.o_proj.weight.t(), out=output)
         else:
             output.copy_(self.o_proj(attended)[0])

@@ -5,7 +5,44 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from vllm import envs
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+# Formats whose loaders copy into the layers' parameters and then call the model's `process_weights_after_loading`.
+# Not among them: `sharded_state` and `runai_streamer_sharded`, which flatten every parameter, also views that are
+# columns of a tensor; `tensorizer` and `ipc_cache`, which build the model on the meta device and replace its parameters
+# without a call of that hook; loaders of others, of which nothing is known.
+STACKABLE_LOAD_FORMATS = frozenset(
+    {
+        "auto",
+        "dummy",
+        "fastsafetensors",
+        "hf",
+        "instanttensor",
+        "mistral",
+        "npcache",
+        "pt",
+        "runai_streamer",
+        "safetensors",
+    }
+)
+
+
+def has_plain_products(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM's unquantised linear layers are PyTorch's products on a GPU.
+
+    Not where every batch has to give the same bits, nor where `--linear-backend` names others.
+    """
+    return vllm_config.kernel_config.linear_backend == "auto" and not envs.VLLM_BATCH_INVARIANT
+
+
+def can_stack_weights(vllm_config: VllmConfig) -> bool:
+    """Whether weights of several layers may be one tensor, with one product: the one place where that is decided.
+
+    Not for a quantised model, whose layers are as in its checkpoint.
+    """
+    is_plain = vllm_config.quant_config is None and has_plain_products(vllm_config)
+    return is_plain and vllm_config.load_config.load_format in STACKABLE_LOAD_FORMATS
 
 
 class StackedLinears:
@@ -43,10 +80,10 @@ class StackedLinears:
 def has_plain_weight(layer: nn.Module) -> bool:
     """Whether the layer's product is PyTorch's with its `weight`, rows of which may then be used alone.
 
-    Not if it is quantised, packed for a CPU, wrapped by an adapter, or has to give the same bits in every batch.
+    Not if it is quantised, packed for a CPU or wrapped by an adapter. `has_plain_products` is asked before.
     """
     is_unquantized = type(getattr(layer, "quant_method", None)) is UnquantizedLinearMethod
-    return is_unquantized and layer.weight.numel() > 0 and not envs.VLLM_BATCH_INVARIANT
+    return is_unquantized and layer.weight.numel() > 0
 
 
 def _stack_parameters(groups: Sequence[Sequence[nn.Parameter]], dim: int) -> torch.Tensor:
