@@ -31,7 +31,7 @@ from casa_vllm.ops.build_segments import build_segments
 from casa_vllm.ops.segments import SegmentTensors
 from casa_vllm.window_states import SegmentPlan
 
-# vLLM's worker with graphs of short prefills.
+# vLLM's worker with graphs of short prefills. It starts with no other runner than the one that keeps their promise.
 GPU_WORKER = "casa_vllm.v2_chunk_graphs.CasaGPUWorker"
 
 

@@ -10,7 +10,9 @@ them (FlashAttention 3, Triton's, CA) is planned for the longest query that a gr
     here                       the same                  full graph                the same
 
 N is vLLM's largest size of a graph (`max_cudagraph_capture_size`), and the sizes are vLLM's. The piecewise graphs would
-never be replayed: they are not captured.
+never be replayed: they are not captured. A decode step without a graph of its own takes one of the others: of 97 to 100
+sequences with `max_num_seqs` 100, where the next size is 104. Where vLLM profiles the memory of graphs it captures all
+of the others, not a sample: they are captured twice, which costs time at the start alone.
 """
 
 from typing import Any
@@ -26,7 +28,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-logger = init_logger(__name__)
+# vLLM's handler shows what loggers below its own say, and nothing else.
+logger = init_logger("vllm.casa_graphs")
 
 
 class ChunkGraphManager(ModelCudaGraphManager):
@@ -86,8 +89,10 @@ class CasaGPUModelRunner(GPUModelRunner):
         support = get_attn_cg_support(self.attn_groups, self.vllm_config)
         if has_mixed_graphs and support.min_cg_support == AttentionCGSupport.ALWAYS:
             self.cudagraph_manager = ChunkGraphManager(self.vllm_config, self.device, self.decode_query_len)
+            longest = self.vllm_config.compilation_config.max_cudagraph_capture_size
+            logger.info_once("Short prefills run in full CUDA graphs: steps of up to %d tokens.", longest)
         elif has_mixed_graphs:
-            logger.info("Short prefills run without full CUDA graphs: %s has none.", support.min_cg_attn_backend)
+            logger.info_once("Short prefills run without full CUDA graphs: %s has none.", support.min_cg_attn_backend)
 
     def prepare_inputs(
         self, scheduler_output: Any, batch_req_state: Any, batch_desc: BatchExecutionDescriptor, *args: Any
@@ -102,10 +107,21 @@ class CasaGPUWorker(Worker):
     """vLLM's worker with that runner."""
 
     def init_device(self) -> None:
-        """Stock, which makes a runner of vLLM's own class: there is no hook to name another."""
+        """Stock, which makes a runner of vLLM's own class: there is no hook to name another.
+
+        Raises:
+            RuntimeError: The runner is of another class. CA's builders promise graphs of any step wherever this is the
+                worker (`GraphSupport`), and only `CasaGPUModelRunner` keeps that promise.
+        """
         super().init_device()
-        if type(self.model_runner) is GPUModelRunner:
-            self.model_runner.__class__ = CasaGPUModelRunner
-        else:
-            made = type(self.model_runner).__qualname__
-            logger.warning("Short prefills run without full CUDA graphs: vLLM's runner is %s.", made)
+        if self.vllm_config.is_mm_encoder_only:
+            return  # vLLM's runner for that has no text model, and no graphs of one
+        made = type(self.model_runner)
+        if made is not GPUModelRunner:
+            raise RuntimeError(
+                f"vLLM's runner is a {made.__module__}.{made.__qualname__}; expected {GPUModelRunner.__module__}."
+                f"{GPUModelRunner.__qualname__} itself, to which casa_vllm adds CUDA graphs of short prefills. Remove "
+                f"what replaces the runner, or start with --worker-cls {Worker.__module__}.{Worker.__qualname__}, "
+                "without these graphs."
+            )
+        self.model_runner.__class__ = CasaGPUModelRunner

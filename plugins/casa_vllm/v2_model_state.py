@@ -133,9 +133,19 @@ class CasaModelState(DefaultModelState):
         )
 
     def _step(self, input_batch: "InputBatch", *, in_graph: bool) -> Step:
-        """Plans the step and writes the windows that moved on to the device."""
+        """Plans the step and writes the windows that moved on to the device.
+
+        Raises:
+            RuntimeError: The step has requests of several tokens in a graph of decode, which would attend wrongly.
+        """
         # Of the length of queries a graph of decode promises nothing, or (vLLM 0.32) one token.
         is_decode = in_graph and input_batch.max_query_len in (None, 1)
+        if is_decode and input_batch.num_tokens > input_batch.num_reqs:
+            raise RuntimeError(
+                f"A CUDA graph of decode got {input_batch.num_tokens} tokens of {input_batch.num_reqs} requests; "
+                "expected a token each. Something has replaced casa_vllm's runner: remove it, or start with "
+                "--worker-cls vllm.v1.worker.gpu_worker.Worker, without graphs of prefills."
+            )
         rows, num_requests = input_batch.idx_mapping_np, input_batch.num_reqs
         num_computed, num_scheduled = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
         plan = None
