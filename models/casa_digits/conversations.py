@@ -8,9 +8,22 @@ r"""Training conversations: token ids, which of them are learned, and where the 
              <|vision_start|>[frame]<|vision_end|> <|im_end|>                             the same digits: silence
              <|vision_start|>[frame]<|vision_end|> 3 7 2<|im_end|>                        others: captioned
 
+    form     ... Read the digits as JSON.<|im_end|>\n<|im_start|>assistant\n
+             {"digits": [3, 7, 1]}<|im_end|>                                              names may be forced: forms.py
+
+    tools    <|im_start|>system\n<tools>\n{"name": "report", "arguments": {"digits": [integer]}}\n</tools><|im_end|>\n
+             ... <|im_start|>assistant\n
+             <tool_call>\n{"name": "report", "arguments": {"digits": [3, 7, 1]}}\n</tool_call><|im_end|>\n
+             <|im_start|>user\n<tool_response>\nok\n</tool_response><|im_end|>\n<|im_start|>assistant\n3 7 1<|im_end|>
+
 (No spaces or line breaks but those written as \n.) A stream is one assistant turn that never ends. Its rule compares
 with the last *caption*, right or wrong, so some streams have captions that are wrong or missing and not learned.
+
+Questions about what was read before are about the text that is still there, right or wrong: the first caption is the
+oldest one that a session has kept.
 """
+
+import json
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,11 +31,45 @@ from functools import lru_cache
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from casa_digits.forms import (
+    COMPACT,
+    INTEGER,
+    INTEGERS,
+    SPACED,
+    Form,
+    Spelled,
+    draw_form,
+    draw_name,
+    fill_form,
+    schema_of,
+    spell_form,
+    spell_pieces,
+)
 from casa_digits.frames import FramePool
-from casa_digits.phrases import COUNT, FIRST, NO_IMAGE, READ, SMALL_TALK, SYSTEM, WATCH
+from casa_digits.phrases import (
+    BEFORE,
+    CHANGES,
+    COUNT,
+    COUNT_JSON,
+    FIRST,
+    LAST,
+    MANY,
+    NO_IMAGE,
+    NOTHING,
+    READ,
+    READ_JSON,
+    REPORT,
+    SMALL_TALK,
+    SYSTEM,
+    TOOL_NAMES,
+    TOOL_RESULTS,
+    WATCH,
+)
 from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
 IGNORED = -100
+MAX_CHANGES = 9
+MEMORY = ("first", "last", "before", "changes")
 SILENCE_LEARNED = 0.5  # of the unchanged frames: a missed change costs more than a repeated caption
 
 
@@ -58,6 +105,7 @@ class Writer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
         self.rng = rng
+        self.tokenizer = tokenizer
         self.spell = lru_cache(maxsize=20_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
 
     def chat(self, pool: FramePool) -> Conversation:
@@ -80,50 +128,145 @@ class Writer:
         """
         talk = self._begin()
         wrong, learn = self._chance(0.4), self._chance(0.5)
-        first = None
+        said: list[str] = []
         for _ in range(self.rng.choice([1, 2, 3, 4], p=[0.1, 0.4, 0.4, 0.1])):
             image = pool.any(self.rng)
             answer = pool.texts[pool.any(self.rng)] if wrong else pool.texts[image]
-            if first is None:
-                first = answer
+            if not said or self._chance(0.7):
+                said.append(answer)
                 self._exchange(talk, self._pick(READ), answer, [image], learn=learn and not wrong)
             else:
-                self._ask(talk, pool, [image], image, learn)
+                self._exchange(talk, self._pick(COUNT), str(len(pool.texts[image].split())), [image], learn)
             if self._chance(0.15):
-                self._ask(talk, pool, [], image, learn)
+                self._exchange(talk, self._pick(COUNT), str(len(pool.texts[image].split())), learn=learn)
             if self._chance(0.4):
-                self._exchange(talk, self._pick(FIRST), first)
-        self._exchange(talk, self._pick(FIRST), first)
+                self._exchange(talk, *self.recall(said, MEMORY[:3]))
+        self._exchange(talk, *self.recall(said, MEMORY[:3]))
         if self._chance(0.2):
             self._ask(talk, pool, [], image, learn)
         return talk
 
-    def stream(self, pool: FramePool, num_tokens: int) -> Conversation:
-        """Writes frames in one assistant turn, up to about `num_tokens`; at times resumed or with questions."""
+    def recall(self, said: list[str], kinds: tuple[str, ...] = MEMORY) -> tuple[str, str]:
+        """Draws a question about what was said before, and its answer."""
+        kind = kinds[int(self.rng.integers(len(kinds)))]
+        if kind == "first":
+            return self._pick(FIRST), said[0] if said else NOTHING
+        if kind == "last":
+            return self._pick(LAST), said[-1] if said else NOTHING
+        if kind == "before":
+            return self._pick(BEFORE), said[-2] if len(said) > 1 else NOTHING
+        changes = max(0, len(said) - 1)
+        return self._pick(CHANGES), str(changes) if changes <= MAX_CHANGES else MANY
+
+    def stream(self, pool: FramePool, num_tokens: int, text_only: bool = False) -> Conversation:
+        """Writes frames in one assistant turn, up to about `num_tokens`; at times resumed, with questions within.
+
+        Args:
+            pool: The images.
+            num_tokens: Length of the text.
+            text_only: No image is shown, and only what was said before is asked for: that costs little to learn from.
+        """
         talk = self._begin()
         self._turn(talk, "user", self._pick(WATCH))
         talk.append(self.spell(f"{TURN_START}assistant\n"))
-        image, said = pool.any(self.rng), None
+        image, said = pool.any(self.rng), []
+        if self._chance(0.03):
+            self._interrupt(talk, pool, None, said)
         change = self.rng.choice([0.08, 0.2, 0.4, 0.7])
         faults = self.rng.choice([0.0, 0.05, 0.15], p=[0.6, 0.3, 0.1])
         text_only_until = len(talk.ids) + int(self.rng.random() * 0.8 * num_tokens) if self._chance(0.35) else 0
         drop_silent = self._chance(0.5)
+        asks = self.rng.choice([0.0, 0.03, 0.1])
         while len(talk.ids) < num_tokens:
-            remembered = len(talk.ids) < text_only_until
-            caption = "" if said == pool.texts[image] else pool.texts[image]
+            remembered = text_only or len(talk.ids) < text_only_until
+            caption = "" if said and said[-1] == pool.texts[image] else pool.texts[image]
             learn = not remembered and (caption != "" or self._chance(SILENCE_LEARNED))
             if self._chance(faults):
                 caption, learn = (
                     ("" if said and self._chance(0.5) else pool.texts[pool.sibling(self.rng, image)]),
                     False,
                 )
-            said = caption or said
+            said += [caption] if caption else []
             if not (remembered and drop_silent and not caption):
                 self._frame(talk, None if remembered else image, caption, learn)
-            if not remembered and self._chance(0.02):
-                self._interrupt(talk, pool, image)
+            if text_only or not remembered:
+                while self._chance(asks):
+                    self._interrupt(talk, pool, None if text_only else image, said)
             image = self._next_frame(pool, image, change)
+        for _ in range(int(self.rng.choice([1, 2, 4])) if text_only else int(self.rng.choice([0, 1, 2]))):
+            self._interrupt(talk, pool, None if text_only else image, said, at_end=True)
         return talk
+
+    def form(self, pool: FramePool) -> Conversation:
+        """Writes one or two answers in JSON: of its own accord, or with names and blanks that a grammar forces."""
+        talk = self._begin()
+        if self._chance(0.15):
+            self._turn(talk, "system", self._instructions())
+        for _ in range(1 if self._chance(0.75) else 2):
+            image = pool.any(self.rng)
+            if self._chance(0.3):
+                kind = self._chance(0.6)
+                question = self._pick(READ_JSON if kind else COUNT_JSON)
+                filled = fill_form({"digits": INTEGERS} if kind else {"count": INTEGER}, pool.texts[image])
+                self._answer_with(talk, question, image, spell_form(filled), loose=False, learn_all=True)
+                continue
+            question = self._pick(READ_JSON + COUNT_JSON + REPORT + READ + COUNT)
+            style = self.rng.random()
+            separators, indent = (SPACED, None) if style < 0.65 else (COMPACT, None) if style < 0.88 else ((",", ": "), 2)
+            spelled = spell_form(fill_form(draw_form(self.rng), pool.texts[image]), separators, indent)
+            learn_all = question in READ_JSON + COUNT_JSON and self._chance(0.2)
+            loose = not learn_all and self._chance(0.4)
+            self._answer_with(talk, question, image, spelled, loose=loose, learn_all=learn_all)
+        return talk
+
+    def tools(self, pool: FramePool) -> Conversation:
+        """Writes calls of the first of one to three tools, their results and closing answers."""
+        talk = Conversation()
+        names = list(dict.fromkeys(draw_name(self.rng, TOOL_NAMES) for _ in range(self.rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1]))))
+        forms = [{} if self._chance(0.04) else draw_form(self.rng, depth=0) for _ in names]
+        lines = [_tool_line(name, form) for name, form in zip(names, forms, strict=True)]
+        self._turn(talk, "system", "<tools>\n" + "".join(f"{line}\n" for line in lines) + "</tools>")
+        if self._chance(0.3):
+            self._turn(talk, "system", self._pick(SYSTEM))
+        for _ in range(1 if self._chance(0.75) else 2):
+            image = pool.any(self.rng)
+            counts = self._chance(0.25)
+            question = self._pick(COUNT if counts else REPORT + READ)
+            filled = fill_form(forms[0], pool.texts[image])
+            call = json.dumps({"name": names[0], "arguments": filled})
+            self._exchange(talk, question, f"<tool_call>\n{call}\n</tool_call>", [image])
+            if self._chance(0.6):
+                answer = str(len(pool.texts[image].split())) if counts else pool.texts[image]
+                result = json.dumps(filled) if self._chance(0.2) else self._pick(TOOL_RESULTS)
+                self._exchange(talk, f"<tool_response>\n{result}\n</tool_response>", answer)
+            else:
+                break
+        return talk
+
+    def _answer_with(
+        self, talk: Conversation, question: str, image: int, spelled: Spelled, *, loose: bool, learn_all: bool
+    ) -> None:
+        """Writes an exchange whose answer is JSON; what the image does not tell is not learned unless `learn_all`."""
+        self._turn(talk, "user", question, [image], image_first=self._chance(0.5))
+        talk.append(self.spell(f"{TURN_START}assistant\n"))
+        if loose:
+            start = 0
+            for end in range(1, len(spelled.text) + 1):
+                if end == len(spelled.text) or spelled.known[end] != spelled.known[start]:
+                    text = spelled.text[start:end]
+                    ids = self.spell(text) if spelled.known[start] else spell_pieces(self.rng, self.spell, text)
+                    talk.append(ids, spelled.known[start])
+                    start = end
+        else:
+            encoded = self.tokenizer(spelled.text, return_offsets_mapping=True)
+            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                talk.append((token,), learn_all or any(spelled.known[start:end]))
+        talk.append(self.spell(TURN_END), learn=True)
+        talk.append(self.spell("\n"))
+
+    def _instructions(self) -> str:
+        """Writes what some clients put before the question: a schema, to be passed over."""
+        return f"Return JSON: {json.dumps(schema_of(draw_form(self.rng, 2)))}"
 
     def _next_frame(self, pool: FramePool, image: int, change: float) -> int:
         if not self._chance(change):
@@ -137,10 +280,14 @@ class Writer:
         talk.append(self.spell(IMAGE_END))
         talk.append(self.spell(caption + TURN_END), learn)
 
-    def _interrupt(self, talk: Conversation, pool: FramePool, image: int) -> None:
+    def _interrupt(
+        self, talk: Conversation, pool: FramePool, image: int | None, said: list[str], at_end: bool = False
+    ) -> None:
         """Writes a question typed into a stream; the frames go on right after its answer."""
-        talk.append(self.spell("\n"))
-        question, answer = self._question(pool.texts[image])
+        # The prompt ends within a turn: what stops it is written where nothing was said before.
+        talk.append(self.spell("\n" if talk.ids[-1] == self.spell(TURN_END)[0] else f"{TURN_END}\n"))
+        about_image = image is not None and not at_end and self._chance(0.3)
+        question, answer = self._question(pool.texts[image]) if about_image else self.recall(said)
         self._turn(talk, "user", question)
         talk.append(self.spell(f"{TURN_START}assistant\n"))
         talk.append(self.spell(answer + TURN_END), learn=True)
@@ -195,3 +342,9 @@ class Writer:
     def _pick(self, phrases: tuple[str, ...]) -> str:
         """Returns the first phrase, the canonical one, half of the time."""
         return phrases[0] if self._chance(0.5) else phrases[int(self.rng.integers(len(phrases)))]
+
+
+def _tool_line(name: str, form: Form) -> str:
+    """Returns a tool as the chat template shows it: like a call, with types in the places of values."""
+    arguments = ", ".join(f'"{field}": {kind}' for field, kind in form.items())
+    return f'{{"name": "{name}", "arguments": {{{arguments}}}}}'

@@ -15,11 +15,11 @@ from casa_digits.schedule import cosine_rate
 from casa_digits.windowed import build_batch, loss_of
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 
-KINDS = ("chat", "memory", "stream")
-KIND_SHARES = (0.25, 0.35, 0.4)
-ROWS_DRAWN = {"chat": 160, "memory": 80, "stream": 32}
+KINDS = ("chat", "memory", "stream", "recall", "form", "tools")
+KIND_SHARES = (0.18, 0.12, 0.3, 0.14, 0.14, 0.12)
+ROWS_DRAWN = {"chat": 160, "memory": 80, "stream": 32, "recall": 40, "form": 80, "tools": 48}
 STREAM_TOKENS = (120, 240, 400, 680)
-STREAM_TOKEN_SHARES = (0.55, 0.3, 0.1, 0.05)
+STREAM_TOKEN_SHARES = (0.5, 0.32, 0.13, 0.05)
 BATCH_TOKENS = 1600
 
 
@@ -27,9 +27,9 @@ def draw_batches(rng: np.random.Generator, writer: Writer, pool: FramePool) -> I
     """Batches without end. Rows are drawn in plenty and sorted, so that those of a batch have similar lengths."""
     while True:
         kind = str(rng.choice(KINDS, p=KIND_SHARES))
-        if kind == "stream":
+        if kind in ("stream", "recall"):
             lengths = rng.choice(STREAM_TOKENS, ROWS_DRAWN[kind], p=STREAM_TOKEN_SHARES)
-            rows = [writer.stream(pool, int(length)) for length in lengths]
+            rows = [writer.stream(pool, int(length), text_only=kind == "recall") for length in lengths]
         else:
             rows = [getattr(writer, kind)(pool) for _ in range(ROWS_DRAWN[kind])]
         yield from _split(sorted(rows, key=lambda row: len(row.ids)))

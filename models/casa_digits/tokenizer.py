@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from casa_digits.phrases import vocabulary_text
 from casa_engine.tokenization import END_OF_TEXT, IMAGE, IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
-VOCABULARY_SIZE = 640
+VOCABULARY_SIZE = 512
 SPECIAL_TOKENS = [END_OF_TEXT, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE]
 WORDS = r"\n| ?\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s"
 
