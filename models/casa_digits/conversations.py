@@ -24,7 +24,6 @@ oldest one that a session has kept.
 """
 
 import json
-
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -212,7 +211,9 @@ class Writer:
                 continue
             question = self._pick(READ_JSON + COUNT_JSON + REPORT + READ + COUNT)
             style = self.rng.random()
-            separators, indent = (SPACED, None) if style < 0.65 else (COMPACT, None) if style < 0.88 else ((",", ": "), 2)
+            separators, indent = (
+                (SPACED, None) if style < 0.65 else (COMPACT, None) if style < 0.88 else ((",", ": "), 2)
+            )
             spelled = spell_form(fill_form(draw_form(self.rng), pool.texts[image]), separators, indent)
             learn_all = question in READ_JSON + COUNT_JSON and self._chance(0.2)
             loose = not learn_all and self._chance(0.4)
@@ -222,7 +223,9 @@ class Writer:
     def tools(self, pool: FramePool) -> Conversation:
         """Writes calls of the first of one to three tools, their results and closing answers."""
         talk = Conversation()
-        names = list(dict.fromkeys(draw_name(self.rng, TOOL_NAMES) for _ in range(self.rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1]))))
+        names = list(
+            dict.fromkeys(draw_name(self.rng, TOOL_NAMES) for _ in range(self.rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])))
+        )
         forms = [{} if self._chance(0.04) else draw_form(self.rng, depth=0) for _ in names]
         lines = [_tool_line(name, form) for name, form in zip(names, forms, strict=True)]
         self._turn(talk, "system", "<tools>\n" + "".join(f"{line}\n" for line in lines) + "</tools>")

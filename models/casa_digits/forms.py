@@ -76,7 +76,10 @@ def draw_name(rng: np.random.Generator, names: tuple[str, ...]) -> str:
 
 def fill_form(form: Form, text: str) -> dict[str, Any]:
     """Returns the object that says of this form what an image shows; `text` are its digits, as in an answer."""
-    return {name: fill_form(kind, text) if isinstance(kind, dict) else value_of(name, kind, text) for name, kind in form.items()}
+    return {
+        name: fill_form(kind, text) if isinstance(kind, dict) else value_of(name, kind, text)
+        for name, kind in form.items()
+    }
 
 
 def value_of(name: str, kind: str, text: str) -> Any:
@@ -125,7 +128,9 @@ def schema_of(form: Form) -> dict[str, Any]:
     """Returns the JSON schema that has exactly these fields, as the SDKs write it."""
     return {
         "type": "object",
-        "properties": {name: schema_of(kind) if isinstance(kind, dict) else _schema(kind) for name, kind in form.items()},
+        "properties": {
+            name: schema_of(kind) if isinstance(kind, dict) else _schema(kind) for name, kind in form.items()
+        },
         "required": list(form),
         "additionalProperties": False,
     }

@@ -11,6 +11,7 @@ from casa_digits.augment import make_bank
 from casa_digits.conversations import Conversation, Writer
 from casa_digits.data import DigitSamples
 from casa_digits.frames import FramePool, fill_pool
+from casa_digits.progress import ProgressFile
 from casa_digits.schedule import cosine_rate
 from casa_digits.windowed import build_batch, loss_of
 from casa_engine.modeling_casa import CasaForConditionalGeneration
@@ -51,23 +52,25 @@ def teach_language(
     rng: np.random.Generator,
     samples: DigitSamples,
     num_steps: int,
-    num_families: int = 1600,
-    steps_per_pool: int = 1500,
+    num_families: int = 400,
+    steps_per_pool: int = 500,
     peak_rate: float = 2e-3,
     save: Callable[[], None] | None = None,
+    progress_file: ProgressFile | None = None,
 ) -> None:
-    """Trains everything but the vision tower.
+    """Trains everything but the vision tower; goes on where an earlier run was ended, if that left its progress.
 
     Args:
         model: What is trained; its tower stays as it is.
         writer: Writes the conversations.
-        rng: Source of the randomness of images and batches.
+        rng: Source of the randomness of images, conversations and batches; the writer's own.
         samples: The digits to draw.
         num_steps: Optimiser steps; the learning rate falls in a cosine over them.
         num_families: Size of the pool of encoded images, in families of eight.
         steps_per_pool: After so many steps the pool is filled anew.
         peak_rate: Highest learning rate.
         save: Called now and then, so that a usable model exists early.
+        progress_file: Where the progress is kept; a run that goes on ends with the same weights as one without a break.
 
     Mutates:
         model: its weights.
@@ -75,14 +78,17 @@ def teach_language(
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, num_steps))
-    progress = tqdm(range(num_steps), desc="language", mininterval=5.0)
+    first = progress_file.restore(model, optimizer, schedule, rng) if progress_file else 0
+    progress = tqdm(range(first, num_steps), desc="language", mininterval=5.0, initial=first, total=num_steps)
     recent: deque[float] = deque(maxlen=200)
     for step in progress:
         if step % steps_per_pool == 0:
-            pool = fill_pool(rng, model.model.visual, make_bank(rng, samples, 20), num_families)
-            batches = draw_batches(rng, writer, pool)
-            if step and save is not None:
+            if step > first and progress_file is not None:
+                progress_file.keep(step, model, optimizer, schedule, rng)
+            if step > first and save is not None:
                 save()
+            pool = fill_pool(rng, model.model.visual, make_bank(rng, samples, 10), num_families)
+            batches = draw_batches(rng, writer, pool)
         loss = loss_of(model, build_batch(model, next(batches), pool))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -72,7 +72,18 @@ LIST_NAMES = ("digits", "numbers", "values", "items", "elements", "response", "l
 TEXT_NAMES = ("text", "answer", "caption", "reading", "content", "value", "response")
 OBJECT_NAMES = ("result", "image", "data", "output", "response", "reading")
 TOOL_NAMES = ("report", "report_digits", "save", "final_result", "record_reading", "submit", "Digits", "count_digits")
-TOOL_RESULTS = ("ok", "OK", "done", "saved", "true", "null", '{"ok": true}', '{"status": "ok"}', "Final result processed.", "")
+TOOL_RESULTS = (
+    "ok",
+    "OK",
+    "done",
+    "saved",
+    "true",
+    "null",
+    '{"ok": true}',
+    '{"status": "ok"}',
+    "Final result processed.",
+    "",
+)
 
 PUBLISHED_WATCH = WATCH[0]
 PUBLISHED_SYSTEM = SYSTEM[1]
@@ -84,10 +95,13 @@ def vocabulary_text() -> list[str]:
     phrases = [*READ, *COUNT, *FIRST, *LAST, *BEFORE, *CHANGES, NO_IMAGE, NOTHING, MANY, *SYSTEM, *WATCH, *SMALL_TALK]
     names = [*COUNT_NAMES, *FIRST_NAMES, *LAST_NAMES, *LIST_NAMES, *TEXT_NAMES, *OBJECT_NAMES, *TOOL_NAMES]
     marks = [
-        '<tool_call>\n{"name": "report", "arguments": {"count": integer, "digits": [integer], "text": string}}\n</tool_call>',
+        '<tool_call>\n{"name": "report", "arguments": {"count": integer, "digits": [integer], "text": string}}\n'
+        "</tool_call>",
         "<tool_response>\nok\n</tool_response>\n<tools>\n</tools>",
         '{"result": {"digits": [3, 7, 1], "text": "3", "count": 3}}',
         '{"count": 3, "digits": [1]}',
     ]
     digits = [f"{first} {second}" for first in range(10) for second in range(10)] * 20
-    return roles + [*phrases, *SYSTEM, *WATCH] * 20 + [*READ_JSON, *COUNT_JSON, *REPORT, *names] * 12 + marks * 60 + digits
+    return (
+        roles + [*phrases, *SYSTEM, *WATCH] * 20 + [*READ_JSON, *COUNT_JSON, *REPORT, *names] * 12 + marks * 60 + digits
+    )

@@ -28,6 +28,7 @@ from casa_digits.evaluate import evaluate_eager
 from casa_digits.language import teach_language
 from casa_digits.live import write_live_settings
 from casa_digits.model import MAX_POSITIONS, build_model, build_processor
+from casa_digits.progress import ProgressFile
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.vision_warmup import measure_accuracy, warm_up
 from casa_engine.atomic_files import write_atomically
@@ -48,11 +49,12 @@ def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     parser.add_argument("--snapshots", type=Path, help="folder for the unfinished model, written now and then")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=4000)
-    parser.add_argument("--language-steps", type=int, default=5000)
-    parser.add_argument("--families", type=int, default=1000, help="families of 8 images encoded at a time")
+    parser.add_argument("--language-steps", type=int, default=7000)
+    parser.add_argument("--families", type=int, default=400, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
     parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
+    parser.add_argument("--progress", type=Path, help="file from which the same command goes on after it was ended")
     parser.add_argument("--keep-vision", type=Path, help="writes the tower after stage 1 to this file")
     return parser
 
@@ -78,8 +80,9 @@ def train(options: argparse.Namespace) -> None:
     model, processor = build_model(tokenizer, options.seed), build_processor(tokenizer)
     if options.vision_weights:
         load_vision(model.model.visual, options.vision_weights)
+    progress_file = open_progress(options)
     with stage_checkpoint(options.output, weight_bytes(model)) as staged:
-        teach(model, processor, options)
+        teach(model, processor, options, progress_file)
         write_checkpoint(model, processor, staged.path)
         write_live_settings(staged.path)
         write_demonstration(staged.path)
@@ -102,12 +105,22 @@ def check_options(options: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more.")
     if options.keep_vision and not options.keep_vision.parent.is_dir():
         raise InputError(f"the folder of --keep-vision {options.keep_vision} does not exist. Make it first.")
+    if options.progress and not options.progress.absolute().parent.is_dir():
+        raise InputError(f"the folder of --progress {options.progress} does not exist. Make it first.")
     if options.keep_vision and options.keep_vision.is_dir():
         raise InputError(f"--keep-vision {options.keep_vision} is a folder. Name a file.")
     if options.snapshots:
         check_apart(options.snapshots, options.output)
         with stage_checkpoint(options.snapshots):
             pass  # it can be written, or raises the reason
+
+
+def open_progress(options: argparse.Namespace) -> ProgressFile | None:
+    """Opens the file of --progress, if one is named."""
+    if options.progress is None:
+        return None
+    decisive = ("seed", "vision_steps", "language_steps", "families", "peak_rate")
+    return ProgressFile(options.progress, {name: getattr(options, name) for name in decisive})
 
 
 def load_vision(tower: torch.nn.Module, path: Path) -> None:
@@ -125,11 +138,16 @@ def keep_vision(tower: torch.nn.Module, path: Path) -> None:
     write_atomically(path, content.getbuffer())
 
 
-def teach(model: CasaForConditionalGeneration, processor: CasaProcessor, options: argparse.Namespace) -> None:
-    """Runs both stages. Mutates `model`."""
+def teach(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    options: argparse.Namespace,
+    progress_file: ProgressFile | None = None,
+) -> None:
+    """Runs both stages, or what is left of them. Mutates `model`."""
     vision_rng, language_rng = np.random.default_rng(options.seed).spawn(2)
     samples = load_samples(held_out=False)
-    if not options.vision_weights:
+    if not options.vision_weights and not (progress_file and progress_file.is_begun):
         head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
         right = measure_accuracy(model.model.visual, head, np.random.default_rng(1), load_samples(held_out=True), 1000)
         print("vision tower on held-out digits:", json.dumps(right))
@@ -145,6 +163,7 @@ def teach(model: CasaForConditionalGeneration, processor: CasaProcessor, options
         options.families,
         peak_rate=options.peak_rate,
         save=(lambda: save_checkpoint(model, processor, options.snapshots)) if options.snapshots else None,
+        progress_file=progress_file,
     )
 
 

@@ -1,0 +1,89 @@
+"""What a training run needs to go on after it was ended: `casa-train-digits --progress FILE`.
+
+It is kept where a new pool of images begins, because all that is drawn from then on follows from the random generator.
+"""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from casa_engine.atomic_files import write_atomically
+from casa_engine.errors import InputError
+from casa_engine.modeling_casa import CasaForConditionalGeneration
+
+
+class ProgressFile:
+    """The progress of stage 2 in a file.
+
+    Args:
+        path: The file; its folder must exist.
+        options: Options that the weights follow from. A run goes on only with the same.
+
+    Raises:
+        InputError: There is such a file, but of a run with other options, or it is none.
+    """
+
+    def __init__(self, path: Path, options: dict[str, Any]) -> None:
+        self.path, self.options = path, options
+        self._found: dict[str, Any] | None = None
+        if not path.exists():
+            return
+        try:
+            # Plain values and tensors only: nothing in the file is run.
+            self._found = torch.load(path, weights_only=True)
+            begun = self._found["options"]
+        except Exception as error:
+            raise InputError(f"{path} is no file of --progress: {error}. Name another.") from error
+        if begun != options:
+            raise InputError(f"{path} belongs to a run with {begun}; expected {options}. Name another file.")
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is progress to go on from: stage 1 is done then."""
+        return self._found is not None
+
+    def keep(
+        self,
+        step: int,
+        model: CasaForConditionalGeneration,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        rng: np.random.Generator,
+    ) -> None:
+        """Write the progress before `step`; at every moment the file is whole."""
+        generator = rng.bit_generator.state
+        content = BytesIO()  # torch.save hides the reason when a disk is full
+        torch.save(
+            {
+                "options": self.options,
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"},
+                # 128-bit numbers, which torch's plain loader does not take.
+                "generator": {**generator, "state": {name: str(n) for name, n in generator["state"].items()}},
+            },
+            content,
+        )
+        write_atomically(self.path, content.getbuffer())
+
+    def restore(
+        self,
+        model: CasaForConditionalGeneration,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        rng: np.random.Generator,
+    ) -> int:
+        """Set everything as it was kept; return the next step (0, and nothing set, where nothing was kept)."""
+        if self._found is None:
+            return 0
+        found, self._found = self._found, None
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        schedule.load_state_dict({**found["schedule"], "lr_lambdas": [None] * len(schedule.lr_lambdas)})
+        generator = found["generator"]
+        rng.bit_generator.state = {**generator, "state": {name: int(n) for name, n in generator["state"].items()}}
+        return found["step"]
