@@ -45,16 +45,11 @@ from casa_digits.forms import (
     spell_pieces,
 )
 from casa_digits.frames import FramePool
+from casa_digits.memory import CHAT_QUESTIONS, QUESTIONS, recall
 from casa_digits.phrases import (
-    BEFORE,
-    CHANGES,
     COUNT,
     COUNT_JSON,
-    FIRST,
-    LAST,
-    MANY,
     NO_IMAGE,
-    NOTHING,
     READ,
     READ_JSON,
     REPORT,
@@ -67,8 +62,6 @@ from casa_digits.phrases import (
 from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
 IGNORED = -100
-MAX_CHANGES = 9
-MEMORY = ("first", "last", "before", "changes")
 SILENCE_LEARNED = 0.5  # of the unchanged frames: a missed change costs more than a repeated caption
 
 
@@ -139,23 +132,16 @@ class Writer:
             if self._chance(0.15):
                 self._exchange(talk, self._pick(COUNT), str(len(pool.texts[image].split())), learn=learn)
             if self._chance(0.4):
-                self._exchange(talk, *self.recall(said, MEMORY[:3]))
-        self._exchange(talk, *self.recall(said, MEMORY[:3]))
+                self._exchange(talk, *self._recall(said, CHAT_QUESTIONS))
+        self._exchange(talk, *self._recall(said, CHAT_QUESTIONS))
         if self._chance(0.2):
             self._ask(talk, pool, [], image, learn)
         return talk
 
-    def recall(self, said: list[str], kinds: tuple[str, ...] = MEMORY) -> tuple[str, str]:
+    def _recall(self, said: list[str], kinds: tuple[str, ...]) -> tuple[str, str]:
         """Draws a question about what was said before, and its answer."""
         kind = kinds[int(self.rng.integers(len(kinds)))]
-        if kind == "first":
-            return self._pick(FIRST), said[0] if said else NOTHING
-        if kind == "last":
-            return self._pick(LAST), said[-1] if said else NOTHING
-        if kind == "before":
-            return self._pick(BEFORE), said[-2] if len(said) > 1 else NOTHING
-        changes = max(0, len(said) - 1)
-        return self._pick(CHANGES), str(changes) if changes <= MAX_CHANGES else MANY
+        return self._pick(QUESTIONS[kind]), recall(kind, said)
 
     def stream(self, pool: FramePool, num_tokens: int, text_only: bool = False) -> Conversation:
         """Writes frames in one assistant turn, up to about `num_tokens`; at times resumed, with questions within.
@@ -290,7 +276,7 @@ class Writer:
         # The prompt ends within a turn: what stops it is written where nothing was said before.
         talk.append(self.spell("\n" if talk.ids[-1] == self.spell(TURN_END)[0] else f"{TURN_END}\n"))
         about_image = image is not None and not at_end and self._chance(0.3)
-        question, answer = self._question(pool.texts[image]) if about_image else self.recall(said)
+        question, answer = self._question(pool.texts[image]) if about_image else self._recall(said, tuple(QUESTIONS))
         self._turn(talk, "user", question)
         talk.append(self.spell(f"{TURN_START}assistant\n"))
         talk.append(self.spell(answer + TURN_END), learn=True)

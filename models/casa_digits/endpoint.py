@@ -8,7 +8,8 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
-from casa_digits.runners import MAX_ANSWER_TOKENS, Message, content_items
+from casa_digits.forms import Form, schema_of
+from casa_digits.runners import MAX_ANSWER_TOKENS, MAX_CALL_TOKENS, Message, content_items, read_json
 from casa_engine.errors import CasaError
 from casa_engine.server_address import is_server_address
 
@@ -52,22 +53,47 @@ class EndpointRunner:
             raise EndpointError(f"{base_url} serves no model. Expected one in its list of models.")
         self.model = model or served[0]
 
-    def answer(self, messages: list[Message]) -> str:
+    def answer(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """Return the server's answer; see `runners.Runner`."""
-        sent = [
-            {**message, "content": [_for_endpoint(item) for item in content_items(message)]} for message in messages
-        ]
+        return self._text(messages, MAX_ANSWER_TOKENS, **({"tools": tools} if tools else {}))
+
+    def fill(self, messages: list[Message], form: Form | None) -> Any:
+        """Return the server's JSON, with a schema as its grammar or without; see `runners.Runner`."""
+        options: dict[str, Any] = {}
+        if form is not None:
+            schema = {"name": "answer", "strict": True, "schema": schema_of(form)}
+            options["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return read_json(self._text(messages, MAX_CALL_TOKENS, **options))
+
+    def call(self, messages: list[Message], tools: list[dict[str, Any]]) -> Message | None:
+        """Return the server's call of a tool; see `runners.Runner`."""
+        calls = self._ask(messages, MAX_CALL_TOKENS, tools=tools, tool_choice="auto").get("tool_calls")
+        if not calls:
+            return None
+        function = self._find(calls, 0, "function")
+        name, arguments = self._find(function, "name"), read_json(self._find(function, "arguments"))
+        called = {"id": calls[0].get("id"), "type": "function", "function": {"name": name, "arguments": arguments}}
+        return {"role": "assistant", "content": "", "tool_calls": [called]}
+
+    def _text(self, messages: list[Message], max_tokens: int, **options: Any) -> str:
+        message = self._ask(messages, max_tokens, **options)
+        text = message.get("content")
+        if text is not None and not isinstance(text, str):
+            raise self._no_openai_server(message)
+        return text or ""
+
+    def _ask(self, messages: list[Message], max_tokens: int, **options: Any) -> dict[str, Any]:
+        """Return the server's message."""
         reply = self._call(
             self.client.chat.completions.with_raw_response.create,
             model=self.model,
-            messages=sent,
+            messages=[_message_for_endpoint(message) for message in messages],
             temperature=0.0,
-            max_tokens=MAX_ANSWER_TOKENS,
+            max_tokens=max_tokens,
+            **options,
         )
-        text = self._find(reply, "choices", 0, "message", "content")
-        if text is not None and not isinstance(text, str):
-            raise self._no_openai_server(reply)
-        return text or ""
+        self._find(reply, "choices", 0, "message", "content")
+        return self._find(reply, "choices", 0, "message")
 
     def _call(self, request: Callable[..., Any], **arguments: Any) -> Any:
         """Return the body of an answer, read as JSON."""
@@ -130,6 +156,17 @@ def _short(words: Any) -> str:
     """Return words on one line, and not too many of them."""
     line = " ".join(str(words).split())
     return line if len(line) <= MAX_SHOWN_CHARACTERS else f"{line[:MAX_SHOWN_CHARACTERS]}..."
+
+
+def _message_for_endpoint(message: Message) -> Message:
+    """Return a message as OpenAI's protocol has it."""
+    sent = {**message, "content": [_for_endpoint(item) for item in content_items(message)]}
+    if calls := message.get("tool_calls"):
+        sent["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in calls
+        ]
+    return sent
 
 
 def _for_endpoint(item: dict[str, Any]) -> dict[str, Any]:

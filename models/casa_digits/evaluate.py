@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +12,36 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from casa_digits.cases import Suite, Turn, draw_suites, draw_video
+from casa_digits.cases import (
+    COUNT,
+    NUM_FRAMES_ASKED,
+    READ,
+    REPORT,
+    TOOL_RESULT,
+    FormCase,
+    Suite,
+    ToolCase,
+    Turn,
+    draw_forms,
+    draw_suites,
+    draw_tools,
+    draw_video,
+)
+from casa_digits.data import DigitImage
 from casa_digits.endpoint import EndpointRunner
+from casa_digits.live_endpoint import EndpointStream
+from casa_digits.memory import QUESTIONS, recall
 from casa_digits.phrases import WATCH
-from casa_digits.runners import EagerRunner, EagerStream, Message, Runner
+from casa_digits.runners import EagerRunner, EagerStream, Message, Runner, Stream
 from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CasaError
 
 DESCRIPTION = "How well casa-tiny-digits reads held-out digits, in process or through an endpoint."
 MIN_CHANGES_CAPTIONED = 0.90
 MAX_UNCHANGED_CAPTIONED = 0.05
+MIN_RIGHT = 0.95
 TEXT_BUDGETS = (256, 512)
+MIN_SHARES = {"read": 0.90, "second": 0.90, "count": 0.95, "first": 0.95, "last": 0.95, "before": 0.95}
 
 
 @dataclass(frozen=True)
@@ -83,8 +104,28 @@ def play(runner: Runner, turns: list[Turn]) -> bool:
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
         answers.append(runner.answer(messages))
         messages.append({"role": "assistant", "content": answers[-1]})
-    expected = answers[0] if turns[-1].expected is None else turns[-1].expected
-    return answers[-1] == expected
+    expected = turns[-1].expected
+    return answers[-1] == (answers[:-1][expected] if isinstance(expected, int) else expected)
+
+
+def _show(image: DigitImage, question: str) -> list[Message]:
+    content = [{"type": "image", "image": image.to_pil()}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def play_form(runner: Runner, case: FormCase) -> bool:
+    """Asks for one answer in JSON; True if it is right."""
+    return runner.fill(_show(case.image, case.question), case.form) == case.expected
+
+
+def play_tool(runner: Runner, case: ToolCase) -> bool:
+    """Offers a tool; True if it is called with the right arguments, and what is said to its result is right."""
+    messages = _show(case.image, REPORT)
+    call = runner.call(messages, case.tools)
+    if call is None or call["tool_calls"][0]["function"] != {"name": case.name, "arguments": case.arguments}:
+        return False
+    messages += [call, {"role": "tool", "tool_call_id": call["tool_calls"][0].get("id"), "content": TOOL_RESULT}]
+    return runner.answer(messages, case.tools) == case.image.text
 
 
 def run_suites(runner: Runner, suites: list[Suite]) -> list[Score]:
@@ -96,6 +137,45 @@ def run_suites(runner: Runner, suites: list[Suite]) -> list[Score]:
             right = [play(runner, turns) for turns in conversations]
         scores.append(Score(suite.name, sum(right), len(right), suite.threshold))
     return scores
+
+
+def run_forms(runner: Runner, seed: int = 0, scale: float = 1.0) -> list[Score]:
+    """Returns the scores of JSON with a schema, of JSON without one, and of tools."""
+    forms = draw_forms(seed, scale)
+    played: dict[str, list[bool]] = {}
+    for name, cases in forms.items():
+        with tqdm(cases, desc=name, mininterval=2.0) as shown:
+            played[name] = [play_form(runner, case) for case in shown]
+    with tqdm(draw_tools(seed, scale), desc="tool", mininterval=2.0) as shown:
+        played["tool"] = [play_tool(runner, case) for case in shown]
+    return [Score(name, sum(right), len(right), MIN_RIGHT) for name, right in played.items()]
+
+
+def run_questions(open_stream: Callable[[int], Stream], seed: int = 0, scale: float = 1.0) -> list[Score]:
+    """Asks questions in live streams, each after some frames of a video of its own, all kinds in random order.
+
+    What was read before is what the stream's own captions say, right or wrong, as far as they are still in its text.
+
+    Args:
+        open_stream: Opens the stream of this number.
+        seed: Of videos and questions.
+        scale: 1: twenty streams for each number of frames.
+    """
+    right: dict[str, list[bool]] = {name: [] for name in ("read", "count", *QUESTIONS)}
+    numbers = [number for number in NUM_FRAMES_ASKED for _ in range(max(1, round(20 * scale)))]
+    for index, num_frames in enumerate(tqdm(numbers, desc="questions", mininterval=2.0)):
+        rng = np.random.default_rng([seed, 3, index])
+        video = draw_video(rng, num_frames)
+        with open_stream(index) as stream:
+            for frame in video.frames:
+                stream.caption(Image.fromarray(frame))
+            for kind in rng.permutation(list(right)):
+                question = {"read": READ, "count": COUNT}.get(kind) or QUESTIONS[kind][0]
+                # Room for a question is made before it is asked: what is forgotten by then is not asked for.
+                answer = stream.ask(question)
+                truth = {"read": video.texts[-1], "count": str(len(video.texts[-1].split()))}.get(kind)
+                right[kind].append(answer == (recall(kind, stream.captions) if truth is None else truth))
+    return [Score(f"asked: {kind}", sum(answers), len(answers), MIN_RIGHT) for kind, answers in right.items()]
 
 
 def run_streams(runner: EagerRunner, num_videos: int, num_frames: int, seed: int = 0) -> list[Score]:
@@ -120,10 +200,19 @@ def run_streams(runner: EagerRunner, num_videos: int, num_frames: int, seed: int
 
 
 def evaluate_eager(checkpoint: Path, scale: float = 1.0, seed: int = 0) -> Report:
-    """Runs all suites and the streams with the eager model."""
+    """Runs all chats, JSON, tools, streams and questions within them with the eager model."""
+    return _run_eager(checkpoint, draw_suites(seed, scale), scale, seed)
+
+
+def _run_eager(checkpoint: Path, suites: list[Suite], scale: float, seed: int) -> Report:
     runner = EagerRunner(checkpoint)
-    scores = run_suites(runner, draw_suites(seed, scale))
-    return Report(scores + run_streams(runner, max(1, round(8 * scale)), 120, seed))
+    scores = [*run_suites(runner, suites), *run_forms(runner, seed, scale)]
+    scores += run_streams(runner, max(1, round(8 * scale)), 120, seed)
+
+    def open_stream(index: int) -> AbstractContextManager[EagerStream]:
+        return nullcontext(EagerStream(runner, WATCH[index % len(WATCH)], TEXT_BUDGETS[index % len(TEXT_BUDGETS)]))
+
+    return Report([*scores, *run_questions(open_stream, seed, scale)])
 
 
 def build_parser(program: str = "casa-eval-digits") -> argparse.ArgumentParser:
@@ -135,7 +224,8 @@ def build_parser(program: str = "casa-eval-digits") -> argparse.ArgumentParser:
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of the server ($OPENAI_API_KEY)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="1: 200 single images, 100 conversations of each kind")
-    for name, default in (("read", 0.90), ("second", 0.90), ("count", 0.95), ("first", 0.95)):
+    parser.add_argument("--no-live", action="store_true", help="with --base-url: asks nothing of /v1/live")
+    for name, default in MIN_SHARES.items():
         parser.add_argument(f"--min-{name}", type=float, default=default, help="smallest share right (%(default)s)")
     return parser
 
@@ -169,11 +259,14 @@ def evaluate(options: argparse.Namespace) -> Report:
         Suite(suite.name, suite.conversations, getattr(options, f"min_{suite.name}"))
         for suite in draw_suites(options.seed, options.scale)
     ]
-    if endpoint is not None:
-        return Report(run_suites(endpoint, suites))
-    runner = EagerRunner(options.checkpoint)
-    streams = run_streams(runner, max(1, round(8 * options.scale)), 120, options.seed)
-    return Report(run_suites(runner, suites) + streams)
+    if endpoint is None:
+        return _run_eager(options.checkpoint, suites, options.scale, options.seed)
+    scores = [*run_suites(endpoint, suites), *run_forms(endpoint, options.seed, options.scale)]
+    if not options.no_live:
+        scores += run_questions(
+            lambda _: EndpointStream(options.base_url, options.api_key), options.seed, options.scale
+        )
+    return Report(scores)
 
 
 if __name__ == "__main__":

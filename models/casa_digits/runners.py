@@ -1,23 +1,56 @@
 """Runs conversations on a model: the eager reference in this process. `endpoint.py` runs them on a server."""
 
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
+from casa_digits.forms import STRING, Form
 from casa_engine.checkpoints import load_model
 from casa_engine.live import LiveSettings, eager_stream
 from casa_engine.live.stream_format import StreamFormat
 
 MAX_ANSWER_TOKENS = 16
+MAX_CALL_TOKENS = 96
 Message = dict[str, Any]
 
 
 class Runner(Protocol):
     """Answers a conversation, whose images are parts `{"type": "image", "image": PIL image}`."""
 
-    def answer(self, messages: list[Message]) -> str:
-        """Returns the assistant's next words, greedily decoded."""
+    def answer(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
+        """Returns the assistant's next words, greedily decoded; tools have been offered all along."""
+        ...
+
+    def fill(self, messages: list[Message], form: Form | None) -> Any:
+        """Returns the assistant's next words read as JSON, with these fields or its own; None where they are none."""
+        ...
+
+    def call(self, messages: list[Message], tools: list[dict[str, Any]]) -> Message | None:
+        """Returns the assistant's next message, which calls a tool, or None where it does not."""
+        ...
+
+
+class Stream(Protocol):
+    """A live session.
+
+    Attributes:
+        captions: What it has said and still holds in its text, in order.
+    """
+
+    @property
+    def captions(self) -> list[str]:
+        """Returns what was said to frames."""
+        ...
+
+    def caption(self, frame: Image.Image) -> str:
+        """Shows a frame; returns what is said to it, "" for silence."""
+        ...
+
+    def ask(self, question: str) -> str:
+        """Asks between two frames; returns the answer."""
         ...
 
 
@@ -33,14 +66,62 @@ class EagerRunner:
         self.model, self.format = load_model(checkpoint), StreamFormat.from_checkpoint(checkpoint)
         self.processor = self.format.processor
 
-    @torch.inference_mode()
-    def answer(self, messages: list[Message]) -> str:
+    def answer(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """Returns the model's answer; see `Runner`."""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        return self._continue(messages, tools=tools)
+
+    def fill(self, messages: list[Message], form: Form | None) -> Any:
+        """Returns the model's JSON; see `Runner`. Names are given and values cut at their ends, as by a grammar."""
+        if form is None:
+            return read_json(self._continue(messages, max_tokens=MAX_CALL_TOKENS))
+        return read_json(self._fill(messages, form, ""))
+
+    def call(self, messages: list[Message], tools: list[dict[str, Any]]) -> Message | None:
+        """Returns the model's call; see `Runner`."""
+        text = self._continue(messages, tools=tools, max_tokens=MAX_CALL_TOKENS)
+        call = read_json(text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
+        if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
+            return None
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+
+    def _fill(self, messages: list[Message], form: Form, text: str) -> str:
+        """Returns `text` and the object of this form after it."""
+        for number, (name, kind) in enumerate(form.items()):
+            text += f'{", " if number else "{"}"{name}":'
+            if isinstance(kind, dict):
+                text = self._fill(messages, kind, f"{text} ")
+                continue
+            begun = ' "' if kind == STRING else ""
+            said = begun + self._continue(messages, text + begun)
+            try:
+                _, end = json.JSONDecoder().raw_decode(said.lstrip())
+            except json.JSONDecodeError:
+                return text + said
+            text += f" {said.lstrip()[:end]}"
+        return text + "}"
+
+    @torch.inference_mode()
+    def _continue(
+        self,
+        messages: list[Message],
+        begun: str = "",
+        tools: list[dict[str, Any]] | None = None,
+        max_tokens: int = MAX_ANSWER_TOKENS,
+    ) -> str:
+        """Returns what the model says after `begun`, which is given as the beginning of its answer."""
+        text = self.processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True) + begun
         images = [item["image"] for message in messages for item in content_items(message) if item["type"] == "image"]
         inputs = self.processor(images=images, text=text)
-        output = self.model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        output = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         return self.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def read_json(text: str) -> Any:
+    """Returns what a text says in JSON, or None."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
 
 
 def content_items(message: Message) -> list[dict[str, Any]]:
@@ -61,3 +142,8 @@ class EagerStream(eager_stream.EagerStream):
     def __init__(self, runner: EagerRunner, instruction: str, text_budget: int) -> None:
         settings = LiveSettings.for_checkpoint(runner.checkpoint, instruction=instruction, text_budget=text_budget)
         super().__init__(runner.model, runner.format, settings)
+
+    @property
+    def captions(self) -> list[str]:
+        """What was said to frames that are still in the text."""
+        return [item.caption for item in self.transcript.history if item.caption]
