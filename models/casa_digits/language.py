@@ -22,6 +22,7 @@ ROWS_DRAWN = {"chat": 160, "memory": 80, "stream": 32, "recall": 40, "form": 80,
 STREAM_TOKENS = (120, 240, 400, 680)
 STREAM_TOKEN_SHARES = (0.5, 0.32, 0.13, 0.05)
 BATCH_TOKENS = 1600
+STEPS_PER_POOL = 500
 
 
 def draw_batches(rng: np.random.Generator, writer: Writer, pool: FramePool) -> Iterator[list[Conversation]]:
@@ -53,7 +54,6 @@ def teach_language(
     samples: DigitSamples,
     num_steps: int,
     num_families: int = 400,
-    steps_per_pool: int = 500,
     peak_rate: float = 2e-3,
     save: Callable[[], None] | None = None,
     progress_file: ProgressFile | None = None,
@@ -67,7 +67,6 @@ def teach_language(
         samples: The digits to draw.
         num_steps: Optimiser steps; the learning rate falls in a cosine over them.
         num_families: Size of the pool of encoded images, in families of eight.
-        steps_per_pool: After so many steps the pool is filled anew.
         peak_rate: Highest learning rate.
         save: Called now and then, so that a usable model exists early.
         progress_file: Where the progress is kept; a run that goes on ends with the same weights as one without a break.
@@ -82,7 +81,7 @@ def teach_language(
     progress = tqdm(range(first, num_steps), desc="language", mininterval=5.0, initial=first, total=num_steps)
     recent: deque[float] = deque(maxlen=200)
     for step in progress:
-        if step % steps_per_pool == 0:
+        if step % STEPS_PER_POOL == 0:
             if step > first and progress_file is not None:
                 progress_file.keep(step, model, optimizer, schedule, rng)
             if step > first and save is not None:

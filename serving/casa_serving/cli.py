@@ -24,12 +24,12 @@ from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, exit_immedi
 from casa_serving.drain.startup_patch import replace_run_server
 from casa_serving.endpoint.plugin_entry import register
 from casa_serving.engine_defaults import (
-    SERVER_ARGUMENTS,
     SHUTDOWN_TIMEOUT_S,
     embedded_checkpoint,
     engine_arguments,
     read_checkpoint,
     runs_on_cpu,
+    server_arguments,
     set_environment,
 )
 from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
@@ -101,7 +101,8 @@ def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namesp
     defaults, _ = engine()
     if named is None:
         argv = [str(checkpoint), *argv]
-    args = add_guards(build_parser({**SERVER_ARGUMENTS, **defaults}, program).parse_args(["serve", *argv]))
+    defaults = {**server_arguments(embedded=named is None), **defaults}
+    args = add_guards(build_parser(defaults, program).parse_args(["serve", *argv]))
     if folder != checkpoint:  # a view of an original, which is served under the name that was given
         args.served_model_name = args.served_model_name or [named]
         args.model_tag = args.model = str(folder)

@@ -44,9 +44,19 @@ PLUGIN_GROUPS = (
 # Arguments of vLLM's server, beside those of its engine. CORS: no other origin is allowed unless the operator names it.
 # Details: usage says how many tokens of a prompt were found in the cache.
 SERVER_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"allowed_origins": [], "enable_prompt_tokens_details": True})
+# The embedded model calls tools as Hermes' models do, whenever it is offered one: with `tool_choice` "none" they are
+# therefore not shown to it.
+EMBEDDED_SERVER_ARGUMENTS: Mapping[str, Any] = MappingProxyType(
+    {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "exclude_tools_when_tool_choice_none": True}
+)
 
 # A frame's encoder is some 900 launches otherwise.
 ENCODER_GRAPHS: Mapping[str, Any] = MappingProxyType({"cudagraph_mm_encoder": True})
+
+
+def server_arguments(*, embedded: bool) -> dict[str, Any]:
+    """Returns the arguments of vLLM's server where the user sets none; `embedded` as for `engine_arguments`."""
+    return {**SERVER_ARGUMENTS, **(EMBEDDED_SERVER_ARGUMENTS if embedded else {})}
 
 
 def engine_arguments(

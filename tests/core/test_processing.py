@@ -79,6 +79,37 @@ def test_a_tool_answers_with_text_and_images(checkpoint) -> None:
     assert "<tool_response>\nblue\n</tool_response>" in processor.tokenizer.decode(ids)
 
 
+def test_tools_are_shown_as_they_are_called(checkpoint) -> None:
+    """Names, types and what must be given; what a call says is spelled the same way."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    fields = {
+        "digits": {"type": "array", "items": {"type": "integer"}},
+        "count": {"type": "integer"},
+        "either": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "mixed": {"type": "array"},
+    }
+    schema = {"type": "object", "properties": fields, "required": ["digits", "count", "either", "mixed"]}
+    optional = {"type": "object", "properties": fields, "required": ["count"]}
+    tools = [
+        {"type": "function", "function": {"name": "report", "description": "unused", "parameters": schema}},
+        {"type": "function", "function": {"name": "some", "parameters": optional}},
+        {"type": "function", "function": {"name": "none"}},
+    ]
+    call = {"id": "1", "type": "function", "function": {"name": "report", "arguments": {"digits": [3, 7], "count": 2}}}
+    talk = [user("look"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert processor.apply_chat_template(talk, tools=tools) == (
+        "<|im_start|>system\n<tools>\n"
+        '{"name": "report", "arguments": {"digits": [integer], "count": integer, "either": any, "mixed": [any]}}\n'
+        '{"name": "some", "arguments": {"count": integer}}\n'
+        '{"name": "none", "arguments": {}}\n'
+        "</tools><|im_end|>\n"
+        "<|im_start|>user\nlook<|im_end|>\n"
+        '<|im_start|>assistant\n<tool_call>\n{"name": "report", "arguments": {"digits": [3, 7], "count": 2}}\n'
+        "</tool_call><|im_end|>\n"
+    )
+    assert "tool" not in processor.apply_chat_template([user("look")], tools=[])
+
+
 def test_video_is_refused(checkpoint) -> None:
     processor = AutoProcessor.from_pretrained(checkpoint)
     with pytest.raises(InputError, match="pass video frames as images"):

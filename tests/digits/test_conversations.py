@@ -1,5 +1,7 @@
 """What training learns from: only answers, spelled as the processor spells them, by the rule of the stream."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from casa_digits.conversations import IGNORED, Writer
 from casa_digits.data import Grid
 from casa_digits.frames import FramePool
+from casa_digits.memory import QUESTIONS, recall
 from casa_digits.model import MAX_POSITIONS, build_processor
 from casa_digits.tokenizer import build_tokenizer
 
@@ -81,3 +84,66 @@ def test_a_stream_says_digits_that_differ_from_the_last_said_and_nothing_else(to
             said = caption or said
         assert start in talk.ids
     assert num_learned > 1000 and num_silent > 300
+
+
+@pytest.mark.parametrize("text_only", [True, False])
+def test_questions_in_a_stream_are_about_what_its_text_says(tokenizer, pool, text_only):
+    writer = Writer(tokenizer, np.random.default_rng(4))
+    kinds = {phrase: kind for kind, phrases in QUESTIONS.items() for phrase in phrases}
+    asked = dict.fromkeys(QUESTIONS, 0)
+    for _ in range(80):
+        talk = writer.stream(pool, 300, text_only)
+        assert not (text_only and talk.images)
+        said: list[str] = []
+        question = None
+        # Each turn of the assistant: the answer to the question before it, then frames, then the next question.
+        for turn in tokenizer.decode(talk.ids).split("<|im_start|>assistant\n")[1:]:
+            stream, _, following = turn.partition("<|im_start|>user\n")
+            answer, *frames = stream.split("<|vision_start|>")
+            if question in kinds:
+                assert answer.strip() == recall(kinds[question], said) + "<|im_end|>"
+                asked[kinds[question]] += 1
+            captions = [frame.partition("<|vision_end|>")[2].partition("<|im_end|>")[0] for frame in frames]
+            said += [caption for caption in captions if caption]
+            question = following.partition("<|im_end|>")[0]
+    assert min(asked.values()) > 10
+
+
+def test_what_is_recalled():
+    said = ["3", "3 1", "7"]
+    assert [recall(kind, said) for kind in ("first", "last", "before", "changes")] == ["3", "7", "3 1", "2"]
+    assert [recall(kind, ["3"]) for kind in ("first", "last", "before", "changes")] == ["3", "3", "Nothing.", "0"]
+    assert [recall(kind, []) for kind in ("first", "last", "before", "changes")] == ["Nothing."] * 3 + ["0"]
+    assert [recall("changes", ["1", "2"] * half) for half in (5, 6)] == ["9", "More than 9."]
+
+
+def test_json_answers_hold_what_the_image_shows(tokenizer, pool):
+    writer = Writer(tokenizer, np.random.default_rng(5))
+    free = 0
+    for _ in range(200):
+        talk = writer.form(pool)
+        texts = iter([pool.texts[image] for image in talk.images])
+        for turn in tokenizer.decode(talk.ids).split("<|im_start|>assistant\n")[1:]:
+            answer, text = json.loads(turn.partition("<|im_end|>")[0]), next(texts)
+            for name, value in answer.items():
+                if isinstance(value, list):
+                    assert [int(digit) for digit in value] == [int(digit) for digit in text.split()]
+                elif name == "count":
+                    assert value == len(text.split())
+                elif isinstance(value, str):
+                    assert value == text
+        free += talk.labels[-2] != IGNORED
+    assert free == 200  # the end is always learned
+
+
+def test_tools_are_called_as_the_template_shows_them(tokenizer, pool):
+    processor, writer = build_processor(tokenizer), Writer(tokenizer, np.random.default_rng(6))
+    for _ in range(100):
+        text = tokenizer.decode(writer.tools(pool).ids)
+        tools, _, talk = text.removeprefix("<|im_start|>system\n<tools>\n").partition("</tools><|im_end|>\n")
+        call = json.loads(talk.partition("<tool_call>\n")[2].partition("\n</tool_call>")[0])
+        shown = tools.partition("\n")[0]
+        assert shown.startswith(f'{{"name": "{call["name"]}", "arguments": {{')
+        assert all(f'"{name}": ' in shown for name in call["arguments"])
+        message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+        assert processor.apply_chat_template([message]) in talk

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from casa_digits import train
+from casa_digits import language, train
 from casa_digits.evaluate import Report, Score
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
@@ -47,6 +47,29 @@ def test_run_replaces_the_checkpoint_at_its_end(output, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "vision.pt"}
 
 
+def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
+    """With the same weights as without a break; a run with other options does not go on with it."""
+    monkeypatch.setattr(language, "STEPS_PER_POOL", 1)
+    monkeypatch.setattr(language, "BATCH_TOKENS", 200)
+    run = ["--vision-steps=1", "--language-steps=3", "--families=1", f"--output={output}"]
+    assert train.main(run) == 0
+    weights = tree(output)["model.safetensors"]
+    keep = language.ProgressFile.keep
+
+    def keep_and_end(self, step, *state):
+        keep(self, step, *state)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(language.ProgressFile, "keep", keep_and_end)
+    kept = [*run, f"--progress={tmp_path / 'progress.pt'}"]
+    assert train.main(kept) == 1
+    monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("trained the tower again"))
+    assert train.main([*kept, "--seed=1"]) == 1
+    assert train.main(kept) == 0
+    assert tree(output)["model.safetensors"] == weights
+
+
 @pytest.mark.parametrize(
     ("where", "error"),
     [("teach_language", KeyboardInterrupt()), ("write_live_settings", OSError(28, "No space left on device"))],
@@ -56,7 +79,7 @@ def test_interrupted_run_leaves_the_old(output, where, error, capsys, monkeypatc
         raise error
 
     before = tree(output)
-    monkeypatch.setattr(train, "teach", lambda model, processor, options: train.teach_language(model))
+    monkeypatch.setattr(train, "teach", lambda model, *options: train.teach_language(model))
     monkeypatch.setattr(train, "teach_language", lambda model: None)  # a longer one is in the test above
     monkeypatch.setattr(train, where, fail)
     assert train.main([*SHORT, f"--output={output}"]) == 1
@@ -71,6 +94,8 @@ def test_interrupted_run_leaves_the_old(output, where, error, capsys, monkeypatc
         ("--threads=0", "expected 1 or more"),
         ("--vision-steps=-1", "expected 0 or more"),
         ("--keep-vision=none/vision.pt", "does not exist"),
+        ("--progress=none/progress.pt", "does not exist"),
+        ("--progress=model/notes.txt", "no file of --progress"),
         ("--vision-weights=none.pt", "No such file"),
         ("--vision-weights=model/notes.txt", "no file of --keep-vision"),
         ("--vision-weights=model/model.safetensors", "no file of --keep-vision"),

@@ -28,6 +28,12 @@ from originals import candidate_names, original_model, write_original
 
 CAPTION_PROCESSOR = "casa_vllm.caption_processor:CaptionLogitsProcessor"
 ENGINE_ARGUMENTS = {field.name for field in fields(AsyncEngineArgs)}
+# Of the server of the embedded model, which calls tools.
+TOOL_ARGUMENTS = {
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+    "exclude_tools_when_tool_choice_none": True,
+}
 # Limits of images, which a server alone has.
 IMAGE_LIMITS = "media_io_kwargs"
 VARIABLES = (
@@ -143,6 +149,7 @@ def test_the_command_line(monkeypatch, checkpoint, embedded, on_cpu, live):
     (args,) = served
     assert (args.allowed_origins, args.enable_prompt_tokens_details) == ([], True)
     expected = expected_arguments(checkpoint(embedded), embedded=embedded, on_cpu=on_cpu, live=live)
+    expected |= TOOL_ARGUMENTS if embedded else {}
     # How a server ends is its own affair.
     expected["shutdown_timeout"] = 8
     assert changed(vars(args), plain_arguments(checkpoint(embedded))) == expected
@@ -228,6 +235,7 @@ def test_a_cluster(checkpoint, embedded, on_cpu, live):
         **({"enforce_eager": on_cpu} if embedded else {}),
         "allowed_origins": [],
         "enable_prompt_tokens_details": True,
+        **(TOOL_ARGUMENTS if embedded else {}),
         "allowed_media_domains": [],
         "block_size": 64,
         "max_num_seqs": 18 if live else 16,

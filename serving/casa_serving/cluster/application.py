@@ -29,11 +29,11 @@ from casa_serving.engine_defaults import (
     CONNECTOR,
     EMBEDDED_NAME,
     HTTP_PLUGIN,
-    SERVER_ARGUMENTS,
     embedded_checkpoint,
     engine_arguments,
     plugins_with,
     read_checkpoint,
+    server_arguments,
 )
 from casa_serving.live.web_files import page_model
 from casa_serving.options.image_limits import ALLOW_LOOPBACK
@@ -129,7 +129,7 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
         on_cpu=not on_gpu,
         live=config.live.max_sessions > 0,
         given={
-            **SERVER_ARGUMENTS,
+            **server_arguments(embedded=embedded),
             # Each live session takes one sequence, whether it is captioning or waiting for its next frame.
             "max_num_seqs": config.concurrency.running + config.live.max_sessions,
             "tensor_parallel_size": config.tensor_parallel_size,
