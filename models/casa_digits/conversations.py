@@ -34,6 +34,7 @@ from casa_digits.forms import (
     COMPACT,
     INTEGER,
     INTEGERS,
+    NAME_SHARES,
     SPACED,
     Form,
     Spelled,
@@ -62,6 +63,7 @@ from casa_digits.phrases import (
 from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
 IGNORED = -100
+UNSEEN = -1  # an image of which only the place is known: its window begins there
 SILENCE_LEARNED = 0.5  # of the unchanged frames: a missed change costs more than a repeated caption
 
 
@@ -73,7 +75,7 @@ class Conversation:
         ids: token ids of the text stream.
         labels: the same where the model learns, else -100.
         points: insertion point of each image.
-        images: which image of the pool it is.
+        images: which image of the pool it is, or `UNSEEN`.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -94,6 +96,12 @@ class Writer:
         tokenizer: Spells the text.
         rng: Source of all randomness.
     """
+
+    # How often a stream asks after a frame, and at its end; with and without images.
+    question_rates: tuple[float, ...] = (0.0, 0.03, 0.1)
+    last_questions: tuple[int, ...] = (0, 1, 2)
+    last_questions_of_text: tuple[int, ...] = (1, 2, 4)
+    name_shares: tuple[float, float] = NAME_SHARES
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -161,7 +169,7 @@ class Writer:
         faults = self.rng.choice([0.0, 0.05, 0.15], p=[0.6, 0.3, 0.1])
         text_only_until = len(talk.ids) + int(self.rng.random() * 0.8 * num_tokens) if self._chance(0.35) else 0
         drop_silent = self._chance(0.5)
-        asks = self.rng.choice([0.0, 0.03, 0.1])
+        asks = self.rng.choice(self.question_rates)
         while len(talk.ids) < num_tokens:
             remembered = text_only or len(talk.ids) < text_only_until
             caption = "" if said and said[-1] == pool.texts[image] else pool.texts[image]
@@ -178,7 +186,7 @@ class Writer:
                 while self._chance(asks):
                     self._interrupt(talk, pool, None if text_only else image, said)
             image = self._next_frame(pool, image, change)
-        for _ in range(int(self.rng.choice([1, 2, 4])) if text_only else int(self.rng.choice([0, 1, 2]))):
+        for _ in range(int(self.rng.choice(self.last_questions_of_text if text_only else self.last_questions))):
             self._interrupt(talk, pool, None if text_only else image, said, at_end=True)
         return talk
 
@@ -200,7 +208,9 @@ class Writer:
             separators, indent = (
                 (SPACED, None) if style < 0.65 else (COMPACT, None) if style < 0.88 else ((",", ": "), 2)
             )
-            spelled = spell_form(fill_form(draw_form(self.rng), pool.texts[image]), separators, indent)
+            spelled = spell_form(
+                fill_form(draw_form(self.rng, name_shares=self.name_shares), pool.texts[image]), separators, indent
+            )
             learn_all = question in READ_JSON + COUNT_JSON and self._chance(0.2)
             loose = not learn_all and self._chance(0.4)
             self._answer_with(talk, question, image, spelled, loose=loose, learn_all=learn_all)
@@ -210,9 +220,14 @@ class Writer:
         """Writes calls of the first of one to three tools, their results and closing answers."""
         talk = Conversation()
         names = list(
-            dict.fromkeys(draw_name(self.rng, TOOL_NAMES) for _ in range(self.rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])))
+            dict.fromkeys(
+                draw_name(self.rng, TOOL_NAMES, self.name_shares)
+                for _ in range(self.rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1]))
+            )
         )
-        forms = [{} if self._chance(0.04) else draw_form(self.rng, depth=0) for _ in names]
+        forms = [
+            {} if self._chance(0.04) else draw_form(self.rng, depth=0, name_shares=self.name_shares) for _ in names
+        ]
         lines = [_tool_line(name, form) for name, form in zip(names, forms, strict=True)]
         self._turn(talk, "system", "<tools>\n" + "".join(f"{line}\n" for line in lines) + "</tools>")
         if self._chance(0.3):

@@ -28,6 +28,9 @@ COMPACT, SPACED = (",", ":"), (", ", ": ")
 # Stands before and after a value while JSON is spelled.
 BEGIN, END = "\ue000", "\ue001"
 
+# How often a name is the first of its kind, or another known one; the rest are letters at random.
+NAME_SHARES = (0.3, 0.4)
+
 Form = dict[str, "str | Form"]
 
 
@@ -44,29 +47,31 @@ class Spelled:
     known: list[bool]
 
 
-def draw_form(rng: np.random.Generator, max_fields: int = 3, depth: int = 1) -> Form:
+def draw_form(
+    rng: np.random.Generator, max_fields: int = 3, depth: int = 1, name_shares: tuple[float, float] = NAME_SHARES
+) -> Form:
     """Draws names and types of one to `max_fields` fields; now and then one of them is an object."""
     form: Form = {}
     for _ in range(int(rng.choice([1, 2, 3], p=[0.55, 0.3, 0.15]))):
         if len(form) == max_fields:
             break
         if depth and rng.random() < 0.12:
-            form[draw_name(rng, OBJECT_NAMES)] = draw_form(rng, 2, depth - 1)
+            form[draw_name(rng, OBJECT_NAMES, name_shares)] = draw_form(rng, 2, depth - 1, name_shares)
             continue
         kind = str(rng.choice(TYPES, p=TYPE_SHARES))
         names = NAMES[kind]
         if kind == INTEGER and rng.random() < 0.3:
             names = FIRST_NAMES + LAST_NAMES
-        form[draw_name(rng, names)] = kind
+        form[draw_name(rng, names, name_shares)] = kind
     return form
 
 
-def draw_name(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+def draw_name(rng: np.random.Generator, names: tuple[str, ...], name_shares: tuple[float, float] = NAME_SHARES) -> str:
     """Draws one of these names (the first of them most often), or letters at random."""
     chance = rng.random()
-    if chance < 0.3:
+    if chance < name_shares[0]:
         return names[0]
-    if chance < 0.7:
+    if chance < sum(name_shares):
         return names[int(rng.integers(len(names)))]
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(rng.choice(list(letters), int(rng.integers(2, 8)))) for _ in range(int(rng.integers(1, 3)))]

@@ -1,5 +1,6 @@
 """The shape of casa-tiny-digits, and how its weights start."""
 
+import copy
 import math
 
 import torch
@@ -18,6 +19,8 @@ from casa_engine.tokenization import IMAGE, IMAGE_END, IMAGE_START, TURN_END, ch
 HIDDEN = 128
 VOCABULARY_ROWS = 512
 MAX_POSITIONS = 4096
+# Of stage 3: a layer of stage 2, or a new one.
+DEEPER = (0, None, 1, None, 2)
 
 
 def vision_config() -> Qwen2_5_VLVisionConfig:
@@ -38,7 +41,7 @@ def vision_config() -> Qwen2_5_VLVisionConfig:
 
 
 def text_config(end_id: int, pad_id: int) -> Qwen2Config:
-    """Returns three layers; the vocabulary has some unused rows at its end."""
+    """Returns three layers, as stage 2 trains them; the vocabulary has some unused rows at its end."""
     return Qwen2Config(
         vocab_size=VOCABULARY_ROWS,
         hidden_size=HIDDEN,
@@ -109,3 +112,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> CasaForConditi
     model = CasaForConditionalGeneration(casa_config(tokenizer))
     init_with_cosines(model.model.visual)
     return model
+
+
+@torch.no_grad()
+def deepen(model: CasaForConditionalGeneration, seed: int) -> CasaForConditionalGeneration:
+    """Returns a model of the layers `DEEPER` that computes the same: what the new layers add is zero at first."""
+    config = copy.deepcopy(model.config)
+    config.text_config.num_hidden_layers = len(DEEPER)
+    config.text_config.layer_types = ["full_attention"] * len(DEEPER)
+    torch.manual_seed(seed)
+    deeper = CasaForConditionalGeneration(config)
+    shallow, deep = model.model.language_model, deeper.model.language_model
+    for layer, source in zip(deep.layers, DEEPER, strict=True):
+        if source is not None:
+            layer.load_state_dict(shallow.layers[source].state_dict())
+            continue
+        for output in (layer.self_attn.o_proj, layer.cross_attn.o_proj, layer.mlp.down_proj):
+            output.weight.zero_()
+    deep.embed_tokens.load_state_dict(shallow.embed_tokens.state_dict())
+    deep.norm.load_state_dict(shallow.norm.state_dict())
+    deeper.lm_head.load_state_dict(model.lm_head.state_dict())
+    deeper.model.visual.load_state_dict(model.model.visual.state_dict())
+    return deeper

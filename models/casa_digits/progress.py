@@ -16,7 +16,7 @@ from casa_engine.modeling_casa import CasaForConditionalGeneration
 
 
 class ProgressFile:
-    """The progress of stage 2 in a file.
+    """The progress of stages 2 and 3 in a file.
 
     Args:
         path: The file; its folder must exist.
@@ -41,24 +41,26 @@ class ProgressFile:
             raise InputError(f"{path} belongs to a run with {begun}; expected {options}. Name another file.")
 
     @property
-    def is_begun(self) -> bool:
-        """Whether there is progress to go on from: stage 1 is done then."""
-        return self._found is not None
+    def stage(self) -> str | None:
+        """The stage to go on with (a course's name), or None: those before it are done."""
+        return None if self._found is None else self._found["stage"]
 
     def keep(
         self,
+        stage: str,
         step: int,
         model: CasaForConditionalGeneration,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         rng: np.random.Generator,
     ) -> None:
-        """Write the progress before `step`; at every moment the file is whole."""
+        """Write the progress of a stage before `step`; at every moment the file is whole."""
         generator = rng.bit_generator.state
         content = BytesIO()  # torch.save hides the reason when a disk is full
         torch.save(
             {
                 "options": self.options,
+                "stage": stage,
                 "step": step,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -72,13 +74,14 @@ class ProgressFile:
 
     def restore(
         self,
+        stage: str,
         model: CasaForConditionalGeneration,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         rng: np.random.Generator,
     ) -> int:
-        """Set everything as it was kept; return the next step (0, and nothing set, where nothing was kept)."""
-        if self._found is None:
+        """Set everything as it was kept; return the next step (0, and nothing set, where none of it was kept)."""
+        if self._found is None or self.stage != stage:
             return 0
         found, self._found = self._found, None
         model.load_state_dict(found["model"])

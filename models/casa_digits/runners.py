@@ -7,13 +7,15 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from casa_digits.forms import STRING, Form
+from casa_digits.forms import INTEGERS, STRING, Form
 from casa_engine.checkpoints import load_model
 from casa_engine.live import LiveSettings, eager_stream
 from casa_engine.live.stream_format import StreamFormat
 
 MAX_ANSWER_TOKENS = 16
 MAX_CALL_TOKENS = 96
+# What a grammar forces before a value of this type.
+BEGINNINGS = {STRING: ' "', INTEGERS: " ["}
 Message = dict[str, Any]
 
 
@@ -91,7 +93,7 @@ class EagerRunner:
             if isinstance(kind, dict):
                 text = self._fill(messages, kind, f"{text} ")
                 continue
-            begun = ' "' if kind == STRING else ""
+            begun = BEGINNINGS.get(kind, "")
             said = begun + self._continue(messages, text + begun)
             try:
                 _, end = json.JSONDecoder().raw_decode(said.lstrip())

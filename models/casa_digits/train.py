@@ -1,15 +1,17 @@
 """`casa-train-digits`: trains casa-tiny-digits from nothing.
 
     stage 1   the vision tower, with the truth of every cell         vision_warmup.py
-    stage 2   everything else, on conversations and streams          language.py
+    stage 2   everything else, on conversations and streams          language.py, lessons.py
+    stage 3   five layers instead of three: finding what was said    the same, practice.py
     then      measured on held-out digits; accuracy.json beside the weights; the output folder is replaced last
 
-With the defaults it takes less than an hour on one core, and at most about 3 on a busy machine. One thread is the
+With the defaults it takes about two hours on one core, and longer on a busy machine. One thread is the
 default: the model is so small that a second one gains little, and loses a lot on a busy machine. The same seed gives
 the same weights on the same machine and versions.
 """
 
 import argparse
+import dataclasses
 import json
 import pickle
 import shlex
@@ -26,8 +28,10 @@ from casa_digits.data import load_samples
 from casa_digits.demonstration import write_demonstration
 from casa_digits.evaluate import evaluate_eager
 from casa_digits.language import teach_language
+from casa_digits.lessons import LANGUAGE, MEMORY, Course
 from casa_digits.live import write_live_settings
-from casa_digits.model import MAX_POSITIONS, build_model, build_processor
+from casa_digits.model import MAX_POSITIONS, build_model, build_processor, deepen
+from casa_digits.practice import PracticeWriter
 from casa_digits.progress import ProgressFile
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.vision_warmup import measure_accuracy, warm_up
@@ -50,12 +54,17 @@ def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=4000)
     parser.add_argument("--language-steps", type=int, default=7000)
+    parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
+    parser.add_argument("--memory-steps", type=int, default=13000)
     parser.add_argument("--families", type=int, default=400, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
-    parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
     parser.add_argument("--progress", type=Path, help="file from which the same command goes on after it was ended")
     parser.add_argument("--keep-vision", type=Path, help="writes the tower after stage 1 to this file")
+    parser.add_argument(
+        "--language-weights", type=Path, help="leaves out stages 1 and 2: a file of --keep-language"
+    )
+    parser.add_argument("--keep-language", type=Path, help="writes the model after stage 2 to this file")
     return parser
 
 
@@ -79,10 +88,12 @@ def train(options: argparse.Namespace) -> None:
     tokenizer = build_tokenizer(MAX_POSITIONS)
     model, processor = build_model(tokenizer, options.seed), build_processor(tokenizer)
     if options.vision_weights:
-        load_vision(model.model.visual, options.vision_weights)
+        load_weights(model.model.visual, options.vision_weights, "vision")
+    if options.language_weights:
+        load_weights(model, options.language_weights, "language")
     progress_file = open_progress(options)
-    with stage_checkpoint(options.output, weight_bytes(model)) as staged:
-        teach(model, processor, options, progress_file)
+    with stage_checkpoint(options.output, weight_bytes(deepen(model, options.seed))) as staged:
+        model = teach(model, processor, options, progress_file)
         write_checkpoint(model, processor, staged.path)
         write_live_settings(staged.path)
         write_demonstration(staged.path)
@@ -100,15 +111,22 @@ def train(options: argparse.Namespace) -> None:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises InputError for an option that would end the run only later."""
-    for name, least in (("vision_steps", 0), ("language_steps", 0), ("families", 1), ("threads", 1)):
+    for name, least in (
+        ("vision_steps", 0),
+        ("language_steps", 0),
+        ("memory_steps", 0),
+        ("families", 1),
+        ("threads", 1),
+    ):
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more.")
-    if options.keep_vision and not options.keep_vision.parent.is_dir():
-        raise InputError(f"the folder of --keep-vision {options.keep_vision} does not exist. Make it first.")
+    for name, path in (("--keep-vision", options.keep_vision), ("--keep-language", options.keep_language)):
+        if path and not path.parent.is_dir():
+            raise InputError(f"the folder of {name} {path} does not exist. Make it first.")
+        if path and path.is_dir():
+            raise InputError(f"{name} {path} is a folder. Name a file.")
     if options.progress and not options.progress.absolute().parent.is_dir():
         raise InputError(f"the folder of --progress {options.progress} does not exist. Make it first.")
-    if options.keep_vision and options.keep_vision.is_dir():
-        raise InputError(f"--keep-vision {options.keep_vision} is a folder. Name a file.")
     if options.snapshots:
         check_apart(options.snapshots, options.output)
         with stage_checkpoint(options.snapshots):
@@ -119,22 +137,22 @@ def open_progress(options: argparse.Namespace) -> ProgressFile | None:
     """Opens the file of --progress, if one is named."""
     if options.progress is None:
         return None
-    decisive = ("seed", "vision_steps", "language_steps", "families", "peak_rate")
+    decisive = ("seed", "vision_steps", "language_steps", "memory_steps", "families", "peak_rate")
     return ProgressFile(options.progress, {name: getattr(options, name) for name in decisive})
 
 
-def load_vision(tower: torch.nn.Module, path: Path) -> None:
-    """Reads a file that `--keep-vision` wrote."""
+def load_weights(module: torch.nn.Module, path: Path, stage: str) -> None:
+    """Reads a file that `--keep-STAGE` wrote."""
     try:
-        tower.load_state_dict(torch.load(path, weights_only=True))
+        module.load_state_dict(torch.load(path, weights_only=True))
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError) as error:
-        raise InputError(f"{path} is no file of --keep-vision: {error}. Leave --vision-weights out.") from error
+        raise InputError(f"{path} is no file of --keep-{stage}: {error}. Leave --{stage}-weights out.") from error
 
 
-def keep_vision(tower: torch.nn.Module, path: Path) -> None:
-    """Writes the tower's weights."""
+def keep_weights(module: torch.nn.Module, path: Path) -> None:
+    """Writes the weights of a tower or a model."""
     content = BytesIO()  # torch.save hides the reason when a disk is full
-    torch.save(tower.state_dict(), content)
+    torch.save(module.state_dict(), content)
     write_atomically(path, content.getbuffer())
 
 
@@ -143,28 +161,32 @@ def teach(
     processor: CasaProcessor,
     options: argparse.Namespace,
     progress_file: ProgressFile | None = None,
-) -> None:
-    """Runs both stages, or what is left of them. Mutates `model`."""
-    vision_rng, language_rng = np.random.default_rng(options.seed).spawn(2)
-    samples = load_samples(held_out=False)
-    if not options.vision_weights and not (progress_file and progress_file.is_begun):
-        head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
-        right = measure_accuracy(model.model.visual, head, np.random.default_rng(1), load_samples(held_out=True), 1000)
-        print("vision tower on held-out digits:", json.dumps(right))
-    if options.keep_vision:
-        keep_vision(model.model.visual, options.keep_vision)
-    model.model.visual.requires_grad_(False)
-    teach_language(
-        model,
-        Writer(processor.tokenizer, language_rng),
-        language_rng,
-        samples,
-        options.language_steps,
-        options.families,
-        peak_rate=options.peak_rate,
-        save=(lambda: save_checkpoint(model, processor, options.snapshots)) if options.snapshots else None,
-        progress_file=progress_file,
-    )
+) -> CasaForConditionalGeneration:
+    """Runs all stages, or what is left of them; returns the trained model. Mutates `model`."""
+    vision_rng, language_rng, memory_rng = np.random.default_rng(options.seed).spawn(3)
+    samples, begun = load_samples(held_out=False), progress_file.stage if progress_file else None
+
+    def teach_course(model: CasaForConditionalGeneration, writer: Writer, course: Course, num_steps: int) -> None:
+        model.model.visual.requires_grad_(False)
+        save = (lambda: save_checkpoint(model, processor, options.snapshots)) if options.snapshots else None
+        teach_language(
+            model, writer, samples, course, num_steps, options.families, save=save, progress_file=progress_file
+        )
+
+    if not options.language_weights and begun != MEMORY.name:
+        if not options.vision_weights and begun is None:
+            head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
+            right = measure_accuracy(model.model.visual, head, np.random.default_rng(1), load_samples(True), 1000)
+            print("vision tower on held-out digits:", json.dumps(right))
+        if options.keep_vision:
+            keep_weights(model.model.visual, options.keep_vision)
+        course = dataclasses.replace(LANGUAGE, peak_rate=options.peak_rate)
+        teach_course(model, Writer(processor.tokenizer, language_rng), course, options.language_steps)
+        if options.keep_language:
+            keep_weights(model, options.keep_language)
+    deeper = deepen(model, options.seed)
+    teach_course(deeper, PracticeWriter(processor.tokenizer, memory_rng), MEMORY, options.memory_steps)
+    return deeper
 
 
 if __name__ == "__main__":

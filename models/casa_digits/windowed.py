@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from casa_digits.conversations import IGNORED, Conversation
+from casa_digits.conversations import IGNORED, UNSEEN, Conversation
 from casa_digits.frames import FramePool
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.padding import pad_rows
@@ -86,9 +86,9 @@ def build_batch(
     input_ids = pad_rows([talk.ids for talk in conversations], model.config.text_config.pad_token_id)
     labels = pad_rows([talk.labels for talk in conversations], IGNORED)
     relative = np.zeros_like(input_ids)
-    distinct = sorted({image for talk in conversations for image in talk.images})
+    distinct = sorted({image for talk in conversations for image in talk.images if image != UNSEEN})
     ends = np.cumsum([len(pool.tokens[image]) for image in distinct]).tolist()
-    image_tokens = {
+    image_tokens = {UNSEEN: np.arange(0)} | {
         image: np.arange(end - len(pool.tokens[image]), end) for image, end in zip(distinct, ends, strict=True)
     }
     windows: list[Window] = []

@@ -1,18 +1,20 @@
 """`casa-train-digits` and its folders: a run of a few steps, refused, interrupted, repeated."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 
-from casa_digits import language, train
+from casa_digits import train
 from casa_digits.evaluate import Report, Score
+from casa_digits.progress import ProgressFile
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
 from killing import ended_at
 
-SHORT = ["--vision-steps=1", "--language-steps=1", "--families=1"]
+SHORT = ["--vision-steps=1", "--language-steps=1", "--memory-steps=1", "--families=1"]
 
 
 @pytest.fixture
@@ -42,30 +44,37 @@ def test_run_replaces_the_checkpoint_at_its_end(output, tmp_path):
     assert after["model.safetensors"] != before["model.safetensors"]
     assert json.loads(after["accuracy.json"])["command"].startswith("casa-train-digits --vision-steps=1")
     load_model(output)
-    again = [f"--vision-weights={tmp_path / 'vision.pt'}", *SHORT]
-    assert train.main([*again, f"--output={output}"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "vision.pt"}
+    kept = [f"--keep-language={tmp_path / 'language.pt'}", *SHORT, f"--output={output}"]
+    assert train.main([f"--vision-weights={tmp_path / 'vision.pt'}", *kept]) == 0
+    assert tree(output)["model.safetensors"] == after["model.safetensors"]
+    assert train.main([f"--language-weights={tmp_path / 'language.pt'}", *kept]) == 0
+    assert tree(output)["model.safetensors"] == after["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "vision.pt", "language.pt"}
 
 
 def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
     """With the same weights as without a break; a run with other options does not go on with it."""
-    monkeypatch.setattr(language, "STEPS_PER_POOL", 1)
-    monkeypatch.setattr(language, "BATCH_TOKENS", 200)
-    run = ["--vision-steps=1", "--language-steps=3", "--families=1", f"--output={output}"]
+    for stage in ("LANGUAGE", "MEMORY"):
+        short = dataclasses.replace(getattr(train, stage), steps_per_pool=1, batch_tokens=200)
+        monkeypatch.setattr(train, stage, short)
+    run = ["--vision-steps=1", "--language-steps=3", "--memory-steps=3", "--families=1", f"--output={output}"]
     assert train.main(run) == 0
     weights = tree(output)["model.safetensors"]
-    keep = language.ProgressFile.keep
+    keep = ProgressFile.keep
 
-    def keep_and_end(self, step, *state):
-        keep(self, step, *state)
-        if step == 2:
+    def keep_and_end(self, stage, step, *state):
+        keep(self, stage, step, *state)
+        if (stage, step) == ended:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(language.ProgressFile, "keep", keep_and_end)
+    monkeypatch.setattr(ProgressFile, "keep", keep_and_end)
     kept = [*run, f"--progress={tmp_path / 'progress.pt'}"]
+    ended = ("language", 2)
     assert train.main(kept) == 1
     monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("trained the tower again"))
     assert train.main([*kept, "--seed=1"]) == 1
+    ended = ("memory", 2)
+    assert train.main(kept) == 1
     assert train.main(kept) == 0
     assert tree(output)["model.safetensors"] == weights
 
@@ -79,7 +88,7 @@ def test_interrupted_run_leaves_the_old(output, where, error, capsys, monkeypatc
         raise error
 
     before = tree(output)
-    monkeypatch.setattr(train, "teach", lambda model, *options: train.teach_language(model))
+    monkeypatch.setattr(train, "teach", lambda model, *options: train.teach_language(model) or model)
     monkeypatch.setattr(train, "teach_language", lambda model: None)  # a longer one is in the test above
     monkeypatch.setattr(train, where, fail)
     assert train.main([*SHORT, f"--output={output}"]) == 1
@@ -99,7 +108,9 @@ def test_interrupted_run_leaves_the_old(output, where, error, capsys, monkeypatc
         ("--vision-weights=none.pt", "No such file"),
         ("--vision-weights=model/notes.txt", "no file of --keep-vision"),
         ("--vision-weights=model/model.safetensors", "no file of --keep-vision"),
+        ("--language-weights=model/notes.txt", "no file of --keep-language"),
         ("--keep-vision=model", "is a folder"),
+        ("--keep-language=model", "is a folder"),
         ("--snapshots=model", "within each other"),
         ("--snapshots=model/snapshots", "within each other"),
         ("--snapshots=.", "within each other"),
@@ -124,6 +135,7 @@ def test_killed_run_leaves_the_old_or_the_new(output, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "warm_up", lambda *arguments: None)
     monkeypatch.setattr(train, "load_samples", lambda held_out: None)
     monkeypatch.setattr(train, "Writer", lambda *arguments: None)
+    monkeypatch.setattr(train, "PracticeWriter", lambda *arguments: None)
     monkeypatch.setattr(train, "teach_language", lambda *arguments, save, **options: save())
     options = [f"--output={output}", f"--snapshots={tmp_path / 'half'}", f"--keep-vision={tmp_path / 'vision.pt'}"]
     assert train.main([*SHORT, *options, "--seed=1"]) == 0
