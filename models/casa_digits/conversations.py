@@ -30,6 +30,7 @@ from functools import lru_cache
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from casa_digits.data import MAX_DIGITS
 from casa_digits.forms import (
     COMPACT,
     INTEGER,
@@ -63,6 +64,8 @@ from casa_digits.phrases import (
 from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
 IGNORED = -100
+NO_DIGIT = 10
+NOTES, NOTE_CLASSES = MAX_DIGITS + 1, 11
 UNSEEN = -1  # an image of which only the place is known: its window begins there
 SILENCE_LEARNED = 0.5  # of the unchanged frames: a missed change costs more than a repeated caption
 
@@ -76,12 +79,14 @@ class Conversation:
         labels: the same where the model learns, else -100.
         points: insertion point of each image.
         images: which image of the pool it is, or `UNSEEN`.
+        notes: what a token should know about the past, of `NOTES` kinds: (token, kind, class). See `_note`.
     """
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     points: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
+    notes: list[tuple[int, int, int]] = field(default_factory=list)
 
     def append(self, ids: tuple[int, ...], learn: bool = False) -> None:
         """Adds tokens, learned or only read."""
@@ -135,6 +140,7 @@ class Writer:
             if not said or self._chance(0.7):
                 said.append(answer)
                 self._exchange(talk, self._pick(READ), answer, [image], learn=learn and not wrong)
+                self._note(talk, said, len(talk.ids) - 2)
             else:
                 self._exchange(talk, self._pick(COUNT), str(len(pool.texts[image].split())), [image], learn)
             if self._chance(0.15):
@@ -182,6 +188,8 @@ class Writer:
             said += [caption] if caption else []
             if not (remembered and drop_silent and not caption):
                 self._frame(talk, None if remembered else image, caption, learn)
+                if caption:
+                    self._note(talk, said, len(talk.ids) - 1)
             if text_only or not remembered:
                 while self._chance(asks):
                     self._interrupt(talk, pool, None if text_only else image, said)
@@ -295,6 +303,19 @@ class Writer:
         self._turn(talk, "user", question)
         talk.append(self.spell(f"{TURN_START}assistant\n"))
         talk.append(self.spell(answer + TURN_END), learn=True)
+
+    def _note(self, talk: Conversation, said: list[str], end: int) -> None:
+        """Notes what the tokens of the newest reading should know; the last of them, at `end`, ends its turn.
+
+        A token knows the token that stands in its place in the reading before; the last one also those that follow it,
+        and how often the reading has changed.
+        """
+        before = [int(digit) for digit in said[-2].split()] if len(said) > 1 else []
+        length = len(said[-1].split())
+        padded = [*before, *[NO_DIGIT] * MAX_DIGITS][:MAX_DIGITS]
+        talk.notes += [(end - length + place, 0, padded[place]) for place in range(length)]
+        talk.notes += [(end, kind, digit) for kind, digit in enumerate(padded[length:])]
+        talk.notes.append((end, MAX_DIGITS, min(len(said) - 1, NOTE_CLASSES - 1)))
 
     def _begin(self) -> Conversation:
         talk = Conversation()

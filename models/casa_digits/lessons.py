@@ -39,6 +39,7 @@ class Course:
         batch_tokens: Most tokens of a batch, padding included (a longer conversation is a batch of its own).
         steps_per_pool: Steps between two pools of images.
         peak_rate: Highest learning rate.
+        note_layer: After how many layers a token should know what `Conversation.notes` says; None: that is not taught.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Course:
     batch_tokens: int
     steps_per_pool: int
     peak_rate: float
+    note_layer: int | None = None
 
     def lesson(self, done: float) -> Lesson:
         """Returns the lesson that belongs to a share of the steps done."""
@@ -73,13 +75,14 @@ _MIXED = {"chat": 0.07, "memory": 0.1, "stream": 0.34, "recall": 0.2, "form": 0.
 MEMORY = Course(
     name="memory",
     lessons=(
-        Lesson(0.12, _BEGUN, stream_tokens=_LONG, recall_tokens=(0.6, 0.3, 0.1, 0.0, 0.0)),
-        Lesson(0.3, _BEGUN, stream_tokens=_LONG, recall_tokens=(0.35, 0.35, 0.2, 0.1, 0.0)),
+        Lesson(0.1, _BEGUN, stream_tokens=_LONG, recall_tokens=(0.6, 0.3, 0.1, 0.0, 0.0)),
+        Lesson(0.25, _BEGUN, stream_tokens=_LONG, recall_tokens=(0.35, 0.35, 0.2, 0.1, 0.0)),
         Lesson(1.0, _MIXED, stream_tokens=_LONG, recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05)),
     ),
     batch_tokens=640,
     steps_per_pool=1500,
     peak_rate=1.2e-3,
+    note_layer=3,
 )
 
 

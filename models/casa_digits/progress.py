@@ -12,7 +12,6 @@ import torch
 
 from casa_engine.atomic_files import write_atomically
 from casa_engine.errors import InputError
-from casa_engine.modeling_casa import CasaForConditionalGeneration
 
 
 class ProgressFile:
@@ -49,7 +48,7 @@ class ProgressFile:
         self,
         stage: str,
         step: int,
-        model: CasaForConditionalGeneration,
+        trained: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         rng: np.random.Generator,
@@ -62,7 +61,7 @@ class ProgressFile:
                 "options": self.options,
                 "stage": stage,
                 "step": step,
-                "model": model.state_dict(),
+                "weights": trained.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"},
                 # 128-bit numbers, which torch's plain loader does not take.
@@ -75,7 +74,7 @@ class ProgressFile:
     def restore(
         self,
         stage: str,
-        model: CasaForConditionalGeneration,
+        trained: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         rng: np.random.Generator,
@@ -84,7 +83,7 @@ class ProgressFile:
         if self._found is None or self.stage != stage:
             return 0
         found, self._found = self._found, None
-        model.load_state_dict(found["model"])
+        trained.load_state_dict(found["weights"])
         optimizer.load_state_dict(found["optimizer"])
         schedule.load_state_dict({**found["schedule"], "lr_lambdas": [None] * len(schedule.lr_lambdas)})
         generator = found["generator"]

@@ -55,15 +55,13 @@ def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     parser.add_argument("--vision-steps", type=int, default=4000)
     parser.add_argument("--language-steps", type=int, default=7000)
     parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
-    parser.add_argument("--memory-steps", type=int, default=13000)
+    parser.add_argument("--memory-steps", type=int, default=11000)
     parser.add_argument("--families", type=int, default=400, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
     parser.add_argument("--progress", type=Path, help="file from which the same command goes on after it was ended")
     parser.add_argument("--keep-vision", type=Path, help="writes the tower after stage 1 to this file")
-    parser.add_argument(
-        "--language-weights", type=Path, help="leaves out stages 1 and 2: a file of --keep-language"
-    )
+    parser.add_argument("--language-weights", type=Path, help="leaves out stages 1 and 2: a file of --keep-language")
     parser.add_argument("--keep-language", type=Path, help="writes the model after stage 2 to this file")
     return parser
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from casa_digits.conversations import IGNORED, UNSEEN, Conversation
+from casa_digits.conversations import IGNORED, NOTE_CLASSES, NOTES, UNSEEN, Conversation
 from casa_digits.frames import FramePool
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.padding import pad_rows
@@ -69,6 +69,7 @@ class TrainingBatch:
         image_tokens: (M, C), of each distinct image once.
         image_positions: (3, M) int64.
         groups: all windows.
+        notes: (N, 3) int64, index into the flattened text, kind and class of each note.
     """
 
     input_ids: Tensor
@@ -77,6 +78,7 @@ class TrainingBatch:
     image_tokens: Tensor
     image_positions: Tensor
     groups: list[WindowGroup]
+    notes: Tensor
 
 
 def build_batch(
@@ -108,6 +110,14 @@ def build_batch(
         torch.cat([pool.tokens[image] for image in distinct] or [torch.zeros(0, model.config.text_config.hidden_size)]),
         torch.cat(image_rope or [torch.zeros(3, 0, dtype=torch.long)], dim=1),
         _group(windows),
+        torch.tensor(
+            [
+                (row * input_ids.shape[1] + token, kind, value)
+                for row, talk in enumerate(conversations)
+                for token, kind, value in talk.notes
+            ],
+            dtype=torch.long,
+        ).view(-1, 3),
     )
 
 
@@ -139,21 +149,42 @@ def _group(windows: list[Window]) -> list[WindowGroup]:
     return groups
 
 
-def loss_of(model: CasaForConditionalGeneration, batch: TrainingBatch) -> Tensor:
-    """Computes the cross-entropy of the learned tokens; only their positions go through the output layer."""
+def loss_of(
+    model: CasaForConditionalGeneration, batch: TrainingBatch, note_head: nn.Linear | None = None, note_layer: int = 0
+) -> Tensor:
+    """Computes the cross-entropy of the learned tokens; only their positions go through the output layer.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        note_head: Reads notes from the hidden states, C to `NOTES` times `NOTE_CLASSES`; its loss is added, half as
+            heavy. None: notes are not learned.
+        note_layer: Of how many layers those hidden states are.
+    """
     labels = batch.labels[:, 1:]
     learned = labels != IGNORED
-    return functional.cross_entropy(model.lm_head(hidden_states(model, batch)[:, :-1][learned]), labels[learned])
+    states = hidden_states(model, batch)
+    loss = functional.cross_entropy(model.lm_head(states[-1][:, :-1][learned]), labels[learned])
+    if note_head is None or not len(batch.notes):
+        return loss
+    tokens, kinds, classes = batch.notes.unbind(1)
+    read = note_head(states[note_layer].flatten(0, 1)[tokens]).unflatten(1, (NOTES, NOTE_CLASSES))
+    return loss + 0.5 * functional.cross_entropy(read[torch.arange(len(tokens)), kinds], classes)
 
 
-def hidden_states(model: CasaForConditionalGeneration, batch: TrainingBatch) -> Tensor:
-    """Computes the hidden states (B, T, C) for `ca_tv` with own weights, in parallel, in every layer."""
+def hidden_states(model: CasaForConditionalGeneration, batch: TrainingBatch) -> list[Tensor]:
+    """Computes the hidden states for `ca_tv` with own weights, in parallel, in every layer.
+
+    Returns:
+        (B, T, C) each: before the first layer, after each of them, and last of all normalised.
+    """
     language, config = model.model.language_model, model.config
     inv_freq = language.rotary_emb.inv_freq
     text_rope = rotary_tables(torch.arange(batch.input_ids.shape[1]), inv_freq)
     window_rope = tuple(table[:, None] for table in rotary_tables(batch.relative, inv_freq))
     image_rope = axes_rotary_tables(batch.image_positions, inv_freq, config.mrope_section)
     x = language.embed_tokens(batch.input_ids)
+    states = [x]
     for layer in language.layers:
         h = layer.input_layernorm(x)
         query = rotate(layer.self_attn.query(h), *text_rope)
@@ -167,7 +198,8 @@ def hidden_states(model: CasaForConditionalGeneration, batch: TrainingBatch) -> 
             + _cross(layer, h, batch, window_rope, image_rope)
         )
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return language.norm(x)
+        states.append(x)
+    return [*states, language.norm(x)]
 
 
 def _cross(layer, h: Tensor, batch: TrainingBatch, window_rope: tuple, image_rope: tuple) -> Tensor:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from casa_digits.conversations import IGNORED, Writer
-from casa_digits.data import Grid
+from casa_digits.conversations import IGNORED, NO_DIGIT, UNSEEN, Writer
+from casa_digits.data import MAX_DIGITS, Grid
 from casa_digits.frames import FramePool
 from casa_digits.memory import QUESTIONS, recall
 from casa_digits.model import MAX_POSITIONS, build_processor
+from casa_digits.practice import PracticeWriter
 from casa_digits.tokenizer import build_tokenizer
 
 
@@ -147,3 +148,35 @@ def test_tools_are_called_as_the_template_shows_them(tokenizer, pool):
         assert all(f'"{name}": ' in shown for name in call["arguments"])
         message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
         assert processor.apply_chat_template([message]) in talk
+
+
+def test_readings_know_those_before_them(tokenizer, pool):
+    """What the notes say, put together, is the reading before, in the tokens from the reading's first to its end."""
+    writer, num_readings = PracticeWriter(tokenizer, np.random.default_rng(2)), 0
+    for number in range(40):
+        talk = writer.stream(pool, 200, text_only=number % 2 == 0) if number % 4 < 3 else writer.memory(pool)
+        ends = [token for token, kind, _ in talk.notes if kind == MAX_DIGITS]
+        said = []
+        for end in ends:
+            start = end
+            while tokenizer.decode([talk.ids[start - 1]]).strip().isdigit():
+                start -= 1
+            assert tokenizer.decode([talk.ids[end]]) == "<|im_end|>"
+            known = {(token, kind): digit for token, kind, digit in talk.notes if start <= token <= end}
+            before = [known[start + place, 0] for place in range(end - start)]
+            before += [known[end, kind] for kind in range(MAX_DIGITS - (end - start))]
+            assert len(known) == MAX_DIGITS + 1 and known[end, MAX_DIGITS] == min(len(said), NO_DIGIT)
+            expected = [int(digit) for digit in said[-1].split()] if said else []
+            assert before == [*expected, *[NO_DIGIT] * MAX_DIGITS][:MAX_DIGITS]
+            said.append(tokenizer.decode(talk.ids[start:end]))
+        num_readings += len(said)
+    assert num_readings > 200
+
+
+def test_frames_of_the_past_keep_their_windows_in_practice(tokenizer, pool):
+    writer = PracticeWriter(tokenizer, np.random.default_rng(3))
+    talk = writer.stream(pool, 200, text_only=True)
+    start, end = tokenizer("<|vision_start|><|vision_end|>")["input_ids"]
+    assert set(talk.images) == {UNSEEN} and len(talk.images) == talk.ids.count(start) > 5
+    assert all(talk.ids[point - 1 : point + 1] == [start, end] for point in talk.points)
+    assert not Writer(tokenizer, np.random.default_rng(3)).stream(pool, 200, text_only=True).points
