@@ -227,16 +227,9 @@ class Writer:
     def tools(self, pool: FramePool) -> Conversation:
         """Writes calls of the first of one to three tools, their results and closing answers."""
         talk = Conversation()
-        names = list(
-            dict.fromkeys(
-                draw_name(self.rng, TOOL_NAMES, self.name_shares)
-                for _ in range(self.rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1]))
-            )
-        )
-        forms = [
-            {} if self._chance(0.04) else draw_form(self.rng, depth=0, name_shares=self.name_shares) for _ in names
-        ]
-        lines = [_tool_line(name, form) for name, form in zip(names, forms, strict=True)]
+        tools = draw_tools(self.rng, int(self.rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])), self.name_shares)
+        lines = [show_tool(name, form) for name, form in tools]
+        called, form = tools[0]
         self._turn(talk, "system", "<tools>\n" + "".join(f"{line}\n" for line in lines) + "</tools>")
         if self._chance(0.3):
             self._turn(talk, "system", self._pick(SYSTEM))
@@ -244,8 +237,8 @@ class Writer:
             image = pool.any(self.rng)
             counts = self._chance(0.25)
             question = self._pick(COUNT if counts else REPORT + READ)
-            filled = fill_form(forms[0], pool.texts[image])
-            call = json.dumps({"name": names[0], "arguments": filled})
+            filled = fill_form(form, pool.texts[image])
+            call = json.dumps({"name": called, "arguments": filled})
             self._exchange(talk, question, f"<tool_call>\n{call}\n</tool_call>", [image])
             if self._chance(0.6):
                 answer = str(len(pool.texts[image].split())) if counts else pool.texts[image]
@@ -369,7 +362,13 @@ class Writer:
         return phrases[0] if self._chance(0.5) else phrases[int(self.rng.integers(len(phrases)))]
 
 
-def _tool_line(name: str, form: Form) -> str:
+def draw_tools(rng: np.random.Generator, most: int, name_shares: tuple[float, float]) -> list[tuple[str, Form]]:
+    """Draws names and arguments of up to `most` tools; a name that was drawn before is left out."""
+    names = list(dict.fromkeys(draw_name(rng, TOOL_NAMES, name_shares) for _ in range(most)))
+    return [(name, {} if rng.random() < 0.04 else draw_form(rng, depth=0, name_shares=name_shares)) for name in names]
+
+
+def show_tool(name: str, form: Form) -> str:
     """Returns a tool as the chat template shows it: like a call, with types in the places of values."""
     arguments = ", ".join(f'"{field}": {kind}' for field, kind in form.items())
     return f'{{"name": "{name}", "arguments": {{{arguments}}}}}'

@@ -9,7 +9,7 @@ from casa_digits.conversations import Conversation, Writer
 from casa_digits.frames import FramePool
 
 STREAM_TOKENS = (70, 120, 240, 400, 680)
-ROWS_DRAWN = {"chat": 160, "memory": 80, "stream": 32, "recall": 40, "form": 80, "tools": 48}
+ROWS_DRAWN = {"chat": 160, "memory": 80, "stream": 32, "recall": 40, "form": 80, "tools": 48, "copies": 48}
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Lesson:
 
     Attributes:
         until: Share of the stage's steps at which it ends.
-        kinds: Share of each kind of conversation: methods of `Writer`, and `recall`, a stream of text alone.
+        kinds: Share of each kind of conversation: methods of the writer, and `recall`, a stream of text alone.
         stream_tokens: Share of each of `STREAM_TOKENS` among streams.
         recall_tokens: The same for streams of text alone.
     """
@@ -82,6 +82,34 @@ MEMORY = Course(
     batch_tokens=640,
     steps_per_pool=1500,
     peak_rate=1.2e-3,
+    note_layer=3,
+)
+# The hardest once more, and copying without any image: names were learned by heart instead of read.
+FINISH = Course(
+    name="finish",
+    lessons=(
+        Lesson(
+            until=0.4,
+            kinds={
+                **{"chat": 0.04, "memory": 0.08, "stream": 0.2, "recall": 0.14, "form": 0.08},
+                **{"tools": 0.22, "copies": 0.24},
+            },
+            stream_tokens=_LONG,
+            recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
+        ),
+        Lesson(
+            until=1.0,
+            kinds={
+                **{"chat": 0.06, "memory": 0.1, "stream": 0.34, "recall": 0.14, "form": 0.12},
+                **{"tools": 0.18, "copies": 0.06},
+            },
+            stream_tokens=_LONG,
+            recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
+        ),
+    ),
+    batch_tokens=640,
+    steps_per_pool=1500,
+    peak_rate=1e-3,
     note_layer=3,
 )
 

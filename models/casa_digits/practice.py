@@ -1,11 +1,17 @@
-"""What stage 3 practises: finding something in the text, near or far. Streams with many questions, unknown names.
+"""What stages 3 and 4 practise: finding something in the text, near or far.
 
 Stage 2's streams of text alone are one long window, in which CA sees everything; in a stream every frame begins a
 window, and CA sees nothing of those before. Here frames of the past keep their place, though no image is shown.
 """
 
-from casa_digits.conversations import UNSEEN, Conversation, Writer
-from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END
+import json
+
+from casa_digits.conversations import UNSEEN, Conversation, Writer, draw_tools, show_tool
+from casa_digits.forms import fill_form, spell_form
+from casa_digits.frames import FramePool
+from casa_digits.memory import QUESTIONS, recall
+from casa_digits.phrases import REPORT
+from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
 
 
 class PracticeWriter(Writer):
@@ -25,3 +31,33 @@ class PracticeWriter(Writer):
             self._show(talk, image)
         talk.append(self.spell(IMAGE_END))
         talk.append(self.spell(caption + TURN_END), learn)
+
+
+QUESTION_SHARES = {"first": 0.2, "last": 0.15, "before": 0.35, "changes": 0.3}
+
+
+class FinishWriter(PracticeWriter):
+    """Writes what is hardest more often: the questions that need two steps, and the names of tools."""
+
+    def copies(self, pool: FramePool) -> Conversation:
+        """Writes calls of a tool without any image: its name and those of its arguments are learned, not the values."""
+        talk = Conversation()
+        ((name, form),) = draw_tools(self.rng, 1, self.name_shares)
+        self._turn(talk, "system", f"<tools>\n{show_tool(name, form)}\n</tools>")
+        for _ in range(3):
+            spelled = spell_form(fill_form(form, pool.texts[pool.any(self.rng)]))
+            self._turn(talk, "user", self._pick(REPORT))
+            head, tail = f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ', "}\n</tool_call>"
+            known = [False] * len(head) + spelled.known + [False] * len(tail)
+            encoded = self.tokenizer(head + spelled.text + tail, return_offsets_mapping=True)
+            talk.append(self.spell(f"{TURN_START}assistant\n"))
+            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                talk.append((token,), learn=not any(known[start:end]))
+            talk.append(self.spell(TURN_END), learn=True)
+            talk.append(self.spell("\n"))
+        return talk
+
+    def _recall(self, said: list[str], kinds: tuple[str, ...]) -> tuple[str, str]:
+        shares = [QUESTION_SHARES[kind] for kind in kinds]
+        kind = str(self.rng.choice(kinds, p=[share / sum(shares) for share in shares]))
+        return self._pick(QUESTIONS[kind]), recall(kind, said)

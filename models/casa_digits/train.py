@@ -3,9 +3,10 @@
     stage 1   the vision tower, with the truth of every cell         vision_warmup.py
     stage 2   everything else, on conversations and streams          language.py, lessons.py
     stage 3   five layers instead of three: finding what was said    the same, practice.py
+    stage 4   the same with what is hardest, and copying names       the same
     then      measured on held-out digits; accuracy.json beside the weights; the output folder is replaced last
 
-With the defaults it takes about two hours on one core, and longer on a busy machine. One thread is the
+With the defaults it takes about an hour and a half on a free core, and twice that on a busy machine. One thread is the
 default: the model is so small that a second one gains little, and loses a lot on a busy machine. The same seed gives
 the same weights on the same machine and versions.
 """
@@ -28,10 +29,10 @@ from casa_digits.data import load_samples
 from casa_digits.demonstration import write_demonstration
 from casa_digits.evaluate import evaluate_eager
 from casa_digits.language import teach_language
-from casa_digits.lessons import LANGUAGE, MEMORY, Course
+from casa_digits.lessons import FINISH, LANGUAGE, MEMORY, Course
 from casa_digits.live import write_live_settings
 from casa_digits.model import MAX_POSITIONS, build_model, build_processor, deepen
-from casa_digits.practice import PracticeWriter
+from casa_digits.practice import FinishWriter, PracticeWriter
 from casa_digits.progress import ProgressFile
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.vision_warmup import measure_accuracy, warm_up
@@ -56,6 +57,7 @@ def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     parser.add_argument("--language-steps", type=int, default=7000)
     parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
     parser.add_argument("--memory-steps", type=int, default=11000)
+    parser.add_argument("--finish-steps", type=int, default=6500)
     parser.add_argument("--families", type=int, default=400, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
@@ -113,6 +115,7 @@ def check_options(options: argparse.Namespace) -> None:
         ("vision_steps", 0),
         ("language_steps", 0),
         ("memory_steps", 0),
+        ("finish_steps", 0),
         ("families", 1),
         ("threads", 1),
     ):
@@ -135,7 +138,7 @@ def open_progress(options: argparse.Namespace) -> ProgressFile | None:
     """Opens the file of --progress, if one is named."""
     if options.progress is None:
         return None
-    decisive = ("seed", "vision_steps", "language_steps", "memory_steps", "families", "peak_rate")
+    decisive = ("seed", "vision_steps", "language_steps", "memory_steps", "finish_steps", "families", "peak_rate")
     return ProgressFile(options.progress, {name: getattr(options, name) for name in decisive})
 
 
@@ -161,7 +164,7 @@ def teach(
     progress_file: ProgressFile | None = None,
 ) -> CasaForConditionalGeneration:
     """Runs all stages, or what is left of them; returns the trained model. Mutates `model`."""
-    vision_rng, language_rng, memory_rng = np.random.default_rng(options.seed).spawn(3)
+    vision_rng, language_rng, memory_rng, finish_rng = np.random.default_rng(options.seed).spawn(4)
     samples, begun = load_samples(held_out=False), progress_file.stage if progress_file else None
 
     def teach_course(model: CasaForConditionalGeneration, writer: Writer, course: Course, num_steps: int) -> None:
@@ -171,7 +174,7 @@ def teach(
             model, writer, samples, course, num_steps, options.families, save=save, progress_file=progress_file
         )
 
-    if not options.language_weights and begun != MEMORY.name:
+    if not options.language_weights and begun in (None, LANGUAGE.name):
         if not options.vision_weights and begun is None:
             head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
             right = measure_accuracy(model.model.visual, head, np.random.default_rng(1), load_samples(True), 1000)
@@ -183,7 +186,9 @@ def teach(
         if options.keep_language:
             keep_weights(model, options.keep_language)
     deeper = deepen(model, options.seed)
-    teach_course(deeper, PracticeWriter(processor.tokenizer, memory_rng), MEMORY, options.memory_steps)
+    if begun != FINISH.name:
+        teach_course(deeper, PracticeWriter(processor.tokenizer, memory_rng), MEMORY, options.memory_steps)
+    teach_course(deeper, FinishWriter(processor.tokenizer, finish_rng), FINISH, options.finish_steps)
     return deeper
 
 
