@@ -22,8 +22,8 @@ from live_page import (
 )
 
 PATIENCE_S = 20
-# A 448x224 picture is 32 image tokens, each with keys and values of 2 heads of 32 in 3 layers, as float32.
-INSERTED_BYTES = 32 * 2 * 2 * 32 * 3 * 4
+# A 448x224 picture is 32 image tokens, each with keys and values of 2 heads of 32 in 5 layers, as float32.
+INSERTED_BYTES = 32 * 2 * 2 * 32 * 5 * 4
 
 
 NOTE_PHASES = """() => {
