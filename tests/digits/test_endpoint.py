@@ -139,7 +139,7 @@ def test_a_model_that_is_not_served(capsys):
 
 def test_the_key_is_sent_and_a_bad_score_is_no_error(capsys):
     with http_server({"/v1/models": (200, MODELS), "/v1/chat/completions": (200, ANSWER)}) as (url, seen):
-        status, words = run(capsys, "--base-url", url, "--api-key", "secret")
+        status, words = run(capsys, "--base-url", url, "--api-key", "secret", "--no-live")
     assert status == 1
     assert words == ""
     assert {key for _, key in seen} == {"Bearer secret"}

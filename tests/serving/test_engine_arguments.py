@@ -149,10 +149,12 @@ def test_the_command_line(monkeypatch, checkpoint, embedded, on_cpu, live):
     (args,) = served
     assert (args.allowed_origins, args.enable_prompt_tokens_details) == ([], True)
     expected = expected_arguments(checkpoint(embedded), embedded=embedded, on_cpu=on_cpu, live=live)
-    expected |= TOOL_ARGUMENTS if embedded else {}
+    plain = plain_arguments(checkpoint(embedded))
+    tools = {name: vars(args)[name] for name in TOOL_ARGUMENTS}
+    assert tools == (TOOL_ARGUMENTS if embedded else {name: plain[name] for name in TOOL_ARGUMENTS})
     # How a server ends is its own affair.
     expected["shutdown_timeout"] = 8
-    assert changed(vars(args), plain_arguments(checkpoint(embedded))) == expected
+    assert changed(vars(args), plain) == expected
     variables, enabled = found_environment()
     assert variables == expected_environment(embedded=embedded, on_cpu=on_cpu, eager=embedded)
     assert enabled == ({"casa_http", "casa_live"} if live else {"casa_http"})
