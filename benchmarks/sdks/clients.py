@@ -191,8 +191,10 @@ def main() -> None:
                 got = way(url, picture)
             except Exception as error:  # noqa: BLE001 (whatever an SDK raises is its answer)
                 got = f"{type(error).__name__}: {str(error)[:200]}"
-            right += got == picture.reading
-            others += [] if got == picture.reading else [f"{got!r} instead of {picture.reading!r}"]
+            values = got.model_dump() if isinstance(got, BaseModel) else got  # instructor returns a class of its own
+            is_right = values == picture.reading.model_dump()
+            right += is_right
+            others += [] if is_right else [f"{got!r} instead of {picture.reading!r}"]
         print(f"{way.__name__:24} {right} of {len(pictures)}", *others, sep="\n    ", flush=True)
 
 

@@ -1,5 +1,6 @@
 """What a stage of training is made of: kinds of conversations and their shares, lengths, sizes of batches."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -112,6 +113,7 @@ FINISH = Course(
     peak_rate=1e-3,
     note_layer=3,
 )
+RESUME = dataclasses.replace(FINISH, name="resume", lessons=FINISH.lessons[-1:], peak_rate=6e-4)
 
 
 def draw_batches(

@@ -1,4 +1,4 @@
-"""What stages 3 and 4 practise: finding something in the text, near or far.
+"""What stages 3 to 5 practise: finding something in the text, near or far.
 
 Stage 2's streams of text alone are one long window, in which CA sees everything; in a stream every frame begins a
 window, and CA sees nothing of those before. Here frames of the past keep their place, though no image is shown.
@@ -61,3 +61,20 @@ class FinishWriter(PracticeWriter):
         shares = [QUESTION_SHARES[kind] for kind in kinds]
         kind = str(self.rng.choice(kinds, p=[share / sum(shares) for share in shares]))
         return self._pick(QUESTIONS[kind]), recall(kind, said)
+
+
+class ResumeWriter(FinishWriter):
+    """Writes half of the streams as they are resumed: what was said before is one window of text, without frames."""
+
+    marks_the_past = True
+
+    def stream(self, pool: FramePool, num_tokens: int, text_only: bool = False) -> Conversation:
+        """Writes a stream; see `Writer`."""
+        self.marks_the_past = self._chance(0.5)
+        return super().stream(pool, num_tokens, text_only)
+
+    def _frame(self, talk: Conversation, image: int | None, caption: str, learn: bool) -> None:
+        if self.marks_the_past:
+            super()._frame(talk, image, caption, learn)
+        else:
+            Writer._frame(self, talk, image, caption, learn)

@@ -4,6 +4,7 @@
     stage 2   everything else, on conversations and streams          language.py, lessons.py
     stage 3   five layers instead of three: finding what was said    the same, practice.py
     stage 4   the same with what is hardest, and copying names       the same
+    stage 5   the same with streams that are resumed                 the same
     then      measured on held-out digits; accuracy.json beside the weights; the output folder is replaced last
 
 With the defaults it takes about an hour and a half on a free core, and twice that on a busy machine. One thread is the
@@ -29,10 +30,10 @@ from casa_digits.data import load_samples
 from casa_digits.demonstration import write_demonstration
 from casa_digits.evaluate import evaluate_eager
 from casa_digits.language import teach_language
-from casa_digits.lessons import FINISH, LANGUAGE, MEMORY, Course
+from casa_digits.lessons import FINISH, LANGUAGE, MEMORY, RESUME, Course
 from casa_digits.live import write_live_settings
 from casa_digits.model import MAX_POSITIONS, build_model, build_processor, deepen
-from casa_digits.practice import FinishWriter, PracticeWriter
+from casa_digits.practice import FinishWriter, PracticeWriter, ResumeWriter
 from casa_digits.progress import ProgressFile
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.vision_warmup import measure_accuracy, warm_up
@@ -46,6 +47,9 @@ from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.staged_folder import check_apart
 
+# Stages 3 to 5, with the options NAME_steps.
+DEEP_COURSES = ((MEMORY, PracticeWriter), (FINISH, FinishWriter), (RESUME, ResumeWriter))
+
 
 def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     """Return the parser; `program` is the command's name in messages."""
@@ -58,6 +62,7 @@ def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
     parser.add_argument("--memory-steps", type=int, default=11000)
     parser.add_argument("--finish-steps", type=int, default=6500)
+    parser.add_argument("--resume-steps", type=int, default=2600)
     parser.add_argument("--families", type=int, default=400, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
@@ -116,6 +121,7 @@ def check_options(options: argparse.Namespace) -> None:
         ("language_steps", 0),
         ("memory_steps", 0),
         ("finish_steps", 0),
+        ("resume_steps", 0),
         ("families", 1),
         ("threads", 1),
     ):
@@ -138,7 +144,8 @@ def open_progress(options: argparse.Namespace) -> ProgressFile | None:
     """Opens the file of --progress, if one is named."""
     if options.progress is None:
         return None
-    decisive = ("seed", "vision_steps", "language_steps", "memory_steps", "finish_steps", "families", "peak_rate")
+    steps = [f"{stage}_steps" for stage in ("vision", "language", *(course.name for course, _ in DEEP_COURSES))]
+    decisive = ("seed", *steps, "families", "peak_rate")
     return ProgressFile(options.progress, {name: getattr(options, name) for name in decisive})
 
 
@@ -164,7 +171,7 @@ def teach(
     progress_file: ProgressFile | None = None,
 ) -> CasaForConditionalGeneration:
     """Runs all stages, or what is left of them; returns the trained model. Mutates `model`."""
-    vision_rng, language_rng, memory_rng, finish_rng = np.random.default_rng(options.seed).spawn(4)
+    vision_rng, language_rng, *deep_rngs = np.random.default_rng(options.seed).spawn(2 + len(DEEP_COURSES))
     samples, begun = load_samples(held_out=False), progress_file.stage if progress_file else None
 
     def teach_course(model: CasaForConditionalGeneration, writer: Writer, course: Course, num_steps: int) -> None:
@@ -186,9 +193,10 @@ def teach(
         if options.keep_language:
             keep_weights(model, options.keep_language)
     deeper = deepen(model, options.seed)
-    if begun != FINISH.name:
-        teach_course(deeper, PracticeWriter(processor.tokenizer, memory_rng), MEMORY, options.memory_steps)
-    teach_course(deeper, FinishWriter(processor.tokenizer, finish_rng), FINISH, options.finish_steps)
+    names = [course.name for course, _ in DEEP_COURSES]
+    done = names.index(begun) if begun in names else 0
+    for (course, writer), rng in list(zip(DEEP_COURSES, deep_rngs, strict=True))[done:]:
+        teach_course(deeper, writer(processor.tokenizer, rng), course, getattr(options, f"{course.name}_steps"))
     return deeper
 
 

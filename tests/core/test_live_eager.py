@@ -64,14 +64,19 @@ def test_a_seed_makes_sampling_repeatable(model, spelling):
     assert all([other.caption(frame) for frame in frames] != said[0] for other in others)
 
 
-def test_history_goes_on_as_the_session_did(model, spelling):
-    """Of a session that starts from the captions of another, the next unchanged frame is silence."""
-    video = draw_video(np.random.default_rng(5), 2, min_hold=2)
-    frames = [Image.fromarray(frame) for frame in video.frames]
-    first = EagerStream(model, spelling, PLAIN)
-    assert first.caption(frames[0]) == video.texts[0]
-    assert EagerStream(model, spelling, PLAIN, first.transcript.history).caption(frames[1]) == ""
-    assert EagerStream(model, spelling, PLAIN).caption(frames[1]) == video.texts[1]
+def test_a_session_knows_its_history(model, spelling):
+    """What was said is known to a session that starts from it, and to no other."""
+    video, other = (draw_video(np.random.default_rng(seed), 1) for seed in (5, 6))
+
+    def first_read(history=()):
+        stream = EagerStream(model, spelling, PLAIN, history)
+        assert stream.caption(Image.fromarray(other.frames[0])) == other.texts[0]
+        return stream.ask("What did you read first?")
+
+    before = EagerStream(model, spelling, PLAIN)
+    assert before.caption(Image.fromarray(video.frames[0])) == video.texts[0] != other.texts[0]
+    assert first_read(before.transcript.history) == video.texts[0]
+    assert first_read() == other.texts[0]
 
 
 def _streams(model, spelling, *settings):

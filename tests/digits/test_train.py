@@ -14,7 +14,14 @@ from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
 from killing import ended_at
 
-SHORT = ["--vision-steps=1", "--language-steps=1", "--memory-steps=1", "--finish-steps=1", "--families=1"]
+SHORT = [
+    "--vision-steps=1",
+    "--language-steps=1",
+    "--memory-steps=1",
+    "--finish-steps=1",
+    "--resume-steps=1",
+    "--families=1",
+]
 
 
 @pytest.fixture
@@ -54,10 +61,11 @@ def test_run_replaces_the_checkpoint_at_its_end(output, tmp_path):
 
 def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
     """With the same weights as without a break; a run with other options does not go on with it."""
-    for stage in ("LANGUAGE", "MEMORY", "FINISH"):
-        short = dataclasses.replace(getattr(train, stage), steps_per_pool=1, batch_tokens=200)
-        monkeypatch.setattr(train, stage, short)
-    steps = ["--vision-steps=1", "--language-steps=3", "--memory-steps=3", "--finish-steps=3"]
+    short = {"steps_per_pool": 1, "batch_tokens": 200}
+    monkeypatch.setattr(train, "LANGUAGE", dataclasses.replace(train.LANGUAGE, **short))
+    courses = tuple((dataclasses.replace(course, **short), writer) for course, writer in train.DEEP_COURSES)
+    monkeypatch.setattr(train, "DEEP_COURSES", courses)
+    steps = ["--vision-steps=1", "--language-steps=3", "--memory-steps=3", "--finish-steps=3", "--resume-steps=3"]
     run = [*steps, "--families=1", f"--output={output}"]
     assert train.main(run) == 0
     weights = tree(output)["model.safetensors"]
@@ -74,7 +82,7 @@ def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
     assert train.main(kept) == 1
     monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("trained the tower again"))
     assert train.main([*kept, "--seed=1"]) == 1
-    for stage in ("memory", "finish"):
+    for stage in ("memory", "finish", "resume"):
         ended = (stage, 2)
         assert train.main(kept) == 1
     assert train.main(kept) == 0
@@ -137,8 +145,8 @@ def test_killed_run_leaves_the_old_or_the_new(output, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "warm_up", lambda *arguments: None)
     monkeypatch.setattr(train, "load_samples", lambda held_out: None)
     monkeypatch.setattr(train, "Writer", lambda *arguments: None)
-    monkeypatch.setattr(train, "PracticeWriter", lambda *arguments: None)
-    monkeypatch.setattr(train, "FinishWriter", lambda *arguments: None)
+    courses = tuple((course, lambda *arguments: None) for course, _ in train.DEEP_COURSES)
+    monkeypatch.setattr(train, "DEEP_COURSES", courses)
     monkeypatch.setattr(train, "teach_language", lambda *arguments, save, **options: save())
     options = [f"--output={output}", f"--snapshots={tmp_path / 'half'}", f"--keep-vision={tmp_path / 'vision.pt'}"]
     assert train.main([*SHORT, *options, "--seed=1"]) == 0
