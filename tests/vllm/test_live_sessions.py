@@ -261,13 +261,17 @@ def test_preempted_sessions_go_on(rig):
         assert await rig.free_pages() == free
         return results
 
-    watched = rig.run(work())
-    results = [result for each in watched for result in each]
-    assert all(result.text_tokens <= BUDGET for result in results)
+    # Whether a session is in the middle of a frame when the pages run out is a matter of the machine's pace.
+    for _ in range(6):
+        watched = rig.run(work())
+        results = [result for each in watched for result in each]
+        assert all(result.text_tokens <= BUDGET for result in results)
+        for mine, each in zip(frames, watched, strict=True):
+            shown = [mine[number % len(mine)] for number in range(len(each))]
+            assert [result.caption for result in each] == with_restarts(rig, shown, each)
+        if any(result.restarted for result in results):
+            break
     assert any(result.restarted for result in results)
-    for mine, each in zip(frames, watched, strict=True):
-        shown = [mine[number % len(mine)] for number in range(len(each))]
-        assert [result.caption for result in each] == with_restarts(rig, shown, each)
 
 
 def test_closed_in_the_middle_of_a_frame(rig):
