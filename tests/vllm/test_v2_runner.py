@@ -163,30 +163,17 @@ def test_decode_from_the_buffers_of_a_graph(v2, eager, monkeypatch):
     Sequences come and go under it, so that the batch is smaller than the graph and rows are
     padding. Self-attention is vLLM's own and runs eagerly.
     """
+    from replayed_graphs import use_graphs
+
     folder, engine = v2
-    runner = runner_of(engine)
-    captured = capture(runner, num_reqs=4)
-    replays = []
-    prepare = type(runner.model_state).prepare_attn
-
-    def replay(state, input_batch, cudagraph_mode, *args, **kwargs):
-        from vllm.config.compilation import CUDAGraphMode
-
-        if (input_batch.num_scheduled_tokens > 1).any():
-            return prepare(state, input_batch, cudagraph_mode, *args, **kwargs)
-        replays.append(input_batch.num_reqs)
-        metadata = prepare(state, input_batch, CUDAGraphMode.FULL, *args, **kwargs)
-        cross = [layer.layer_name for layer in state._layers]
-        assert cross and all(metadata[name] is not captured[name] for name in cross)
-        return metadata | {name: captured[name] for name in cross}
-
-    monkeypatch.setattr(type(runner.model_state), "prepare_attn", replay)
+    replays = use_graphs(runner_of(engine), [4], monkeypatch)
     lengths = [2, 6, 4, 3]
     names = [engine.add(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
     answers = engine.run()
     expected = [eager(folder)(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
     assert_same([answers[name] for name in names], expected)
-    assert len(set(replays)) > 1, f"decode batches of {replays} requests; expected several sizes"
+    sizes = {batch.num_reqs for batch in replays if batch.max_query_len is None}
+    assert len(sizes) > 1, f"decode batches of {sizes} requests; expected several sizes"
 
 
 @in_v2
@@ -228,20 +215,3 @@ def test_what_a_gpu_worker_runs_before_serving(v2, eager):
     runner_of(engine)._dummy_run(8)
     # The warm-up wrote into blocks that the engine believes empty: nothing may be left of it.
     assert_same(engine.ask(PROMPTS[1:2], NUM_TOKENS), [eager(folder)(PROMPTS[1], NUM_TOKENS)])
-
-
-def capture(runner, num_reqs):
-    """The attention metadata of CA layers, built the way vLLM does it for a graph."""
-    from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
-
-    state = prepare_inputs_to_capture(
-        num_reqs,
-        num_reqs,
-        runner.model_state,
-        runner.input_buffers,
-        runner.block_tables,
-        runner.attn_groups,
-        runner.kv_cache_config,
-        full_cudagraph=True,
-    )
-    return {layer.layer_name: state[0][layer.layer_name] for layer in runner.model_state._layers}
