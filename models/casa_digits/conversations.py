@@ -107,6 +107,8 @@ class Writer:
     last_questions: tuple[int, ...] = (0, 1, 2)
     last_questions_of_text: tuple[int, ...] = (1, 2, 4)
     name_shares: tuple[float, float] = NAME_SHARES
+    # Whether frames of the past, whose image is not shown, still begin a window.
+    marks_the_past = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -280,8 +282,8 @@ class Writer:
 
     def _frame(self, talk: Conversation, image: int | None, caption: str, learn: bool) -> None:
         talk.append(self.spell(IMAGE_START))
-        if image is not None:
-            self._show(talk, image)
+        if image is not None or self.marks_the_past:
+            self._show(talk, UNSEEN if image is None else image)
         talk.append(self.spell(IMAGE_END))
         talk.append(self.spell(caption + TURN_END), learn)
 

@@ -92,8 +92,13 @@ FINISH = Course(
         Lesson(
             until=0.4,
             kinds={
-                **{"chat": 0.04, "memory": 0.08, "stream": 0.2, "recall": 0.14, "form": 0.08},
-                **{"tools": 0.22, "copies": 0.24},
+                "chat": 0.04,
+                "memory": 0.08,
+                "stream": 0.2,
+                "recall": 0.14,
+                "form": 0.08,
+                "tools": 0.22,
+                "copies": 0.24,
             },
             stream_tokens=_LONG,
             recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
@@ -101,8 +106,13 @@ FINISH = Course(
         Lesson(
             until=1.0,
             kinds={
-                **{"chat": 0.06, "memory": 0.1, "stream": 0.34, "recall": 0.14, "form": 0.12},
-                **{"tools": 0.18, "copies": 0.06},
+                "chat": 0.06,
+                "memory": 0.1,
+                "stream": 0.34,
+                "recall": 0.14,
+                "form": 0.12,
+                "tools": 0.18,
+                "copies": 0.06,
             },
             stream_tokens=_LONG,
             recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),

@@ -6,12 +6,12 @@ window, and CA sees nothing of those before. Here frames of the past keep their 
 
 import json
 
-from casa_digits.conversations import UNSEEN, Conversation, Writer, draw_tools, show_tool
+from casa_digits.conversations import Conversation, Writer, draw_tools, show_tool
 from casa_digits.forms import fill_form, spell_form
 from casa_digits.frames import FramePool
 from casa_digits.memory import QUESTIONS, recall
 from casa_digits.phrases import REPORT
-from casa_engine.tokenization import IMAGE_END, IMAGE_START, TURN_END, TURN_START
+from casa_engine.tokenization import TURN_END, TURN_START
 
 
 class PracticeWriter(Writer):
@@ -21,16 +21,7 @@ class PracticeWriter(Writer):
     last_questions = (1, 2, 4)
     last_questions_of_text = (2, 4, 6)
     name_shares = (0.1, 0.3)
-
-    def _frame(self, talk: Conversation, image: int | None, caption: str, learn: bool) -> None:
-        talk.append(self.spell(IMAGE_START))
-        if image is None:
-            talk.points.append(len(talk.ids))
-            talk.images.append(UNSEEN)
-        else:
-            self._show(talk, image)
-        talk.append(self.spell(IMAGE_END))
-        talk.append(self.spell(caption + TURN_END), learn)
+    marks_the_past = True
 
 
 QUESTION_SHARES = {"first": 0.2, "last": 0.15, "before": 0.35, "changes": 0.3}
@@ -66,15 +57,7 @@ class FinishWriter(PracticeWriter):
 class ResumeWriter(FinishWriter):
     """Writes half of the streams as they are resumed: what was said before is one window of text, without frames."""
 
-    marks_the_past = True
-
     def stream(self, pool: FramePool, num_tokens: int, text_only: bool = False) -> Conversation:
         """Writes a stream; see `Writer`."""
         self.marks_the_past = self._chance(0.5)
         return super().stream(pool, num_tokens, text_only)
-
-    def _frame(self, talk: Conversation, image: int | None, caption: str, learn: bool) -> None:
-        if self.marks_the_past:
-            super()._frame(talk, image, caption, learn)
-        else:
-            Writer._frame(self, talk, image, caption, learn)

@@ -47,8 +47,10 @@ from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.staged_folder import check_apart
 
-# Stages 3 to 5, with the options NAME_steps.
+# Stages 3 to 5.
 DEEP_COURSES = ((MEMORY, PracticeWriter), (FINISH, FinishWriter), (RESUME, ResumeWriter))
+# The options that say how many steps each stage has.
+STEPS = tuple(f"{stage}_steps" for stage in ("vision", LANGUAGE.name, *(course.name for course, _ in DEEP_COURSES)))
 
 
 def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
@@ -116,15 +118,7 @@ def train(options: argparse.Namespace) -> None:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises InputError for an option that would end the run only later."""
-    for name, least in (
-        ("vision_steps", 0),
-        ("language_steps", 0),
-        ("memory_steps", 0),
-        ("finish_steps", 0),
-        ("resume_steps", 0),
-        ("families", 1),
-        ("threads", 1),
-    ):
+    for name, least in (*((name, 0) for name in STEPS), ("families", 1), ("threads", 1)):
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more.")
     for name, path in (("--keep-vision", options.keep_vision), ("--keep-language", options.keep_language)):
@@ -144,8 +138,7 @@ def open_progress(options: argparse.Namespace) -> ProgressFile | None:
     """Opens the file of --progress, if one is named."""
     if options.progress is None:
         return None
-    steps = [f"{stage}_steps" for stage in ("vision", "language", *(course.name for course, _ in DEEP_COURSES))]
-    decisive = ("seed", *steps, "families", "peak_rate")
+    decisive = ("seed", *STEPS, "families", "peak_rate")
     return ProgressFile(options.progress, {name: getattr(options, name) for name in decisive})
 
 

@@ -45,11 +45,10 @@ def environment(**variables):
     return {**inherited, "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING", **variables}
 
 
-@pytest.mark.parametrize(("preset", "mode"), STARTS)
-def test_an_engine_starts_and_decodes_in_one_replay(preset, mode):
-    command = [STAND_IN, "python3", str(ROOT / "benchmarks/gpu/host_time.py"), preset, "--mode", mode]
+def run_benchmark(script, *arguments):
+    """Runs a script of benchmarks/gpu under the stand-ins; returns the objects that it printed."""
     done = subprocess.run(
-        [*command, "--sequences", "1", "8"],
+        [STAND_IN, "python3", str(ROOT / "benchmarks/gpu" / script), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -57,8 +56,14 @@ def test_an_engine_starts_and_decodes_in_one_replay(preset, mode):
         # PyTorch itself tells what waits for the device, whatever the device is.
         env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_GPU_SYNC_CHECK="error"),
     )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and len(lines) == 3, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize(("preset", "mode"), STARTS)
+def test_an_engine_starts_and_decodes_in_one_replay(preset, mode):
+    lines = run_benchmark("host_time.py", preset, "--mode", mode, "--sequences", "1", "8")
+    assert len(lines) == 3
     assert not lines[0]["compiled"], "a kernel is compiled inside a request"
     for decode in lines[1:]:
         assert decode["running"] == decode["sequences"]
@@ -71,16 +76,7 @@ def test_an_engine_starts_and_decodes_in_one_replay(preset, mode):
 )
 def test_steps_of_live_sessions(preset, mode):
     """Nothing is compiled once sessions are there, no step waits for the device, a frame's text is one replay."""
-    done = subprocess.run(
-        [STAND_IN, "python3", str(ROOT / "benchmarks/gpu/live_steps.py"), preset, "--mode", mode],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_GPU_SYNC_CHECK="error"),
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0, done.stderr[-4000:]
+    lines = run_benchmark("live_steps.py", preset, "--mode", mode)
     sessions = [line for line in lines if "sessions" in line]
     assert [line["sessions"] for line in sessions] == [1, 8, 32, 128]
     assert all(line["compiled"] == [] for line in sessions), "a kernel is compiled inside a request"
