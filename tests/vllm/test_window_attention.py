@@ -255,6 +255,26 @@ def test_no_images_skips_the_work_of_ca():
     assert (paged.run() == 0).all()
 
 
+@pytest.mark.parametrize("short", ["query", "output", "beside"])
+def test_fewer_rows_than_tokens_are_refused(short):
+    """A step in a graph that was captured for fewer tokens: kernels would write beyond its buffers."""
+    paged = Paged(CASES["decode-batch"])
+    rows = {name: torch.zeros_like(paged.query) for name in ("query", "beside")}
+    rows["output"] = torch.cat([paged.query, paged.query], dim=1)
+    rows[short] = rows[short][:-1]
+    with pytest.raises(ValueError, match=f"{paged.num_tokens - 1} rows for a step of {paged.num_tokens} tokens"):
+        window_attention(
+            rows["query"],
+            paged.image_cache,
+            paged.text_cache,
+            paged.metadata,
+            1.0,
+            rows["output"],
+            rows["beside"],
+            use_triton=USE_TRITON,
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_write_pages(dtype):
     torch.manual_seed(0)

@@ -41,7 +41,16 @@ def window_attention(
 
     Mutates:
         output, and `metadata.torch_buckets` where the torch implementation runs.
+
+    Raises:
+        ValueError: A tensor has fewer rows than the step has tokens: a kernel would read and write beyond its end.
     """
+    rows = min(len(tensor) for tensor in (query, output, beside) if tensor is not None)
+    if rows < metadata.num_tokens:
+        raise ValueError(
+            f"window attention has {rows} rows for a step of {metadata.num_tokens} tokens; expected a row for each. "
+            "The step was planned for another graph than the one it runs in."
+        )
     if len(output) > metadata.num_tokens:
         output[metadata.num_tokens :] = 0
     results = output if beside is None else output[:, beside.shape[1] :]
