@@ -38,6 +38,7 @@ from casa_digits.forms import (
     NAME_SHARES,
     SPACED,
     Form,
+    NameShares,
     Spelled,
     draw_form,
     draw_name,
@@ -106,7 +107,7 @@ class Writer:
     question_rates: tuple[float, ...] = (0.0, 0.03, 0.1)
     last_questions: tuple[int, ...] = (0, 1, 2)
     last_questions_of_text: tuple[int, ...] = (1, 2, 4)
-    name_shares: tuple[float, float] = NAME_SHARES
+    name_shares = NAME_SHARES
     # Whether frames of the past, whose image is not shown, still begin a window.
     marks_the_past = False
 
@@ -219,11 +220,9 @@ class Writer:
                 (SPACED, None) if style < 0.65 else (COMPACT, None) if style < 0.88 else ((",", ": "), 2)
             )
             spelled = spell_form(
-                fill_form(draw_form(self.rng, name_shares=self.name_shares), pool.texts[image]), separators, indent
+                fill_form(draw_form(self.rng, shares=self.name_shares), pool.texts[image]), separators, indent
             )
-            learn_all = question in READ_JSON + COUNT_JSON and self._chance(0.2)
-            loose = not learn_all and self._chance(0.4)
-            self._answer_with(talk, question, image, spelled, loose=loose, learn_all=learn_all)
+            self._answer_with(talk, question, image, spelled, loose=self._chance(0.4), learn_all=False)
         return talk
 
     def tools(self, pool: FramePool) -> Conversation:
@@ -364,10 +363,10 @@ class Writer:
         return phrases[0] if self._chance(0.5) else phrases[int(self.rng.integers(len(phrases)))]
 
 
-def draw_tools(rng: np.random.Generator, most: int, name_shares: tuple[float, float]) -> list[tuple[str, Form]]:
+def draw_tools(rng: np.random.Generator, most: int, shares: NameShares) -> list[tuple[str, Form]]:
     """Draws names and arguments of up to `most` tools; a name that was drawn before is left out."""
-    names = list(dict.fromkeys(draw_name(rng, TOOL_NAMES, name_shares) for _ in range(most)))
-    return [(name, {} if rng.random() < 0.04 else draw_form(rng, depth=0, name_shares=name_shares)) for name in names]
+    names = list(dict.fromkeys(draw_name(rng, TOOL_NAMES, shares) for _ in range(most)))
+    return [(name, {} if rng.random() < 0.04 else draw_form(rng, depth=0, shares=shares)) for name in names]
 
 
 def show_tool(name: str, form: Form) -> str:

@@ -12,6 +12,7 @@ can know are the values and what ends them, from a field's type and name:
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,27 @@ COMPACT, SPACED = (",", ":"), (", ", ": ")
 # Stands before and after a value while JSON is spelled.
 BEGIN, END = "\ue000", "\ue001"
 
-# How often a name is the first of its kind, or another known one; the rest are letters at random.
-NAME_SHARES = (0.3, 0.4)
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 
 Form = dict[str, "str | Form"]
+
+
+@dataclass(frozen=True)
+class NameShares:
+    """How names are drawn.
+
+    Attributes:
+        first: How often a name is the first of its kind.
+        known: How often it is any of its kind; the rest are one or two words of `pieces` at random.
+        pieces: What such words are made of.
+    """
+
+    first: float
+    known: float
+    pieces: tuple[str, ...] = LETTERS
+
+
+NAME_SHARES = NameShares(first=0.3, known=0.4)
 
 
 @dataclass(frozen=True)
@@ -47,34 +65,31 @@ class Spelled:
     known: list[bool]
 
 
-def draw_form(
-    rng: np.random.Generator, max_fields: int = 3, depth: int = 1, name_shares: tuple[float, float] = NAME_SHARES
-) -> Form:
+def draw_form(rng: np.random.Generator, max_fields: int = 3, depth: int = 1, shares: NameShares = NAME_SHARES) -> Form:
     """Draws names and types of one to `max_fields` fields; now and then one of them is an object."""
     form: Form = {}
     for _ in range(int(rng.choice([1, 2, 3], p=[0.55, 0.3, 0.15]))):
         if len(form) == max_fields:
             break
         if depth and rng.random() < 0.12:
-            form[draw_name(rng, OBJECT_NAMES, name_shares)] = draw_form(rng, 2, depth - 1, name_shares)
+            form[draw_name(rng, OBJECT_NAMES, shares)] = draw_form(rng, 2, depth - 1, shares)
             continue
         kind = str(rng.choice(TYPES, p=TYPE_SHARES))
         names = NAMES[kind]
         if kind == INTEGER and rng.random() < 0.3:
             names = FIRST_NAMES + LAST_NAMES
-        form[draw_name(rng, names, name_shares)] = kind
+        form[draw_name(rng, names, shares)] = kind
     return form
 
 
-def draw_name(rng: np.random.Generator, names: tuple[str, ...], name_shares: tuple[float, float] = NAME_SHARES) -> str:
-    """Draws one of these names (the first of them most often), or letters at random."""
+def draw_name(rng: np.random.Generator, names: tuple[str, ...], shares: NameShares = NAME_SHARES) -> str:
+    """Draws one of these names, or one that nobody has seen."""
     chance = rng.random()
-    if chance < name_shares[0]:
+    if chance < shares.first:
         return names[0]
-    if chance < sum(name_shares):
+    if chance < shares.first + shares.known:
         return names[int(rng.integers(len(names)))]
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(rng.choice(list(letters), int(rng.integers(2, 8)))) for _ in range(int(rng.integers(1, 3)))]
+    words = ["".join(rng.choice(shares.pieces, int(rng.integers(2, 8)))) for _ in range(int(rng.integers(1, 3)))]
     word = "_".join(words)
     return word.capitalize() if rng.random() < 0.15 else word
 
@@ -104,8 +119,10 @@ def value_of(name: str, kind: str, text: str) -> Any:
 def spell_form(filled: dict[str, Any], separators: tuple[str, str] = SPACED, indent: int | None = None) -> Spelled:
     """Spells a filled form as JSON, with one of the ways to write blanks that a server's grammar may force."""
     marked = json.dumps(_mark(filled), separators=separators, indent=indent, ensure_ascii=False)
-    # Integers and lists were marked from outside, as strings: their marks' quotes go.
-    marked = marked.replace(f'"{BEGIN}{BEGIN}', BEGIN).replace(f'{END}{END}"', END).replace('\\"', '"')
+    # Numbers were marked as strings: those quotes go.
+    marked = marked.replace(f'"{BEGIN}{BEGIN}', BEGIN).replace(f'{END}{END}"', END)
+    # Of a list the brackets and what stands between values are known too.
+    marked = re.sub(r"\[[^]]*\]", lambda found: BEGIN + re.sub(f"[{BEGIN}{END}]", "", found[0]) + END, marked)
     text, known, inside = [], [], 0
     for letter in marked:
         if letter == BEGIN:
@@ -124,9 +141,9 @@ def spell_form(filled: dict[str, Any], separators: tuple[str, str] = SPACED, ind
 def _mark(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _mark(inner) for name, inner in value.items()}
-    if isinstance(value, str):
-        return f"{BEGIN}{value}{END}"
-    return f"{BEGIN}{BEGIN}{json.dumps(value)}{END}{END}"
+    if isinstance(value, list):
+        return [_mark(inner) for inner in value]
+    return f"{BEGIN}{value}{END}" if isinstance(value, str) else f"{BEGIN}{BEGIN}{value}{END}{END}"
 
 
 def schema_of(form: Form) -> dict[str, Any]:

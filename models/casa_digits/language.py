@@ -1,4 +1,4 @@
-"""Stages 2 to 5: teach the whole conversation, on images encoded beforehand by the frozen tower."""
+"""Stages 2 to 6: teach the whole conversation, on images encoded beforehand by the frozen tower."""
 
 from collections import deque
 from collections.abc import Callable, Iterator

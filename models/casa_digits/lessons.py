@@ -124,6 +124,42 @@ FINISH = Course(
     note_layer=3,
 )
 RESUME = dataclasses.replace(FINISH, name="resume", lessons=FINISH.lessons[-1:], peak_rate=6e-4)
+# Names that stand before the image: only SA finds them, as it finds what was said in frames of the past.
+NAMES = dataclasses.replace(
+    FINISH,
+    name="names",
+    lessons=(
+        Lesson(
+            until=0.5,
+            kinds={
+                "chat": 0.04,
+                "memory": 0.06,
+                "stream": 0.16,
+                "recall": 0.1,
+                "form": 0.1,
+                "tools": 0.2,
+                "copies": 0.34,
+            },
+            stream_tokens=_LONG,
+            recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
+        ),
+        Lesson(
+            until=1.0,
+            kinds={
+                "chat": 0.08,
+                "memory": 0.08,
+                "stream": 0.28,
+                "recall": 0.12,
+                "form": 0.14,
+                "tools": 0.2,
+                "copies": 0.1,
+            },
+            stream_tokens=_LONG,
+            recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
+        ),
+    ),
+    peak_rate=8e-4,
+)
 
 
 def draw_batches(

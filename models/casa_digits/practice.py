@@ -1,13 +1,18 @@
-"""What stages 3 to 5 practise: finding something in the text, near or far.
+"""What stages 3 to 6 practise: finding something in the text, near or far.
 
 Stage 2's streams of text alone are one long window, in which CA sees everything; in a stream every frame begins a
-window, and CA sees nothing of those before. Here frames of the past keep their place, though no image is shown.
+window, and CA sees nothing of those before. Here frames of the past keep their place, though no image is shown. It is
+the same with the names of tools, which stand before the image: stage 6 writes `copies` in windows too.
 """
 
 import json
+from collections.abc import Mapping
 
-from casa_digits.conversations import Conversation, Writer, draw_tools, show_tool
-from casa_digits.forms import fill_form, spell_form
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from casa_digits.conversations import UNSEEN, Conversation, Writer, draw_tools, show_tool
+from casa_digits.forms import NameShares, fill_form, spell_form
 from casa_digits.frames import FramePool
 from casa_digits.memory import QUESTIONS, recall
 from casa_digits.phrases import REPORT
@@ -20,24 +25,26 @@ class PracticeWriter(Writer):
     question_rates = (0.0, 0.1, 0.3)
     last_questions = (1, 2, 4)
     last_questions_of_text = (2, 4, 6)
-    name_shares = (0.1, 0.3)
+    name_shares = NameShares(first=0.1, known=0.3)
     marks_the_past = True
-
-
-QUESTION_SHARES = {"first": 0.2, "last": 0.15, "before": 0.35, "changes": 0.3}
 
 
 class FinishWriter(PracticeWriter):
     """Writes what is hardest more often: the questions that need two steps, and the names of tools."""
+
+    question_shares: Mapping[str, float] = {"first": 0.2, "last": 0.15, "before": 0.35, "changes": 0.3}
+    # Calls of a row of `copies`, and what each question shows: nothing, so that all is one window.
+    num_copies = 3
+    shown_in_copies: tuple[int, ...] = ()
 
     def copies(self, pool: FramePool) -> Conversation:
         """Writes calls of a tool without any image: its name and those of its arguments are learned, not the values."""
         talk = Conversation()
         ((name, form),) = draw_tools(self.rng, 1, self.name_shares)
         self._turn(talk, "system", f"<tools>\n{show_tool(name, form)}\n</tools>")
-        for _ in range(3):
+        for _ in range(self.num_copies):
             spelled = spell_form(fill_form(form, pool.texts[pool.any(self.rng)]))
-            self._turn(talk, "user", self._pick(REPORT))
+            self._turn(talk, "user", self._pick(REPORT), self.shown_in_copies)
             head, tail = f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ', "}\n</tool_call>"
             known = [False] * len(head) + spelled.known + [False] * len(tail)
             encoded = self.tokenizer(head + spelled.text + tail, return_offsets_mapping=True)
@@ -49,7 +56,7 @@ class FinishWriter(PracticeWriter):
         return talk
 
     def _recall(self, said: list[str], kinds: tuple[str, ...]) -> tuple[str, str]:
-        shares = [QUESTION_SHARES[kind] for kind in kinds]
+        shares = [self.question_shares[kind] for kind in kinds]
         kind = str(self.rng.choice(kinds, p=[share / sum(shares) for share in shares]))
         return self._pick(QUESTIONS[kind]), recall(kind, said)
 
@@ -61,3 +68,19 @@ class ResumeWriter(FinishWriter):
         """Writes a stream; see `Writer`."""
         self.marks_the_past = self._chance(0.5)
         return super().stream(pool, num_tokens, text_only)
+
+
+class NamesWriter(ResumeWriter):
+    """Writes names of the tokenizer's own pieces, to be found across windows, and asks for numbers of changes."""
+
+    question_shares: Mapping[str, float] = {"first": 0.12, "last": 0.1, "before": 0.28, "changes": 0.5}
+    # The name stands in the list of tools and nowhere else.
+    num_copies = 1
+    shown_in_copies = (UNSEEN,)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
+        super().__init__(tokenizer, rng)
+        pieces = sorted(
+            piece for piece in tokenizer.get_vocab() if piece.isascii() and piece.islower() and piece.isalpha()
+        )
+        self.name_shares = NameShares(first=0.1, known=0.2, pieces=tuple(pieces))

@@ -15,7 +15,7 @@ from casa_engine.errors import InputError
 
 
 class ProgressFile:
-    """The progress of stages 2 to 5 in a file.
+    """The progress of stages 2 to 6 in a file.
 
     Args:
         path: The file; its folder must exist.

@@ -5,6 +5,7 @@
     stage 3   five layers instead of three: finding what was said    the same, practice.py
     stage 4   the same with what is hardest, and copying names       the same
     stage 5   the same with streams that are resumed                 the same
+    stage 6   names that stand in another window than the image      the same
     then      measured on held-out digits; accuracy.json beside the weights; the output folder is replaced last
 
 With the defaults it takes about an hour and a half on a free core, and twice that on a busy machine. One thread is the
@@ -30,10 +31,10 @@ from casa_digits.data import load_samples
 from casa_digits.demonstration import write_demonstration
 from casa_digits.evaluate import evaluate_eager
 from casa_digits.language import teach_language
-from casa_digits.lessons import FINISH, LANGUAGE, MEMORY, RESUME, Course
+from casa_digits.lessons import FINISH, LANGUAGE, MEMORY, NAMES, RESUME, Course
 from casa_digits.live import write_live_settings
 from casa_digits.model import MAX_POSITIONS, build_model, build_processor, deepen
-from casa_digits.practice import FinishWriter, PracticeWriter, ResumeWriter
+from casa_digits.practice import FinishWriter, NamesWriter, PracticeWriter, ResumeWriter
 from casa_digits.progress import ProgressFile
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.vision_warmup import measure_accuracy, warm_up
@@ -47,8 +48,8 @@ from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.staged_folder import check_apart
 
-# Stages 3 to 5.
-DEEP_COURSES = ((MEMORY, PracticeWriter), (FINISH, FinishWriter), (RESUME, ResumeWriter))
+# Stages 3 to 6.
+DEEP_COURSES = ((MEMORY, PracticeWriter), (FINISH, FinishWriter), (RESUME, ResumeWriter), (NAMES, NamesWriter))
 # The options that say how many steps each stage has.
 STEPS = tuple(f"{stage}_steps" for stage in ("vision", LANGUAGE.name, *(course.name for course, _ in DEEP_COURSES)))
 
@@ -65,6 +66,7 @@ def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     parser.add_argument("--memory-steps", type=int, default=11000)
     parser.add_argument("--finish-steps", type=int, default=6500)
     parser.add_argument("--resume-steps", type=int, default=2600)
+    parser.add_argument("--names-steps", type=int, default=9000)
     parser.add_argument("--families", type=int, default=400, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")

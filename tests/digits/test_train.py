@@ -20,6 +20,7 @@ SHORT = [
     "--memory-steps=1",
     "--finish-steps=1",
     "--resume-steps=1",
+    "--names-steps=1",
     "--families=1",
 ]
 
@@ -65,7 +66,14 @@ def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LANGUAGE", dataclasses.replace(train.LANGUAGE, **short))
     courses = tuple((dataclasses.replace(course, **short), writer) for course, writer in train.DEEP_COURSES)
     monkeypatch.setattr(train, "DEEP_COURSES", courses)
-    steps = ["--vision-steps=1", "--language-steps=3", "--memory-steps=3", "--finish-steps=3", "--resume-steps=3"]
+    steps = [
+        "--vision-steps=1",
+        "--language-steps=3",
+        "--memory-steps=3",
+        "--finish-steps=3",
+        "--resume-steps=3",
+        "--names-steps=3",
+    ]
     run = [*steps, "--families=1", f"--output={output}"]
     assert train.main(run) == 0
     weights = tree(output)["model.safetensors"]
@@ -82,7 +90,7 @@ def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
     assert train.main(kept) == 1
     monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("trained the tower again"))
     assert train.main([*kept, "--seed=1"]) == 1
-    for stage in ("memory", "finish", "resume"):
+    for stage in ("memory", "finish", "resume", "names"):
         ended = (stage, 2)
         assert train.main(kept) == 1
     assert train.main(kept) == 0
