@@ -73,7 +73,7 @@ class EndpointRunner:
         function = self._find(calls, 0, "function")
         name, arguments = self._find(function, "name"), read_json(self._find(function, "arguments"))
         called = {"id": calls[0].get("id"), "type": "function", "function": {"name": name, "arguments": arguments}}
-        return {"role": "assistant", "content": "", "tool_calls": [called]}
+        return {"role": "assistant", "content": None, "tool_calls": [called]}
 
     def _text(self, messages: list[Message], max_tokens: int, **options: Any) -> str:
         message = self._ask(messages, max_tokens, **options)
@@ -160,7 +160,7 @@ def _short(words: Any) -> str:
 
 def _message_for_endpoint(message: Message) -> Message:
     """Return a message as OpenAI's protocol has it."""
-    sent = {**message, "content": [_for_endpoint(item) for item in content_items(message)]}
+    sent = {**message, "content": [_for_endpoint(item) for item in content_items(message)] or None}
     if calls := message.get("tool_calls"):
         sent["tool_calls"] = [
             {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}

@@ -84,7 +84,7 @@ class EagerRunner:
         call = read_json(text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
         if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
             return None
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
 
     def _fill(self, messages: list[Message], form: Form, text: str) -> str:
         """Returns `text` and the object of this form after it."""
@@ -127,9 +127,9 @@ def read_json(text: str) -> Any:
 
 
 def content_items(message: Message) -> list[dict[str, Any]]:
-    """Return a message's content as a list of items, text alone as one item."""
+    """Return a message's content as a list of items, text alone as one item; of a call alone (None) there are none."""
     content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
 
 
 class EagerStream(eager_stream.EagerStream):

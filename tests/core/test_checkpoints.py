@@ -18,7 +18,7 @@ from casa_engine.digits import checkpoint_path
 from casa_engine.errors import CheckpointError
 from casa_engine.presets import preset_config
 from casa_engine.processing_casa import CasaProcessor
-from casa_engine.tokenization import byte_tokenizer
+from casa_engine.tokenization import byte_tokenizer, chat_template
 from killing import ended_at
 from tiny_presets import TINY_PRESETS
 
@@ -286,3 +286,7 @@ def test_list_of_the_embedded_checkpoint_is_true() -> None:
     """So that a training may replace it."""
     names = {path.name for path in checkpoint_path().iterdir() if path.is_file()}
     assert owned_files(checkpoint_path()) == names, "a file was changed by hand: call list_files(checkpoint_path())"
+
+
+def test_the_embedded_checkpoint_has_the_template_of_this_engine() -> None:
+    assert (checkpoint_path() / "chat_template.jinja").read_text() == chat_template()

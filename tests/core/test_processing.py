@@ -110,6 +110,27 @@ def test_tools_are_shown_as_they_are_called(checkpoint) -> None:
     assert "tool" not in processor.apply_chat_template([user("look")], tools=[])
 
 
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        (None, ""),
+        ("", ""),
+        ([], ""),
+        ([{"type": "text", "text": ""}], ""),  # what vLLM makes of "" where a template takes lists
+        ("Well.", "Well.\n"),
+        ([{"type": "text", "text": ""}, {"type": "text", "text": "Well."}], "Well.\n"),
+    ],
+)
+def test_a_call_begins_a_line_of_its_own_only_after_words(checkpoint, content, written) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    call = {"type": "function", "function": {"name": "report", "arguments": {}}}
+    spelled = '<tool_call>\n{"name": "report", "arguments": {}}\n</tool_call>'
+    called = {"role": "assistant", "content": content, "tool_calls": [call, call]}
+    assert processor.apply_chat_template([called]) == (
+        f"<|im_start|>assistant\n{written}{spelled}\n{spelled}<|im_end|>\n"
+    )
+
+
 def test_video_is_refused(checkpoint) -> None:
     processor = AutoProcessor.from_pretrained(checkpoint)
     with pytest.raises(InputError, match="pass video frames as images"):

@@ -1,56 +1,13 @@
 """`casa-eval-digits --base-url`: whatever answers there, the command ends in one sentence."""
 
-import json
 import socket
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from casa_digits import evaluate
+from scripted_endpoint import CHAT_PATH, MODELS, MODELS_PATH, scripted_endpoint
 
-MODELS = {"object": "list", "data": [{"id": "served", "object": "model"}]}
 ANSWER = {"choices": [{"message": {"role": "assistant", "content": "1"}}]}
-
-
-@contextmanager
-def http_server(replies):
-    """Serves `replies` by path: status and body; a body behind which more is announced is cut.
-
-    Yields:
-        Its address, and what was sent to it as (path, Authorization).
-    """
-    seen = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            seen.append((self.path, self.headers.get("Authorization")))
-            status, body, *cut = replies.get(self.path, (404, b"<html>Not here</html>"))
-            body = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body) + sum(cut)))
-            # OpenAI's client would try again later, which tells nothing here.
-            self.send_header("x-should-retry", "false")
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def run(capsys, *arguments):
@@ -104,7 +61,7 @@ def test_what_is_no_address(capsys, url):
     ],
 )
 def test_answers_to_the_list_of_models(capsys, reply, expected):
-    with http_server({"/v1/models": reply}) as (url, _):
+    with scripted_endpoint({MODELS_PATH: reply}) as (url, _):
         status, words = run(capsys, "--base-url", url)
     assert status == 1
     one_sentence(words, url, expected)
@@ -124,25 +81,25 @@ def test_answers_to_the_list_of_models(capsys, reply, expected):
     ],
 )
 def test_answers_to_a_question(capsys, reply, expected):
-    with http_server({"/v1/models": (200, MODELS), "/v1/chat/completions": reply}) as (url, _):
+    with scripted_endpoint({MODELS_PATH: (200, MODELS), CHAT_PATH: reply}) as (url, _):
         status, words = run(capsys, "--base-url", url)
     assert status == 1
     one_sentence(words, url, expected)
 
 
 def test_a_model_that_is_not_served(capsys):
-    with http_server({"/v1/models": (200, MODELS)}) as (url, _):
+    with scripted_endpoint({MODELS_PATH: (200, MODELS)}) as (url, _):
         status, words = run(capsys, "--base-url", url, "--model", "mine")
     assert status == 1
     one_sentence(words, "'mine'", "'served'", "--model")
 
 
 def test_the_key_is_sent_and_a_bad_score_is_no_error(capsys):
-    with http_server({"/v1/models": (200, MODELS), "/v1/chat/completions": (200, ANSWER)}) as (url, seen):
+    with scripted_endpoint({MODELS_PATH: (200, MODELS), CHAT_PATH: (200, ANSWER)}) as (url, seen):
         status, words = run(capsys, "--base-url", url, "--api-key", "secret", "--no-live")
     assert status == 1
     assert words == ""
-    assert {key for _, key in seen} == {"Bearer secret"}
+    assert {asked.key for asked in seen} == {"Bearer secret"}
 
 
 def test_a_checkpoint_that_is_none(capsys, tmp_path):
