@@ -177,12 +177,13 @@ def teach(
         )
 
     if not options.language_weights and begun in (None, LANGUAGE.name):
-        if not options.vision_weights and begun is None:
-            head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
-            right = measure_accuracy(model.model.visual, head, np.random.default_rng(1), load_samples(True), 1000)
-            print("vision tower on held-out digits:", json.dumps(right))
-        if options.keep_vision:
-            keep_weights(model.model.visual, options.keep_vision)
+        if begun is None:  # otherwise the tower is in the progress, and not in `model` yet
+            if not options.vision_weights:
+                head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
+                right = measure_accuracy(model.model.visual, head, np.random.default_rng(1), load_samples(True), 1000)
+                print("vision tower on held-out digits:", json.dumps(right))
+            if options.keep_vision:
+                keep_weights(model.model.visual, options.keep_vision)
         course = dataclasses.replace(LANGUAGE, peak_rate=options.peak_rate)
         teach_course(model, Writer(processor.tokenizer, language_rng), course, options.language_steps)
         if options.keep_language:

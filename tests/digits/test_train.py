@@ -85,9 +85,11 @@ def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ProgressFile, "keep", keep_and_end)
-    kept = [*run, f"--progress={tmp_path / 'progress.pt'}"]
+    tower = tmp_path / "vision.pt"
+    kept = [*run, f"--progress={tmp_path / 'progress.pt'}", f"--keep-vision={tower}"]
     ended = ("language", 2)
     assert train.main(kept) == 1
+    trained_tower = tower.read_bytes()
     monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("trained the tower again"))
     assert train.main([*kept, "--seed=1"]) == 1
     for stage in ("memory", "finish", "resume", "names"):
@@ -95,6 +97,7 @@ def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
         assert train.main(kept) == 1
     assert train.main(kept) == 0
     assert tree(output)["model.safetensors"] == weights
+    assert tower.read_bytes() == trained_tower
 
 
 @pytest.mark.parametrize(
