@@ -130,9 +130,9 @@ class Writer:
         return talk
 
     def memory(self, pool: FramePool) -> Conversation:
-        """Writes a conversation that asks for its first answer; it may have been wrong, the text decides.
+        """Writes readings and questions for earlier ones, which may have been wrong: the text decides.
 
-        In half of them nothing else is learned: this is the hardest thing to find out about, and easily drowned.
+        In half of them only the answers to those questions are learned: they are the hardest, and easily drowned.
         """
         talk = self._begin()
         wrong, learn = self._chance(0.4), self._chance(0.5)

@@ -48,8 +48,8 @@ def teach_language(
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     note_head = None
     if course.note_layer is not None:
-        # It only serves the training; it starts at zero, so that nothing is drawn for it.
-        note_head = nn.Linear(model.config.text_config.hidden_size, NOTES * NOTE_CLASSES)
+        # It only serves the training, and starts at zero: nothing is drawn for it.
+        note_head = nn.utils.skip_init(nn.Linear, model.config.text_config.hidden_size, NOTES * NOTE_CLASSES)
         nn.init.zeros_(note_head.weight)
         nn.init.zeros_(note_head.bias)
         parameters += note_head.parameters()

@@ -107,7 +107,11 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> CasaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> CasaForConditionalGeneration:
-    """Builds the untrained model."""
+    """Builds the untrained model.
+
+    Mutates:
+        torch's global generator: it is seeded, and what is drawn next, the head of stage 1, follows from the seed too.
+    """
     torch.manual_seed(seed)
     model = CasaForConditionalGeneration(casa_config(tokenizer))
     init_with_cosines(model.model.visual)
@@ -116,12 +120,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> CasaForConditi
 
 @torch.no_grad()
 def deepen(model: CasaForConditionalGeneration, seed: int) -> CasaForConditionalGeneration:
-    """Returns a model of the layers `DEEPER` that computes the same: what the new layers add is zero at first."""
+    """Returns a model of the layers `DEEPER` that computes the same: what the new layers add is zero at first.
+
+    torch's global generator is as before: a model may be made for its size alone.
+    """
     config = copy.deepcopy(model.config)
     config.text_config.num_hidden_layers = len(DEEPER)
     config.text_config.layer_types = ["full_attention"] * len(DEEPER)
-    torch.manual_seed(seed)
-    deeper = CasaForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        deeper = CasaForConditionalGeneration(config)
     shallow, deep = model.model.language_model, deeper.model.language_model
     for layer, source in zip(deep.layers, DEEPER, strict=True):
         if source is not None:

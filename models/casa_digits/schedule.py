@@ -1,4 +1,4 @@
-"""The learning rate of both training stages."""
+"""The learning rate of every stage of training."""
 
 import math
 

@@ -122,6 +122,7 @@ def warm_up(
 
     Mutates:
         tower: its weights.
+        torch's global generator: the head's first weights are drawn from it.
     """
     head = CellHead(tower.config.out_hidden_size)
     parameters = [*tower.parameters(), *head.parameters()]
