@@ -41,7 +41,8 @@ class Turn:
     Attributes:
         question: What the user writes.
         image: What the user shows with it, if anything.
-        expected: The right answer; a number is that of one of the conversation's own answers (-1: the last one).
+        expected: The right answer; a number is that of one of the conversation's own answers (-1: the last one), which
+            must differ from one another.
     """
 
     question: str
@@ -69,8 +70,13 @@ def _count(rng: np.random.Generator) -> Turn:
 
 
 def _recalled(rng: np.random.Generator, question: str, expected: int) -> list[Turn]:
-    """Two or three readings and a question about one of them."""
-    return [*(_read(rng) for _ in range(int(rng.integers(2, 4)))), Turn(question, None, expected)]
+    """Two or three readings, of different texts, and a question about one of them."""
+    readings: dict[str, Turn] = {}
+    number = int(rng.integers(2, 4))
+    while len(readings) < number:
+        turn = _read(rng)
+        readings.setdefault(turn.image.text, turn)
+    return [*readings.values(), Turn(question, None, expected)]
 
 
 def draw_suites(seed: int = 0, scale: float = 1.0) -> list[Suite]:
