@@ -67,12 +67,18 @@ class EndpointRunner:
 
     def call(self, messages: list[Message], tools: list[dict[str, Any]]) -> Message | None:
         """Return the server's call of a tool; see `runners.Runner`."""
-        calls = self._ask(messages, MAX_CALL_TOKENS, tools=tools, tool_choice="auto").get("tool_calls")
-        if not calls:
+        message = self._ask(messages, MAX_CALL_TOKENS, tools=tools, tool_choice="auto")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise self._no_openai_server(message)
+        if len(calls) != 1 or message["content"]:
             return None
         function = self._find(calls, 0, "function")
-        name, arguments = self._find(function, "name"), read_json(self._find(function, "arguments"))
-        called = {"id": calls[0].get("id"), "type": "function", "function": {"name": name, "arguments": arguments}}
+        name, arguments = self._find(function, "name"), self._find(function, "arguments")
+        if not isinstance(arguments, str):
+            raise self._no_openai_server(message)
+        read = {"name": name, "arguments": read_json(arguments)}
+        called = {"id": calls[0].get("id"), "type": "function", "function": read}
         return {"role": "assistant", "content": None, "tool_calls": [called]}
 
     def _text(self, messages: list[Message], max_tokens: int, **options: Any) -> str:

@@ -26,6 +26,8 @@ TYPES = (INTEGER, INTEGERS, STRINGS, STRING)
 TYPE_SHARES = (0.35, 0.4, 0.07, 0.18)
 NAMES = {INTEGER: COUNT_NAMES, INTEGERS: LIST_NAMES, STRINGS: LIST_NAMES, STRING: TEXT_NAMES}
 COMPACT, SPACED = (",", ":"), (", ", ": ")
+# Around a call of a tool, as the chat template writes it.
+CALL_START, CALL_END = "<tool_call>\n", "\n</tool_call>"
 # Stands before and after a value while JSON is spelled.
 BEGIN, END = "\ue000", "\ue001"
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from casa_digits.forms import INTEGERS, STRING, Form
+from casa_digits.forms import CALL_END, CALL_START, INTEGERS, STRING, Form
 from casa_engine.checkpoints import load_model
 from casa_engine.live import LiveSettings, eager_stream
 from casa_engine.live.stream_format import StreamFormat
@@ -31,7 +31,7 @@ class Runner(Protocol):
         ...
 
     def call(self, messages: list[Message], tools: list[dict[str, Any]]) -> Message | None:
-        """Returns the assistant's next message, which calls a tool, or None where it does not."""
+        """Returns the assistant's next message, one call of a tool and nothing else, or None where it is not that."""
         ...
 
 
@@ -81,7 +81,9 @@ class EagerRunner:
     def call(self, messages: list[Message], tools: list[dict[str, Any]]) -> Message | None:
         """Returns the model's call; see `Runner`."""
         text = self._continue(messages, tools=tools, max_tokens=MAX_CALL_TOKENS)
-        call = read_json(text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
+        if not (text.startswith(CALL_START) and text.endswith(CALL_END)):
+            return None
+        call = read_json(text[len(CALL_START) : -len(CALL_END)])
         if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
             return None
         return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}

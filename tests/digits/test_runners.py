@@ -1,12 +1,13 @@
 """What the evaluation makes of a model's words, in process and from a server: calls, and what follows them."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 from casa_digits.cases import draw_tools
-from casa_digits.endpoint import EndpointRunner
+from casa_digits.endpoint import EndpointError, EndpointRunner
 from casa_digits.evaluate import play_tool
 from casa_digits.runners import EagerRunner
 from casa_engine.digits import checkpoint_path
@@ -19,10 +20,15 @@ def case():
     return draw_tools(scale=0.01)[0]
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    return EagerRunner(checkpoint_path())
+
+
 @pytest.fixture
-def eager(monkeypatch):
+def eager(loaded, monkeypatch):
     """The eager runner with a model that says `answers` one after the other; `prompts` are the texts it was given."""
-    runner = EagerRunner(checkpoint_path())
+    runner = copy.copy(loaded)
     tokenizer, runner.answers, runner.prompts = runner.processor.tokenizer, [], []
 
     def generate(input_ids, **inputs):
@@ -55,3 +61,49 @@ def test_what_follows_a_call_is_asked_for_as_the_model_has_called(case, eager):
         f"{eager.prompts[0]}<tool_call>\n{spelled(case)}\n</tool_call><|im_end|>\n"
         "<|im_start|>user\n<tool_response>\nok\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "{call}",
+        "<tool_call>\n{call}",
+        "{call}\n</tool_call>",
+        "Well.\n<tool_call>\n{call}\n</tool_call>",
+        "<tool_call>\n{call}\n</tool_call> Well.",
+        "<tool_call>\n{call}\n</tool_call>\n<tool_call>\n{call}\n</tool_call>",
+        "<tool_call>\n{call}}\n</tool_call>",
+        "<tool_call>\n[{call}]\n</tool_call>",
+        "<tool_call>\n</tool_call>",
+        "",
+    ],
+)
+def test_words_that_are_no_call(case, eager, words):
+    """A server takes a call from between the marks; whoever asked for one gets exactly that."""
+    eager.answers = [words.replace("{call}", spelled(case)), case.image.text]
+    assert not play_tool(eager, case)
+    assert len(eager.answers) == 1
+
+
+def test_a_server_calls_once_and_says_nothing_with_it(case):
+    call = {"id": "7", "type": "function", "function": {"name": case.name, "arguments": json.dumps(case.arguments)}}
+    other = {**call, "function": {**call["function"], "arguments": "{"}}
+    for content, calls in [
+        (None, [call, call]),
+        ("Well.", [call]),
+        ("Well.", None),
+        (None, []),
+        (None, [other]),
+    ]:
+        with answering({"role": "assistant", "content": content, "tool_calls": calls}) as (url, seen):
+            assert not play_tool(EndpointRunner(url), case)
+            assert len(seen) == 2
+
+
+@pytest.mark.parametrize("calls", ["call", {"0": 1}, [None], [{}], [{"function": {"name": "a", "arguments": None}}]])
+def test_a_call_that_is_not_of_the_protocol(case, calls):
+    with (
+        answering({"role": "assistant", "content": None, "tool_calls": calls}) as (url, _),
+        pytest.raises(EndpointError, match="no OpenAI-compatible server"),
+    ):
+        play_tool(EndpointRunner(url), case)
