@@ -10,12 +10,12 @@ from types import FrameType
 from casa_engine.errors import CasaError
 
 
-def run_command(program: str, work: Callable[[], None]) -> int:
+def run_command(program: str, work: Callable[[], int | None]) -> int:
     """Runs a command to its end.
 
     Args:
         program: Its name, which begins the message.
-        work: What it does. Ctrl-C and SIGTERM end it with its clean-up done.
+        work: What it does; returns an exit status, nothing for 0. Ctrl-C and SIGTERM end it with its clean-up done.
 
     Returns:
         The exit status.
@@ -25,7 +25,7 @@ def run_command(program: str, work: Callable[[], None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with sigterm_as_interrupt():
-            work()
+            return work() or 0
     except CasaError as error:
         return _fail(program, str(error))
     except OSError as error:
@@ -34,7 +34,6 @@ def run_command(program: str, work: Callable[[], None]) -> int:
         return _fail(program, f"{error.object!r} is not valid UTF-8. Use another name.")
     except KeyboardInterrupt:
         return _fail(program, "interrupted.")
-    return 0
 
 
 def _fail(program: str, message: str) -> int:

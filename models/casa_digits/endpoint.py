@@ -111,7 +111,7 @@ class EndpointRunner:
             raise EndpointError(f"{self.base_url} gave no answer within {TIMEOUT_S:.0f} s.") from error
         except openai.APIConnectionError as error:
             raise EndpointError(
-                f"the connection to {self.base_url} failed ({_short(error.__cause__ or error)}). Start a server with "
+                f"the connection to {self.base_url} failed ({one_line(error.__cause__ or error)}). Start a server with "
                 "`make serve`, or pass the address of one with --base-url, such as http://127.0.0.1:8000/v1."
             ) from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
@@ -120,11 +120,11 @@ class EndpointRunner:
             ) from error
         except openai.NotFoundError as error:
             raise EndpointError(
-                f"{self.base_url} has no {error.request.url.path} (HTTP 404: {_short(error)}). Expected the address of "
-                "an OpenAI-compatible server, which usually ends in /v1."
+                f"{self.base_url} has no {error.request.url.path} (HTTP 404: {one_line(error)}). Expected the address "
+                "of an OpenAI-compatible server, which usually ends in /v1."
             ) from error
         except openai.APIStatusError as error:
-            raise EndpointError(f"{self.base_url} answered with an error: {_short(error)}.") from error
+            raise EndpointError(f"{self.base_url} answered with an error: {one_line(error)}.") from error
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
@@ -143,7 +143,7 @@ class EndpointRunner:
     def _no_openai_server(self, body: Any) -> EndpointError:
         """Return the error for an answer that is not OpenAI's protocol."""
         return EndpointError(
-            f"{self.base_url} is no OpenAI-compatible server, or its answer was cut: got {_short(body)!r}. Pass the "
+            f"{self.base_url} is no OpenAI-compatible server, or its answer was cut: got {one_line(body)!r}. Pass the "
             "address of one with --base-url; it usually ends in /v1."
         )
 
@@ -158,7 +158,7 @@ def check_address(base_url: str) -> None:
         raise EndpointError(f"{base_url!r} is not an address. Expected one such as http://127.0.0.1:8000/v1.")
 
 
-def _short(words: Any) -> str:
+def one_line(words: Any) -> str:
     """Return words on one line, and not too many of them."""
     line = " ".join(str(words).split())
     return line if len(line) <= MAX_SHOWN_CHARACTERS else f"{line[:MAX_SHOWN_CHARACTERS]}..."

@@ -1,6 +1,7 @@
 """`casa-eval-digits`: how well casa-tiny-digits reads held-out digits, in process or through an endpoint."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -33,8 +34,9 @@ from casa_digits.live_endpoint import EndpointStream
 from casa_digits.memory import QUESTIONS, recall
 from casa_digits.phrases import WATCH
 from casa_digits.runners import EagerRunner, EagerStream, Message, Runner, Stream
+from casa_engine.command import run_command
 from casa_engine.digits import checkpoint_path
-from casa_engine.errors import CasaError
+from casa_engine.errors import InputError
 
 DESCRIPTION = "How well casa-tiny-digits reads held-out digits, in process or through an endpoint."
 MIN_CHANGES_CAPTIONED = 0.90
@@ -245,21 +247,34 @@ def main(arguments: list[str] | None = None, program: str = "casa-eval-digits") 
         program: The command's name in messages.
     """
     options = build_parser(program).parse_args(arguments)
-    try:
-        report = evaluate(options)
-    except CasaError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1
+    return run_command(program, lambda: print_report(evaluate(options)))
+
+
+def print_report(report: Report) -> int:
+    """Print the table; return the exit status, 1 if a demand is missed."""
     print(report.table())
     return 0 if report.passed else 1
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise InputError for an option out of its range."""
+    if options.seed < 0:
+        raise InputError(f"--seed is {options.seed}; expected 0 or more.")
+    if not 0 < options.scale < math.inf:
+        raise InputError(f"--scale is {options.scale}; expected a number above 0.")
+    for name in MIN_SHARES:
+        share = getattr(options, f"min_{name}")
+        if not 0 <= share <= 1:
+            raise InputError(f"--min-{name} is {share}; expected 0 to 1.")
 
 
 def evaluate(options: argparse.Namespace) -> Report:
     """Evaluate the server or the eager model, as the command line chooses.
 
     Raises:
-        CasaError: The checkpoint is none, or the server does not answer as it should.
+        CasaError: An option is out of its range, the checkpoint is none, or the server does not answer as it should.
     """
+    check_options(options)
     # First, so that a server that is not there is seen at once.
     endpoint = EndpointRunner(options.base_url, options.model, options.api_key) if options.base_url else None
     suites = [

@@ -102,6 +102,34 @@ def test_the_key_is_sent_and_a_bad_score_is_no_error(capsys):
     assert {asked.key for asked in seen} == {"Bearer secret"}
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--seed=-1", "--seed is -1; expected 0 or more"),
+        ("--scale=nan", "--scale is nan; expected"),
+        ("--scale=inf", "--scale is inf; expected"),
+        ("--scale=0", "--scale is 0.0; expected"),
+        ("--min-read=2", "--min-read is 2.0; expected 0 to 1"),
+        ("--min-before=nan", "--min-before is nan; expected 0 to 1"),
+    ],
+)
+def test_bad_options_are_named(capsys, monkeypatch, option, expected):
+    monkeypatch.setattr(evaluate, "EagerRunner", lambda checkpoint: pytest.fail("loaded the model"))
+    status, words = run(capsys, option)
+    assert status == 1
+    one_sentence(words, expected)
+
+
+def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
+    def interrupt(checkpoint):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "EagerRunner", interrupt)
+    status, words = run(capsys)
+    assert status == 1
+    one_sentence(words, "interrupted")
+
+
 def test_a_checkpoint_that_is_none(capsys, tmp_path):
     status, words = run(capsys, str(tmp_path / "nothing"))
     assert status == 1
