@@ -16,6 +16,7 @@ the same weights on the same machine and versions.
 import argparse
 import dataclasses
 import json
+import math
 import pickle
 import shlex
 import sys
@@ -120,9 +121,11 @@ def train(options: argparse.Namespace) -> None:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises InputError for an option that would end the run only later."""
-    for name, least in (*((name, 0) for name in STEPS), ("families", 1), ("threads", 1)):
+    for name, least in (*((name, 0) for name in STEPS), ("seed", 0), ("families", 1), ("threads", 1)):
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more.")
+    if not 0 < options.peak_rate < math.inf:
+        raise InputError(f"--peak-rate is {options.peak_rate}; expected a number above 0.")
     for name, path in (("--keep-vision", options.keep_vision), ("--keep-language", options.keep_language)):
         if path and not path.parent.is_dir():
             raise InputError(f"the folder of {name} {path} does not exist. Make it first.")

@@ -122,6 +122,9 @@ def test_interrupted_run_leaves_the_old(output, where, error, capsys, monkeypatc
     ("option", "words"),
     [
         ("--threads=0", "expected 1 or more"),
+        ("--seed=-1", "expected 0 or more"),
+        ("--peak-rate=nan", "expected a number above 0"),
+        ("--peak-rate=0", "expected a number above 0"),
         ("--vision-steps=-1", "expected 0 or more"),
         ("--keep-vision=none/vision.pt", "does not exist"),
         ("--progress=none/progress.pt", "does not exist"),
