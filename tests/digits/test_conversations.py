@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from casa_digits import conversations
 from casa_digits.conversations import IGNORED, NO_DIGIT, UNSEEN, Writer
 from casa_digits.data import MAX_DIGITS, Grid
+from casa_digits.forms import schema_of
 from casa_digits.frames import FramePool
 from casa_digits.memory import QUESTIONS, recall
 from casa_digits.model import MAX_POSITIONS, build_processor
-from casa_digits.practice import PracticeWriter
+from casa_digits.practice import FinishWriter, NamesWriter, PracticeWriter
 from casa_digits.tokenizer import build_tokenizer
 
 
@@ -137,17 +139,50 @@ def test_json_answers_hold_what_the_image_shows(tokenizer, pool):
     assert free == 200  # the end is always learned
 
 
-def test_tools_are_called_as_the_template_shows_them(tokenizer, pool):
-    processor, writer = build_processor(tokenizer), Writer(tokenizer, np.random.default_rng(6))
+def read_turn(role, text):
+    """Returns a turn of a conversation as the message that the chat template would have made it of."""
+    if text.startswith("<tool_response>\n"):
+        assert role == "user"
+        return {"role": "tool", "content": text.removeprefix("<tool_response>\n").removesuffix("\n</tool_response>")}
+    if text.startswith("<tool_call>\n"):
+        assert role == "assistant"
+        call = json.loads(text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
+        return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call}]}
+    before, image, after = text.partition("<|vision_start|><|vision_end|>")
+    parts = [{"type": "text", "text": part} for part in (before, after)]
+    return {"role": role, "content": [parts[0], {"type": "image"}, parts[1]] if image else text}
+
+
+@pytest.mark.parametrize(
+    ("kind", "writer"),
+    [("tools", Writer), ("tools", PracticeWriter), ("copies", FinishWriter), ("copies", NamesWriter)],
+)
+def test_tools_are_shown_and_called_as_the_template_does(tokenizer, pool, monkeypatch, kind, writer):
+    """Whole rows: tools, instructions, calls, results, answers."""
+    drawn, draw = [], conversations.draw_tools
+
+    def draw_tools(*arguments):
+        drawn.append(draw(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr("casa_digits.conversations.draw_tools", draw_tools)
+    monkeypatch.setattr("casa_digits.practice.draw_tools", draw_tools)
+    processor, writer = build_processor(tokenizer), writer(tokenizer, np.random.default_rng(6))
+    roles = set()
     for _ in range(100):
-        text = tokenizer.decode(writer.tools(pool).ids)
-        tools, _, talk = text.removeprefix("<|im_start|>system\n<tools>\n").partition("</tools><|im_end|>\n")
-        call = json.loads(talk.partition("<tool_call>\n")[2].partition("\n</tool_call>")[0])
-        shown = tools.partition("\n")[0]
-        assert shown.startswith(f'{{"name": "{call["name"]}", "arguments": {{')
-        assert all(f'"{name}": ' in shown for name in call["arguments"])
-        message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
-        assert processor.apply_chat_template([message]) in talk
+        text = tokenizer.decode(getattr(writer, kind)(pool).ids)
+        turns = [turn.removesuffix("<|im_end|>\n").partition("\n") for turn in text.split("<|im_start|>")[1:]]
+        messages = [read_turn(role, said) for role, _, said in turns[1:]]
+        tools = [
+            {"type": "function", "function": {"name": name, "parameters": schema_of(form)}} for name, form in drawn[-1]
+        ]
+        rendered = processor.apply_chat_template(messages, tools=tools)
+        assert rendered.replace("<|image_pad|>", "") == text
+        calls = [message["tool_calls"][0]["function"] for message in messages if "tool_calls" in message]
+        name, form = drawn[-1][0]
+        assert calls and all((call["name"], [*call["arguments"]]) == (name, [*form]) for call in calls)
+        roles |= {message["role"] for message in messages}
+    assert roles == ({"system", "user", "assistant", "tool"} if kind == "tools" else {"user", "assistant"})
 
 
 def test_readings_know_those_before_them(tokenizer, pool):
