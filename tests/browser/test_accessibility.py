@@ -8,15 +8,10 @@ from playwright.sync_api import expect
 
 from accessibility import SCHEMES, SIZES, axe_report, overflow_px, small_targets
 from clip import clip_truth
-from live_page import HeldAnswers, ask, begin_camera, begin_clip, give_key, wait_until
+from live_page import HOLD_LONG_TIMERS, Line, ask, begin_camera, begin_clip, give_key, wait_until
 
 # axe looks at the page for longer than a caption takes to move the list.
 SETTLE_MS = 500
-# What would pass by itself stays: a message that is shown for a while, the time until the next try to connect.
-HOLD_LONG_TIMERS = """(() => {
-    const begin = setTimeout;
-    window.setTimeout = (action, ms, ...rest) => (ms < 250 ? begin(action, ms, ...rest) : 0);
-})()"""
 
 
 def empty(page):
@@ -42,9 +37,9 @@ def answered(page):
 
 def asked(page):
     """Waits for an answer, and a second question was pressed meanwhile."""
-    held = HeldAnswers(page)
+    line = Line(page)
     live(page)
-    held.holding = True
+    line.hold("answer.")
     for _ in range(2):
         page.fill("#question", "Read the digits.")
         page.press("#question", "Enter")
@@ -52,11 +47,10 @@ def asked(page):
 
 
 def waiting(page):
-    sockets = []
-    page.route_web_socket("**/v1/live", lambda socket: sockets.append(socket) or socket.connect_to_server())
+    line = Line(page)
     live(page)
     page.evaluate(HOLD_LONG_TIMERS)
-    sockets[-1].close(code=1011)
+    line.cut()
     expect(page.locator("#problem")).to_contain_text("The connection was lost.")
 
 

@@ -5,7 +5,7 @@ import pytest
 from playwright.sync_api import expect
 
 from casa_serving.caption.subtitles import subtitles
-from live_page import begin_clip, transcript, wait_until
+from live_page import SENT, begin_clip, transcript, wait_until
 from scripted_caption import frame_result
 
 CUES = "[...video.textTracks[0].cues].map((cue) => [cue.startTime, cue.text])"
@@ -34,6 +34,17 @@ def test_each_caption_is_a_cue_of_the_text_track(page):
 @pytest.mark.vllm
 def test_the_caption_never_covers_the_picture(page):
     assert page.evaluate(BELOW) >= 0
+
+
+@pytest.mark.vllm
+def test_what_stands_below_stays_there_however_long_a_caption_is(page):
+    shown = page.locator("#caption").text_content()
+    tops = []
+    for text in ("", "9 7 5", "a long caption of many words " * 8):
+        page.evaluate("(text) => (caption.textContent = text)", text)
+        tops.append(page.evaluate("document.querySelector('.controls').getBoundingClientRect().top"))
+    assert len(set(tops)) == 1, tops
+    page.evaluate("(text) => (caption.textContent = text)", shown)
 
 
 @pytest.mark.vllm
@@ -99,8 +110,9 @@ def test_the_small_window_takes_the_caption_along(page):
     small = opened.value
     expect(small.locator("#caption")).to_have_text(shown)
     expect(page.locator("#caption")).to_have_count(0)
-    small.close()
+    page.click("#small-window")  # Once more closes it.
     expect(page.locator("#stage #caption")).to_be_visible()
+    assert small.is_closed() and len(page.context.pages) == 1
 
 
 @pytest.mark.vllm
@@ -110,9 +122,10 @@ def test_a_video_plays_on_into_the_small_window_and_back(page):
         page.click("#small-window")
     # The elements of the page are found by this name in its own document only.
     page.evaluate("window.moved = documentPictureInPicture.window.document.querySelector('video')")
-    page.wait_for_timeout(500)
-    assert not page.evaluate("moved.paused")
-    opened.value.close()
-    expect(page.locator("#stage #caption")).to_be_visible()
-    page.wait_for_timeout(500)
-    assert not page.evaluate("moved.paused")
+    for is_small in (True, False):
+        sent = page.evaluate(SENT)
+        wait_until(page, f"{SENT} > {sent}")
+        assert not page.evaluate("moved.paused")
+        if is_small:
+            opened.value.close()
+            expect(page.locator("#stage #caption")).to_be_visible()

@@ -3,23 +3,32 @@
 import pytest
 from playwright.sync_api import expect
 
-from live_page import KEY, HeldAnswers, give_key, wait_until
+from live_page import KEY, Line, give_key, wait_until
 
 FOCUSED = "document.activeElement.id || document.activeElement.textContent.trim()"
 OUTLINE = "getComputedStyle(document.activeElement).outlineStyle"
 # A list of real entries, whose newest caption is not finished.
-FILL_LIST = """async () => {
+FILL_LIST = """async (count) => {
     const { Transcript } = await import("/web/transcript.js");
     const { TranscriptView } = await import("/web/transcript_view.js");
     const transcript = new Transcript();
     window.view = new TranscriptView(captions, document.querySelector("#captions-scroll"),
         document.querySelector("#captions-empty"), () => undefined);
-    for (const frame of [0, 1, 2]) {
-        const entry = transcript.captionDelta({ frame, timestamp: frame, text: `caption ${frame}` });
-        view.show(entry, transcript.entries);
-    }
-    window.drop = () => transcript.dropUnfinished().reverse().map((entry) => view.remove(entry));
+    const show = (entry) => view.show(entry, transcript.entries);
+    window.say = (frame) => show(transcript.captionDelta({ frame, timestamp: frame, text: `caption ${frame}` }));
+    window.asked = (id, timestamp) => show(transcript.question(id, timestamp, "What was that?"));
+    window.answered = (id, text) => show(transcript.answerDone({ id, text }));
+    window.drop = () => transcript.dropUnfinished().reverse().map((entry) => view.remove(entry, transcript.entries));
+    for (let frame = 0; frame < count; frame += 1) say(frame);
 }"""
+# How far below the part of the list that is in sight its end is, and whether a question is in it.
+BELOW = "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight)"
+BELOW += "(document.querySelector('#captions-scroll'))"
+QUESTION_IN_SIGHT = """(() => {
+    const box = (name) => document.querySelector(name).getBoundingClientRect();
+    const [list, item] = [box("#captions-scroll"), box("li.question")];
+    return item.top >= list.top && item.bottom <= list.bottom;
+})()"""
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +87,22 @@ def test_the_list_is_one_stop_and_the_arrows_go_through_it(page):
 
 @pytest.fixture
 def live(open_page):
-    """A page whose session was opened by keys, and what holds its answers."""
+    """A page whose session was opened by keys, and its line."""
     with open_page() as page:
-        held = HeldAnswers(page)
+        line = Line(page)
         tab_to(page, "Play the sample clip")
         page.keyboard.press("Enter")
         give_key(page)
         expect(page.locator("html")).to_have_attribute("data-phase", "live")
         page.wait_for_selector("#captions li")
-        yield page, held
+        yield page, line
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", ["ask", "Read the digits."])
 def test_a_button_that_waits_for_an_answer_keeps_the_focus(live, name):
-    page, held = live
-    held.holding = True
+    page, line = live
+    line.hold("answer.")
     tab_to(page, "question")
     page.keyboard.type("How many digits are there?")
     tab_to(page, name, "Tab" if name == "ask" else "Shift+Tab")
@@ -108,7 +117,7 @@ def test_a_button_that_waits_for_an_answer_keeps_the_focus(live, name):
     expect(page.locator("#question-hint")).to_contain_text("One question at a time")
     expect(page.locator("#captions li.question")).to_have_count(1)
     expect(page.locator("#question")).to_have_value("Read the digits.")
-    held.release()
+    line.release()
     expect(page.locator("#ask")).to_be_enabled()
     expect(page.locator("#question-hint")).to_be_empty()
     assert page.evaluate(FOCUSED) == name
@@ -130,10 +139,10 @@ def test_stop_and_reconnect_hand_the_focus_to_each_other(live):
 
 @pytest.mark.vllm
 def test_a_question_is_typed_on_while_the_connection_is_lost(live):
-    page, held = live
+    page, line = live
     tab_to(page, "question")
     page.keyboard.type("How many ")
-    held.sockets[-1].close(code=1011)
+    line.cut()
     expect(page.locator("#problem")).to_contain_text("The connection was lost.")
     page.keyboard.type("digits are there?")
     page.keyboard.press("Enter")
@@ -158,14 +167,34 @@ def test_a_question_before_anything_is_shown_says_what_to_do(open_page):
 @pytest.mark.vllm
 def test_an_entry_that_goes_hands_its_focus_on(open_page):
     with open_page() as page:
-        page.evaluate(FILL_LIST)
-        tab_to(page, "0:00.0caption 0")
+        page.evaluate(FILL_LIST, 3)
+        # Who comes to the list comes to what is in sight.
+        tab_to(page, "0:02.0caption 2")
+        page.keyboard.press("Home")
+        assert "caption 0" in page.evaluate(FOCUSED)
         page.keyboard.press("End")
         assert "caption 2" in page.evaluate(FOCUSED)
         page.evaluate("drop()")
         assert page.evaluate(FOCUSED) == "captions-scroll"
-        page.evaluate(FILL_LIST)
+        page.evaluate(FILL_LIST, 3)
         page.keyboard.press("Tab")
         assert "caption" in page.evaluate(FOCUSED)
-        page.evaluate("view.clear()")
+        page.evaluate("view.clear({ hint: '', canChoose: true })")
         assert page.evaluate(FOCUSED) == "captions-scroll"
+
+
+@pytest.mark.vllm
+def test_a_list_that_was_passed_by_goes_on_to_its_end_and_to_what_is_asked(open_page):
+    with open_page() as page:
+        page.evaluate(FILL_LIST, 60)
+        wait_until(page, f"{BELOW} === 0")
+        tab_to(page, "0:59.0caption 59")
+        tab_to(page, "question")
+        page.evaluate("say(60)")
+        wait_until(page, f"captions.lastElementChild.textContent.includes('caption 60') && {BELOW} === 0")
+        # A question about a moment far above, and an answer without a word.
+        page.evaluate("asked('q1', 3)")
+        wait_until(page, QUESTION_IN_SIGHT)
+        expect(page.locator("#captions li.question .text")).to_have_text("…")
+        page.evaluate("answered('q1', '')")
+        expect(page.locator("#captions li.question .text")).to_have_text("No answer")

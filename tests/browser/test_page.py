@@ -12,6 +12,7 @@ from live_page import (
     IDLE_TIMEOUT_S,
     KEY,
     NOTE_WHAT_IS_TOLD,
+    Line,
     Watched,
     ask,
     begin,
@@ -100,6 +101,8 @@ def test_every_frame_is_accounted_for_and_memory_stays_flat(watched):
         assert inserted == pytest.approx(done * INSERTED_BYTES, rel=0.01)
         for line in ("delay", "limit", "text", "budget", "held", "inserted"):
             assert page.locator(f".line-{line}").get_attribute("d").count("L") > 10
+        # Each count's name, then its number, for those who hear them.
+        assert set(page.evaluate("[...counts.children].map(({ innerHTML }) => innerHTML.slice(0, 4))")) == {"<dt>"}
 
 
 @pytest.mark.vllm
@@ -141,7 +144,11 @@ def test_the_settings_are_the_servers_and_can_be_changed(page, videos):
     expect(fields["instruction"]).to_have_value(re.compile("digits"))
     fields["temperature"].fill("-1")
     page.click("#apply")
-    expect(page.locator("#problem")).to_contain_text("temperature is -1.0; expected a number from 0 to 10")
+    # In the page's words, not in the server's.
+    expect(page.locator("#problem")).to_have_text(
+        "The server does not take these settings: Temperature (0: the likeliest), from 0 to 10. "
+        "Change them below the video, then press Apply."
+    )
     fields["temperature"].fill("0.5")
     fields["fps"].fill("4")
     page.click("#apply")
@@ -163,6 +170,17 @@ def test_the_fields_are_bounded_as_the_server_bounds_them(page):
         assert page.evaluate(f"document.getElementsByName('{name}')[0].maxLength") == longest
 
 
+# Whether the page has taken a file, and a text.
+DROP_BESIDE_THE_STAGE = """() => {
+    const drop = (put) => {
+        const dataTransfer = new DataTransfer();
+        put(dataTransfer.items);
+        const event = new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true });
+        return !document.querySelector(".figures").dispatchEvent(event);
+    };
+    const file = new File(["What a beautiful day!"], "notes.txt", { type: "text/plain" });
+    return [drop((items) => items.add(file)), drop((items) => items.add("9 3", "text/plain"))];
+}"""
 TAKE_PICTURE = """async (limits) => {
     const { takePicture } = await import("/web/frames.js");
     const shown = Object.assign(document.createElement("canvas"), { width: 1280, height: 720 });
@@ -184,14 +202,19 @@ def test_a_picture_is_no_larger_than_the_server_takes(page, side, pixels, size):
 
 @pytest.mark.vllm
 def test_a_paused_video_lets_its_session_go_and_takes_it_up_again(page, videos):
+    line = Line(page)
     begin(page, videos[0][0])
-    page.wait_for_selector("#captions li")
+    wait_until(page, "captions.querySelectorAll('li').length > 0 && video.currentTime > 2.1")
     page.evaluate("video.pause()")
     told = expect(page.locator("#status"))
     told.to_contain_text("goes on when the video plays", timeout=1000 * (IDLE_TIMEOUT_S + PATIENCE_S))
     before = transcript(page)
+    page.evaluate("video.currentTime = 0.1")
     page.evaluate("video.play()")
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
+    # What is shown is captioned already, and yet the new session has never seen it.
+    line.wait_for(line.frames)
+    assert line.frames()[0] < 1
     assert transcript(page)[: len(before)] == before
 
 
@@ -261,12 +284,12 @@ def test_a_file_that_is_no_video_is_told_so(page, tmp_path, name):
 
 
 @pytest.mark.vllm
-def test_a_wrong_file_does_not_disturb_what_runs(page, videos, tmp_path):
+def test_a_wrong_file_does_not_disturb_what_runs(page, videos):
+    """Nor where it is dropped: a browser would show a file in place of the page. Text goes where it is dropped."""
     begin(page, videos[0][0])
     page.wait_for_selector("#captions li")
-    (tmp_path / "notes.txt").write_text("What a beautiful day!")
-    page.set_input_files("#file", tmp_path / "notes.txt")
-    expect(page.locator("#problem")).to_contain_text("cannot be played")
+    assert page.evaluate(DROP_BESIDE_THE_STAGE) == [True, False]
+    expect(page.locator("#problem")).to_contain_text("“notes.txt” (text/plain) cannot be played")
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
     assert transcript(page)
     assert not page.evaluate("video.paused")
@@ -282,3 +305,29 @@ def test_the_camera_is_captioned_and_let_go(page):
     page.click("#stop")
     expect(page.locator("#status")).to_contain_text("Session ended: ")
     assert page.evaluate("track.readyState") == "ended"
+
+
+# Messages of a screen, and what its timers do when they are due.
+SHOW_PROBLEMS = """async (phase) => {
+    const { Screen } = await import("/web/screen.js");
+    const begin = window.setTimeout;
+    let due = () => undefined;
+    window.setTimeout = (action) => (due = action);
+    const screen = new Screen(document, () => undefined);
+    document.documentElement.dataset.phase = phase;
+    const after = (lasting) => {
+        screen.problem(lasting);
+        screen.temporaryProblem("For a while.");
+        due();
+        return problem.hidden ? "" : problem.textContent;
+    };
+    const shown = ["", "It lasts."].map(after);
+    window.setTimeout = begin;
+    return shown;
+}"""
+
+
+@pytest.mark.vllm
+def test_an_error_goes_by_itself_only_where_the_session_goes_on(page):
+    assert page.evaluate(SHOW_PROBLEMS, "live") == ["", "It lasts."]
+    assert page.evaluate(SHOW_PROBLEMS, "stopped") == ["For a while.", "It lasts."]

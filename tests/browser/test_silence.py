@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from live_page import NOTE_WHAT_IS_TOLD, ask, begin_clip, give_key, transcript, wait_until
+from live_page import NOTE_WHAT_IS_TOLD, SENT, Line, ask, begin_clip, give_key, transcript, wait_until
 from tcp_relay import tcp_relay
 
 # What the page waits for 20 s or more is a fifth of that.
@@ -54,8 +54,7 @@ def test_a_server_that_accepts_and_says_nothing_is_told_so(page, relay):
     relay.is_silent = True
     page.click("#reconnect")
     expect(page.locator("#problem")).to_contain_text("The server cannot be reached.")
-    relay.is_silent = False
-    page.click("#reconnect")
+    relay.is_silent = False  # The page tries again by itself.
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
     expect(page.locator("#problem")).to_be_hidden()
 
@@ -72,12 +71,27 @@ def test_a_session_that_is_silent_when_stopped_is_stopped(page, relay):
 
 
 @pytest.mark.vllm
-def test_nothing_is_missed_while_nothing_is_asked(page, relay):
-    """A paused video: the server owes no word, and the session stays."""
+def test_only_what_is_owed_is_missed(page):
+    line = Line(page)
     begin_clip(page)
     page.wait_for_selector("#captions li")
+    page.evaluate(NOTE_WHAT_IS_TOLD)
+    # A paused video: the server owes no word, and the session stays.
     page.evaluate("video.pause()")
+    connected = len(line.sockets)
     page.wait_for_timeout(6000)
+    assert (len(line.sockets), page.evaluate("told")) == (connected, [])
+    # An answer that never comes, whatever comes beside it.
+    line.hold("answer.")
+    ask(page, "Read the digits.")
+    line.wait_for(lambda: any(isinstance(message, dict) and message["type"] == "question" for message in line.sent))
+    sent = page.evaluate(SENT)
+    page.evaluate("video.currentTime = 20.5")
+    wait_until(page, f"{SENT} > {sent}")
+    wait_until(page, "told.length > 0")
+    assert page.evaluate("told")[0].startswith("The connection was lost. Your captions are kept")
+    # The question is not lost: it is where it was typed.
+    expect(page.locator("#question")).to_have_value("Read the digits.")
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
 
 
@@ -94,3 +108,5 @@ def test_an_answer_that_never_comes_is_told_so(page, relay):
     ask(page, "Read the digits.")
     expect(page.locator("#problem")).to_have_text("The server cannot be reached. Ask again in a moment.")
     expect(page.locator("#ask")).to_be_enabled()
+    expect(page.locator("#question")).to_have_value("Read the digits.")
+    expect(page.locator("#question-hint")).to_have_text("“Read the digits.” was not answered. Ask it again.")

@@ -1,7 +1,6 @@
 """What can be looked at besides files: cameras, the screen, a still image; and the captioner's settings."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -9,14 +8,38 @@ from playwright.sync_api import expect
 
 from casa_digits.data import draw_image, load_samples
 from clip import clip_truth
-from live_page import NOW, SENT, ask, begin_camera, begin_clip, give_key, wait_until
+from live_page import NOW, ONE_CAMERA_AT_A_TIME, SENT, Line, ask, begin_camera, begin_clip, give_key, wait_until
 
 # The video is loaded, but the page hears of it only at `release()`.
 HOLD_LOADED = """() => {
     video.addEventListener = function (type, listener, options) {
-        const held = type === "loadeddata" ? () => (window.release = listener) : listener;
+        const held = type === "loadedmetadata" ? () => (window.release = listener) : listener;
         EventTarget.prototype.addEventListener.call(this, type, held, options);
     };
+}"""
+# What waits for 15 s waits for a call of one of the `limits`.
+HOLD_LIMITS = """() => {
+    const begin = setTimeout;
+    window.limits = [];
+    window.setTimeout = (action, ms, ...rest) => (ms === 15000 ? limits.push(action) : begin(action, ms, ...rest));
+}"""
+# A phone, which loads no picture before a video plays. Notes the videos that are only tried.
+WITHOUT_PICTURE = """() => {
+    HTMLMediaElement.prototype.addEventListener = function (type, ...rest) {
+        if (type !== "loadeddata") EventTarget.prototype.addEventListener.call(this, type, ...rest);
+    };
+    const create = document.createElement.bind(document);
+    window.tried = [];
+    document.createElement = (name) => {
+        const element = create(name);
+        if (name === "video") tried.push(element);
+        return element;
+    };
+}"""
+NOTE_CLOSED = """() => {
+    const close = ImageBitmap.prototype.close;
+    window.numClosed = 0;
+    ImageBitmap.prototype.close = function () { numClosed += 1; close.call(this); };
 }"""
 # A browser that knows that it plays no MP4.
 WITHOUT_MP4 = """() => {
@@ -70,18 +93,21 @@ def test_a_phone_exchanges_its_cameras_one_after_the_other(page):
 
 @pytest.mark.vllm
 def test_a_camera_that_cannot_be_opened_leaves_the_one_before(page):
-    sockets = []
-    page.route_web_socket("**/v1/live", lambda socket: sockets.append(socket.connect_to_server()))
+    line = Line(page)
     now, other = begin_camera(page)
-    num_sessions = len(sockets)
+    wait_until(page, f"{SENT} >= 4")
+    num_sessions = len(line.sockets)
     page.evaluate(f"refused.push('{other}')")
     page.select_option("#cameras", other)
     expect(page.locator("#problem")).to_contain_text("The camera could not be started")
     expect(page.locator("#cameras")).to_have_value(now)
     assert page.evaluate(NOW) == now
-    sent = page.evaluate(SENT)
-    wait_until(page, f"{SENT} > {sent}")
-    assert len(sockets) == num_sessions, "the session goes on"
+    # The session goes on, and so does its time, though that of the camera begins anew.
+    before = line.frames()
+    line.wait_for(lambda: len(line.frames()) >= len(before) + 2)
+    assert len(line.sockets) == num_sessions
+    assert line.frames() == sorted(line.frames())
+    assert line.frames()[-1] > page.evaluate("video.currentTime") + 1
     # Two choices at once end with the second, and one camera open.
     page.evaluate("refused.length = 0")
     page.evaluate(
@@ -102,6 +128,19 @@ def test_no_camera_left_is_told_so(page):
 
 
 @pytest.mark.vllm
+def test_no_key_is_asked_for_when_no_camera_is_left(page):
+    page.evaluate(ONE_CAMERA_AT_A_TIME)
+    page.click(".invitation [data-action=camera]")
+    expect(page.locator("#key-form")).to_be_visible()
+    expect(page.locator("#cameras option")).to_have_count(2)
+    page.evaluate("for (const option of cameras.options) refused.push(option.value)")
+    other = page.evaluate(f"[...cameras.options].find((option) => option.value !== {NOW}).value")
+    page.select_option("#cameras", other)
+    expect(page.locator("#problem")).to_contain_text("could not be started again either: it is off")
+    expect(page.locator("#key-form")).to_be_hidden()
+
+
+@pytest.mark.vllm
 def test_a_camera_that_is_exchanged_is_stopped_all_the_same(page):
     """Stop while the other one is being opened: no camera comes on afterwards."""
     _, other = begin_camera(page)
@@ -117,8 +156,9 @@ def test_a_camera_that_is_exchanged_is_stopped_all_the_same(page):
 
 @pytest.mark.vllm
 def test_cameras_are_offered_before_one_has_a_picture(page):
-    """One that never shows anything can be exchanged."""
+    """One that never shows anything can be exchanged, and is given up in the end."""
     page.evaluate(HOLD_LOADED)
+    page.evaluate(HOLD_LIMITS)
     page.click(".invitation [data-action=camera]")
     expect(page.locator("#cameras option")).to_have_count(2)
     expect(page.locator("html")).to_have_attribute("data-phase", "opening")
@@ -129,14 +169,22 @@ def test_cameras_are_offered_before_one_has_a_picture(page):
     page.evaluate("navigator.mediaDevices.enumerateDevices = async () => []")
     page.evaluate("navigator.mediaDevices.dispatchEvent(new Event('devicechange'))")
     expect(page.locator("#cameras")).to_be_hidden()
+    page.evaluate("limits.forEach((reached) => reached())")
+    expect(page.locator("#problem")).to_contain_text("The browser could not show this.")
+    expect(page.locator("html")).to_have_attribute("data-phase", "empty")
 
 
 @pytest.mark.vllm
 def test_the_screen_is_captioned_until_it_is_no_longer_shared(page):
     page.click(".invitation [data-action=screen]")
+    # There is no way back in time.
+    expect(page.locator("#captions-empty")).to_have_text("Each caption is listed here at its time.")
     give_key(page)
     wait_until(page, f"{SENT} >= 1")
     expect(page.locator("#source-name")).to_have_text("Screen")
+    ask(page, "Read the digits.")
+    expect(page.locator("#captions li.question")).to_have_count(1)
+    expect(page.locator("#captions button")).to_have_count(0)
     # As the browser's own button for it does.
     page.evaluate("video.srcObject.getTracks()[0].dispatchEvent(new Event('ended'))")
     expect(page.locator("#status")).to_contain_text("Session ended: ")
@@ -175,7 +223,12 @@ def test_a_session_that_was_stopped_is_not_opened_again(page):
 def test_no_key_is_asked_for_when_there_is_nothing_to_show(page):
     page.click(".invitation [data-action=screen]")
     expect(page.locator("#key-form")).to_be_visible()
-    page.evaluate("video.srcObject.getTracks()[0].dispatchEvent(new Event('ended'))")
+    page.fill("#question", "Read the digits.")
+    page.press("#question", "Enter")
+    expect(page.locator("#question-hint")).to_have_text("Enter the API key first, then ask.")
+    page.evaluate("window.track = video.srcObject.getTracks()[0]")
+    page.click("#stop")
+    assert page.evaluate("track.readyState") == "ended"
     expect(page.locator("#key-form")).to_be_hidden()
     expect(page.locator("html")).to_have_attribute("data-phase", "empty")
 
@@ -226,6 +279,21 @@ def test_a_browser_without_h264_plays_the_other_clip(page, says):
 
 @pytest.mark.vllm
 def test_a_browser_that_cannot_play_the_clip_says_so(page):
+    """Nor one to which it does not come, or not whole."""
+    held = []
+    page.route("**/web/digits.*", lambda route: held.append(route))
+    page.click(".invitation [data-action=clip]")
+    expect(page.locator("#status")).to_have_text("Opening…")
+    page.wait_for_timeout(100)
+    held[0].abort()
+    expect(page.locator("#problem")).to_contain_text("The sample clip could not be loaded.")
+    expect(page.locator("#status")).to_have_text("Pick a video to begin")
+    page.unroute("**/web/digits.*")
+    page.evaluate("problem.textContent = ''")
+    page.evaluate("() => { Response.prototype.blob = () => Promise.reject(new TypeError('network error')); }")
+    page.click(".invitation [data-action=clip]")
+    expect(page.locator("#problem")).to_contain_text("The sample clip could not be loaded.")
+    page.reload()
     page.route("**/web/digits.*", lambda route: route.fulfill(body="in no format of this browser"))
     page.click(".invitation [data-action=clip]")
     expect(page.locator("#problem")).to_have_text(
@@ -236,8 +304,10 @@ def test_a_browser_that_cannot_play_the_clip_says_so(page):
 
 @pytest.mark.vllm
 def test_no_key_is_asked_for_beside_an_image_before_a_question(page):
+    page.evaluate(WITHOUT_PICTURE)
     page.click(".invitation [data-action=clip]")
     expect(page.locator("#key-form")).to_be_visible()
+    assert set(page.evaluate("tried.map((video) => video.getAttribute('src'))")) == {None}
     # Its parts stand side by side, and nothing else offers to connect.
     heights = page.evaluate("[...document.querySelector('#key-form').children].map((part) => part.offsetTop)")
     assert max(heights) - min(heights) < 44, heights
@@ -259,11 +329,14 @@ def test_questions_about_a_still_image(page):
     drawn = draw_image(np.random.default_rng(5), load_samples(held_out=True))
     file = io.BytesIO()
     drawn.to_pil().save(file, "PNG")
+    page.evaluate(NOTE_CLOSED)
     page.set_input_files("#image-file", {"name": "digits.png", "mimeType": "image/png", "buffer": file.getvalue()})
     expect(page.locator("#still")).to_be_visible()
+    assert page.evaluate("numClosed") == 1  # The canvas has its pixels.
     ask(page, "Read the digits.")
     give_key(page)
     expect(page.locator("#captions li.question .text")).to_have_text([drawn.text])
+    expect(page.locator("#captions button")).to_have_count(0)
     # There is no time beside it: the question has the whole line.
     assert page.locator(".asked").bounding_box()["height"] < 30
     page.click("#suggestions >> text=How many digits are there?")
@@ -284,6 +357,15 @@ def test_a_busy_server_is_asked_again_for_an_answer(page):
     ask(page, "How many digits are there?")
     give_key(page)
     expect(page.locator("#captions li.question .text")).to_have_text([str(len(drawn.digits))])
+    # What is no answer at all ends it: the question is there to be asked again.
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body="data: {oops\n\n"))
+    ask(page, "Read the digits.")
+    expect(page.locator("#problem")).to_have_text("The server is busy. Ask again in a moment.")
+    expect(page.locator("#question")).to_have_value("Read the digits.")
+    page.unroute("**/v1/chat/completions")
+    page.click("#ask")
+    expect(page.locator("#captions li.question .text")).to_have_text([str(len(drawn.digits)), drawn.text])
 
 
 @pytest.mark.vllm
@@ -294,15 +376,15 @@ def test_a_file_that_is_no_image_is_told_so(page):
 
 @pytest.mark.vllm
 def test_the_captioners_settings_are_sent_and_shown(page):
-    created = []
-
-    def relay(socket):
-        server = socket.connect_to_server()
-        socket.on_message(lambda message: (created.append(message), server.send(message)))
-
-    page.route_web_socket("**/v1/live", relay)
-    begin_clip(page)
+    """Those that a person has changed and applied: not the others, nor what is half typed, at a reconnect either."""
+    line = Line(page)
     page.click("summary")
+    page.fill("[name=max_frame_tokens]", "12")
+    page.click("#apply")
+    expect(page.locator("#apply-hint")).to_contain_text("Kept")
+    begin_clip(page)
+    assert settings(line.created()[-1]) == {"max_frame_tokens": 12}
+    expect(page.locator("#apply-hint")).to_contain_text("Opens a new session")
     expect(page.locator("[name=stop_bias]")).to_have_value("0.9")
     published = {
         "temperature": 0.4,
@@ -314,11 +396,31 @@ def test_the_captioners_settings_are_sent_and_shown(page):
         "ngram_size": 4,
         "ngram_window": 60,
     }
+    changed = {name: value for name, value in published.items() if float(page.input_value(f"[name={name}]")) != value}
+    assert len(changed) >= 4
     for name, value in published.items():
         page.fill(f"[name={name}]", str(value))
     page.click("#apply")
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
-    last = json.loads([message for message in created if isinstance(message, str)][-1])
-    assert published.items() <= last.items()
+    assert settings(line.created()[-1]) == {"max_frame_tokens": 12, **changed}
     for name, value in published.items():
         assert float(page.input_value(f"[name={name}]")) == value
+    page.fill("[name=fps]", "7")
+    page.fill("[name=temperature]", "")
+    connected = len(line.created())
+    line.cut()
+    line.wait_for(lambda: len(line.created()) > connected)
+    assert settings(line.created()[-1]) == {"max_frame_tokens": 12, **changed}
+    expect(page.locator("html")).to_have_attribute("data-phase", "live")
+    expect(page.locator("[name=fps]")).to_have_value("7")
+    # An empty field is the server's own again.
+    page.fill("[name=fps]", "2")
+    page.click("#apply")
+    line.wait_for(lambda: len(line.created()) > connected + 1)
+    del changed["temperature"]
+    assert settings(line.created()[-1]) == {"max_frame_tokens": 12, **changed}
+
+
+def settings(create):
+    """Those of a `session.create`."""
+    return {name: value for name, value in create.items() if name not in ("type", "history")}

@@ -11,20 +11,21 @@ FILL = """async (numCaptions) => {
     const { Transcript } = await import("/web/transcript.js");
     const screen = new Screen(document, () => undefined);
     const transcript = new Transcript();
+    screen.begin(transcript, null);
     window.say = (frame, numTokens) => {
         const at = { frame, timestamp: frame / 2 };
         for (let index = 0; index < numTokens; index += 1) {
-            screen.entry(transcript.captionDelta({ ...at, text: `${index} ` }), transcript);
+            screen.entry(transcript.captionDelta({ ...at, text: `${index} ` }));
         }
-        screen.entry(transcript.captionDone({ ...at, caption: "done" }), transcript);
-        screen.entry(transcript.captionDone({ ...at, frame: frame + 0.5, caption: "" }), transcript);
+        screen.entry(transcript.captionDone({ ...at, caption: "done" }));
+        screen.entry(transcript.captionDone({ ...at, frame: frame + 0.5, caption: "" }));
     };
     window.answer = (id, numTokens) => {
-        screen.entry(transcript.question(id, 0, "Is it?"), transcript);
+        screen.entry(transcript.question(id, 0, "Is it?"));
         for (let index = 0; index < numTokens; index += 1) {
-            screen.entry(transcript.answerDelta({ id, text: "yes " }), transcript);
+            screen.entry(transcript.answerDelta({ id, text: "yes " }));
         }
-        screen.entry(transcript.answerDone({ id, text: "yes" }), transcript);
+        screen.entry(transcript.answerDone({ id, text: "yes" }));
     };
     for (let frame = 0; frame < numCaptions; frame += 1) say(frame, 1);
 }"""

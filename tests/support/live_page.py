@@ -1,9 +1,12 @@
 """The live page as a person meets it: picking a video, giving the key, reading what is on the screen."""
 
+import json
 import time
 from dataclasses import dataclass
 
 from playwright.sync_api import Page, expect
+
+from casa_serving.live.protocol import TIMESTAMP
 
 KEY = "a key/with+signs? that=base64 needs>>"
 MAX_SESSIONS = 2
@@ -24,6 +27,12 @@ NOTE_WHAT_IS_TOLD = """() => {
     const note = () => problem.textContent.includes(".") && told.push(problem.textContent);
     new MutationObserver(note).observe(problem, { childList: true });
 }"""
+
+# What would pass by itself stays: a message that is shown for a while, the time until the next try to connect.
+HOLD_LONG_TIMERS = """(() => {
+    const begin = setTimeout;
+    window.setTimeout = (action, ms, ...rest) => (ms < 250 ? begin(action, ms, ...rest) : 0);
+})()"""
 
 # A phone: one camera at a time. Those in `refused` are used by another program.
 ONE_CAMERA_AT_A_TIME = """() => {
@@ -149,25 +158,73 @@ def seconds(clock):
     return 60 * int(minutes) + float(rest)
 
 
-class HeldAnswers:
-    """Passes the messages of live sessions on, but for answers while `holding`."""
+class Line:
+    """The live sessions of a page: notes what the page sends, and holds what the server says where a test wants it.
+
+    Attributes:
+        sockets: The page's end of each connection, the newest last.
+        sent: What the page has sent: the timestamp of a frame, or a message.
+        heard: What the server has said.
+    """
 
     def __init__(self, page):
-        self.holding, self.sockets, self._held = False, [], []
+        self.sockets, self.sent, self.heard = [], [], []
+        self._page, self._held, self._holding = page, [], None
         page.route_web_socket("**/v1/live", self._relay)
+
+    def hold(self, kind):
+        """Holds the server's messages whose type begins so."""
+        self._holding = f'"type":"{kind}'
+
+    def release(self):
+        """Passes on what was held, and what comes from now on."""
+        self._holding = None
+        for socket, message in self._held:
+            socket.send(message)
+        self._held.clear()
+
+    def cut(self):
+        """Breaks the connection."""
+        self.sockets[-1].close(code=1011, reason="cut")
+
+    def say(self, **event):
+        """Sends the page an event in the server's name."""
+        self.sockets[-1].send(json.dumps(event))
+
+    def created(self):
+        """The page's `session.create` of each connection."""
+        return [message for message in self.sent if isinstance(message, dict) and message["type"] == "session.create"]
+
+    def silent(self):
+        """The timestamps of frames to which nothing was said."""
+        return [event["timestamp"] for event in self.heard if event["type"] == "frame.done" and not event["caption"]]
+
+    def frames(self):
+        """The timestamps of the frames of the newest session."""
+        newest = max(index for index, message in enumerate(self.sent) if message in self.created())
+        return [message for message in self.sent[newest:] if isinstance(message, float)]
+
+    def wait_for(self, condition, timeout_s=20):
+        """Waits for something that the page sends."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, self.sent[-10:]
+            self._page.wait_for_timeout(20)
 
     def _relay(self, socket):
         server = socket.connect_to_server()
-        server.on_message(lambda message: self._pass(socket, message))
+        socket.on_message(lambda message: self._to_server(server, message))
+        server.on_message(lambda message: self._to_page(socket, message))
         self.sockets.append(socket)
 
-    def _pass(self, socket, message):
-        if self.holding and '"answer.' in message:
+    def _to_server(self, server, message):
+        is_frame = isinstance(message, bytes)
+        self.sent.append(TIMESTAMP.unpack_from(message)[0] if is_frame else json.loads(message))
+        server.send(message)
+
+    def _to_page(self, socket, message):
+        self.heard.append(json.loads(message))
+        if self._holding and self._holding in message:
             self._held.append((socket, message))
         else:
-            socket.send(message)
-
-    def release(self):
-        self.holding = False
-        for socket, message in self._held:
             socket.send(message)

@@ -2,13 +2,14 @@
 
 import { Cameras, ExchangeError, listCameras } from "./cameras.js";
 import { play, watchFrames } from "./frames.js";
-import { SourceError, exchangeProblem, openingProblem, questionHint } from "./messages.js";
+import { SourceError, exchangeProblem, keptSettings, openingProblem, questionHint } from "./messages.js";
 import { fetchModel, showModel } from "./model.js";
-import { fillScreen, openSmallWindow } from "./placement.js";
+import { fillScreen, toggleSmallWindow } from "./placement.js";
 import { Screen } from "./screen.js";
 import { Session } from "./session.js";
-import { boundFields } from "./settings.js";
-import { closeSource, openClip, openFile, openScreen } from "./sources.js";
+import { applyChanges, boundFields } from "./settings.js";
+import { closeSource, describe, openClip, openFile, openScreen } from "./sources.js";
+import { Slots } from "./slots.js";
 import { createState } from "./state.js";
 import { StillImage, openImage } from "./still.js";
 import { save, toSrt, toVtt } from "./subtitles.js";
@@ -25,20 +26,21 @@ class App {
     this.video = this.screen.ui.video;
     this.choices = 0; // How often something was chosen to be shown.
     this.shown = 0; // The number of the choice that is shown; an older one comes too late.
+    this.isPlacing = false; // A small window is being opened.
   }
 
   async start() {
     const { ui } = this.screen;
-    this.onClick("[data-action=clip]", () => this.useSource({ name: "Sample clip", kind: "file" }, openClip));
+    this.onClick("[data-action=clip]", () => this.useSource(describe("Sample clip", "file"), openClip));
     this.onClick("[data-action=choose]", () => ui.file.click());
     this.onClick("[data-action=camera]", () => this.useCamera());
-    this.onClick("[data-action=screen]", () => this.useSource({ name: "Screen", kind: "screen" }, openScreen));
+    this.onClick("[data-action=screen]", () => this.useSource(describe("Screen", "screen"), openScreen));
     this.onClick("[data-action=image]", () => ui["image-file"].click());
     this.onClick("#stop", () => this.stop());
-    this.onClick("#reconnect", () => this.reconnect());
+    this.onClick("#reconnect", () => this.session.connect());
     this.onClick("#restart", () => this.restart());
     this.onClick("#full-screen", () => this.orProblem(() => fillScreen(ui.stage, this.video)));
-    this.onClick("#small-window", () => this.orProblem(() => openSmallWindow(ui.stage, this.video)));
+    this.onClick("#small-window", () => this.toggleSmallWindow());
     this.onClick("#save-srt", () => this.save("srt", toSrt, "application/x-subrip"));
     this.onClick("#save-vtt", () => this.save("vtt", toVtt, "text/vtt"));
     this.onSubmit("#settings", () => this.applySettings());
@@ -47,10 +49,12 @@ class App {
     ui.file.addEventListener("change", () => this.useFile(ui.file.files[0]));
     ui["image-file"].addEventListener("change", () => this.useFile(ui["image-file"].files[0]));
     ui.cameras.addEventListener("change", () => this.useCamera(ui.cameras.value));
-    this.acceptDrops(ui.stage);
+    this.acceptDrops(this.document);
     navigator.mediaDevices?.addEventListener("devicechange", () => this.offerCameras());
     watchFrames(this.video, (time) => this.session.onVideoFrame(time));
-    this.video.addEventListener("timeupdate", () => this.screen.caption(this.state.transcript));
+    this.video.addEventListener("timeupdate", () => this.screen.caption());
+    this.video.addEventListener("error", () => this.onBroken());
+    this.screen.begin(this.state.transcript, null);
     this.screen.show(this.state, "Pick a video to begin");
     boundFields(this.document);
     this.state.model = await fetchModel();
@@ -69,30 +73,34 @@ class App {
     });
   }
 
-  acceptDrops(stage) {
-    const highlight = (event, on) => {
-      event.preventDefault();
-      stage.toggleAttribute("data-drop", on);
-    };
-    stage.addEventListener("dragover", (event) => highlight(event, true));
-    stage.addEventListener("dragleave", (event) => highlight(event, false));
-    stage.addEventListener("drop", (event) => {
-      highlight(event, false);
-      this.useFile(event.dataTransfer.files[0]);
+  /** Takes files that are dropped anywhere on a document; a browser would show them in its place. */
+  acceptDrops(target) {
+    const listen = (name, action) =>
+      target.addEventListener(name, (event) => {
+        if (!event.dataTransfer.types.includes("Files")) return; // Text goes where it is dropped.
+        event.preventDefault();
+        action(event);
+      });
+    const highlight = (on) => this.screen.ui.stage.toggleAttribute("data-drop", on);
+    listen("dragover", () => highlight(true));
+    listen("dragleave", ({ relatedTarget }) => highlight(relatedTarget !== null)); // Null: the page itself is left.
+    listen("drop", ({ dataTransfer }) => {
+      highlight(false);
+      this.useFile(dataTransfer.files[0]);
     });
   }
 
   useFile(file) {
     if (!file) return;
     if (file.type.startsWith("image/")) this.useImage(file);
-    else this.useSource({ name: file.name, kind: "file" }, () => openFile(file));
+    else this.useSource(describe(file.name, "file"), () => openFile(file));
     const { ui } = this.screen;
     ui.file.value = ui["image-file"].value = ""; // So that the same file may be chosen again.
   }
 
   useCamera(id = "") {
     const open = () => this.cameras.open(id).catch((error) => this.returnToCamera(error));
-    return this.useSource({ name: "Camera", kind: "camera" }, open);
+    return this.useSource(describe("Camera", "camera"), open);
   }
 
   /** Goes on with the camera that was closed for another one, which failed. Returns null if this failed as well. */
@@ -105,17 +113,24 @@ class App {
       this.session.abandon();
       this.showNothing(exchangeProblem(error.message));
       return null;
-    } else if (await this.show(former)) {
-      if (this.state.phase === "opening") this.session.connect(true);
-      else if (this.state.phase === "live") play(this.video);
+    } else {
+      this.session.continueTime();
+      if (await this.show(former)) this.goOn();
     }
     throw error;
+  }
+
+  /** Goes on with what is shown again in place of what was. */
+  goOn() {
+    if (this.state.phase === "opening") this.session.connect();
+    else if (this.state.phase === "live") play(this.video);
+    else this.state.playWhenLive = true;
   }
 
   /** Shows another video, if it can be opened; what is shown now goes on until then, but for a camera. */
   async useSource(source, open) {
     const choice = (this.choices += 1);
-    const opened = await this.orProblem(open);
+    const opened = await this.screen.whileOpening(this.orProblem(open));
     if (!opened) return;
     if (choice < this.shown) {
       opened.drop();
@@ -124,7 +139,7 @@ class App {
     this.leave(choice, source);
     const isLoaded = await this.show(opened);
     if (choice !== this.shown) return; // Something else, or Stop, meanwhile.
-    if (isLoaded) this.session.connect(true);
+    if (isLoaded) this.session.connect();
     else this.showNothing(openingProblem());
   }
 
@@ -147,9 +162,11 @@ class App {
   async useImage(file) {
     const choice = (this.choices += 1);
     const picture = await this.orProblem(() => openImage(file));
-    if (!picture || choice < this.shown) return;
-    this.leave(choice, { name: file.name, kind: "image" });
-    this.still.open(file.name, picture);
+    if (choice < this.shown) picture?.close();
+    else if (picture) {
+      this.leave(choice, describe(file.name, "image"));
+      this.still.open(picture);
+    }
   }
 
   /** Returns what `open` gives, or null after its problem is shown. */
@@ -166,62 +183,65 @@ class App {
   /** Leaves what is shown for another source, which is being opened from now on. */
   leave(choice, source) {
     this.shown = choice;
-    this.session.abandon();
+    this.reset(source);
     this.still.close();
-    this.reset();
     closeSource(this.video);
-    Object.assign(this.state, { source, phase: "opening", idle: false, needsKey: false });
+    Object.assign(this.state, { source, phase: "opening", idle: false, needsKey: false, playWhenLive: true });
     this.screen.problem("");
     this.screen.show(this.state, "Opening…", "busy");
   }
 
   showNothing(problem) {
     closeSource(this.video);
-    Object.assign(this.state, { source: null, phase: "empty" });
+    Object.assign(this.state, { source: null, phase: "empty", needsKey: false });
     this.screen.show(this.state, "Pick a video to begin");
     this.screen.problem(problem);
   }
 
-  /** Clears the transcript and the screen, for another video or for this one from its beginning. */
-  reset() {
+  /** A video cannot be played any further. */
+  onBroken() {
+    const { phase, source } = this.state;
+    if (!source?.hasVideo || phase === "opening") return; // Whoever opens it finds out.
+    this.session.abandon();
+    this.showNothing(openingProblem());
+  }
+
+  /** Ends the session, and clears the transcript and the screen for a source, from its beginning. */
+  reset(source) {
+    // First: what is not finished is none of the new transcript, and no question is given back.
     this.state.transcript = new Transcript();
-    this.state.seen.clear();
-    this.screen.clear();
+    this.screen.begin(this.state.transcript, source);
+    this.session.abandon();
+    this.state.slots = new Slots();
   }
 
   stop() {
     this.shown = this.choices += 1; // What is being opened comes too late.
-    if (!this.isFile) {
+    if (this.state.source?.isStream) {
       closeSource(this.video); // The camera is off; its captions stay.
       this.state.source = null;
     }
     this.session.stop();
   }
 
-  get isFile() {
-    return this.state.source?.kind === "file";
-  }
-
-  reconnect() {
-    this.session.connect(true);
-  }
-
   restart() {
-    this.session.abandon();
-    this.reset();
-    if (this.isFile) this.video.currentTime = 0;
-    this.session.connect(true);
+    const { source } = this.state;
+    this.reset(source);
+    if (source.canSeek) this.video.currentTime = 0;
+    this.state.playWhenLive = true;
+    this.session.connect();
   }
 
   applySettings() {
-    const { source } = this.state;
-    if (source && source.kind !== "image") this.session.connect(!this.video.paused);
+    this.state.wanted = applyChanges(this.screen.ui.settings, this.state.wanted);
+    if (this.state.source) this.session.connect();
+    else this.screen.applyHint(keptSettings());
   }
 
   useKey() {
     this.state.key = this.screen.ui.key.value;
     if (this.state.phase === "image") this.still.askAgain();
-    else this.session.connect(true);
+    else this.session.connect();
   }
 
   askTyped() {
@@ -239,7 +259,19 @@ class App {
   }
 
   seek(time) {
-    if (this.isFile) this.video.currentTime = time;
+    if (this.state.source?.canSeek) this.video.currentTime = time;
+  }
+
+  /** A second press before the window is there is none. */
+  async toggleSmallWindow() {
+    if (this.isPlacing) return;
+    this.isPlacing = true;
+    const open = () => toggleSmallWindow(this.screen.ui.stage, this.video, (small) => this.acceptDrops(small));
+    try {
+      await this.orProblem(open);
+    } finally {
+      this.isPlacing = false;
+    }
   }
 
   save(suffix, write, type) {

@@ -9,6 +9,7 @@ export class CaptionTrack {
     this.video = video;
     this.track = video.addTextTrack("captions", "Captions", "en");
     this.cues = new Map(); // Entry -> its cue.
+    this.offset = 0; // The transcript's time at which the video's begins.
     const events = ["enterpictureinpicture", "leavepictureinpicture", "webkitbeginfullscreen", "webkitendfullscreen"];
     for (const name of events) video.addEventListener(name, () => this.#choosePlace());
     document.addEventListener("fullscreenchange", () => this.#choosePlace());
@@ -28,13 +29,15 @@ export class CaptionTrack {
     this.#setEnd(captions.at(entry.timestamp), captions);
   }
 
-  clear() {
+  /** Begins without captions. @param {number} offset the transcript's time at which the video's begins */
+  clear(offset) {
     for (const cue of this.cues.values()) this.track.removeCue(cue);
     this.cues.clear();
+    this.offset = offset;
   }
 
   #add(entry, captions) {
-    const cue = new VTTCue(entry.timestamp, END_S, "");
+    const cue = new VTTCue(entry.timestamp - this.offset, END_S, "");
     this.cues.set(entry, cue);
     this.track.addCue(cue);
     this.#setEnd(entry, captions);
@@ -44,7 +47,7 @@ export class CaptionTrack {
   /** Ends an entry's cue where the next one begins. */
   #setEnd(entry, captions) {
     const cue = this.cues.get(entry);
-    if (cue) cue.endTime = captions.after(entry)?.timestamp ?? END_S;
+    if (cue) cue.endTime = (captions.after(entry)?.timestamp ?? END_S) - this.offset;
   }
 
   #choosePlace() {

@@ -108,6 +108,6 @@ function pair(name, label, count) {
   const [term, value] = [document.createElement("dt"), document.createElement("dd")];
   term.textContent = label;
   value.textContent = count.toLocaleString("en");
-  group.append(value, term);
+  group.append(term, value);
   return group;
 }

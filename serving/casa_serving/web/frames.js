@@ -32,10 +32,15 @@ export function watchFrames(video, onFrame) {
  * @param {{max_frame_side: number, max_frame_pixels: number}} limits the server's
  */
 export function takePicture(video, canvas, limits) {
-  const side = Math.min(MAX_SIDE, limits.max_frame_side, Math.floor(Math.sqrt(limits.max_frame_pixels)));
-  const scale = Math.min(1, side / Math.max(video.videoWidth, video.videoHeight));
-  canvas.width = Math.max(1, Math.round(video.videoWidth * scale));
-  canvas.height = Math.max(1, Math.round(video.videoHeight * scale));
-  canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
+  const side = Math.min(limits.max_frame_side, Math.floor(Math.sqrt(limits.max_frame_pixels)));
+  draw(canvas, video, video.videoWidth, video.videoHeight, side);
   return new Promise((resolve) => canvas.toBlob(resolve, TYPE, QUALITY));
+}
+
+/** Draws a picture on a canvas, which gets its size: that of the picture, or what `maxSide` and the page allow. */
+export function draw(canvas, picture, width, height, maxSide = MAX_SIDE) {
+  const scale = Math.min(1, Math.min(maxSide, MAX_SIDE) / Math.max(width, height));
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
+  canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
 }

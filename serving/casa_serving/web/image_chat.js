@@ -97,10 +97,20 @@ async function* deltas(body) {
     rest = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data: {")) continue;
-      const event = JSON.parse(line.slice("data: ".length));
-      if (event.error) throw new AnswerError(event.error.code ?? 500, false);
-      const text = event.choices[0]?.delta.content;
+      const text = deltaOf(line.slice("data: ".length));
       if (text) yield text;
     }
   }
+}
+
+/** Returns the text of an event, if it has some. */
+function deltaOf(data) {
+  let event;
+  try {
+    event = JSON.parse(data);
+  } catch {
+    throw new AnswerError(502, false); // What a proxy says, and no server.
+  }
+  if (event.error) throw new AnswerError(event.error.code ?? 500, false);
+  return event.choices?.[0]?.delta?.content;
 }

@@ -8,6 +8,8 @@ const TIMESTAMP_BYTES = 8;
 const MAX_SILENCE_MS = 20_000;
 // The close code of a connection that ended without a close frame.
 const LOST = 1006;
+// Each message of a client is answered by one of these.
+const ANSWERS = new Set(["session.created", "frame.done", "frame.dropped", "answer.done", "error"]);
 
 /** Returns text as base64url without padding, as a subprotocol's name requires. */
 export function base64url(text) {
@@ -37,28 +39,31 @@ export class LiveClient {
    * @param {object} create fields of session.create: settings and history
    * @param {string} key API key, or ""
    * @param {(event: object) => void} onEvent gets every message of the server
-   * @param {(end: {opened: boolean, code: number, reason: string}) => void} onEnd is called once
+   * @param {(end: {opened: boolean, code: number}) => void} onEnd is called once
    */
   constructor(create, key, onEvent, onEnd) {
     let opened = false;
+    this.frames = 0; // How many were sent.
+    this.owed = 0; // How many messages the server has not answered.
     this.silence = new SilenceTimer(MAX_SILENCE_MS, () => {
       this.abandon();
-      onEnd({ opened, code: LOST, reason: "silent" });
+      onEnd({ opened, code: LOST });
     });
     // Browsers cannot set a header here; the server turns this subprotocol into one.
     this.socket = new WebSocket(liveAddress(), key ? [PROTOCOL, `casa-key.${base64url(key)}`] : [PROTOCOL]);
     this.socket.onopen = () => {
       opened = true;
       this.silence.heard();
-      this.#send({ type: "session.create", ...create });
+      this.#sendText({ type: "session.create", ...create });
     };
     this.socket.onmessage = (message) => {
-      this.silence.heard();
-      onEvent(JSON.parse(message.data));
+      const event = JSON.parse(message.data);
+      this.#hear(event.type);
+      onEvent(event);
     };
-    this.socket.onclose = ({ code, reason }) => {
+    this.socket.onclose = ({ code }) => {
       this.silence.heard();
-      onEnd({ opened, code, reason });
+      onEnd({ opened, code });
     };
     this.silence.expect();
   }
@@ -68,21 +73,22 @@ export class LiveClient {
     return this.socket.bufferedAmount > 0;
   }
 
-  /** Sends a picture: the timestamp in seconds as a little-endian double, then the file. */
+  /** Sends a picture: the timestamp in seconds as a little-endian double, then the file. Returns the server's number. */
   sendFrame(picture, timestamp) {
     const header = new DataView(new ArrayBuffer(TIMESTAMP_BYTES));
     header.setFloat64(0, timestamp, true);
-    this.socket.send(new Blob([header, picture]));
-    this.silence.expect();
+    this.#send(new Blob([header, picture]));
+    this.frames += 1;
+    return this.frames - 1;
   }
 
   ask(text, id) {
-    this.#send({ type: "question", text, id });
+    this.#sendText({ type: "question", text, id });
   }
 
   /** Asks for the end; the server answers with statistics and closes. */
   stop() {
-    this.#send({ type: "session.stop" });
+    this.#sendText({ type: "session.stop" });
   }
 
   /** Closes at once; nothing is reported any more. */
@@ -92,9 +98,21 @@ export class LiveClient {
     this.socket.close();
   }
 
+  #sendText(message) {
+    this.#send(JSON.stringify(message));
+  }
+
   #send(message) {
     if (this.socket.readyState !== WebSocket.OPEN) return;
-    this.socket.send(JSON.stringify(message));
+    this.socket.send(message);
+    this.owed += 1;
     this.silence.expect();
+  }
+
+  /** What is still owed has its time anew from each word on: the other side is there. */
+  #hear(type) {
+    if (ANSWERS.has(type)) this.owed -= 1;
+    this.silence.heard();
+    if (this.owed > 0) this.silence.expect();
   }
 }

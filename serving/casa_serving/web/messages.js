@@ -48,8 +48,10 @@ export function placeProblem() {
 }
 
 const KEPT = "Your captions are kept; this page tries again by itself.";
+const LOST = `The connection was lost. ${KEPT}`;
 const TAKEN = "All places are taken right now. This page tries again by itself and gets the next free one.";
 const SHUTTING_DOWN = `The server is being restarted. ${KEPT}`;
+// By the server's own codes. Its words are for operators.
 const FATAL = {
   too_many_sessions: TAKEN,
   slow_client: `Your connection was too slow for live captions. ${KEPT}`,
@@ -60,11 +62,26 @@ const CLOSED = {
   1009: `A picture was too large to be sent. ${KEPT}`,
   1012: SHUTTING_DOWN,
 };
+const REJECTED = {
+  bad_message: "The server does not take this question. Ask a shorter one, in plain words.",
+  bad_frame: "The server could not read one of the pictures. It goes on with the next one.",
+  frame_too_large: "One of the pictures was too large for the server. It goes on with the next one.",
+};
 
-/** Returns why a connection ended unasked; `error` is the server's last error event, or null. */
+/** Returns why a connection ended unasked; `error` is the code of the server's last error event, if there was one. */
 export function endProblem(error, code) {
-  if (error) return FATAL[error.code] ?? error.message;
-  return CLOSED[code] ?? `The connection was lost. ${KEPT}`;
+  return FATAL[error] ?? CLOSED[code] ?? LOST;
+}
+
+/** Returns what a session did not take, by the code of the server's error event. */
+export function rejectionProblem(code) {
+  return REJECTED[code] ?? "The server did not take what this page has sent. It goes on all the same.";
+}
+
+/** Returns that the server does not take the settings; `names` are those that it complains about, if it says so. */
+export function settingsProblem(names) {
+  const which = names.length ? `: ${names.join("; ")}` : "";
+  return `The server does not take these settings${which}. Change them below the video, then press Apply.`;
 }
 
 /** Returns why no connection came about; `status` is that of a plain HTTP request, null without a response. */
@@ -83,10 +100,27 @@ export function answerProblem(status, hadKey) {
 }
 
 /** Returns why a question is not sent now; what was typed stays. */
-export function questionHint({ phase, source, stopping }) {
+export function questionHint({ phase, source, stopping, needsKey }) {
   if ((phase === "live" && !stopping) || phase === "image") return "One question at a time: the last one is being answered.";
   if (!source) return "Choose something to show first, then ask about it.";
+  if (needsKey) return "Enter the API key first, then ask.";
   return phase === "stopped" || stopping ? "Reconnect first, then ask." : "There is no connection yet: ask again in a moment.";
+}
+
+export function unansweredHint(question) {
+  return `“${question}” was not answered. Ask it again.`;
+}
+
+/** Returns what Apply has done where there is nothing to caption yet. */
+export function keptSettings() {
+  return "Kept: what you show next is captioned with these settings.";
+}
+
+/** Returns what the list is for while it is empty. */
+export function listHint(source) {
+  if (source && !source.hasVideo) return "Your questions and their answers are listed here.";
+  const captions = "Each caption is listed here at its time.";
+  return source?.isStream ? captions : `${captions} Choose one to go there.`;
 }
 
 /** Returns the statistics of a session as text, short enough for the top of the page; the figures have the rest. */

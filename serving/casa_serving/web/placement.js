@@ -15,14 +15,23 @@ export async function fillScreen(stage, video) {
   else video.webkitEnterFullscreen?.();
 }
 
-/** Opens a small window with picture and caption; browsers that have it for videos only draw the text track there. */
-export async function openSmallWindow(stage, video) {
+/**
+ * Opens a small window with picture and caption, or closes it if it is open; browsers that have it for videos only draw
+ * the text track there. `onOpen` gets the window's document.
+ */
+export async function toggleSmallWindow(stage, video, onOpen) {
   if (!("documentPictureInPicture" in window)) {
-    await allowed(video.requestPictureInPicture());
+    if (document.pictureInPictureElement) await document.exitPictureInPicture();
+    else await allowed(video.requestPictureInPicture());
+    return;
+  }
+  if (documentPictureInPicture.window) {
+    documentPictureInPicture.window.close();
     return;
   }
   const small = await allowed(documentPictureInPicture.requestWindow({ width: 480, height: 340 }));
   furnish(small.document);
+  onOpen(small.document);
   const place = document.createComment("stage");
   small.addEventListener("pagehide", () => move(video, () => place.replaceWith(stage)), { once: true });
   move(video, () => {

@@ -2,11 +2,13 @@
 
 import { CaptionTrack } from "./caption_track.js";
 import { Figures } from "./figures.js";
+import { listHint, unansweredHint } from "./messages.js";
 import { hasSmallWindow } from "./placement.js";
 import { canShareScreen } from "./sources.js";
-import { TranscriptView } from "./transcript_view.js";
+import { TranscriptView, said } from "./transcript_view.js";
 
 const NOTICE_MS = 8000;
+const OPENING = "Opening…";
 
 export class Screen {
   /** @param {(time: number) => void} onSeek is called when a caption is chosen */
@@ -17,8 +19,14 @@ export class Screen {
     this.figures = new Figures(this.ui.counts, this.ui.plots);
     this.view = new TranscriptView(this.ui.captions, this.ui["captions-scroll"], this.ui["captions-empty"], onSeek);
     this.track = new CaptionTrack(this.ui.video);
-    this.notice = null; // Timer that hides a problem.
+    this.transcript = null; // What the captions and answers on the screen are of.
+    this.status = { text: "", kind: "idle" };
+    this.openings = 0; // How many sources are being opened.
+    this.lasting = ""; // The problem that stays until it is mended.
+    this.notice = null; // Timer that ends another one, which is shown for a while.
     this.mayAsk = false; // A question is sent at once.
+    this.unanswered = ""; // Hint about a question that was given back.
+    this.applies = this.ui["apply-hint"].textContent; // What Apply does.
     for (const button of document.querySelectorAll("[data-action=screen]")) button.hidden = !canShareScreen();
   }
 
@@ -27,29 +35,48 @@ export class Screen {
     const { ui } = this;
     const { phase, source, needsKey } = state;
     const focused = this.document.activeElement;
-    const hasVideo = source !== null && source.kind !== "image";
+    const hasVideo = Boolean(source?.hasVideo);
     this.root.dataset.phase = phase;
-    ui.status.textContent = status;
-    ui.status.dataset.kind = kind;
+    this.status = { text: status, kind };
+    this.#showStatus(this.status);
     const visible = {
-      stop: ["opening", "connecting", "live", "waiting"].includes(phase),
+      // A camera or a screen is let go by it, whatever became of the session.
+      stop: ["opening", "connecting", "live", "waiting"].includes(phase) || (phase === "stopped" && source?.isStream),
       // Where a key is asked for, nothing goes on without it.
       reconnect: hasVideo && !needsKey && (phase === "stopped" || phase === "waiting"),
       restart: hasVideo && !needsKey && (phase === "live" || phase === "stopped"),
       "full-screen": hasVideo,
       "small-window": hasVideo && hasSmallWindow(ui.video),
-      video: source?.kind !== "image",
-      still: source?.kind === "image",
+      video: source === null || hasVideo,
+      still: source !== null && !hasVideo,
       "key-form": needsKey,
     };
     for (const [name, shown] of Object.entries(visible)) ui[name].hidden = !shown;
     ui.reconnect.textContent = phase === "waiting" ? "Try now" : "Reconnect";
     ui.stage.toggleAttribute("data-empty", source === null);
     ui["source-name"].textContent = source?.name ?? "";
-    this.showSaving(state.transcript);
+    this.applyHint(this.applies);
+    this.#showSaving();
     if (source?.kind !== "camera") ui["camera-choice"].hidden = true;
     this.allowQuestion(phase === "live" || phase === "image");
     if (focused && focused !== this.document.body && !isSeen(focused)) this.#keepFocus(focused);
+  }
+
+  #showStatus({ text, kind }) {
+    this.ui.status.textContent = text;
+    this.ui.status.dataset.kind = kind;
+  }
+
+  /** Says that something is being opened until the promise of it is settled; what is shown now goes on meanwhile. */
+  async whileOpening(promise) {
+    this.openings += 1;
+    this.#showStatus({ text: OPENING, kind: "busy" });
+    try {
+      return await promise;
+    } finally {
+      this.openings -= 1;
+      if (this.openings === 0) this.#showStatus(this.status);
+    }
   }
 
   /** Gives the focus of what is gone to the button that took its place, else to the picture. */
@@ -66,13 +93,30 @@ export class Screen {
     this.questionHint("");
   }
 
-  /** Shows why a question is not sent, or nothing with "". */
+  /** Shows why a question is not sent; "": nothing, or what became of the last one. */
   questionHint(text) {
-    this.ui["question-hint"].textContent = text;
+    this.ui["question-hint"].textContent = text || this.unanswered;
   }
 
-  showSaving(transcript) {
-    this.ui["save-srt"].hidden = this.ui["save-vtt"].hidden = transcript.captions.last === null;
+  /** Takes a question that got no answer back to where it was typed, unless another one is being typed there. */
+  giveBack(question) {
+    this.unanswered = unansweredHint(question);
+    this.ui.question.value ||= question;
+    this.questionHint("");
+  }
+
+  /** A question was asked: the one before is history. */
+  asked() {
+    this.unanswered = "";
+    this.questionHint("");
+  }
+
+  applyHint(text) {
+    this.ui["apply-hint"].textContent = text;
+  }
+
+  #showSaving() {
+    this.ui["save-srt"].hidden = this.ui["save-vtt"].hidden = !this.transcript?.captions.last;
   }
 
   /** Offers the cameras, if there is a choice. @param {{id: string, name: string}[]} cameras @param {string} now its id */
@@ -82,51 +126,61 @@ export class Screen {
     ui["camera-choice"].hidden = cameras.length < 2;
   }
 
-  /** Shows an error message, or hides it with "". */
+  /** Shows an error message until it is mended, or hides it with "". */
   problem(message) {
+    this.lasting = message;
+    this.#showProblem(message);
+  }
+
+  #showProblem(message) {
     clearTimeout(this.notice);
     const { problem } = this.ui;
     if (problem.textContent !== message) problem.textContent = message; // Read out once, also when tried often.
     problem.hidden = !message;
   }
 
-  /** Shows an error message for a while: the session goes on. */
+  /** Shows an error message for a while: then what was shown before, or nothing if the session goes on. */
   temporaryProblem(message) {
-    this.problem(message);
-    this.notice = setTimeout(() => this.problem(""), NOTICE_MS);
+    this.#showProblem(message);
+    this.notice = setTimeout(() => {
+      if (this.lasting || this.root.dataset.phase === "live") this.#showProblem(this.lasting);
+    }, NOTICE_MS);
+  }
+
+  /** Begins with another transcript, of a source that is shown from now on or null. */
+  begin(transcript, source) {
+    this.transcript = transcript;
+    this.view.clear({ hint: listHint(source), canChoose: !source || source.canSeek });
+    this.track.clear(transcript.offset);
+    this.figures.clear();
+    this.ui.caption.textContent = this.ui.spoken.textContent = "";
+    this.asked();
   }
 
   /** Shows an entry of the transcript as it is now; null is nothing. */
-  entry(entry, transcript) {
+  entry(entry) {
     if (!entry) return;
-    this.view.show(entry, transcript.entries);
-    if (entry.kind === "caption") this.track.show(entry, transcript.captions);
+    const { captions, entries } = this.transcript;
+    this.view.show(entry, entries);
+    if (entry.kind === "caption") this.track.show(entry, captions);
     // Read out whole, not word by word.
-    if (entry.done) this.ui.spoken.textContent = entry.text;
-    this.showSaving(transcript);
-    this.caption(transcript);
+    if (entry.done) this.ui.spoken.textContent = said(entry);
+    this.#showSaving();
+    this.caption();
   }
 
   /** Takes an entry away that was not finished. */
-  remove(entry, transcript) {
-    this.view.remove(entry);
-    this.track.remove(entry, transcript.captions);
+  remove(entry) {
+    this.view.remove(entry, this.transcript.entries);
+    this.track.remove(entry, this.transcript.captions);
   }
 
-  /** Shows the caption that belongs to a time in the video. */
-  caption(transcript, time = this.ui.video.currentTime) {
-    const entry = transcript.captions.at(time);
+  /** Shows the caption that belongs to a time in the transcript. */
+  caption(time = this.transcript.offset + this.ui.video.currentTime) {
+    const entry = this.transcript.captions.at(time);
     const text = entry?.text.trim() ?? "";
     if (this.ui.caption.textContent !== text) this.ui.caption.textContent = text;
     this.view.mark(entry);
-  }
-
-  /** Clears everything about a video. */
-  clear() {
-    this.view.clear();
-    this.track.clear();
-    this.figures.clear();
-    this.ui.caption.textContent = this.ui.spoken.textContent = "";
   }
 }
 

@@ -3,8 +3,8 @@
 import { Backoff } from "./backoff.js";
 import { play, takePicture } from "./frames.js";
 import { LiveClient, address, authorization } from "./live_client.js";
-import { fillSettings, readSettings } from "./settings.js";
-import { connectProblem, endProblem, sessionSummary } from "./messages.js";
+import { fillSettings, namedFields } from "./settings.js";
+import { connectProblem, endProblem, rejectionProblem, sessionSummary, settingsProblem } from "./messages.js";
 import { fetchWithin } from "./silence.js";
 
 const MAX_PROBE_MS = 5000;
@@ -16,25 +16,30 @@ export class Session {
     this.video = screen.ui.video;
     this.canvas = document.createElement("canvas");
     this.backoff = new Backoff();
+    this.frameTime = 0; // Of the frame that a file has shown last, while it plays.
+    this.encoding = null; // Promise of the picture that is being encoded, or null.
+    this.missed = null; // The slot that was shown while nothing could be sent; it has its turn for as long as it is shown.
+    this.video.addEventListener("emptied", () => (this.frameTime = 0));
+    this.video.addEventListener("seeked", () => this.onSeeked());
   }
 
   /** Opens a session as a person has asked for, if there is something to show it. */
-  connect(playWhenLive) {
-    if (!this.state.source) return;
+  connect() {
+    if (!this.state.source?.hasVideo) return;
     this.backoff.reset();
     this.screen.problem("");
-    this.#open(playWhenLive);
+    this.#open();
   }
 
   /** Opens a session with the captions so far as its history; abandons the one before. */
-  #open(playWhenLive) {
+  #open() {
     this.abandon();
-    Object.assign(this.state, { playWhenLive, fatal: null, summary: null, idle: false, phase: "connecting", needsKey: false });
-    this.screen.show(this.state, "Connecting…", "busy");
-    const create = { ...readSettings(this.screen.ui.settings), history: this.state.transcript.history() };
-    this.state.client = new LiveClient(
-      create,
-      this.state.key,
+    const { state } = this;
+    Object.assign(state, { fatal: null, summary: null, idle: false, phase: "connecting", needsKey: false });
+    this.screen.show(state, "Connecting…", "busy");
+    state.client = new LiveClient(
+      { ...state.wanted, history: state.transcript.history() },
+      state.key,
       (event) => this.onEvent(event),
       (end) => this.onEnd(end),
     );
@@ -44,33 +49,57 @@ export class Session {
   abandon() {
     this.backoff.cancel();
     this.state.client?.abandon();
-    Object.assign(this.state, { client: null, stopping: false });
-    this.#drop(null);
+    Object.assign(this.state, { client: null, stopping: false, asking: false });
+    this.state.slots.end();
+    this.missed = null;
+    this.#drop();
   }
 
-  #drop(kind) {
-    const { transcript } = this.state;
-    for (const entry of transcript.dropUnfinished(kind)) this.screen.remove(entry, transcript);
+  /** Drops what is not finished, or only that of one kind. A question is given back to the person who asked it. */
+  #drop(kind = null) {
+    for (const entry of this.state.transcript.dropUnfinished(kind)) {
+      this.screen.remove(entry);
+      if (entry.kind === "question") this.screen.giveBack(entry.question);
+    }
   }
 
-  ask(text) {
-    this.state.questions += 1;
-    const id = `q${this.state.questions}`;
-    this.screen.entry(this.state.transcript.question(id, this.video.currentTime, text), this.state.transcript);
-    this.screen.allowQuestion(false); // One at a time: the answer comes between two frames.
-    this.state.client.ask(text, id);
+  /** Asks a question about the picture that is shown. */
+  async ask(text) {
+    const { state, screen } = this;
+    const { client, transcript } = state;
+    state.questions += 1;
+    const id = `q${state.questions}`;
+    screen.asked();
+    screen.entry(transcript.question(id, this.time, text));
+    screen.allowQuestion(false); // One at a time: the answer comes between two frames.
+    state.asking = true;
+    await this.#showModel(client);
+    if (client !== state.client) return;
+    state.asking = false;
+    client.ask(text, id);
+    this.#look();
+  }
+
+  /** Waits until the model has read the picture that is shown: a question overtakes a frame that waits. */
+  async #showModel(client) {
+    const { slots } = this.state;
+    while (this.video.seeking) await new Promise((resolve) => this.video.addEventListener("seeked", resolve, { once: true }));
+    await this.encoding;
+    if (client !== this.state.client) return;
+    if (this.hasPicture && slots.latest?.slot !== slots.at(this.time)) await this.#send(client, this.time);
+    await slots.latest?.read;
   }
 
   // Events of the server
 
   onEvent(event) {
-    const { transcript } = this.state;
+    const { screen, state } = this;
     const handlers = {
       "session.created": () => this.onCreated(event),
-      "caption.delta": () => this.screen.entry(transcript.captionDelta(event), transcript),
+      "caption.delta": () => this.onCaptionDelta(event),
       "frame.done": () => this.onFrameDone(event),
       "frame.dropped": () => this.onFrameDropped(event),
-      "answer.delta": () => this.screen.entry(transcript.answerDelta(event), transcript),
+      "answer.delta": () => screen.entry(state.transcript.answerDelta(event)),
       "answer.done": () => this.onAnswerDone(event),
       "session.closed": () => this.onClosed(event),
       error: () => this.onError(event),
@@ -80,42 +109,75 @@ export class Session {
 
   onCreated({ settings, limits }) {
     const { state, screen } = this;
-    if (settings.fps !== state.settings?.fps) state.seen.clear();
+    state.slots.begin(settings.fps);
     Object.assign(state, { settings, limits, phase: "live" });
     fillSettings(screen.ui.settings, settings);
     screen.problem("");
     screen.show(state, `Live at ${settings.fps} frames a second`, "live");
-    this.onVideoFrame(this.video.currentTime); // The first frame is on the screen already.
+    this.#look(); // The first frame is on the screen already.
     if (state.playWhenLive) play(this.video);
     state.playWhenLive = false;
   }
 
-  onFrameDone(event) {
-    this.screen.entry(this.state.transcript.captionDone(event), this.state.transcript);
-    this.screen.figures.frame(event, this.state.settings);
-    this.backoff.reset();
+  onCaptionDelta(event) {
+    if (!this.#captionedBefore(event.frame)) this.screen.entry(this.state.transcript.captionDelta(event));
   }
 
-  onFrameDropped({ timestamp }) {
-    this.state.seen.delete(this.frameNumber(timestamp)); // Gets another chance when it is played again.
+  onFrameDone(event) {
+    const { screen, state } = this;
+    if (this.#captionedBefore(event.frame)) this.#captionAgain(event);
+    else screen.entry(state.transcript.captionDone(event));
+    state.slots.done(event.frame);
+    screen.figures.frame(event, state.settings);
+    this.backoff.reset();
+    this.#look();
+  }
+
+  /** Whether a frame's slot had its caption, or its silence, before the frame was sent. */
+  #captionedBefore(number) {
+    const { slot } = this.state.slots.waiting.get(number);
+    return this.state.slots.captioned.has(slot) || Boolean(this.#captionOf(slot)?.done);
+  }
+
+  #captionOf(slot) {
+    return this.state.transcript.captionIn(...this.state.slots.span(slot));
+  }
+
+  /** Takes what was said about a frame that was sent again, in place of what was said about it before. */
+  #captionAgain({ frame, caption }) {
+    const entry = this.#captionOf(this.state.slots.waiting.get(frame).slot);
+    if (!entry || !caption.trim() || entry.text === caption) return;
+    entry.text = caption;
+    this.screen.entry(entry);
+  }
+
+  onFrameDropped(event) {
+    this.state.slots.dropped(event.frame, event.replaced_by);
     this.screen.figures.count("dropped");
   }
 
   onAnswerDone(event) {
-    this.screen.entry(this.state.transcript.answerDone(event), this.state.transcript);
+    this.screen.entry(this.state.transcript.answerDone(event));
     this.screen.allowQuestion(true);
   }
 
   onError(event) {
+    const { screen, state } = this;
+    console.info(event.message); // For operators: it names options of the server.
     if (event.fatal) {
-      this.state.fatal = event;
-    } else if (this.state.phase === "connecting") {
+      state.fatal = event;
+    } else if (state.phase === "connecting") {
       this.abandon();
-      this.fail(event.message);
+      this.fail(this.#settingsProblem(event));
     } else {
-      this.screen.temporaryProblem(event.message);
-      if (event.frame === null) this.dropQuestion();
+      screen.temporaryProblem(rejectionProblem(event.code));
+      if (event.frame !== null) state.slots.done(event.frame);
+      else this.dropQuestion();
     }
+  }
+
+  #settingsProblem({ message }) {
+    return settingsProblem(namedFields(this.screen.ui.settings, message));
   }
 
   /** Drops the question that was rejected. */
@@ -132,7 +194,6 @@ export class Session {
     const { state } = this;
     const { stopping } = state;
     this.abandon();
-    if (state.fatal) console.info(state.fatal.message); // For operators: it names options of the server.
     if (stopping || (state.summary && code === 1000)) {
       this.#showStopped(state.summary ?? "Stopped");
     } else if (!opened) {
@@ -141,9 +202,9 @@ export class Session {
       Object.assign(state, { phase: "stopped", idle: true });
       this.screen.show(state, "No frame came for a while: goes on when the video plays");
     } else if (state.fatal?.code === "bad_settings") {
-      this.fail(state.fatal.message);
+      this.fail(this.#settingsProblem(state.fatal));
     } else {
-      this.retry(endProblem(state.fatal, code));
+      this.retry(endProblem(state.fatal?.code, code));
     }
   }
 
@@ -162,25 +223,24 @@ export class Session {
 
   /** Pauses the video, so that nothing is missed, and connects again after a while. */
   retry(message) {
-    const resume = this.state.playWhenLive || !this.video.paused;
-    Object.assign(this.state, { phase: "waiting", playWhenLive: resume });
-    this.video.pause();
+    this.#halt();
+    this.state.phase = "waiting";
     this.screen.problem(message);
     this.screen.show(this.state, "Reconnecting…", "busy");
-    this.backoff.schedule(() => this.#open(resume));
+    this.backoff.schedule(() => this.#open());
   }
 
   /** Shows an error that waiting does not mend, and pauses the video. */
   fail(message) {
+    this.#halt();
     this.state.phase = this.state.source ? "stopped" : "empty";
-    this.video.pause();
     this.screen.problem(message);
     this.screen.show(this.state, "Not connected", "error");
   }
 
   /** Ends the session; its captions stay. */
   stop() {
-    this.video.pause();
+    this.#halt();
     const { state } = this;
     if (state.phase === "live" && !state.stopping) {
       state.stopping = true;
@@ -193,6 +253,12 @@ export class Session {
     this.#showStopped("Stopped");
   }
 
+  /** Pauses the video until there is a session again. */
+  #halt() {
+    this.state.playWhenLive ||= !this.video.paused;
+    this.video.pause();
+  }
+
   #showStopped(status) {
     Object.assign(this.state, { phase: this.state.source ? "stopped" : "empty", needsKey: false });
     this.screen.problem("");
@@ -201,28 +267,65 @@ export class Session {
 
   // Frames
 
-  /** Returns the number of the frame that a time belongs to, at the session's fps. */
-  frameNumber(time) {
-    return Math.floor(time * this.state.settings.fps + 1e-3);
+  /** The time of the picture that is shown, in the transcript. */
+  get time() {
+    const { source, transcript } = this.state;
+    // A file that plays may be at its next frame by now. The frames of a stream count from elsewhere.
+    const isExact = source?.canSeek && !this.video.paused;
+    return transcript.offset + (isExact ? this.frameTime : this.video.currentTime);
+  }
+
+  /** A camera or a screen that has ended leaves something black behind. */
+  get hasPicture() {
+    const { readyState, srcObject } = this.video;
+    return readyState >= HTMLMediaElement.HAVE_CURRENT_DATA && (srcObject === null || srcObject.active);
+  }
+
+  /** Goes on with the captions so far where the time of the video begins anew. */
+  continueTime() {
+    const { transcript } = this.state;
+    transcript.offset = Math.max(this.time, transcript.entries.last?.timestamp ?? 0);
+    this.screen.track.clear(transcript.offset);
   }
 
   /** Handles a new picture of the video: shows its caption, and sends it if the next frame is due. */
   onVideoFrame(time) {
-    const { state, screen } = this;
-    screen.caption(state.transcript, time);
-    if (state.idle && !this.video.paused) this.connect(true);
-    if (state.phase !== "live" || state.seen.has(this.frameNumber(time))) return;
-    state.seen.add(this.frameNumber(time));
-    if (state.encoding || state.client.congested) screen.figures.count("skipped");
-    else this.sendFrame(state.client, time);
+    if (!this.state.source?.hasVideo) return; // Another one is chosen.
+    this.frameTime = time;
+    this.screen.caption(this.time);
+    if (this.state.idle && !this.video.paused) this.connect();
+    this.#look();
   }
 
-  async sendFrame(client, time) {
-    this.state.encoding = true;
-    const picture = await takePicture(this.video, this.canvas, this.state.limits);
-    this.state.encoding = false;
-    if (client !== this.state.client || !picture) return;
-    client.sendFrame(picture, time);
-    this.screen.figures.count("sent");
+  /** Another moment may have the same picture, of which the video does not tell. */
+  onSeeked() {
+    this.frameTime = this.video.currentTime;
+    this.#look();
+  }
+
+  /** Sends the picture that is shown, if it is not captioned, or the session's first, as soon as the line is free. */
+  #look() {
+    const { client, phase, slots, stopping, asking } = this.state;
+    if (phase !== "live" || stopping || this.video.seeking || !this.hasPicture) return;
+    const slot = slots.at(this.time);
+    if (this.missed !== null && this.missed !== slot && !slots.isTaken(this.missed)) this.screen.figures.count("skipped");
+    this.missed = null;
+    if (slots.latest && slots.isTaken(slot)) return;
+    // A question is about the picture that is shown: no newer one goes before it.
+    if (asking || this.encoding || client.congested) this.missed = slot;
+    else this.#send(client, this.time);
+  }
+
+  async #send(client, time) {
+    const { state } = this;
+    this.encoding = takePicture(this.video, this.canvas, state.limits);
+    const picture = await this.encoding;
+    this.encoding = null;
+    if (!picture) return; // The browser has no memory for it.
+    if (client === state.client) {
+      state.slots.sent(client.sendFrame(picture, time), state.slots.at(time));
+      this.screen.figures.count("sent");
+    }
+    this.#look(); // Another one may be shown by now.
   }
 }

@@ -21,11 +21,11 @@ export class SilenceTimer {
   }
 }
 
-/** Returns the response of a request, or null if none comes in time. */
-export async function fetchWithin(limitMs, url, options = {}) {
+/** Returns what `read` makes of the response of a request, or null if that is not there in time. */
+export async function fetchWithin(limitMs, url, options = {}, read = (response) => response) {
   const aborter = new AbortController();
   const timer = setTimeout(() => aborter.abort(), limitMs);
-  const response = await fetch(url, { ...options, signal: aborter.signal }).catch(() => null);
+  const result = await fetch(url, { ...options, signal: aborter.signal }).then(read).catch(() => null);
   clearTimeout(timer);
-  return response;
+  return result;
 }

@@ -11,6 +11,21 @@ const CLIPS = [
   { name: "digits.webm", type: 'video/webm; codecs="vp9"' },
 ];
 
+const KINDS = {
+  file: { hasVideo: true, canSeek: true, isStream: false },
+  camera: { hasVideo: true, canSeek: false, isStream: true },
+  screen: { hasVideo: true, canSeek: false, isStream: true },
+  image: { hasVideo: false, canSeek: false, isStream: false },
+};
+
+/**
+ * Describes something to show. @param {string} name for people @param {"file" | "camera" | "screen" | "image"} kind
+ * @returns {{name: string, kind: string, hasVideo: boolean, canSeek: boolean, isStream: boolean}}
+ */
+export function describe(name, kind) {
+  return { name, kind, ...KINDS[kind] };
+}
+
 /**
  * What was opened, not shown yet.
  * @typedef {{show: (video: HTMLVideoElement) => Promise<void>, drop: () => void, stream?: MediaStream}} Opened `show`
@@ -22,7 +37,9 @@ export async function openFile(file) {
   const url = URL.createObjectURL(file);
   const trial = document.createElement("video");
   await loaded(trial, () => (trial.src = url)).catch(() => undefined);
-  if (!trial.videoWidth) {
+  const hasPicture = trial.videoWidth > 0;
+  empty(trial);
+  if (!hasPicture) {
     URL.revokeObjectURL(url);
     throw new SourceError(fileProblem(file));
   }
@@ -33,9 +50,9 @@ export async function openFile(file) {
 export async function openClip() {
   const trial = document.createElement("video");
   for (const { name, type } of CLIPS.filter((clip) => trial.canPlayType(clip.type))) {
-    const answer = await fetchWithin(MAX_WAIT_MS, address(`web/${name}`));
-    if (!answer?.ok) throw new SourceError(clipProblem());
-    const opened = await openFile(new File([await answer.blob()], name, { type })).catch(() => null);
+    const clip = await fetchWithin(MAX_WAIT_MS, address(`web/${name}`), {}, (answer) => (answer.ok ? answer.blob() : null));
+    if (clip === null) throw new SourceError(clipProblem());
+    const opened = await openFile(new File([clip], name, { type })).catch(() => null);
     if (opened) return opened;
   }
   throw new SourceError(clipFormatProblem());
@@ -56,6 +73,10 @@ export function closeSource(video) {
   stopTracks(video.srcObject);
   if (video.src) URL.revokeObjectURL(video.src);
   video.srcObject = null;
+  empty(video);
+}
+
+function empty(video) {
   video.removeAttribute("src");
   video.load();
 }
@@ -75,10 +96,19 @@ export async function openStream(open, problem) {
   return { stream, show: (video) => loaded(video, () => (video.srcObject = stream)), drop: () => stopTracks(stream) };
 }
 
-function loaded(video, open) {
-  return new Promise((resolve, reject) => {
-    video.addEventListener("loadeddata", resolve, { once: true });
-    video.addEventListener("error", reject, { once: true });
-    open();
-  });
+/** Waits until a video knows its size. Not for a picture: phones load none before it plays. */
+async function loaded(video, open) {
+  const waiting = new AbortController();
+  const { signal } = waiting;
+  try {
+    await new Promise((resolve, reject) => {
+      video.addEventListener("loadedmetadata", resolve, { signal });
+      video.addEventListener("error", reject, { signal });
+      const timer = setTimeout(reject, MAX_WAIT_MS);
+      signal.addEventListener("abort", () => clearTimeout(timer));
+      open();
+    });
+  } finally {
+    waiting.abort();
+  }
 }

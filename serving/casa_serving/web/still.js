@@ -1,9 +1,8 @@
 // A still image to ask about, in place of a video: a chat beside the live sessions.
 
+import { draw } from "./frames.js";
 import { AnswerError, ImageChat } from "./image_chat.js";
 import { SourceError, imageProblem } from "./messages.js";
-
-const MAX_SIDE = 640;
 
 /** Returns an image file's picture; rejects with an error message if the browser cannot show it. */
 export async function openImage(file) {
@@ -23,14 +22,12 @@ export class StillImage {
   }
 
   /** Shows a picture, scaled down, and takes questions about it. */
-  open(name, picture) {
+  open(picture) {
     const { still } = this.screen.ui;
-    const scale = Math.min(1, MAX_SIDE / Math.max(picture.width, picture.height));
-    still.width = Math.max(1, Math.round(picture.width * scale));
-    still.height = Math.max(1, Math.round(picture.height * scale));
-    still.getContext("2d").drawImage(picture, 0, 0, still.width, still.height);
+    draw(still, picture, picture.width, picture.height);
+    picture.close();
     this.chat = new ImageChat(this.state.model?.name, still);
-    Object.assign(this.state, { source: { name, kind: "image" }, phase: "image" });
+    this.state.phase = "image";
     this.screen.problem("");
     this.#show(false);
   }
@@ -50,21 +47,22 @@ export class StillImage {
     const { transcript } = state;
     state.questions += 1;
     const id = `i${state.questions}`;
-    screen.entry(transcript.question(id, 0, text), transcript);
+    screen.asked();
+    screen.entry(transcript.question(id, 0, text));
     screen.allowQuestion(false);
     screen.problem("");
     let answer = "";
     try {
       for await (const piece of chat.ask(text, state.key)) {
         answer += piece;
-        screen.entry(transcript.answerDelta({ id, text: piece }), transcript);
+        screen.entry(transcript.answerDelta({ id, text: piece }));
       }
-      screen.entry(transcript.answerDone({ id, text: answer }), transcript);
+      screen.entry(transcript.answerDone({ id, text: answer }));
     } catch (error) {
-      if (chat !== this.chat) return; // Something else is shown now.
-      this.#fail(error, text);
+      if (chat === this.chat) this.#fail(error, text); // Else something else is shown now.
+    } finally {
+      if (chat === this.chat) screen.allowQuestion(true);
     }
-    if (chat === this.chat) screen.allowQuestion(true);
   }
 
   /** Asks again what waited for a key. */
@@ -76,9 +74,10 @@ export class StillImage {
   #fail(error, text) {
     if (!(error instanceof AnswerError)) throw error;
     const { state, screen } = this;
-    for (const entry of state.transcript.dropUnfinished()) screen.remove(entry, state.transcript);
+    for (const entry of state.transcript.dropUnfinished()) screen.remove(entry);
     screen.problem(error.message);
     this.unanswered = error.needsKey ? text : null;
     this.#show(error.needsKey);
+    if (!error.needsKey) screen.giveBack(text);
   }
 }

@@ -12,6 +12,13 @@ export class Transcript {
     this.captions = new Timeline(); // Those of the entries that are no questions.
     this.arrived = []; // In order of arrival, which is the model's.
     this.open = new Map(); // Key of a caption or answer that is being written -> entry.
+    this.offset = 0; // The time here at which that of the video begins: a camera that is opened again begins anew.
+  }
+
+  /** Returns the caption from a time on, up to another, or null. */
+  captionIn(start, end) {
+    const entry = this.captions.at(end);
+    return entry && entry.timestamp >= start ? entry : null;
   }
 
   /** Adds text to the caption of a frame; returns its entry, or null while there is nothing to show. */

@@ -1,4 +1,4 @@
-// The list of captions and answers beside the video.
+// The list of captions and answers beside the video. What can be gone to is a button; all of them are one stop of Tab.
 
 /** Returns a time as m:ss.t, with hours where there are some. */
 export function clock(seconds) {
@@ -8,33 +8,45 @@ export function clock(seconds) {
   return hours ? `${hours}:${String(minutes).padStart(2, "0")}:${rest}` : `${minutes}:${rest}`;
 }
 
+/** Returns what an entry says as it is now. */
+export function said({ text, done }) {
+  return text || (done ? "No answer" : "…");
+}
+
 export class TranscriptView {
   /** @param {(time: number) => void} onSeek is called when an entry is chosen */
   constructor(list, scroll, hint, onSeek) {
     Object.assign(this, { list, scroll, hint, onSeek });
     this.items = new Map(); // Entry -> its <li>.
     this.current = null;
+    this.canChoose = true; // An entry can be gone to.
     this.reached = null; // The entry that Tab goes to; the arrow keys go on from there.
+    this.newest = null;
     this.isAtEnd = true; // The newest entry is in sight.
-    this.isMoving = false; // The list goes to its end with the next picture.
+    this.isMoving = false; // The list moves with the next picture.
+    this.asked = null; // The question that it moves to; null: it goes to its end, if that was in sight.
     list.addEventListener("keydown", (event) => this.#onKey(event));
+    list.addEventListener("focusout", () => this.#reach(this.newest));
     scroll.addEventListener("scroll", () => this.#onScroll());
   }
 
   /** Shows an entry as it is now: adds it at its place, or updates its text. @param {Timeline} entries all of them */
   show(entry, entries) {
     if (!this.items.has(entry)) this.#insert(entry, entries);
-    this.items.get(entry).querySelector(".text").textContent = entry.text || "…";
+    this.items.get(entry).querySelector(".text").textContent = said(entry);
     this.hint.hidden = true;
-    if (entries.last === entry && this.isAtEnd) this.#moveToEnd();
+    if (entry.kind === "question") this.#moveTo(entry);
+    else if (entries.last === entry && this.isAtEnd) this.#moveTo(null);
   }
 
-  remove(entry) {
+  /** Takes an entry away. @param {Timeline} entries those that are left */
+  remove(entry, entries) {
     const item = this.items.get(entry);
+    this.newest = entries.last;
     if (item?.contains(document.activeElement)) this.#keepFocus(item.previousElementSibling ?? item.nextElementSibling);
     item?.remove();
     this.items.delete(entry);
-    if (entry === this.reached) this.#reach(this.items.keys().next().value ?? null);
+    if (entry === this.reached) this.#reach(this.newest);
   }
 
   /** Marks the caption that belongs to what the video shows. */
@@ -45,12 +57,15 @@ export class TranscriptView {
     this.current = entry;
   }
 
-  clear() {
+  /** Begins anew with a hint on what is going to be listed, and whether that can be gone to. */
+  clear({ hint, canChoose }) {
     if (this.list.contains(document.activeElement)) this.#keepFocus(null);
     this.items.clear();
     this.list.replaceChildren();
-    this.current = this.reached = null;
+    this.current = this.reached = this.newest = this.asked = null;
     this.isAtEnd = true;
+    this.canChoose = canChoose;
+    this.hint.textContent = hint;
     this.hint.hidden = false;
   }
 
@@ -75,18 +90,28 @@ export class TranscriptView {
   }
 
   /** Once a picture: the browser lays out the list then anyway, and not for each token. */
-  #moveToEnd() {
+  #moveTo(question) {
+    this.asked = question ?? this.asked;
     if (this.isMoving) return;
     this.isMoving = true;
     requestAnimationFrame(() => {
       this.isMoving = false;
-      if (this.isAtEnd) this.scroll.scrollTop = this.scroll.scrollHeight;
+      if (this.asked) this.#bringIntoSight(this.items.get(this.asked));
+      else if (this.isAtEnd) this.scroll.scrollTop = this.scroll.scrollHeight;
+      this.asked = null;
     });
   }
 
+  #bringIntoSight(item) {
+    if (!item) return; // Its question was dropped meanwhile.
+    const [inner, outer] = [item, this.scroll].map((element) => element.getBoundingClientRect());
+    this.scroll.scrollTop += Math.min(inner.top - outer.top, 0) || Math.max(inner.bottom - outer.bottom, 0);
+    this.#onScroll();
+  }
+
   #reach(entry) {
-    this.items.get(this.reached)?.querySelector("button").setAttribute("tabindex", "-1");
-    this.items.get(entry)?.querySelector("button").setAttribute("tabindex", "0");
+    this.items.get(this.reached)?.querySelector("button")?.setAttribute("tabindex", "-1");
+    this.items.get(entry)?.querySelector("button")?.setAttribute("tabindex", "0");
     this.reached = entry;
   }
 
@@ -94,22 +119,29 @@ export class TranscriptView {
     const item = this.#build(entry);
     this.list.insertBefore(item, this.items.get(entries.after(entry)) ?? null);
     this.items.set(entry, item);
-    if (!this.reached) this.#reach(entry);
+    this.newest = entries.last;
+    // Who goes through the list stays where they are; who comes to it gets what is in sight.
+    if (!this.list.contains(document.activeElement)) this.#reach(this.newest);
   }
 
   #build(entry) {
     const item = document.createElement("li");
     item.className = entry.kind;
+    const place = this.canChoose ? this.#buildButton(entry) : document.createElement("div");
+    place.append(part("time", "time", clock(entry.timestamp)));
+    if (entry.kind === "question") place.append(part("span", "asked", entry.question));
+    place.append(part("span", "text", ""));
+    item.append(place);
+    return item;
+  }
+
+  #buildButton(entry) {
     const button = document.createElement("button");
     button.type = "button";
     button.tabIndex = -1;
     button.addEventListener("focus", () => this.#reach(entry));
-    button.append(part("time", "time", clock(entry.timestamp)));
-    if (entry.kind === "question") button.append(part("span", "asked", entry.question));
-    button.append(part("span", "text", ""));
     button.addEventListener("click", () => this.onSeek(entry.timestamp));
-    item.append(button);
-    return item;
+    return button;
   }
 }
 
