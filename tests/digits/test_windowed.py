@@ -1,17 +1,20 @@
-"""The training forward gives the loss of the eager reference."""
+"""The training forward gives the loss of the eager reference, and of the equations where that cannot show a window."""
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from casa_digits.augment import make_bank
-from casa_digits.conversations import Writer
+from casa_digits.conversations import IGNORED, NOTE_CLASSES, NOTES, UNSEEN, Writer
 from casa_digits.data import load_samples
 from casa_digits.frames import fill_pool
 from casa_digits.model import MAX_POSITIONS, build_model
+from casa_digits.practice import NamesWriter, PracticeWriter
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.windowed import build_batch, loss_of
 from casa_engine.image_inputs import pad_insertion_points
+from equations import logits
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def eager_loss(model, talks, pool, batch):
     return model(batch.input_ids, attention_mask=mask, labels=batch.labels, **images).loss
 
 
-@pytest.mark.parametrize("kind", ["chat", "memory", "stream"])
+@pytest.mark.parametrize("kind", ["chat", "memory", "stream", "form", "tools"])
 def test_training_and_eager_losses_agree(parts, kind):
     model, pool, writer = parts
     talks = [writer.stream(pool, 150) if kind == "stream" else getattr(writer, kind)(pool) for _ in range(8)]
@@ -64,3 +67,62 @@ def test_rows_without_images(parts):
         talk.append(writer.spell("3 1<|im_end|>"), learn=True)
     batch = build_batch(model, talks[:1], pool)
     torch.testing.assert_close(loss_of(model, batch), eager_loss(model, talks[:1], pool, batch), rtol=1e-5, atol=1e-5)
+
+
+def loss_of_equations(model, talks, pool):
+    """The same rows by the paper's equations in float64; an image that is not shown has no tokens, but its place."""
+    weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    losses = []
+    for talk in talks:
+        shown = [image != UNSEEN for image in talk.images]
+        images = [
+            pool.tokens[image].double().numpy() if seen else np.zeros((0, 128))
+            for image, seen in zip(talk.images, shown, strict=True)
+        ]
+        grids = [
+            (pool.grids[image].rows, pool.grids[image].columns) if seen else (0, 0)
+            for image, seen in zip(talk.images, shown, strict=True)
+        ]
+        scores = torch.from_numpy(logits(talk.ids, images, talk.points, grids, weights, model.config))[:-1]
+        labels = torch.tensor(talk.labels[1:])
+        losses.append(
+            functional.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="none")[labels != IGNORED]
+        )
+    return torch.cat(losses).mean()
+
+
+@torch.inference_mode()
+def test_windows_of_images_that_are_not_shown(parts):
+    """Frames of the past in a stream, and names of tools that stand in another window than the question."""
+    model, pool, writer = parts
+    practice, names = (kind(writer.tokenizer, np.random.default_rng(1)) for kind in (PracticeWriter, NamesWriter))
+    talks = [practice.stream(pool, 60, text_only=True), names.copies(pool)]
+    mixed = (practice.stream(pool, 60) for _ in range(100))
+    talks.append(next(talk for talk in mixed if UNSEEN in talk.images and set(talk.images) != {UNSEEN}))
+    loss = loss_of(model, build_batch(model, talks, pool)).double()
+    torch.testing.assert_close(loss, loss_of_equations(model, talks, pool), rtol=1e-5, atol=1e-5)
+    for talk in talks:
+        talk.points, talk.images = [], []
+    assert abs(loss_of(model, build_batch(model, talks, pool)) - loss) > 1e-3, "the windows can be seen in the loss"
+
+
+@torch.inference_mode()
+def test_notes_are_learned_half_as_heavily(parts):
+    """From what the eager reference holds after so many layers."""
+    model, pool, writer = parts
+    talks = [writer.memory(pool) for _ in range(6)]
+    batch, head, states = build_batch(model, talks, pool), torch.nn.Linear(128, NOTES * NOTE_CLASSES), []
+    with model.model.language_model.layers[1].register_forward_hook(lambda *call: states.append(call[-1])):
+        eager = eager_loss(model, talks, pool, batch)
+    scores = head(states[0]).unflatten(2, (NOTES, NOTE_CLASSES))
+    notes = [(row, *note) for row, talk in enumerate(talks) for note in talk.notes]
+    losses = [
+        functional.cross_entropy(scores[row, token, kind], torch.tensor(value)) for row, token, kind, value in notes
+    ]
+    assert len(losses) > 50
+    expected = eager + 0.5 * torch.stack(losses).mean()
+    torch.testing.assert_close(loss_of(model, batch, head, note_layer=2), expected, rtol=1e-5, atol=1e-5)
+    for talk in talks:
+        talk.notes.clear()
+    without = loss_of(model, build_batch(model, talks, pool), head, note_layer=2)
+    torch.testing.assert_close(without, eager, rtol=1e-5, atol=1e-5)

@@ -49,7 +49,8 @@ def attend(query: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray]) 
 
 def heads(x: np.ndarray, weights: Weights, name: str, part: str, config) -> np.ndarray:
     """Queries, keys or values (`part` q, k or v): (T, heads, D). Qwen3 norms each head of queries and keys."""
-    projected = linear(x, weights, f"{name}.{part}_proj").reshape(len(x), -1, config.head_dim)
+    projected = linear(x, weights, f"{name}.{part}_proj")
+    projected = projected.reshape(len(x), projected.shape[1] // config.head_dim, config.head_dim)
     if config.text_config.model_type == "qwen3" and part != "v":
         return rms_norm(projected, weights[f"{name}.{part}_norm.weight"], config.text_config.rms_norm_eps)
     return projected
