@@ -9,11 +9,12 @@ import torch
 from casa_digits import conversations
 from casa_digits.conversations import IGNORED, NO_DIGIT, UNSEEN, Writer
 from casa_digits.data import MAX_DIGITS, Grid
-from casa_digits.forms import schema_of
+from casa_digits.forms import draw_name, schema_of
 from casa_digits.frames import FramePool
 from casa_digits.memory import QUESTIONS, recall
 from casa_digits.model import MAX_POSITIONS, build_processor
-from casa_digits.practice import FinishWriter, NamesWriter, PracticeWriter
+from casa_digits.phrases import COUNT_NAMES
+from casa_digits.practice import FinishWriter, NamesWriter, PracticeWriter, ResumeWriter
 from casa_digits.tokenizer import build_tokenizer
 
 
@@ -215,3 +216,57 @@ def test_frames_of_the_past_keep_their_windows_in_practice(tokenizer, pool):
     assert set(talk.images) == {UNSEEN} and len(talk.images) == talk.ids.count(start) > 5
     assert all(talk.ids[point - 1 : point + 1] == [start, end] for point in talk.points)
     assert not Writer(tokenizer, np.random.default_rng(3)).stream(pool, 200, text_only=True).points
+
+
+def test_copies_teach_names_and_no_values(tokenizer, pool):
+    """Values follow from an image, and none is shown; what ends a value, such as a bracket, goes with it."""
+    for writer in (kind(tokenizer, np.random.default_rng(7)) for kind in (FinishWriter, NamesWriter)):
+        for _ in range(100):
+            talk = writer.copies(pool)
+            assert set(talk.images) <= {UNSEEN} and len(talk.images) == len(writer.shown_in_copies)
+            learned = tokenizer.decode([label for label in talk.labels if label != IGNORED])
+            calls = tokenizer.decode(talk.ids).split("<|im_start|>assistant\n")[1:]
+            assert len(calls) == writer.num_copies
+            assert learned.count("<tool_call>") == learned.count("<|im_end|>") == len(calls)
+            for call in calls:
+                said = json.loads(call.removeprefix("<tool_call>\n").partition("\n</tool_call>")[0])
+                assert f'{{"name": "{said["name"]}", "arguments":' in learned
+                assert all(f'"{name}":' in learned for name in said["arguments"])
+            assert not any(letter.isdigit() for letter in learned)
+
+
+def test_half_of_the_streams_are_resumed(tokenizer, pool):
+    """What was said before is then one window of text; in the others each frame of the past begins a window."""
+    writer = ResumeWriter(tokenizer, np.random.default_rng(8))
+    talks = [writer.stream(pool, 120, text_only=True) for _ in range(200)]
+    num_frames = [tokenizer.decode(talk.ids).count("<|vision_start|>") for talk in talks]
+    marked = [talk for talk in talks if talk.images]
+    assert 70 < len(marked) < 130
+    assert all(set(talk.images) == {UNSEEN} for talk in marked)
+    assert all(len(talk.images) in (0, frames) for talk, frames in zip(talks, num_frames, strict=True))
+    assert min(num_frames) > 0
+
+
+def test_names_are_of_the_pieces_of_the_tokenizer(tokenizer):
+    writer = NamesWriter(tokenizer, np.random.default_rng(9))
+    pieces, shares = writer.name_shares.pieces, writer.name_shares
+    assert len(pieces) > 100 and all(len(tokenizer(piece)["input_ids"]) == 1 for piece in pieces)
+    assert any(len(piece) > 3 for piece in pieces)
+    names = {draw_name(writer.rng, COUNT_NAMES, shares) for _ in range(300)}
+    assert len(names) > 150
+    assert sum(len(tokenizer(name)["input_ids"]) < len(name) / 1.5 for name in names) > len(names) / 2
+
+
+def test_questions_have_their_shares(tokenizer, pool):
+    asked = {}
+    for kind in (PracticeWriter, FinishWriter, NamesWriter):
+        writer = kind(tokenizer, np.random.default_rng(10))
+        texts = [tokenizer.decode(writer.stream(pool, 120, text_only=True).ids) for _ in range(100)]
+        kinds = {
+            name: sum(text.count(f"{phrase}<|im_end|>") for text in texts for phrase in phrases)
+            for name, phrases in QUESTIONS.items()
+        }
+        asked[kind] = {name: count / sum(kinds.values()) for name, count in kinds.items()}
+    assert asked[PracticeWriter] == pytest.approx(dict.fromkeys(QUESTIONS, 0.25), abs=0.06)
+    assert asked[FinishWriter] == pytest.approx(FinishWriter.question_shares, abs=0.06)
+    assert asked[NamesWriter] == pytest.approx(NamesWriter.question_shares, abs=0.06)
