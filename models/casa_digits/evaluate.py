@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -233,6 +234,7 @@ def build_parser(program: str = "casa-eval-digits") -> argparse.ArgumentParser:
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of the server ($OPENAI_API_KEY)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="1: 200 single images, 100 conversations of each kind")
+    parser.add_argument("--threads", type=int, default=1, help="of the eager model; more gain little (%(default)s)")
     parser.add_argument("--no-live", action="store_true", help="with --base-url: asks nothing of /v1/live")
     for name, default in MIN_SHARES.items():
         parser.add_argument(f"--min-{name}", type=float, default=default, help="smallest share right (%(default)s)")
@@ -258,8 +260,9 @@ def print_report(report: Report) -> int:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for an option out of its range."""
-    if options.seed < 0:
-        raise InputError(f"--seed is {options.seed}; expected 0 or more.")
+    for name, least in (("seed", 0), ("threads", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name} is {getattr(options, name)}; expected {least} or more.")
     if not 0 < options.scale < math.inf:
         raise InputError(f"--scale is {options.scale}; expected a number above 0.")
     for name in MIN_SHARES:
@@ -282,6 +285,7 @@ def evaluate(options: argparse.Namespace) -> Report:
         for suite in draw_suites(options.seed, options.scale)
     ]
     if endpoint is None:
+        torch.set_num_threads(options.threads)
         return _run_eager(options.checkpoint, suites, options.scale, options.seed)
     scores = [*run_suites(endpoint, suites), *run_forms(endpoint, options.seed, options.scale)]
     if not options.no_live:

@@ -106,6 +106,7 @@ def test_the_key_is_sent_and_a_bad_score_is_no_error(capsys):
     ("option", "expected"),
     [
         ("--seed=-1", "--seed is -1; expected 0 or more"),
+        ("--threads=0", "--threads is 0; expected 1 or more"),
         ("--scale=nan", "--scale is nan; expected"),
         ("--scale=inf", "--scale is inf; expected"),
         ("--scale=0", "--scale is 0.0; expected"),
