@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from casa_digits.phrases import COUNT, READ
+from casa_digits.phrases import BEFORE, COUNT, READ
 from casa_engine.live.demonstration import DEMONSTRATION_FILE
 
 DEMONSTRATION = {
     "reads": "Reads handwritten digits: one to four in a picture, all of one colour. It was trained on nothing else.",
     # Only kinds that are answered right at least 95 times of 100; tests/browser asks each during the page's clip.
-    "questions": [READ[0], COUNT[0]],
+    "questions": [READ[0], COUNT[0], BEFORE[0]],
 }
 
 

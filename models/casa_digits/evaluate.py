@@ -43,8 +43,6 @@ DESCRIPTION = "How well casa-tiny-digits reads held-out digits, in process or th
 MIN_CHANGES_CAPTIONED = 0.90
 MAX_UNCHANGED_CAPTIONED = 0.05
 MIN_RIGHT = 0.95
-# What the embedded model does not do well enough to be advertised; docs/quickstart.md says so.
-WEAK = {"json": 0.9, "tool": 0.5, "asked: changes": 0.85}
 TEXT_BUDGETS = (256, 512)
 MIN_SHARES = {"read": 0.90, "second": 0.90, "count": 0.95, "first": 0.95, "last": 0.95, "before": 0.95}
 
@@ -157,7 +155,7 @@ def run_forms(runner: Runner, seed: int = 0, scale: float = 1.0) -> list[Score]:
             played[name] = [play_form(runner, case) for case in shown]
     with tqdm(draw_tools(seed, scale), desc="tool", mininterval=2.0) as shown:
         played["tool"] = [play_tool(runner, case) for case in shown]
-    return [Score(name, sum(right), len(right), WEAK.get(name, MIN_RIGHT)) for name, right in played.items()]
+    return [Score(name, sum(right), len(right), MIN_RIGHT) for name, right in played.items()]
 
 
 def run_questions(open_stream: Callable[[int], Stream], seed: int = 0, scale: float = 1.0) -> list[Score]:
@@ -185,7 +183,7 @@ def run_questions(open_stream: Callable[[int], Stream], seed: int = 0, scale: fl
                 truth = {"read": video.texts[-1], "count": str(len(video.texts[-1].split()))}.get(kind)
                 right[kind].append(answer == (recall(kind, stream.captions) if truth is None else truth))
     names = {f"asked: {kind}": answers for kind, answers in right.items()}
-    return [Score(name, sum(right), len(right), WEAK.get(name, MIN_RIGHT)) for name, right in names.items()]
+    return [Score(name, sum(right), len(right), MIN_RIGHT) for name, right in names.items()]
 
 
 def run_streams(runner: EagerRunner, num_videos: int, num_frames: int, seed: int = 0) -> list[Score]:

@@ -1,11 +1,13 @@
 """The page's own clip: what `casa-digits-video` makes of held-out digits, captioned right, its suggestions answered."""
 
+import itertools
+
 import numpy as np
 import pytest
 from playwright.sync_api import expect
 
 from casa_digits.demonstration import DEMONSTRATION
-from casa_digits.phrases import COUNT, READ
+from casa_digits.phrases import BEFORE, COUNT, NOTHING, READ
 from casa_serving.caption.video import sample, scan
 from clip import CLIPS, SCALE, SECONDS, clip_scenes, clip_truth
 from live_page import begin_clip, count, transcript, wait_until
@@ -13,7 +15,12 @@ from live_page import begin_clip, count, transcript, wait_until
 MAX_CLIP_BYTES = 100_000
 # Of 255, on average: what the codec leaves out.
 TOLERANCE = 3
-RIGHT = {READ[0]: lambda text: text, COUNT[0]: lambda text: str(len(text.split()))}
+# The answer to each suggestion, by the digits of the scene that is shown and of the one before.
+RIGHT = {
+    READ[0]: lambda shown, before: shown,
+    COUNT[0]: lambda shown, before: str(len(shown.split())),
+    BEFORE[0]: lambda shown, before: before,
+}
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip.suffix)
@@ -64,9 +71,9 @@ def test_every_suggestion_is_answered_right(questioned):
     _, found = questioned
     wrong = [
         (text, question, answer)
-        for text, answers in found
+        for (before, _), (text, answers) in itertools.pairwise([(NOTHING, []), *found])
         for question, (_, answer) in zip(DEMONSTRATION["questions"], answers, strict=True)
-        if answer != RIGHT[question](text)
+        if answer != RIGHT[question](text, before)
     ]
     assert len(wrong) <= 0.05 * len(found) * len(DEMONSTRATION["questions"]), wrong
 

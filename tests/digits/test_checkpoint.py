@@ -1,6 +1,7 @@
 """The shipped weights read held-out digits: what `casa-eval-digits` measures, all of it, each with its demand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,24 +15,38 @@ STREAMS = ["stream: changes", "stream: repeated"]
 ASKED = ["asked: read", "asked: count", "asked: first", "asked: last", "asked: before", "asked: changes"]
 
 
-@pytest.fixture(scope="module")
-def report():
-    """Of a hundred each: of thirty, a model that is right 98 times of 100 misses 95% every eighth time.
+# Of thirty, a model that is right 98 times of 100 misses 95% every eighth time; rounding differs between processors.
+SAMPLE, SAMPLE_SLACK, SLACK = 0.3, 0.1, 0.02
 
-    On one thread: where other processes are at work, two take several times as long.
-    """
+
+def evaluate(scale):
+    """On one thread: where other processes are at work, two take several times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield evaluate_eager(checkpoint_path())
+        return evaluate_eager(checkpoint_path(), scale)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return evaluate(SAMPLE)
 
 
 @pytest.mark.parametrize("name", [*CHATS, *STREAMS, *ASKED])
 def test_held_out_digits_are_read(report, name):
     (score,) = [score for score in report.scores if score.name == name]
-    assert score.passed, report.table()
+    slack = 0.0 if score.at_most else SAMPLE_SLACK
+    assert replace(score, limit=score.limit - slack).passed, report.table()
+
+
+@pytest.mark.slow
+def test_the_record_is_measured_again():
+    report = evaluate(1.0)
+    record = json.loads((checkpoint_path() / "accuracy.json").read_text())["held_out"]
+    for score in report.scores:
+        assert abs(score.share - record[score.name]) <= SLACK, report.table()
 
 
 def test_every_score_is_demanded_and_recorded(report):
