@@ -5,7 +5,8 @@
     casa-serve &
     sdks/bin/python clients.py http://127.0.0.1:8000/v1 images [WAY ...]
 
-Each way asks about every image, in an environment of its own without casa-engine; Vercel's SDK is in vercel.mjs.
+Each way asks about every image, in an environment of its own without casa-engine. instructor needs another openai than
+the rest: requirements_instructor.txt, for the ways `openai_*` and `instructor_*`. Vercel's SDK is in vercel.mjs.
 """
 
 import base64
