@@ -293,6 +293,11 @@ def test_a_wrong_file_does_not_disturb_what_runs(page, videos):
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
     assert transcript(page)
     assert not page.evaluate("video.paused")
+    # What breaks while it plays leaves its captions.
+    page.evaluate("video.dispatchEvent(new Event('error'))")
+    expect(page.locator("#problem")).to_contain_text("The browser could not show this.")
+    expect(page.locator("html")).to_have_attribute("data-phase", "empty")
+    assert transcript(page)
 
 
 @pytest.mark.vllm

@@ -114,7 +114,7 @@ class App {
       this.showNothing(exchangeProblem(error.message));
       return null;
     } else {
-      this.session.continueTime();
+      this.session.frames.continueTime();
       if (await this.show(former)) this.goOn();
     }
     throw error;

@@ -1,7 +1,8 @@
-// A session: its connection, the server's events, and the frames that are sent.
+// A session: its connection and the server's events. What is sent of the video is in frame_sender.js.
 
 import { Backoff } from "./backoff.js";
-import { play, takePicture } from "./frames.js";
+import { FrameSender } from "./frame_sender.js";
+import { play } from "./frames.js";
 import { LiveClient, address, authorization } from "./live_client.js";
 import { fillSettings, namedFields } from "./settings.js";
 import { connectProblem, endProblem, rejectionProblem, sessionSummary, settingsProblem } from "./messages.js";
@@ -14,13 +15,8 @@ export class Session {
     this.state = state;
     this.screen = screen;
     this.video = screen.ui.video;
-    this.canvas = document.createElement("canvas");
+    this.frames = new FrameSender(state, screen);
     this.backoff = new Backoff();
-    this.frameTime = 0; // Of the frame that a file has shown last, while it plays.
-    this.encoding = null; // Promise of the picture that is being encoded, or null.
-    this.missed = null; // The slot that was shown while nothing could be sent; it has its turn for as long as it is shown.
-    this.video.addEventListener("emptied", () => (this.frameTime = 0));
-    this.video.addEventListener("seeked", () => this.onSeeked());
   }
 
   /** Opens a session as a person has asked for, if there is something to show it. */
@@ -50,8 +46,7 @@ export class Session {
     this.backoff.cancel();
     this.state.client?.abandon();
     Object.assign(this.state, { client: null, stopping: false, asking: false });
-    this.state.slots.end();
-    this.missed = null;
+    this.frames.end();
     this.#drop();
   }
 
@@ -65,29 +60,26 @@ export class Session {
 
   /** Asks a question about the picture that is shown. */
   async ask(text) {
-    const { state, screen } = this;
+    const { frames, screen, state } = this;
     const { client, transcript } = state;
     state.questions += 1;
     const id = `q${state.questions}`;
     screen.asked();
-    screen.entry(transcript.question(id, this.time, text));
+    screen.entry(transcript.question(id, frames.time, text));
     screen.allowQuestion(false); // One at a time: the answer comes between two frames.
     state.asking = true;
-    await this.#showModel(client);
+    await frames.untilRead(client);
     if (client !== state.client) return;
     state.asking = false;
     client.ask(text, id);
-    this.#look();
+    frames.look();
   }
 
-  /** Waits until the model has read the picture that is shown: a question overtakes a frame that waits. */
-  async #showModel(client) {
-    const { slots } = this.state;
-    while (this.video.seeking) await new Promise((resolve) => this.video.addEventListener("seeked", resolve, { once: true }));
-    await this.encoding;
-    if (client !== this.state.client) return;
-    if (this.hasPicture && slots.latest?.slot !== slots.at(this.time)) await this.#send(client, this.time);
-    await slots.latest?.read;
+  /** Handles a new picture of the video. */
+  onVideoFrame(time) {
+    if (!this.state.source?.hasVideo) return; // Another one is chosen.
+    this.frames.show(time);
+    if (this.state.idle && !this.video.paused) this.connect();
   }
 
   // Events of the server
@@ -114,7 +106,7 @@ export class Session {
     fillSettings(screen.ui.settings, settings);
     screen.problem("");
     screen.show(state, `Live at ${settings.fps} frames a second`, "live");
-    this.#look(); // The first frame is on the screen already.
+    this.frames.look(); // The first frame is on the screen already.
     if (state.playWhenLive) play(this.video);
     state.playWhenLive = false;
   }
@@ -130,7 +122,7 @@ export class Session {
     state.slots.done(event.frame);
     screen.figures.frame(event, state.settings);
     this.backoff.reset();
-    this.#look();
+    this.frames.look();
   }
 
   /** Whether a frame's slot had its caption, or its silence, before the frame was sent. */
@@ -263,69 +255,5 @@ export class Session {
     Object.assign(this.state, { phase: this.state.source ? "stopped" : "empty", needsKey: false });
     this.screen.problem("");
     this.screen.show(this.state, status);
-  }
-
-  // Frames
-
-  /** The time of the picture that is shown, in the transcript. */
-  get time() {
-    const { source, transcript } = this.state;
-    // A file that plays may be at its next frame by now. The frames of a stream count from elsewhere.
-    const isExact = source?.canSeek && !this.video.paused;
-    return transcript.offset + (isExact ? this.frameTime : this.video.currentTime);
-  }
-
-  /** A camera or a screen that has ended leaves something black behind. */
-  get hasPicture() {
-    const { readyState, srcObject } = this.video;
-    return readyState >= HTMLMediaElement.HAVE_CURRENT_DATA && (srcObject === null || srcObject.active);
-  }
-
-  /** Goes on with the captions so far where the time of the video begins anew. */
-  continueTime() {
-    const { transcript } = this.state;
-    transcript.offset = Math.max(this.time, transcript.entries.last?.timestamp ?? 0);
-    this.screen.track.clear(transcript.offset);
-  }
-
-  /** Handles a new picture of the video: shows its caption, and sends it if the next frame is due. */
-  onVideoFrame(time) {
-    if (!this.state.source?.hasVideo) return; // Another one is chosen.
-    this.frameTime = time;
-    this.screen.caption(this.time);
-    if (this.state.idle && !this.video.paused) this.connect();
-    this.#look();
-  }
-
-  /** Another moment may have the same picture, of which the video does not tell. */
-  onSeeked() {
-    this.frameTime = this.video.currentTime;
-    this.#look();
-  }
-
-  /** Sends the picture that is shown, if it is not captioned, or the session's first, as soon as the line is free. */
-  #look() {
-    const { client, phase, slots, stopping, asking } = this.state;
-    if (phase !== "live" || stopping || this.video.seeking || !this.hasPicture) return;
-    const slot = slots.at(this.time);
-    if (this.missed !== null && this.missed !== slot && !slots.isTaken(this.missed)) this.screen.figures.count("skipped");
-    this.missed = null;
-    if (slots.latest && slots.isTaken(slot)) return;
-    // A question is about the picture that is shown: no newer one goes before it.
-    if (asking || this.encoding || client.congested) this.missed = slot;
-    else this.#send(client, this.time);
-  }
-
-  async #send(client, time) {
-    const { state } = this;
-    this.encoding = takePicture(this.video, this.canvas, state.limits);
-    const picture = await this.encoding;
-    this.encoding = null;
-    if (!picture) return; // The browser has no memory for it.
-    if (client === state.client) {
-      state.slots.sent(client.sendFrame(picture, time), state.slots.at(time));
-      this.screen.figures.count("sent");
-    }
-    this.#look(); // Another one may be shown by now.
   }
 }
