@@ -27,16 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from casa_digits.conversations import Writer
 from casa_digits.data import load_samples
 from casa_digits.demonstration import write_demonstration
 from casa_digits.evaluate import evaluate_eager
 from casa_digits.language import teach_language
-from casa_digits.lessons import FINISH, LANGUAGE, MEMORY, NAMES, RESUME, Course
 from casa_digits.live import write_live_settings
 from casa_digits.model import MAX_POSITIONS, build_model, build_processor, deepen
-from casa_digits.practice import FinishWriter, NamesWriter, PracticeWriter, ResumeWriter
 from casa_digits.progress import ProgressFile
+from casa_digits.stages import STAGES, STEPS, Stage, option_name
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.vision_warmup import measure_accuracy, warm_up
 from casa_engine.atomic_files import write_atomically
@@ -49,11 +47,6 @@ from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.staged_folder import check_apart
 
-# Stages 3 to 6.
-DEEP_COURSES = ((MEMORY, PracticeWriter), (FINISH, FinishWriter), (RESUME, ResumeWriter), (NAMES, NamesWriter))
-# The options that say how many steps each stage has.
-STEPS = tuple(f"{stage}_steps" for stage in ("vision", LANGUAGE.name, *(course.name for course, _ in DEEP_COURSES)))
-
 
 def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     """Return the parser; `program` is the command's name in messages."""
@@ -61,13 +54,12 @@ def build_parser(program: str = "casa-train-digits") -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=checkpoint_path(), help="checkpoint folder (%(default)s)")
     parser.add_argument("--snapshots", type=Path, help="folder for the unfinished model, written now and then")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=4000)
-    parser.add_argument("--language-steps", type=int, default=7000)
-    parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate of stage 2 (%(default)s)")
-    parser.add_argument("--memory-steps", type=int, default=11000)
-    parser.add_argument("--finish-steps", type=int, default=6500)
-    parser.add_argument("--resume-steps", type=int, default=2600)
-    parser.add_argument("--names-steps", type=int, default=9000)
+    for number, (name, num_steps) in enumerate(STEPS.items(), start=1):
+        parser.add_argument(
+            option_name(name), type=int, default=num_steps, help=f"how many steps stage {number} has (%(default)s)"
+        )
+    rate = STAGES[0].course.peak_rate
+    parser.add_argument("--peak-rate", type=float, default=rate, help="highest learning rate of stage 2 (%(default)s)")
     parser.add_argument("--families", type=int, default=400, help="families of 8 images encoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vision-weights", type=Path, help="leaves out stage 1: a file that --keep-vision wrote")
@@ -123,7 +115,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises InputError for an option that would end the run only later."""
     for name, least in (*((name, 0) for name in STEPS), ("seed", 0), ("families", 1), ("threads", 1)):
         if getattr(options, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more.")
+            raise InputError(f"{option_name(name)} is {getattr(options, name)}; expected {least} or more.")
     if not 0 < options.peak_rate < math.inf:
         raise InputError(f"--peak-rate is {options.peak_rate}; expected a number above 0.")
     for name, path in (("--keep-vision", options.keep_vision), ("--keep-language", options.keep_language)):
@@ -145,6 +137,12 @@ def open_progress(options: argparse.Namespace) -> ProgressFile | None:
         return None
     decisive = ("seed", *STEPS, "families", "peak_rate")
     return ProgressFile(options.progress, {name: getattr(options, name) for name in decisive})
+
+
+def chosen_stages(options: argparse.Namespace) -> list[Stage]:
+    """Returns the stages after the first, with the learning rate of --peak-rate."""
+    first, *others = STAGES
+    return [dataclasses.replace(first, course=dataclasses.replace(first.course, peak_rate=options.peak_rate)), *others]
 
 
 def load_weights(module: torch.nn.Module, path: Path, stage: str) -> None:
@@ -169,17 +167,20 @@ def teach(
     progress_file: ProgressFile | None = None,
 ) -> CasaForConditionalGeneration:
     """Runs all stages, or what is left of them; returns the trained model. Mutates `model`."""
-    vision_rng, language_rng, *deep_rngs = np.random.default_rng(options.seed).spawn(2 + len(DEEP_COURSES))
+    vision_rng, *rngs = np.random.default_rng(options.seed).spawn(1 + len(STAGES))
     samples, begun = load_samples(held_out=False), progress_file.stage if progress_file else None
 
-    def teach_course(model: CasaForConditionalGeneration, writer: Writer, course: Course, num_steps: int) -> None:
+    def teach_stage(model: CasaForConditionalGeneration, stage: Stage, rng: np.random.Generator) -> None:
         model.model.visual.requires_grad_(False)
         save = (lambda: save_checkpoint(model, processor, options.snapshots)) if options.snapshots else None
+        writer, num_steps = stage.writer(processor.tokenizer, rng), getattr(options, stage.option)
         teach_language(
-            model, writer, samples, course, num_steps, options.families, save=save, progress_file=progress_file
+            model, writer, samples, stage.course, num_steps, options.families, save=save, progress_file=progress_file
         )
 
-    if not options.language_weights and begun in (None, LANGUAGE.name):
+    shallow, *deep = zip(chosen_stages(options), rngs, strict=True)
+    names = [stage.course.name for stage, _ in deep]
+    if not options.language_weights and begun not in names:
         if begun is None:  # otherwise the tower is in the progress, and not in `model` yet
             if not options.vision_weights:
                 head = warm_up(model.model.visual, vision_rng, samples, options.vision_steps)
@@ -187,15 +188,12 @@ def teach(
                 print("vision tower on held-out digits:", json.dumps(right))
             if options.keep_vision:
                 keep_weights(model.model.visual, options.keep_vision)
-        course = dataclasses.replace(LANGUAGE, peak_rate=options.peak_rate)
-        teach_course(model, Writer(processor.tokenizer, language_rng), course, options.language_steps)
+        teach_stage(model, *shallow)
         if options.keep_language:
             keep_weights(model, options.keep_language)
     deeper = deepen(model, options.seed)
-    names = [course.name for course, _ in DEEP_COURSES]
-    done = names.index(begun) if begun in names else 0
-    for (course, writer), rng in list(zip(DEEP_COURSES, deep_rngs, strict=True))[done:]:
-        teach_course(deeper, writer(processor.tokenizer, rng), course, getattr(options, f"{course.name}_steps"))
+    for stage, rng in deep[names.index(begun) if begun in names else 0 :]:
+        teach_stage(deeper, stage, rng)
     return deeper
 
 

@@ -10,19 +10,12 @@ import torch
 from casa_digits import train
 from casa_digits.evaluate import Report, Score
 from casa_digits.progress import ProgressFile
+from casa_digits.stages import STAGES, STEPS, option_name
 from casa_engine.checkpoints import load_model
 from casa_engine.digits import checkpoint_path
 from killing import ended_at
 
-SHORT = [
-    "--vision-steps=1",
-    "--language-steps=1",
-    "--memory-steps=1",
-    "--finish-steps=1",
-    "--resume-steps=1",
-    "--names-steps=1",
-    "--families=1",
-]
+SHORT = [*(f"{option_name(name)}=1" for name in STEPS), "--families=1"]
 
 
 @pytest.fixture
@@ -38,6 +31,15 @@ def quick_evaluation(monkeypatch):
     """Accuracy takes minutes and is not what is tested: a training of one step reads nothing anyhow."""
     monkeypatch.setattr(train, "evaluate_eager", lambda folder: Report([Score("read", 0, 1, 0.0)]))
     monkeypatch.setattr(train, "measure_accuracy", lambda *arguments: {})
+
+
+def replace_stages(monkeypatch, course=None, **fields):
+    """Gives all stages after the first one other values, and their courses those of `course`."""
+    stages = [dataclasses.replace(stage, **fields) for stage in STAGES]
+    stages = [
+        dataclasses.replace(stage, course=dataclasses.replace(stage.course, **(course or {}))) for stage in stages
+    ]
+    monkeypatch.setattr(train, "STAGES", tuple(stages))
 
 
 def tree(folder) -> dict:
@@ -62,18 +64,8 @@ def test_run_replaces_the_checkpoint_at_its_end(output, tmp_path):
 
 def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
     """With the same weights as without a break; a run with other options does not go on with it."""
-    short = {"steps_per_pool": 1, "batch_tokens": 200}
-    monkeypatch.setattr(train, "LANGUAGE", dataclasses.replace(train.LANGUAGE, **short))
-    courses = tuple((dataclasses.replace(course, **short), writer) for course, writer in train.DEEP_COURSES)
-    monkeypatch.setattr(train, "DEEP_COURSES", courses)
-    steps = [
-        "--vision-steps=1",
-        "--language-steps=3",
-        "--memory-steps=3",
-        "--finish-steps=3",
-        "--resume-steps=3",
-        "--names-steps=3",
-    ]
+    replace_stages(monkeypatch, course={"steps_per_pool": 1, "batch_tokens": 200})
+    steps = [f"{option_name(name)}={1 if name == 'vision_steps' else 3}" for name in STEPS]
     run = [*steps, "--families=1", f"--output={output}"]
     assert train.main(run) == 0
     weights = tree(output)["model.safetensors"]
@@ -87,17 +79,29 @@ def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
     monkeypatch.setattr(ProgressFile, "keep", keep_and_end)
     tower = tmp_path / "vision.pt"
     kept = [*run, f"--progress={tmp_path / 'progress.pt'}", f"--keep-vision={tower}"]
-    ended = ("language", 2)
+    first, *others = [stage.course.name for stage in STAGES]
+    ended = (first, 2)
     assert train.main(kept) == 1
     trained_tower = tower.read_bytes()
     monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("trained the tower again"))
     assert train.main([*kept, "--seed=1"]) == 1
-    for stage in ("memory", "finish", "resume", "names"):
+    for stage in others:
         ended = (stage, 2)
         assert train.main(kept) == 1
     assert train.main(kept) == 0
     assert tree(output)["model.safetensors"] == weights
     assert tower.read_bytes() == trained_tower
+
+
+def test_no_stage_sees_a_held_out_digit(output, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "warm_up", lambda tower, rng, samples, num_steps: seen.append(samples))
+    monkeypatch.setattr(
+        train, "teach_language", lambda model, writer, samples, *arguments, **options: seen.append(samples)
+    )
+    assert train.main([*SHORT, f"--output={output}"]) == 0
+    assert len(seen) == len(STEPS)
+    assert all(len(samples) > 1000 and (samples.indices % 5 != 0).all() for samples in seen)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +162,7 @@ def test_killed_run_leaves_the_old_or_the_new(output, tmp_path, monkeypatch):
     """Weights of stage 1, snapshots and the model itself: each is whole at every moment."""
     monkeypatch.setattr(train, "warm_up", lambda *arguments: None)
     monkeypatch.setattr(train, "load_samples", lambda held_out: None)
-    monkeypatch.setattr(train, "Writer", lambda *arguments: None)
-    courses = tuple((course, lambda *arguments: None) for course, _ in train.DEEP_COURSES)
-    monkeypatch.setattr(train, "DEEP_COURSES", courses)
+    replace_stages(monkeypatch, writer=lambda *arguments: None)
     monkeypatch.setattr(train, "teach_language", lambda *arguments, save, **options: save())
     options = [f"--output={output}", f"--snapshots={tmp_path / 'half'}", f"--keep-vision={tmp_path / 'vision.pt'}"]
     assert train.main([*SHORT, *options, "--seed=1"]) == 0
