@@ -3,6 +3,7 @@
 It is kept where a new pool of images begins, because all that is drawn from then on follows from the random generator.
 """
 
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class ProgressFile:
 
     Args:
         path: The file; its folder must exist.
-        options: Options that the weights follow from. A run goes on only with the same.
+        options: What the weights follow from, by name. A run goes on only with the same.
 
     Raises:
         InputError: There is such a file, but of a run with other options, or it is none.
@@ -28,21 +29,32 @@ class ProgressFile:
     def __init__(self, path: Path, options: dict[str, Any]) -> None:
         self.path, self.options = path, options
         self._found: dict[str, Any] | None = None
+        self._started_s, self._minutes_before = time.monotonic(), 0.0
         if not path.exists():
             return
         try:
             # Plain values and tensors only: nothing in the file is run.
             self._found = torch.load(path, weights_only=True)
-            begun = self._found["options"]
+            begun, self._minutes_before = dict(self._found["options"]), float(self._found["minutes"])
         except Exception as error:
             raise InputError(f"{path} is no file of --progress: {error}. Name another.") from error
-        if begun != options:
-            raise InputError(f"{path} belongs to a run with {begun}; expected {options}. Name another file.")
+        others = [name for name in {**begun, **options} if begun.get(name) != options.get(name)]
+        if others:
+            raise InputError(f"{path} belongs to a run with another {', another '.join(others)}. Name another file.")
 
     @property
     def stage(self) -> str | None:
         """The stage to go on with (a course's name), or None: those before it are done."""
         return None if self._found is None else self._found["stage"]
+
+    @property
+    def minutes(self) -> float:
+        """How long the run has taken so far, over all its parts; what a part did after its last `keep` is not in it."""
+        return self._minutes_before + (time.monotonic() - self._started_s) / 60
+
+    def remove(self) -> None:
+        """Remove the file: the run is over, and the same command begins anew."""
+        self.path.unlink(missing_ok=True)
 
     def keep(
         self,
@@ -59,6 +71,7 @@ class ProgressFile:
         torch.save(
             {
                 "options": self.options,
+                "minutes": self.minutes,
                 "stage": stage,
                 "step": step,
                 "weights": trained.state_dict(),

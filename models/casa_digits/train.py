@@ -6,7 +6,8 @@
     stage 4   the same with what is hardest, and copying names       the same
     stage 5   the same with streams that are resumed                 the same
     stage 6   names that stand in another window than the image      the same
-    then      measured on held-out digits; accuracy.json beside the weights; the output folder is replaced last
+    then      measured on held-out digits; accuracy.json beside the weights; the output folder is replaced last,
+              by a model that meets every demand; another one is written beside it, and the exit status is 1
 
 With the defaults it takes about an hour and a half on a free core, and twice that on a busy machine. One thread is the
 default: the model is so small that a second one gains little, and loses a lot on a busy machine. The same seed gives
@@ -19,6 +20,7 @@ import json
 import math
 import pickle
 import shlex
+import shutil
 import sys
 import time
 from io import BytesIO
@@ -38,11 +40,11 @@ from casa_digits.stages import STAGES, STEPS, Stage, option_name
 from casa_digits.tokenizer import build_tokenizer
 from casa_digits.vision_warmup import measure_accuracy, warm_up
 from casa_engine.atomic_files import write_atomically
-from casa_engine.checkpoint_folder import list_files, stage_checkpoint
+from casa_engine.checkpoint_folder import LAST_FILE, list_files, stage_checkpoint
 from casa_engine.checkpoints import save_checkpoint, weight_bytes, write_checkpoint
 from casa_engine.command import run_command
 from casa_engine.digits import checkpoint_path
-from casa_engine.errors import InputError
+from casa_engine.errors import CheckpointError, InputError
 from casa_engine.modeling_casa import CasaForConditionalGeneration
 from casa_engine.processing_casa import CasaProcessor
 from casa_engine.staged_folder import check_apart
@@ -83,7 +85,12 @@ def main(arguments: list[str] | None = None, program: str = "casa-train-digits")
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains a model; its folder appears whole, with the accuracy that was measured on it."""
+    """Trains a model; its folder appears whole, with the accuracy that was measured on it.
+
+    Raises:
+        CheckpointError: It misses a demand; where the folder holds a checkpoint, that stays, and it is written beside.
+        InputError: An option cannot be used.
+    """
     check_options(options)
     torch.set_num_threads(options.threads)
     started = time.monotonic()
@@ -94,21 +101,50 @@ def train(options: argparse.Namespace) -> None:
     if options.language_weights:
         load_weights(model, options.language_weights, "language")
     progress_file = open_progress(options)
+    kept = options.output
     with stage_checkpoint(options.output, weight_bytes(deepen(model, options.seed))) as staged:
         model = teach(model, processor, options, progress_file)
         write_checkpoint(model, processor, staged.path)
         write_live_settings(staged.path)
         write_demonstration(staged.path)
+        report = evaluate_eager(staged.path)
         record = {
             "command": options.command,
             "torch": torch.__version__,
-            "minutes": round((time.monotonic() - started) / 60, 1),
-            "held_out": evaluate_eager(staged.path).as_dict(),
+            "minutes": round(progress_file.minutes if progress_file else (time.monotonic() - started) / 60, 1),
+            "held_out": report.as_dict(),
         }
         (staged.path / "accuracy.json").write_text(json.dumps(record, indent=2) + "\n")
         list_files(staged.path)
+        if report.passed or not holds_checkpoint(options.output):
+            staged.commit()
+        else:
+            kept = missed_folder(options.output)
+            copy_checkpoint(staged.path, kept)
+    if progress_file:
+        progress_file.remove()
+    print(report.table())
+    if not report.passed:
+        as_before = "" if kept == options.output else f", and {options.output} is as before"
+        raise CheckpointError(f"the model misses a demand. It is in {kept}{as_before}.")
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Returns whether there is a checkpoint, which a model that misses a demand must not replace."""
+    return (folder / LAST_FILE).is_file()
+
+
+def missed_folder(output: Path) -> Path:
+    """Returns where such a model is written instead: beside the folder."""
+    output = output.resolve()
+    return output.with_name(f"{output.name}.missed")
+
+
+def copy_checkpoint(folder: Path, target: Path) -> None:
+    """Writes a finished checkpoint to another folder."""
+    with stage_checkpoint(target) as staged:
+        shutil.copytree(folder, staged.path, dirs_exist_ok=True)
         staged.commit()
-    print(json.dumps(record, indent=2))
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -125,6 +161,9 @@ def check_options(options: argparse.Namespace) -> None:
             raise InputError(f"{name} {path} is a folder. Name a file.")
     if options.progress and not options.progress.absolute().parent.is_dir():
         raise InputError(f"the folder of --progress {options.progress} does not exist. Make it first.")
+    if holds_checkpoint(options.output):
+        with stage_checkpoint(missed_folder(options.output)):
+            pass
     if options.snapshots:
         check_apart(options.snapshots, options.output)
         with stage_checkpoint(options.snapshots):
@@ -135,8 +174,9 @@ def open_progress(options: argparse.Namespace) -> ProgressFile | None:
     """Opens the file of --progress, if one is named."""
     if options.progress is None:
         return None
-    decisive = ("seed", *STEPS, "families", "peak_rate")
-    return ProgressFile(options.progress, {name: getattr(options, name) for name in decisive})
+    decisive = {name: getattr(options, name) for name in ("seed", *STEPS, "families", "peak_rate")}
+    courses = {f"course {stage.course.name}": repr(stage.course) for stage in STAGES}
+    return ProgressFile(options.progress, {**decisive, "torch": str(torch.__version__), **courses})
 
 
 def chosen_stages(options: argparse.Namespace) -> list[Stage]:

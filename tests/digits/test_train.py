@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from casa_digits import train
+from casa_digits import progress, train
 from casa_digits.evaluate import Report, Score
 from casa_digits.progress import ProgressFile
 from casa_digits.stages import STAGES, STEPS, option_name
@@ -91,6 +93,60 @@ def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
     assert train.main(kept) == 0
     assert tree(output)["model.safetensors"] == weights
     assert tower.read_bytes() == trained_tower
+
+
+def test_a_model_that_misses_a_demand_replaces_none(output, tmp_path, monkeypatch, capsys):
+    before, missed = tree(output), tmp_path / "model.missed"
+    monkeypatch.setattr(train, "teach", lambda model, *options: model)
+    monkeypatch.setattr(train, "evaluate_eager", lambda folder: Report([Score("read", 0, 1, 0.9)]))
+    for _ in range(2):  # the second one replaces the first one's
+        assert train.main([*SHORT, f"--output={output}"]) == 1
+        said = capsys.readouterr()
+        assert "MISSED" in said.out
+        assert f"It is in {missed}, and {output} is as before." in said.err.splitlines()[-1]
+        assert tree(output) == before
+        load_model(missed)
+        assert json.loads((missed / "accuracy.json").read_text())["held_out"] == {"read": 0.0}
+    assert train.main([*SHORT, f"--output={tmp_path / 'new'}"]) == 1
+    assert f"It is in {tmp_path / 'new'}." in capsys.readouterr().err
+    load_model(tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.missed", "new"}
+
+
+def test_progress_belongs_to_its_courses_and_its_torch(output, tmp_path, monkeypatch, capsys):
+    """And to its options; it counts the minutes of all parts, and ends with the run."""
+    path, clock_s, ends = tmp_path / "progress.pt", [0.0], [True]
+    run = [*SHORT, f"--output={output}", f"--progress={path}"]
+    trained = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(trained.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    def teach(model, processor, options, progress_file):
+        clock_s[0] += 1200
+        progress_file.keep("names", 1, trained, optimizer, schedule, np.random.default_rng(0))
+        if ends[0]:
+            raise KeyboardInterrupt
+        return model
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock_s[0]))
+    monkeypatch.setattr(train, "teach", teach)
+    assert train.main(run) == 1 and path.exists()
+    *others, last = STAGES
+    last = dataclasses.replace(last, course=dataclasses.replace(last.course, batch_tokens=1))
+    for name, value, words in [
+        ("torch.__version__", "0.0", "another torch."),
+        ("STAGES", (*others, last), f"another course {last.course.name}."),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"casa_digits.train.{name}", value)
+            assert train.main(run) == 1
+        assert f"belongs to a run with {words}" in capsys.readouterr().err
+    assert train.main([*run, "--seed=1"]) == 1
+    assert "another seed." in capsys.readouterr().err
+    ends[0] = False
+    assert train.main(run) == 0
+    assert json.loads((output / "accuracy.json").read_text())["minutes"] == 40
+    assert not path.exists()
 
 
 def test_no_stage_sees_a_held_out_digit(output, monkeypatch):
