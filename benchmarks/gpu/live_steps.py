@@ -14,7 +14,7 @@ from collections import defaultdict
 from typing import Any
 
 from bench_engine import IMAGE, MODES, BenchEngine, triton_compilations
-from host_time import Launches
+from host_time import Launches, return_awaited_tokens
 from PIL import Image
 from rows import leave
 from sizes import FULL
@@ -41,12 +41,11 @@ class CountedSteps:
     """
 
     def __init__(self, core: Any, launches: Launches) -> None:
-        runner, scheduler = core.model_executor.driver_worker.worker.model_runner, core.scheduler
+        runner = core.model_executor.driver_worker.worker.model_runner
         self.steps: dict[tuple[int, int, int], list[dict[str, int]]] = defaultdict(list)
-        self._core, self._launches = core, launches
+        self._launches = launches
         self._execute, self._sample = runner.execute_model, runner.sample_tokens
         runner.execute_model, runner.sample_tokens = self._execute_model, self._sample_tokens
-        self._update, scheduler.update_from_output = scheduler.update_from_output, self._update_from_output
 
     def _execute_model(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         lens = scheduled.num_scheduled_tokens.values()
@@ -60,14 +59,6 @@ class CountedSteps:
         after = self._launches.read()
         self.steps[self._kind].append({name: after[name] - self._before[name] for name in after})
         return result
-
-    def _update_from_output(self, scheduled: Any, output: Any) -> Any:
-        # What stand-ins "sample" says nothing, not even how many tokens: those that the scheduler waits for.
-        waiting = self._core.scheduler.requests
-        for name, index in output.req_id_to_index.items():
-            wanted = min(1, waiting[name].num_output_placeholders) if name in waiting else 0
-            output.sampled_token_ids[index] = output.sampled_token_ids[index][:wanted]
-        return self._update(scheduled, output)
 
     def lines(self) -> list[dict[str, Any]]:
         """Returns each kind's median counts."""
@@ -163,7 +154,9 @@ def main() -> None:
         "kv_tokens": bench.vllm_config.cache_config.kv_cache_size_tokens,
     }
     print(json.dumps(about), flush=True)
-    counted, sessions = CountedSteps(bench.engine.engine_core.engine_core, launches), Sessions(bench)
+    core = bench.engine.engine_core.engine_core
+    return_awaited_tokens(core.scheduler)
+    counted, sessions = CountedSteps(core, launches), Sessions(bench)
     for number in options.sessions:
         measure(bench, sessions, counted, number)
     leave()

@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(STAND_IN is None, reason="CASA_STAND_IN names no stand-ins of the CUDA libraries"),
 ]
-LIMIT_S = 400
+# An idle machine needs 100 s at most; one with much other work has needed more than 400.
+LIMIT_S = 1200
 # Of benchmarks/gpu/live_steps.py.
 CHUNK_TOKENS = 20
 FOLDERS = ("", "plugins", "serving", "models", "benchmarks", "benchmarks/gpu", "tests/support")
