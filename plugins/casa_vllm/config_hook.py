@@ -23,6 +23,8 @@ SPLITTING_OPS = (
     "vllm::unified_mla_kv_cache_update",
     "vllm::casa_cross_attention",
 )
+# Of a sequence in a step of CUDA graphs: a live frame's text, beside which the other sequences decode; and in all.
+GRAPH_TOKENS_A_SEQUENCE, MAX_GRAPH_TOKENS = 32, 512
 
 
 class CasaConfigHook(VerifyAndUpdateConfig):
@@ -95,6 +97,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
             vllm_config.parallel_config.worker_cls = GPU_WORKER
         compilation = vllm_config.compilation_config
+        _set_graph_sizes(vllm_config)
         if compilation.splitting_ops is None and not vllm_config.model_config.enforce_eager:
             # The operator reads the step's metadata, so it must not be part of a piecewise graph.
             compilation.splitting_ops = [*compilation._attention_ops, *SPLITTING_OPS]
@@ -137,6 +140,18 @@ def _set_encoder_graphs(vllm_config: "VllmConfig") -> None:
     smallest = compilation.encoder_cudagraph_max_vision_items_per_batch
     sizes = graph_tokens(vllm_config.scheduler_config.max_num_encoder_input_tokens)
     compilation.encoder_cudagraph_token_budgets = [size for size in sizes if size >= smallest]
+
+
+def _set_graph_sizes(vllm_config: "VllmConfig") -> None:
+    """Has CUDA graphs of short prefills for few sequences, too, where nobody has chosen their sizes.
+
+    vLLM's largest graph has two tokens a sequence, which is enough for decoding alone, and 512 at most.
+    """
+    compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
+    is_chosen = compilation.max_cudagraph_capture_size is not None or compilation.cudagraph_capture_sizes is not None
+    largest = min(GRAPH_TOKENS_A_SEQUENCE * scheduler.max_num_seqs, MAX_GRAPH_TOKENS, scheduler.max_num_batched_tokens)
+    if not is_chosen and 2 * scheduler.max_num_seqs < largest:
+        compilation.max_cudagraph_capture_size = largest
 
 
 def _reject_image_options(vllm_config: "VllmConfig") -> None:

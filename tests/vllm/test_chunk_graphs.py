@@ -103,6 +103,27 @@ def test_the_worker_of_a_gpu(given, chosen, config, monkeypatch):
     assert config.parallel_config.worker_cls == chosen
 
 
+def largest_graph(num_seqs, step_tokens, largest=None, sizes=None):
+    """What the hook leaves of `max_cudagraph_capture_size`; None is vLLM's own choice."""
+    compilation = SimpleNamespace(max_cudagraph_capture_size=largest, cudagraph_capture_sizes=sizes)
+    scheduler = SimpleNamespace(max_num_seqs=num_seqs, max_num_batched_tokens=step_tokens)
+    config_hook._set_graph_sizes(SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler))
+    return compilation.max_cudagraph_capture_size
+
+
+def test_graphs_of_few_sequences_hold_a_chunk_of_each():
+    """Of 8 vLLM's largest has 16 tokens, and a live frame's text 20. Of 256 it has 512, of 512 on Blackwell 1,024."""
+    found = {num_seqs: largest_graph(num_seqs, 8192) for num_seqs in (1, 8, 16, 18, 255, 256, 1024)}
+    assert found == {1: 32, 8: 256, 16: 512, 18: 512, 255: 512, 256: None, 1024: None}
+    assert largest_graph(8, 100) == 100, "no graph is larger than a step"
+    assert largest_graph(8, 16) is None
+
+
+@pytest.mark.parametrize("chosen", [{"largest": 64}, {"sizes": [1, 2, 4]}])
+def test_sizes_of_graphs_that_somebody_chose_stay(chosen):
+    assert largest_graph(8, 8192, **chosen) == chosen.get("largest")
+
+
 def started_with(runner, monkeypatch, *, is_encoder_only=False):
     """The runner's class after the worker's start, for which vLLM made one of that class."""
     monkeypatch.setattr(Worker, "init_device", lambda self: setattr(self, "model_runner", object.__new__(runner)))
