@@ -73,7 +73,7 @@ class Command:
 serve = Command(
     ("serve",),
     "casa-serve",
-    "casa_serving.cli",
+    "casa_serving.serve",
     "Serve a model behind an OpenAI-compatible endpoint, with a web page.",
     (
         Parser((), "casa_serving.cli:build_parser", ("cpu",)),

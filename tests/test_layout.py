@@ -34,9 +34,10 @@ ALLOWED = {
     "casa_commands": set(ROOMS),
 }
 # Inside serving, from the ground up: each part and the parts that it may use.
-GROUND = {"engine_defaults", "errors", "options"}
+GROUND = {"engine_defaults", "engine_environment", "errors", "options"}
 SERVING = {
-    "engine_defaults": set(),
+    "engine_environment": set(),
+    "engine_defaults": {"engine_environment"},
     "errors": set(),
     "options": set(),
     "drain": GROUND,
@@ -44,7 +45,9 @@ SERVING = {
     "live": GROUND | {"drain", "endpoint"},
     "caption": GROUND | {"endpoint", "live"},
     "cluster": GROUND | {"drain", "endpoint", "live"},
-    "cli": GROUND | {"drain", "endpoint", "live", "cluster"},
+    "early_engine": {"engine_environment"},
+    "cli": GROUND | {"drain", "early_engine", "endpoint", "live", "cluster"},
+    "serve": {"early_engine", "cli"},
 }
 # What plain `pip install casa-engine` brings, as imported; the rest is Python's own.
 CORE_PACKAGES = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL", "jinja2"}

@@ -22,6 +22,7 @@ from casa_engine.errors import CasaError, InputError
 from casa_engine.originals.views import resolve_checkpoint
 from casa_serving.drain.processes import MIN_BOUND_S, SignalCounter, exit_immediately
 from casa_serving.drain.startup_patch import replace_run_server
+from casa_serving.early_engine import EarlyEngine, replace_engine_process
 from casa_serving.endpoint.plugin_entry import register
 from casa_serving.engine_defaults import (
     SHUTDOWN_TIMEOUT_S,
@@ -174,22 +175,25 @@ def has_several_servers(args: argparse.Namespace) -> bool:
     return count > 1
 
 
-def main(arguments: list[str] | None = None, program: str = "casa-serve") -> int:
-    """Run the command; return the exit status. `program` is its name in messages."""
+def main(
+    arguments: list[str] | None = None, program: str = "casa-serve", early_engine: EarlyEngine | None = None
+) -> int:
+    """Run the command; return the exit status. Arguments are those of `run`."""
     # The first process of a container ignores SIGTERM without a handler; vLLM installs the same one later on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run(sys.argv[1:] if arguments is None else arguments, program)
+        return run(sys.argv[1:] if arguments is None else arguments, program, early_engine)
     except KeyboardInterrupt:
         exit_immediately(INTERRUPTED)
 
 
-def run(argv: list[str], program: str = "casa-serve") -> int:
+def run(argv: list[str], program: str = "casa-serve", early_engine: EarlyEngine | None = None) -> int:
     """Runs the server until it is stopped; returns the exit status.
 
     Args:
         argv: The command line without the command's own name.
         program: The command's name in messages.
+        early_engine: A process for the engine, where one was started already.
 
     Returns:
         0 after a signal, 1 if it could not start or exited by itself, such as after its engine died.
@@ -209,7 +213,7 @@ def run(argv: list[str], program: str = "casa-serve") -> int:
     try:
         if has_several:
             serve_in_processes(args, program)
-        serve_in_process(args)
+        serve_in_process(args, early_engine)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -221,13 +225,15 @@ def run(argv: list[str], program: str = "casa-serve") -> int:
         return 1
 
 
-def serve_in_process(args: argparse.Namespace) -> NoReturn:
+def serve_in_process(args: argparse.Namespace, early_engine: EarlyEngine | None = None) -> NoReturn:
     """Serves in this process until shutdown, then exits.
 
     All clients have their final messages and the engine has exited by then. The interpreter's own cleanup, with threads
     that may still decode images, would take seconds that the shutdown timeout does not leave.
     """
     replace_run_server(lambda: exit_immediately(INTERRUPTED))
+    if early_engine is not None:
+        replace_engine_process(early_engine)
     run_vllm(args)
     sys.stdout.flush()
     exit_immediately(0 if args.was_asked_to_end else 1, args.engine_processes)

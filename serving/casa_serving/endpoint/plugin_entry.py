@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from casa_serving.engine_defaults import CONNECTOR
+from casa_serving.engine_environment import CONNECTOR
 
 
 def register() -> None:

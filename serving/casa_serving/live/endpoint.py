@@ -18,7 +18,7 @@ from vllm.engine.protocol import EngineClient
 
 from casa_engine.errors import ConfigError
 from casa_serving.endpoint.media import GuardedImageIO
-from casa_serving.engine_defaults import CONNECTOR
+from casa_serving.engine_environment import CONNECTOR
 from casa_serving.live import web_files
 from casa_serving.live.connection import Connection, LiveService
 from casa_serving.live.metrics import LiveMetrics
