@@ -143,7 +143,7 @@ def endpoints(plugins):
 def test_the_command_line(monkeypatch, checkpoint, embedded, on_cpu, live):
     served = []
     monkeypatch.setattr(cli, "runs_on_cpu", lambda: on_cpu)
-    monkeypatch.setattr(cli, "serve_in_process", served.append)
+    monkeypatch.setattr(cli, "serve_in_process", lambda args, early_engine: served.append(args))
     argv = [] if embedded else [str(checkpoint(embedded))]
     cli.run(argv if live else [*argv, "--live-max-sessions", "0"])
     (args,) = served
@@ -252,7 +252,7 @@ def test_a_cluster(checkpoint, embedded, on_cpu, live):
 def test_what_the_user_gives_wins(monkeypatch):
     served = []
     monkeypatch.setattr(cli, "runs_on_cpu", lambda: True)
-    monkeypatch.setattr(cli, "serve_in_process", served.append)
+    monkeypatch.setattr(cli, "serve_in_process", lambda args, early_engine: served.append(args))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("VLLM_MEDIA_CONNECTOR", "http")
     cli.run(["--no-enforce-eager", "--max-model-len", "64", "--logits-processors", "mine:Own"])
