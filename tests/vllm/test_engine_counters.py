@@ -14,7 +14,6 @@ from casa_engine.errors import ConfigError
 from casa_vllm.engine_counters import EngineCounters, EngineCountersReader, engine_folder, folder_prefix
 from casa_vllm.metric_names import COUNTERS, GAUGES
 
-pytestmark = pytest.mark.unit
 VALUES = {name: 10 + number for number, name in enumerate([*COUNTERS, *GAUGES])}
 # An engine that has counted and does not end.
 ENGINE = """
