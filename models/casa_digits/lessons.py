@@ -11,6 +11,9 @@ from casa_digits.frames import FramePool
 
 STREAM_TOKENS = (70, 120, 240, 400, 680)
 ROWS_DRAWN = {"chat": 160, "memory": 80, "stream": 32, "recall": 40, "form": 80, "tools": 48, "copies": 48}
+# Shares of `STREAM_TOKENS`: without the shortest, and with it.
+_LONG = (0.0, 0.5, 0.32, 0.13, 0.05)
+_ALL = (0.2, 0.3, 0.3, 0.15, 0.05)
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Lesson:
 
     until: float
     kinds: dict[str, float]
-    stream_tokens: tuple[float, ...]
-    recall_tokens: tuple[float, ...]
+    stream_tokens: tuple[float, ...] = _LONG
+    recall_tokens: tuple[float, ...] = _ALL
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,12 @@ class Course:
         return next(lesson for lesson in self.lessons if done < lesson.until or lesson is self.lessons[-1])
 
 
-_LONG = (0.0, 0.5, 0.32, 0.13, 0.05)
 LANGUAGE = Course(
     name="language",
     lessons=(
         Lesson(
             until=1.0,
             kinds={"chat": 0.18, "memory": 0.12, "stream": 0.3, "recall": 0.14, "form": 0.14, "tools": 0.12},
-            stream_tokens=_LONG,
             recall_tokens=_LONG,
         ),
     ),
@@ -76,9 +77,9 @@ _MIXED = {"chat": 0.07, "memory": 0.1, "stream": 0.34, "recall": 0.2, "form": 0.
 MEMORY = Course(
     name="memory",
     lessons=(
-        Lesson(0.1, _BEGUN, stream_tokens=_LONG, recall_tokens=(0.6, 0.3, 0.1, 0.0, 0.0)),
-        Lesson(0.25, _BEGUN, stream_tokens=_LONG, recall_tokens=(0.35, 0.35, 0.2, 0.1, 0.0)),
-        Lesson(1.0, _MIXED, stream_tokens=_LONG, recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05)),
+        Lesson(0.1, _BEGUN, recall_tokens=(0.6, 0.3, 0.1, 0.0, 0.0)),
+        Lesson(0.25, _BEGUN, recall_tokens=(0.35, 0.35, 0.2, 0.1, 0.0)),
+        Lesson(1.0, _MIXED),
     ),
     batch_tokens=640,
     steps_per_pool=1500,
@@ -100,8 +101,6 @@ FINISH = Course(
                 "tools": 0.22,
                 "copies": 0.24,
             },
-            stream_tokens=_LONG,
-            recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
         ),
         Lesson(
             until=1.0,
@@ -114,8 +113,6 @@ FINISH = Course(
                 "tools": 0.18,
                 "copies": 0.06,
             },
-            stream_tokens=_LONG,
-            recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
         ),
     ),
     batch_tokens=640,
@@ -140,8 +137,6 @@ NAMES = dataclasses.replace(
                 "tools": 0.2,
                 "copies": 0.34,
             },
-            stream_tokens=_LONG,
-            recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
         ),
         Lesson(
             until=1.0,
@@ -154,8 +149,6 @@ NAMES = dataclasses.replace(
                 "tools": 0.2,
                 "copies": 0.1,
             },
-            stream_tokens=_LONG,
-            recall_tokens=(0.2, 0.3, 0.3, 0.15, 0.05),
         ),
     ),
     peak_rate=8e-4,
