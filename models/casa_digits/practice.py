@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from casa_digits.conversations import UNSEEN, Conversation, Writer, draw_tools, show_tool
-from casa_digits.forms import NameShares, fill_form, spell_form
+from casa_digits.forms import CALL_END, CALL_START, NameShares, fill_form, spell_form
 from casa_digits.frames import FramePool
 from casa_digits.memory import QUESTIONS, recall
 from casa_digits.phrases import REPORT
@@ -45,7 +45,7 @@ class FinishWriter(PracticeWriter):
         for _ in range(self.num_copies):
             spelled = spell_form(fill_form(form, pool.texts[pool.any(self.rng)]))
             self._turn(talk, "user", self._pick(REPORT), self.shown_in_copies)
-            head, tail = f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ', "}\n</tool_call>"
+            head, tail = f'{CALL_START}{{"name": {json.dumps(name)}, "arguments": ', f"}}{CALL_END}"
             known = [False] * len(head) + spelled.known + [False] * len(tail)
             encoded = self.tokenizer(head + spelled.text + tail, return_offsets_mapping=True)
             talk.append(self.spell(f"{TURN_START}assistant\n"))
