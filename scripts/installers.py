@@ -1,14 +1,15 @@
-"""Installs packages into an environment: with uv where it is there, with the environment's own pip otherwise.
+"""Installs packages into an environment: with uv, or with the environment's own pip where there is none.
 
-uv downloads in parallel and links files instead of copying them, but it does not read pip's configuration. A machine
-whose pip is configured with an index, a folder of wheels, a proxy or a certificate needs nothing more: `uv_variables`
-hands those settings on. Where uv fails all the same, pip has the last word.
+uv downloads and compiles in parallel and links files instead of copying them, but it does not read pip's
+configuration. A machine whose pip is configured with an index, a folder of wheels, a proxy or a certificate needs
+nothing more: `uv_variables` hands those settings on. Where uv fails all the same, pip has the last word.
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,11 @@ def uv_variables(settings: Mapping[str, str], environment: Mapping[str, str]) ->
     return {name: value for name, value in variables.items() if name not in environment}
 
 
+def lock_entry(lock: Path, name: str) -> str:
+    """Return a package's lines of a lock file."""
+    return re.search(rf"^{re.escape(name)}==.*\\\n(?: +--hash=.*\n)+", lock.read_text(), re.MULTILINE).group()
+
+
 def uv_environment() -> dict[str, str]:
     """Return this process's environment with pip's settings added for uv."""
     listed = run(sys.executable, "-m", "pip", "config", "list", capture_output=True)
@@ -88,7 +94,25 @@ class Installer:
 
     def __init__(self, python: Path) -> None:
         self.python = python
-        self._uv = shutil.which("uv")
+        self._uv = shutil.which("uv") or shutil.which("uv", path=str(python.parent))
+
+    def get_uv(self, lock: Path) -> None:
+        """Install the locked uv into the environment where there is none; pip does everything where that fails.
+
+        Args:
+            lock: A lock file that names it.
+        """
+        if self._uv:
+            return
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write(lock_entry(lock, "uv"))
+            file.flush()
+            try:
+                # Without a wheel for this machine it would be built, which needs Rust and minutes.
+                self._pip("install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "-r", file.name)
+            except InstallError:
+                print("uv was not installed (see above): pip takes longer", flush=True)
+        self._uv = shutil.which("uv", path=str(self.python.parent))
 
     def install(self, *arguments: str | Path) -> None:
         """Install by `arguments`, which both uv and pip understand.
@@ -123,8 +147,9 @@ class Installer:
 
     def _try_uv(self, *arguments: str | Path) -> bool:
         """Run `uv pip install`; return whether it succeeded."""
-        command = (self._uv, "pip", "install", "--quiet", "--python", self.python, *arguments)
-        if run(*command, env=uv_environment()).returncode == 0:
+        command = (self._uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", self.python, *arguments)
+        # By their times, as pip and Python compile: by their hashes every import would read the source too.
+        if run(*command, env={"PYC_INVALIDATION_MODE": "TIMESTAMP", **uv_environment()}).returncode == 0:
             return True
         print("uv failed (see above); trying pip", flush=True)
         return False

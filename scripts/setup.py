@@ -139,6 +139,7 @@ class Environment:
         """Installs the locked versions, or the newest that fit; then the checkout itself."""
         installer = Installer(self.python)
         torch = torch_build(self.device)
+        installer.get_uv(lock_path(self.device))
         try:
             if self.newest or self.vllm is not None:
                 installer.resolve(requirements(self.device, self.vllm), torch=torch, upgrade=self.newest)

