@@ -33,6 +33,7 @@ from casa_serving.engine_defaults import (
     server_arguments,
     set_environment,
 )
+from casa_serving.exit_status import INTERRUPTED
 from casa_serving.options.image_limits import ALLOW_LOOPBACK, ImageLimits, add_limit_options
 from casa_serving.options.live_options import LiveOptions, add_live_options
 from casa_serving.options.request_limits import RequestLimits, add_request_options
@@ -48,7 +49,6 @@ MIDDLEWARE = [
     "casa_serving.endpoint.request_guard.RequestGuard",
     "casa_serving.drain.middleware.Drain",
 ]
-INTERRUPTED = 130
 # Folder of the metrics of several API servers; vLLM creates it and relies on the interpreter's exit to remove it.
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 

@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from casa_serving.early_engine import EarlyEngine
+from casa_serving.exit_status import INTERRUPTED
 
-INTERRUPTED = 130
 # They leave the checkpoint, the number of processes and the engine's environment as they are. With one value each:
 OPTIONS = frozenset(
     """

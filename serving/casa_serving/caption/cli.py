@@ -36,9 +36,8 @@ from casa_serving.caption.options import (
 from casa_serving.caption.outputs import Outputs, building
 from casa_serving.caption.subtitles import import_pysubs2
 from casa_serving.caption.video import Sample, VideoInfo, check_complete, sample, scan
+from casa_serving.exit_status import INTERRUPTED
 from casa_serving.live.results import FrameResult
-
-INTERRUPTED = 130  # Exit status of a command that was stopped by Ctrl-C.
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from casa_serving.cluster.address import check_port, local, port_number, reach, 
 from casa_serving.cluster.config_file import ConfigFile, read_file
 from casa_serving.cluster.warmup import warm_up
 from casa_serving.drain.processes import Deadline, SignalCounter
+from casa_serving.exit_status import INTERRUPTED
 
 if TYPE_CHECKING:
     from ray import serve
@@ -39,7 +40,6 @@ RAY_SHUTDOWN_S = 15
 # Parts of it: for the final messages of open requests, and for Ray Serve to delete the application.
 FINAL_MESSAGES_S = 5
 DELETE_TIMEOUT_S = 8
-INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.5
 ENVIRONMENT = {
