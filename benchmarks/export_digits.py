@@ -1,4 +1,4 @@
-"""The whole digits test through an exported model: `python benchmarks/export_digits.py FOLDER [--scale 1.0]`.
+"""The chats of the digits test through an exported model: `python benchmarks/export_digits.py FOLDER [--scale 1.0]`.
 
 FOLDER is what `casa-export FOLDER` wrote of the embedded model.
 """

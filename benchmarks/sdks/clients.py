@@ -181,11 +181,14 @@ WAYS: tuple[Callable[[str, Picture], Any], ...] = (
 
 def main() -> None:
     """Ask in every way, or in those that are named; print how many answers are right, and what else came."""
-    url, folder, *chosen = sys.argv[1:]
+    url, folder, *names = sys.argv[1:]
     pictures = [Picture(path) for path in sorted(Path(folder).glob("*.png"))]
-    for way in WAYS:
-        if chosen and way.__name__ not in chosen:
-            continue
+    if not pictures:
+        sys.exit(f"The folder {folder!r} has no images; `python images.py {folder}` writes them.")
+    ways = {way.__name__: way for way in WAYS}
+    if unknown := set(names) - ways.keys():
+        sys.exit(f"There is no way {sorted(unknown)}; there are {list(ways)}.")
+    for way in (ways[name] for name in names or ways):
         right, others = 0, []
         for picture in pictures:
             try:

@@ -11,7 +11,7 @@ import numpy as np
 from casa_digits.augment import GlyphBank, camera_noise, draw_training_colours
 from casa_digits.data import CELL_PX, MAX_DIGITS, Grid
 
-NOTHING = -1
+EMPTY = -1  # a place without a digit
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Scenes:
     @property
     def num_digits(self) -> np.ndarray:
         """(B,) int64."""
-        return (self.glyphs != NOTHING).sum(axis=1)
+        return (self.glyphs != EMPTY).sum(axis=1)
 
     def digits(self, bank: GlyphBank) -> np.ndarray:
         """Returns the digits, (B, 4) int64, -1 where an image has fewer."""
-        return np.where(self.glyphs != NOTHING, bank.labels[self.glyphs], NOTHING)
+        return np.where(self.glyphs != EMPTY, bank.labels[self.glyphs], EMPTY)
 
     def draw(self, bank: GlyphBank) -> np.ndarray:
         """Draws the images, (B, H, W, 3) uint8."""
         masks = np.zeros((len(self.glyphs), self.grid.rows * CELL_PX, self.grid.columns * CELL_PX), np.uint8)
-        used = self.glyphs != NOTHING
+        used = self.glyphs != EMPTY
         images, glyphs = np.nonzero(used)[0], self.glyphs[used]
         sizes = bank.sizes[glyphs]
         corners = np.stack(np.divmod(self.cells[used], self.grid.columns), axis=1) * CELL_PX
@@ -69,8 +69,8 @@ def draw_scenes(
     cells = np.sort(np.where(used, order[:, :MAX_DIGITS], grid.num_cells), axis=1)
     return Scenes(
         grid,
-        np.where(used, rng.integers(0, len(bank.labels), (count, MAX_DIGITS)), NOTHING),
-        np.where(used, cells, NOTHING),
+        np.where(used, rng.integers(0, len(bank.labels), (count, MAX_DIGITS)), EMPTY),
+        np.where(used, cells, EMPTY),
         rng.random((count, MAX_DIGITS, 2)),
         *draw_training_colours(rng, count),
     )
@@ -88,8 +88,8 @@ def edit_scenes(rng: np.random.Generator, bank: GlyphBank, scenes: Scenes) -> Sc
         if kind < 0.3:
             glyphs[index, slot] = rng.integers(0, len(bank.labels))
         elif kind < 0.45 and length > 1:
-            glyphs[index] = np.append(np.delete(glyphs[index], slot), NOTHING)
-            cells[index] = np.append(np.delete(cells[index], slot), NOTHING)
+            glyphs[index] = np.append(np.delete(glyphs[index], slot), EMPTY)
+            cells[index] = np.append(np.delete(cells[index], slot), EMPTY)
             places[index] = np.append(np.delete(places[index], slot, axis=0), np.zeros((1, 2)), axis=0)
         elif kind < 0.6:
             labels = bank.labels[glyphs[index, :length]]

@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from casa_digits import phrases
 from casa_digits.augment import camera_noise
 from casa_digits.data import DigitImage, draw_grid, draw_image, load_samples
 from casa_digits.forms import INTEGER, INTEGERS, STRING, Form, fill_form, schema_of
-from casa_digits.memory import QUESTIONS
 
-READ, COUNT, FIRST = "Read the digits.", "How many digits are there?", "What did you read first?"
-LAST, BEFORE = QUESTIONS["last"][0], QUESTIONS["before"][0]
-READ_JSON, COUNT_JSON, REPORT = "Read the digits as JSON.", "Count the digits as JSON.", "Report the digits."
+# Each question in the first of the words in which it was practised.
+READ, COUNT = phrases.READ[0], phrases.COUNT[0]
+FIRST, LAST, BEFORE = phrases.FIRST[0], phrases.LAST[0], phrases.BEFORE[0]
+READ_JSON, COUNT_JSON, REPORT = phrases.READ_JSON[0], phrases.COUNT_JSON[0], phrases.REPORT[0]
 # What clients ask for: one value, a list, a text, several, one within another; names that the training has not drawn.
 FORMS: tuple[Form, ...] = (
     {"count": INTEGER},

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from casa_digits.augment import GlyphBank
-from casa_digits.batches import NOTHING, add_noise, draw_scenes, edit_scenes
+from casa_digits.batches import EMPTY, add_noise, draw_scenes, edit_scenes
 from casa_digits.data import Grid, draw_grid
 from casa_digits.tower import encode, patchify
 
@@ -71,5 +71,5 @@ def fill_pool(
         digits = np.stack([scene.digits(bank) for scene in scenes], axis=1).repeat(TAKES, axis=1)
         pool.tokens.extend(encode(tower, patchify(pixels), grid).unbind(0))
         pool.grids.extend([grid] * len(pixels))
-        pool.texts.extend(" ".join(str(d) for d in row if d != NOTHING) for row in digits.reshape(len(pixels), -1))
+        pool.texts.extend(" ".join(str(d) for d in row if d != EMPTY) for row in digits.reshape(len(pixels), -1))
     return pool

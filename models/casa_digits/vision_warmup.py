@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from casa_digits.augment import GlyphBank, make_bank
-from casa_digits.batches import NOTHING, add_noise, draw_scenes
+from casa_digits.batches import EMPTY, add_noise, draw_scenes
 from casa_digits.data import MAX_DIGITS, DigitSamples, Grid, draw_grid, draw_image
 from casa_digits.schedule import cosine_rate
 from casa_digits.tower import encode, patchify
@@ -65,7 +65,7 @@ def draw_cells(rng: np.random.Generator, bank: GlyphBank, grid: Grid, count: int
     pixels = add_noise(rng, scenes.draw(bank), NOISY_SHARE)
     digits = np.full((count, grid.num_cells), BLANK)
     ranks = np.zeros((count, grid.num_cells), np.int64)
-    images, places = np.nonzero(scenes.cells != NOTHING)
+    images, places = np.nonzero(scenes.cells != EMPTY)
     cells = scenes.cells[images, places]
     digits[images, cells] = scenes.digits(bank)[images, places]
     ranks[images, cells] = places + 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from casa_digits.augment import draw_training_colours, linear_luminance, make_bank
-from casa_digits.batches import NOTHING, draw_scenes, edit_scenes
+from casa_digits.batches import EMPTY, draw_scenes, edit_scenes
 from casa_digits.data import (
     CELL_PX,
     MIN_LUMINANCE_DIFFERENCE,
@@ -89,11 +89,11 @@ def test_training_scenes_obey_the_layout_too():
     for grid in (Grid(1, 1), Grid(1, 3), Grid(4, 8)):
         scenes = draw_scenes(rng, bank, grid, 64)
         for scene in (scenes, edit_scenes(rng, bank, scenes)):
-            used = scene.cells != NOTHING
-            assert (used == (scene.glyphs != NOTHING)).all()
+            used = scene.cells != EMPTY
+            assert (used == (scene.glyphs != EMPTY)).all()
             assert ((scene.num_digits >= 1) & (scene.num_digits <= grid.max_digits)).all()
             assert (scene.cells[used] < grid.num_cells).all()
-            assert all((np.diff(cells[cells != NOTHING]) > 0).all() for cells in scene.cells)
+            assert all((np.diff(cells[cells != EMPTY]) > 0).all() for cells in scene.cells)
             assert scene.draw(bank).shape == (64, grid.rows * CELL_PX, grid.columns * CELL_PX, 3)
 
 
