@@ -81,6 +81,7 @@ def cluster() -> Iterator[RunningCluster]:
     """The embedded model on two nodes, each of them with a replica and an HTTP proxy on the same port."""
     set_environment()
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # 10 s by default, for which tests of metrics would wait
     ports = [free_port(), free_port()]
     nodes = Cluster()
     try:

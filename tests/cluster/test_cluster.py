@@ -24,8 +24,8 @@ from waiting import until
 
 pytestmark = pytest.mark.vllm
 MODEL = "casa-tiny-digits"
-# Replicas tell their metrics every few seconds, and Ray's agents pass them on every few seconds.
-METRICS_INTERVAL_S = 8
+# Replicas tell their metrics every second (conftest.py), and Ray's agents pass them on every second.
+METRICS_INTERVAL_S = 3
 METRICS_S = 60
 
 
