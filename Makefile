@@ -55,8 +55,8 @@ test-newest: browser
 	@$(PYTHON) scripts/setup.py --device $(DEVICE) --newest --venv .venv-newest
 	@.venv-newest/bin/pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
-lock:
-	@$(PYTHON) scripts/lock.py
+lock: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTHON) scripts/lock.py
 
 lint: setup
 	@$(BIN)/ruff check .
