@@ -29,6 +29,8 @@ LIMIT_S = 1200
 # Of benchmarks/gpu/live_steps.py.
 CHUNK_TOKENS = 20
 FOLDERS = ("", "plugins", "serving", "models", "benchmarks", "benchmarks/gpu", "tests/support")
+# What conftest.py and vllm_harness.py set for engines on CPUs; with the first, nothing is compiled.
+OF_CPUS = ("TORCH_COMPILE_DISABLE", "OMP_NUM_THREADS", "PYTORCH_NVML_BASED_CUDA_CHECK")
 STARTS = [
     ("tiny-llama", "eager"),
     ("tiny-qwen", "graphs"),
@@ -42,7 +44,7 @@ STARTS = [
 def environment(**variables):
     paths = [str(ROOT / folder) for folder in FOLDERS]
     variables |= {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("CASA_STAND_IN_PATH", "")])}
-    inherited = {key: value for key, value in os.environ.items() if key != "PYTORCH_NVML_BASED_CUDA_CHECK"}
+    inherited = {key: value for key, value in os.environ.items() if key not in OF_CPUS}
     return {**inherited, "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING", **variables}
 
 
