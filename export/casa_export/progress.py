@@ -1,4 +1,4 @@
-"""Progress on the terminal: one line a step, with its time when it is done."""
+"""Progress on the terminal: a bar over the steps of a job, and a line for each with its time when it is done."""
 
 import sys
 import time
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from tqdm import tqdm
+
 
 class Progress:
-    """Counts steps of a job and writes a line for each.
+    """Counts the steps of a job.
 
     Args:
         num_steps: How many there will be.
@@ -19,25 +21,29 @@ class Progress:
     """
 
     def __init__(self, num_steps: int, stream: TextIO | None = sys.stderr) -> None:
-        self.num_steps, self.stream = num_steps, stream
         self.seconds: dict[str, float] = {}
-        self._step = 0
+        self._stream = stream
+        # Without rates and times to come: no two steps take equally long.
+        layout = "[{n_fmt}/{total_fmt}] {desc}"
+        self._bar = tqdm(total=num_steps, file=stream, disable=stream is None, bar_format=layout, leave=False)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Runs one step; its line appears at once and is completed at the end."""
-        self._step += 1
-        self._write(f"[{self._step}/{self.num_steps}] {name} ... ")
+        """Run one step; its name stands in the bar until it is done."""
+        self._bar.set_description_str(f"{name} ...")
         started = time.perf_counter()
         try:
             yield
         except BaseException:
-            self._write("failed\n")
+            self._end(f"{name}: failed")
+            self._bar.close()
             raise
         self.seconds[name] = time.perf_counter() - started
-        self._write(f"{self.seconds[name]:.1f} s\n")
+        self._end(f"{name}: {self.seconds[name]:.1f} s")
+        if self._bar.n == self._bar.total:
+            self._bar.close()
 
-    def _write(self, text: str) -> None:
-        if self.stream is not None:
-            self.stream.write(text)
-            self.stream.flush()
+    def _end(self, line: str) -> None:
+        self._bar.update()
+        if self._stream is not None:
+            tqdm.write(f"[{self._bar.n}/{self._bar.total}] {line}", file=self._stream)
