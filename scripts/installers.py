@@ -74,8 +74,15 @@ def uv_variables(settings: Mapping[str, str], environment: Mapping[str, str]) ->
 
 
 def lock_entry(lock: Path, name: str) -> str:
-    """Return a package's lines of a lock file."""
-    return re.search(rf"^{re.escape(name)}==.*\\\n(?: +--hash=.*\n)+", lock.read_text(), re.MULTILINE).group()
+    """Return a package's lines of a lock file.
+
+    Raises:
+        InstallError: It has none.
+    """
+    found = re.search(rf"^{re.escape(name)}==.*\\\n(?: +--hash=.*\n)+", lock.read_text(), re.MULTILINE)
+    if found is None:
+        raise InstallError(f"{lock.name} has no {name}; make lock")
+    return found.group()
 
 
 def uv_environment() -> dict[str, str]:
@@ -104,14 +111,15 @@ class Installer:
         """
         if self._uv:
             return
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.write(lock_entry(lock, "uv"))
-            file.flush()
-            try:
-                # Without a wheel for this machine it would be built, which needs Rust and minutes.
-                self._pip("install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "-r", file.name)
-            except InstallError:
-                print("uv was not installed (see above): pip takes longer", flush=True)
+        # Without a wheel for this machine it would be built, which needs Rust and minutes.
+        options = ("--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes")
+        try:
+            with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+                file.write(lock_entry(lock, "uv"))
+                file.flush()
+                self._pip("install", *options, "-r", file.name)
+        except InstallError as error:
+            print(f"`{error}` failed: pip installs everything, which takes longer", flush=True)
         self._uv = shutil.which("uv", path=str(self.python.parent))
 
     def install(self, *arguments: str | Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the lock files anew, with the newest versions that pyproject.toml allows. Needs uv.
+"""Writes the lock files anew, with the newest versions that pyproject.toml allows, by uv.
 
 `make lock` runs it; `make test` afterwards installs what was locked and runs the tests.
 """
@@ -58,7 +58,7 @@ def compile_lock(device: str, folder: Path) -> int:
 def main() -> int:
     """Write both lock files; return the exit status."""
     if shutil.which("uv") is None:
-        print("make lock needs uv: install it with `pip install uv`.", file=sys.stderr)
+        print("There is no uv on the PATH. Run `make lock`, which sets one up.", file=sys.stderr)
         return 1
     lock_path("cpu").parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

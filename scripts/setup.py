@@ -5,8 +5,8 @@
 nothing changed: a stamp inside the environment holds a digest of what the set-up depends
 on. Only the standard library is used, because it runs before anything is installed.
 
-Everything is installed in the versions of the lock file (`locks/`), whatever is newest today. With `--newest`, or
-with another vLLM, the newest versions that fit pyproject.toml are installed instead.
+Everything is installed in the versions of the lock file (`locks/`), whatever is newest today: uv first, which installs
+the rest. With `--newest`, or with another vLLM, the newest versions that fit pyproject.toml are installed instead.
 
 Two things are special about a machine without a GPU:
 
@@ -136,7 +136,7 @@ class Environment:
             run(sys.executable, "-m", "venv", "--clear", self.folder).check_returncode()
 
     def _install(self) -> None:
-        """Installs the locked versions, or the newest that fit; then the checkout itself."""
+        """Installs uv, then the locked versions, or the newest that fit; then the checkout itself."""
         installer = Installer(self.python)
         torch = torch_build(self.device)
         installer.get_uv(lock_path(self.device))

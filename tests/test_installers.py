@@ -118,17 +118,35 @@ def test_a_package_is_found_where_pip_was_told_to_look(installers, tmp_path, whe
         installer.install("--no-deps", "no-such-thing==1.0")
 
 
-def test_the_locked_uv_is_installed_first(installers, tmp_path, monkeypatch, capfd):
-    """Into the environment itself; where it is not to be had, pip goes on without it."""
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+@pytest.fixture
+def without_uv(tmp_path, monkeypatch):
+    """A new environment on a machine that has no uv."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
     venv.create(tmp_path / "environment", with_pip=True)
-    python = tmp_path / "environment" / "bin" / "python"
-    installer = installers.Installer(python)
-    with monkeypatch.context() as offline:
-        offline.setenv("PIP_NO_INDEX", "1")
-        offline.setenv("PIP_FIND_LINKS", str(tmp_path))
-        installer.get_uv(ROOT / "locks" / "cpu.txt")
-    assert "pip takes longer" in capfd.readouterr().out
+    return tmp_path / "environment" / "bin" / "python"
+
+
+def test_without_the_locked_uv_pip_does_it_all(installers, without_uv, wheels, monkeypatch, capfd):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    installer = installers.Installer(without_uv)
     installer.get_uv(ROOT / "locks" / "cpu.txt")
-    installed = subprocess.run([python.parent / "uv", "--version"], capture_output=True, text=True, check=True)
-    assert f"uv=={installed.stdout.split()[1]} " in installers.lock_entry(ROOT / "locks" / "cuda.txt", "uv")
+    assert "pip installs everything, which takes longer" in capfd.readouterr().out
+    installer.install("--no-deps", "found-here==1.0")
+    subprocess.run([without_uv, "-c", "import found_here"], check=True)
+
+
+def test_a_lock_without_uv_is_no_obstacle(installers, without_uv, tmp_path, capfd):
+    (tmp_path / "old.txt").write_text("numpy==2.0\n")
+    installers.Installer(without_uv).get_uv(tmp_path / "old.txt")
+    assert "old.txt has no uv; make lock" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_locked_uv_is_installed_first(installers, without_uv):
+    """From the index, into the environment itself."""
+    installers.Installer(without_uv).get_uv(ROOT / "locks" / "cpu.txt")
+    found = subprocess.run([without_uv.with_name("uv"), "--version"], capture_output=True, text=True, check=True)
+    assert f"uv=={found.stdout.split()[1]} " in installers.lock_entry(ROOT / "locks" / "cuda.txt", "uv")
