@@ -5,10 +5,12 @@ import json
 from typing import Literal
 
 import pytest
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from fastapi import FastAPI
+from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
+from starlette.testclient import TestClient
 
 from casa_serving.endpoint.error_shape import MAX_KEPT_BYTES, ErrorShape
-from casa_serving.errors import describe_validation, error_body, shorten
+from casa_serving.errors import add_error_handlers, describe_validation, error_body, shorten
 
 pytestmark = pytest.mark.unit
 
@@ -125,3 +127,36 @@ def test_what_is_no_error_passes_untouched():
     headers, got = answer(200, b"a" * 10, b"b" * 1_000_000, content_type=b"text/plain")
     assert len(got) == 1_000_010
     assert headers[b"content-type"] == b"text/plain"
+
+
+class Careless(BaseModel):
+    """As models of vLLM's do: reads a field before its type was checked."""
+
+    name: str
+    fails_later: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_early(cls, data):
+        data["name"].strip()
+        return data
+
+
+@pytest.fixture
+def careless():
+    app = FastAPI()
+    add_error_handlers(app)
+
+    @app.post("/")
+    async def answer(body: Careless):
+        return {}["nothing"] if body.fails_later else {}
+
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize(("body", "status"), [({"name": 5}, 400), ({}, 400), ({"name": "a", "fails_later": True}, 500)])
+def test_a_body_that_trips_its_own_validator_is_the_clients_fault(careless, body, status):
+    """And what trips the answer is not."""
+    answer = careless.post("/", json=body)
+    assert answer.status_code == status
+    assert ("not of the kind" in answer.json()["error"]["message"]) == (status == 400)
