@@ -34,11 +34,12 @@ ALLOWED = {
     "casa_commands": set(ROOMS),
 }
 # Inside serving, from the ground up: each part and the parts that it may use.
-GROUND = {"engine_defaults", "engine_environment", "errors", "options"}
+GROUND = {"engine_defaults", "engine_environment", "errors", "exit_status", "options"}
 SERVING = {
     "engine_environment": set(),
     "engine_defaults": {"engine_environment"},
     "errors": set(),
+    "exit_status": set(),
     "options": set(),
     "drain": GROUND,
     "endpoint": GROUND | {"drain"},
@@ -47,7 +48,7 @@ SERVING = {
     "cluster": GROUND | {"drain", "endpoint", "live"},
     "early_engine": {"engine_environment"},
     "cli": GROUND | {"drain", "early_engine", "endpoint", "live", "cluster"},
-    "serve": {"early_engine", "cli"},
+    "serve": {"early_engine", "exit_status", "cli"},
 }
 # What plain `pip install casa-engine` brings, as imported; the rest is Python's own.
 CORE_PACKAGES = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL", "jinja2"}

@@ -26,6 +26,8 @@ CONFIG: dict[str, Any] = {
     # Compiling would take longer than all the tests.
     "engine": {"enforce_eager": True},
 }
+# Of what nodes report, in milliseconds: 10 s by default, for which each test of metrics would wait.
+METRICS_INTERVAL = "RAY_metrics_report_interval_ms"
 
 
 @dataclass
@@ -81,9 +83,9 @@ def cluster() -> Iterator[RunningCluster]:
     """The embedded model on two nodes, each of them with a replica and an HTTP proxy on the same port."""
     set_environment()
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # 10 s by default, for which tests of metrics would wait
     ports = [free_port(), free_port()]
     nodes = Cluster()
+    os.environ[METRICS_INTERVAL] = "1000"
     try:
         for port in ports:
             nodes.add_node(num_cpus=1, include_dashboard=False, metrics_export_port=port)
@@ -99,3 +101,4 @@ def cluster() -> Iterator[RunningCluster]:
         serve.shutdown()
         ray.shutdown()
         nodes.shutdown()
+        del os.environ[METRICS_INTERVAL]

@@ -24,8 +24,8 @@ from waiting import until
 
 pytestmark = pytest.mark.vllm
 MODEL = "casa-tiny-digits"
-# Replicas tell their metrics every second (conftest.py), and Ray's agents pass them on every second.
-METRICS_INTERVAL_S = 3
+# Replicas copy theirs every two seconds (application.py), and Ray passes them on every second (conftest.py).
+METRICS_INTERVAL_S = 4
 METRICS_S = 60
 
 

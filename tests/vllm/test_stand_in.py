@@ -29,7 +29,7 @@ LIMIT_S = 1200
 # Of benchmarks/gpu/live_steps.py.
 CHUNK_TOKENS = 20
 FOLDERS = ("", "plugins", "serving", "models", "benchmarks", "benchmarks/gpu", "tests/support")
-# What conftest.py and vllm_harness.py set for engines on CPUs; with the first, nothing is compiled.
+# What the tests' engines on CPUs set (vllm_harness.py; the last one vLLM); with the first, nothing is compiled.
 OF_CPUS = ("TORCH_COMPILE_DISABLE", "OMP_NUM_THREADS", "PYTORCH_NVML_BASED_CUDA_CHECK")
 STARTS = [
     ("tiny-llama", "eager"),

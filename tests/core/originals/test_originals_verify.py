@@ -119,7 +119,7 @@ def test_with_other_code_in_the_versions_of_the_originals(tmp_path, family, caps
     shutil.copytree(REMOTE_CODE, folder, dirs_exist_ok=True)
     reference = tmp_path / "reference.npz"
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    output_of("uv", "run", SCRIPT, folder, reference, folder=tmp_path, **home)
+    output_of(Path(sys.executable).with_name("uv"), "run", SCRIPT, folder, reference, folder=tmp_path, **home)
     with np.load(reference) as file:
         assert '"torch": "2.7.0' in str(file["about"])
     capsys.readouterr()
