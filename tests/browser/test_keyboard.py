@@ -199,3 +199,21 @@ def test_a_list_that_was_passed_by_goes_on_to_its_end_and_to_what_is_asked(open_
         expect(page.locator("#captions li.question .text")).to_have_text("…")
         page.evaluate("answered('q1', '')")
         expect(page.locator("#captions li.question .text")).to_have_text("No answer")
+
+
+@pytest.mark.vllm
+def test_the_newest_stays_in_sight_when_the_window_shrinks(open_page):
+    with open_page() as page:
+        # As beside a video, whose height follows the window's.
+        page.evaluate("document.querySelector('.stage').removeAttribute('data-empty')")
+        page.evaluate(FILL_LIST, 60)
+        wait_until(page, f"{BELOW} === 0")
+        width, height = page.viewport_size["width"], page.viewport_size["height"]
+        page.set_viewport_size({"width": width, "height": height - 150})
+        wait_until(page, f"innerHeight === {height - 150} && {BELOW} === 0")
+        # Who reads further up stays there.
+        page.evaluate("document.querySelector('#captions-scroll').scrollTop = 0")
+        page.wait_for_timeout(200)
+        page.set_viewport_size({"width": width, "height": height})
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.querySelector('#captions-scroll').scrollTop") == 0

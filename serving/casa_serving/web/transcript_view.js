@@ -28,6 +28,8 @@ export class TranscriptView {
     list.addEventListener("keydown", (event) => this.#onKey(event));
     list.addEventListener("focusout", () => this.#reach(this.newest));
     scroll.addEventListener("scroll", () => this.#onScroll());
+    // A window that shrinks or a phone that turns does not hide the newest entry.
+    new ResizeObserver(() => this.#moveTo(null)).observe(scroll);
   }
 
   /** Shows an entry as it is now: adds it at its place, or updates its text. @param {Timeline} entries all of them */
