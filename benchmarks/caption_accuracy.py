@@ -40,7 +40,7 @@ class Accuracy:
     repeated: int = 0
 
     def __add__(self, other: Accuracy) -> Accuracy:
-        """Sums."""
+        """Sum."""
         return Accuracy(
             *(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
         )
@@ -94,7 +94,7 @@ def read_captions(path: Path) -> list[tuple[float, str]]:
 
 
 def main() -> int:
-    """Prints one line for each pair and one for all; returns 1 if a demand is missed over all."""
+    """Print one line for each pair and one for all; return 1 if a demand is missed over all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="VIDEO.json CAPTIONS.jsonl, pair by pair")
     files = parser.parse_args().files

@@ -35,14 +35,14 @@ RULES = CaptionRules((151645, 151643, 48275, 58808, 62996), 1.15, 0.99, 5.0, 0.9
 
 
 def session_state(remembered: int, vocabulary: int, rng: np.random.Generator) -> CaptionState:
-    """Returns the state of a session that remembers so many tokens, none of them about to be forgotten."""
+    """Return the state of a session that remembers so many tokens, none of them about to be forgotten."""
     ids = rng.permutation(vocabulary)[:remembered].tolist()
     counts = dict(zip(ids, rng.uniform(0.01, 4, remembered).tolist(), strict=True))
     return CaptionState(counts).read(rng.integers(0, vocabulary, RULES.ngram_window).tolist(), RULES)
 
 
 def median_ms(work, count: int) -> float:
-    """Returns the median processor time of `count` calls, after two that are not counted."""
+    """Return the median processor time of `count` calls, after two that are not counted."""
     times = []
     for _ in range(count + 2):
         start = time.process_time()
@@ -52,7 +52,7 @@ def median_ms(work, count: int) -> float:
 
 
 def reference_ms(states: list[CaptionState], logits: torch.Tensor, steps: int) -> float:
-    """Returns the time of a step of the reference; every session has just said a token."""
+    """Return the time of a step of the reference; every session has just said a token."""
     kept = list(states)
 
     def step():
@@ -64,7 +64,7 @@ def reference_ms(states: list[CaptionState], logits: torch.Tensor, steps: int) -
 
 
 def host_ms(states: list[CaptionState], steps: int) -> float:
-    """Returns the time of a step of V2's sampler, in which nothing stands for the two kernels."""
+    """Return the time of a step of V2's sampler, in which nothing stands for the two kernels."""
     count = len(states)
     zeros = torch.zeros(count, dtype=torch.int32)
     requests = SimpleNamespace(max_num_reqs=count, device=zeros.device, prefill_len=SimpleNamespace(gpu=zeros))
@@ -84,7 +84,7 @@ def host_ms(states: list[CaptionState], steps: int) -> float:
 
 
 def measure(sessions: int, remembered: int, options: argparse.Namespace) -> dict[str, float]:
-    """Returns the times of one line."""
+    """Return the times of one line."""
     device, rng = torch.device(options.device), np.random.default_rng(0)
     states = [session_state(remembered, options.vocabulary, rng) for _ in range(sessions)]
     logits = torch.randn(sessions, options.vocabulary)
@@ -123,7 +123,7 @@ def measure(sessions: int, remembered: int, options: argparse.Namespace) -> dict
 
 
 def main() -> None:
-    """Parses the command line and prints the lines."""
+    """Parse the command line and print the lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 32, 128])

@@ -47,7 +47,7 @@ class Peak:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def stop(self) -> None:
-        """Ends the sampling."""
+        """End the sampling."""
         self._ended.set()
 
     def _watch(self) -> None:

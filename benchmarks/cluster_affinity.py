@@ -66,7 +66,7 @@ def repeats_at_home(served):
 
 
 def measure(base_url, read_metrics, options):
-    """Sends the requests; `read_metrics` returns Prometheus's text, or is None."""
+    """Send the requests; `read_metrics` returns Prometheus's text, or is None."""
     # Other images in every run: what an earlier run left in the caches must not count.
     urls = [noise_url(options.seed * 1000 + number) for number in range(options.images)]
     order = [number % options.images for number in range(options.requests)]

@@ -27,7 +27,7 @@ GONE_S = 90.0
 
 
 async def load(url, model, options, stop, outcomes):
-    """Keeps `options.clients` clients busy until `stop` is set. Mutates `outcomes`."""
+    """Keep `options.clients` clients busy until `stop` is set. Mutates `outcomes`."""
     images = [noise_url(number, 112) for number in range(options.clients)]
 
     async def one(number):
@@ -46,7 +46,7 @@ async def load(url, model, options, stop, outcomes):
 
 
 def process_of(replica, victim):
-    """Returns the process to kill: the replica's actor, or the engine below it."""
+    """Return the process to kill: the replica's actor, or the engine below it."""
     actor = psutil.Process(replica.pid)
     if victim == "replica":
         return actor
@@ -55,7 +55,7 @@ def process_of(replica, victim):
 
 
 async def kill_under_load(cluster, model, victim, options):
-    """Returns the figures of one death."""
+    """Return the figures of one death."""
     stop, outcomes = asyncio.Event(), []
     clients = asyncio.create_task(load(cluster.url, model, options, stop, outcomes))
     await asyncio.sleep(options.before_s)
@@ -84,7 +84,7 @@ async def kill_under_load(cluster, model, victim, options):
 
 
 def report(outcomes, killed, recovered_s, target):
-    """Counts outcomes by when they happened."""
+    """Count outcomes by when they happened."""
     recovered = killed + recovered_s
     parts = {
         "before": [o for o in outcomes if o.ended < killed],

@@ -131,11 +131,11 @@ class LocalCluster:
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
 
     def replicas(self) -> list[Replica]:
-        """Returns the replicas of the model, those that come and go included."""
+        """Return the replicas of the model, those that come and go included."""
         return self._replicas_of("CasaServer")
 
     def ingresses(self) -> list[Replica]:
-        """Returns the ingresses, those that come and go included."""
+        """Return the ingresses, those that come and go included."""
         return self._replicas_of("CasaIngress")
 
     def _replicas_of(self, deployment: str) -> list[Replica]:
@@ -157,11 +157,11 @@ class LocalCluster:
         ]
 
     def running(self) -> list[Replica]:
-        """Returns the replicas that take requests."""
+        """Return the replicas that take requests."""
         return [replica for replica in self.replicas() if replica.state == "RUNNING"]
 
     def wait_until(self, reached: Callable[[list[Replica]], bool], timeout_s: float = START_S) -> float:
-        """Waits until the replicas are as wanted; returns how long that took.
+        """Wait until the replicas are as wanted; return how long that took.
 
         Raises:
             TimeoutError: With the replicas there are.
@@ -174,7 +174,7 @@ class LocalCluster:
         return time.monotonic() - started
 
     def metrics(self) -> str:
-        """Returns the text of all nodes' Prometheus endpoints."""
+        """Return the text of all nodes' Prometheus endpoints."""
         import ray
 
         ports = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]]
@@ -244,7 +244,7 @@ class Outcome:
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> Outcome:
-    """Sends a chat request and returns how it ended."""
+    """Send a chat request and return how it ended."""
     started = time.monotonic()
     streamed = body.get("stream", False)
     got: Mapping[str, str] = {}
@@ -259,7 +259,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], **headers: str) -
 
 
 def outcome_kind(status: int, text: str, streamed: bool) -> tuple[str, str]:
-    """Returns kind and detail of an answer that ended by itself."""
+    """Return kind and detail of an answer that ended by itself."""
     if status != 200:
         return f"status {status}", text[:DETAIL]
     if not streamed:
@@ -277,7 +277,7 @@ def outcome_kind(status: int, text: str, streamed: bool) -> tuple[str, str]:
 
 
 def noise_url(seed: int, side: int = 320) -> str:
-    """Returns a data URL of an image of nothing but noise; about 410 kB at 320 x 320."""
+    """Return a data URL of an image of nothing but noise; about 410 kB at 320 x 320."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG")
@@ -285,24 +285,24 @@ def noise_url(seed: int, side: int = 320) -> str:
 
 
 def chat_body(model: str, text: str, *images: str, **options: Any) -> dict[str, Any]:
-    """Returns the body of a chat request; `options` are its other fields."""
+    """Return the body of a chat request; `options` are its other fields."""
     content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
     return {"model": model, "messages": [message], "temperature": 0, **options}
 
 
 def model_name(url: str) -> str:
-    """Returns the name of the served model."""
+    """Return the name of the served model."""
     return httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns a percentile; the median for 50. NaN of nothing."""
+    """Return a percentile; the median for 50. NaN of nothing."""
     return float(np.percentile(values, percent)) if values else float("nan")
 
 
 def summary_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """Returns number, p50, p95 and the largest of some times, in ms."""
+    """Return number, p50, p95 and the largest of some times, in ms."""
     if not seconds:
         return {"number": 0}
     return {

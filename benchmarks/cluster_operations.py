@@ -28,7 +28,7 @@ REFUSALS = ("status 429", "status 503")
 
 
 def serve_config(port, args, deployments=()):
-    """Returns a Serve config file as `serve deploy` sends it."""
+    """Return a Serve config file as `serve deploy` sends it."""
     application = {"name": "casa", "route_prefix": "/", "import_path": "casa_serving.cluster:build_app", "args": args}
     if deployments:
         application["deployments"] = list(deployments)
@@ -57,7 +57,7 @@ def happen(cluster, event, port):
 
 
 def memory_of(replica):
-    """Returns the processes of a replica, and their memory in MiB: what is shared is divided among those that share."""
+    """Return the processes of a replica, and their memory in MiB: what is shared is divided among those that share."""
     actor = psutil.Process(replica.pid)
     processes = [actor, *actor.children(recursive=True)]
     return {
@@ -67,12 +67,12 @@ def memory_of(replica):
 
 
 def names_of(replicas, state):
-    """Returns the names of the replicas in a state."""
+    """Return the names of the replicas in a state."""
     return {replica.name for replica in replicas if replica.state == state}
 
 
 async def clients(url, model, stop, outcomes):
-    """Sends a request a second, whatever became of those before. Mutates `outcomes`."""
+    """Send a request a second, whatever became of those before. Mutates `outcomes`."""
     image = noise_url(1, 112)
 
     async def one(number):
@@ -89,7 +89,7 @@ async def clients(url, model, stop, outcomes):
 
 
 async def measure(cluster, event, port, options):
-    """Returns the figures of one event."""
+    """Return the figures of one event."""
     stop, outcomes = asyncio.Event(), []
     load = asyncio.create_task(clients(cluster.url, model_name(cluster.url), stop, outcomes))
     await asyncio.sleep(options.before_s)
@@ -106,7 +106,7 @@ async def measure(cluster, event, port, options):
 
 
 def report(outcomes, started, usual):
-    """Counts the outcomes of requests that were sent, or not yet answered, after the event."""
+    """Count the outcomes of requests that were sent, or not yet answered, after the event."""
     after = [each for each in outcomes if each.ended >= started]
     kinds = Counter(each.kind for each in after)
     good = [each for each in after if each.good]

@@ -103,7 +103,7 @@ def layers(folder, number):
 
 
 def measure(direct_url, cluster, options):
-    """Returns all figures, in ms."""
+    """Return all figures, in ms."""
     from ray import serve
     from ray._private.worker import _global_node
 

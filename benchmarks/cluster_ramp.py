@@ -59,7 +59,7 @@ class Load:
         self._tasks = []
 
     def set(self, number):
-        """Changes the number of clients; those too many finish what they asked."""
+        """Change the number of clients; those too many finish what they asked."""
         self.number = number
         running = {task for task in self._tasks if not task.done()}
         self._tasks = [*running, *(asyncio.create_task(self._run(n)) for n in range(len(running), number))]
@@ -71,13 +71,13 @@ class Load:
             self.outcomes.append(await ask(self._client, self._bodies[turn % len(self._bodies)]))
 
     async def finish(self):
-        """Waits for the last answers."""
+        """Wait for the last answers."""
         self.set(0)
         await asyncio.gather(*self._tasks)
 
 
 async def ramp(cluster, model, options):
-    """Returns the figures of the ramp and what the plot shows."""
+    """Return the figures of the ramp and what the plot shows."""
     started = time.monotonic()
     async with httpx.AsyncClient(base_url=cluster.url, timeout=300) as client:
         load = Load(client, model, options.tokens)
@@ -116,7 +116,7 @@ async def ramp(cluster, model, options):
 
 
 async def overload(url, model, options):
-    """Returns what becomes of too many requests at once."""
+    """Return what becomes of too many requests at once."""
     body = chat_body(model, "Read.", noise_url(0, 112), max_tokens=options.tokens, ignore_eos=True)
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         outcomes = await asyncio.gather(*(ask(client, body) for _ in range(options.clients)))

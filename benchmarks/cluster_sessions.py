@@ -47,7 +47,7 @@ def hash_of(name):
 
 
 async def press(client, model, options, stop):
-    """Requests without a session, each client without pause; returns how they ended."""
+    """Send requests without a session, each client without pause; return how they ended."""
     bodies = [chat_body(model, "Read.", noise_url(n, 112), max_tokens=32, ignore_eos=True) for n in range(8)]
     outcomes = []
 
@@ -62,7 +62,7 @@ async def press(client, model, options, stop):
 
 
 async def scale(cluster, model, options):
-    """Returns the answers of each session, the replicas over time, and how the other requests ended."""
+    """Return the answers of each session, the replicas over time, and how the other requests ended."""
     sessions, stop, calm = {}, asyncio.Event(), asyncio.Event()
 
     def begin(first, last):

@@ -162,7 +162,7 @@ def decoder_weights(config: Any) -> int:
 
 
 def report_decode(options: argparse.Namespace) -> None:
-    """Prints the table of decode steps."""
+    """Print the table of decode steps."""
     configs: dict[str, Any] = {"llama": text_config(options)}
     configs |= {name: casa_config(options, **fields) for name, fields in CASA_MODELS.items()}
     engines = {name: Engine(config, options) for name, config in configs.items()}

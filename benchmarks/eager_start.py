@@ -27,7 +27,7 @@ NUM_TOKENS = 512
 
 
 def chat(**options) -> dict:
-    """Returns a question about an image."""
+    """Return a question about an image."""
     file = io.BytesIO()
     Image.fromarray(draw_video(np.random.default_rng(0), 1).frames[0]).save(file, "PNG")
     image = {"url": f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"}
@@ -36,7 +36,7 @@ def chat(**options) -> dict:
 
 
 async def tokens_per_second(url: str, num_clients: int) -> float:
-    """Returns the tokens of all clients together, each of which asks once for a long answer."""
+    """Return the tokens of all clients together, each of which asks once for a long answer."""
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         body = chat(max_tokens=NUM_TOKENS, ignore_eos=True)
         begun_s = time.perf_counter()
@@ -46,7 +46,7 @@ async def tokens_per_second(url: str, num_clients: int) -> float:
 
 
 def measure(options: list[str]) -> tuple[float, float, float, float]:
-    """Returns the seconds to `/health` and to the first answer, and tokens per second of 1 and of 8 clients."""
+    """Return the seconds to `/health` and to the first answer, and tokens per second of 1 and of 8 clients."""
     with tempfile.TemporaryDirectory() as folder:
         begun_s = time.perf_counter()
         with casa_serve(Path(folder) / "log.txt", *options) as server:
@@ -57,7 +57,7 @@ def measure(options: list[str]) -> tuple[float, float, float, float]:
 
 
 def main() -> None:
-    """Runs the rounds and prints a table of medians."""
+    """Run the rounds and print a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds

@@ -61,7 +61,7 @@ def measure(model, num_tokens: int) -> tuple[float, float]:
 
 
 def compare(name: str, checkpoint: Path, folder: Path, threads: int, num_tokens: int, rounds: int) -> None:
-    """Exports what is not exported yet, measures both alternately and prints a line."""
+    """Export what is not exported yet, measure both alternately and print a line."""
     started = time.perf_counter()
     if not (folder / "manifest.json").is_file():
         export_checkpoint(checkpoint, folder)

@@ -69,7 +69,7 @@ class Folder:
     inodes: dict[str, int] = field(default_factory=dict)
 
     def start(self, batch: int, limit: Callable[[], None] | None = None) -> BaseProcess:
-        """Starts an export with this `--max-batch`, its output in `log`."""
+        """Start an export with this `--max-batch`, its output in `log`."""
         arguments = [str(self.checkpoint), str(self.path), *LIMITS, f"--max-batch={batch}"]
         self.log.write_bytes(b"")
         process = FORK.Process(target=run_export, args=(arguments, self.log, limit))
@@ -82,7 +82,7 @@ class Folder:
         return self.checkpoint.parent / "log"
 
     def prepare(self) -> None:
-        """Makes the first export and the files of others."""
+        """Make the first export and the files of others."""
         self.export()
         for name, text in FOREIGN.items():
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class Folder:
         self.inodes = {name: (self.path / name).stat().st_ino for name in FOREIGN}
 
     def export(self) -> float:
-        """Makes a good export; returns its seconds."""
+        """Make a good export; return its seconds."""
         started = time.perf_counter()
         process = self.start(self.batch + 1)
         process.join()
@@ -133,7 +133,7 @@ def run_export(arguments: list[str], log: Path, limit: Callable[[], None] | None
 
 
 def kill_once(folder: Folder, seconds: float, generator: random.Random) -> tuple[str, float]:
-    """Starts an export and sends a signal at a random moment after its first step began.
+    """Start an export and send a signal at a random moment after its first step began.
 
     Returns:
         What happened, "" where the export ended first; and the seconds after which it ended.
@@ -155,7 +155,7 @@ def kill_once(folder: Folder, seconds: float, generator: random.Random) -> tuple
 
 
 def fill_once(folder: Folder, limit: Callable[[], None] | None) -> str:
-    """Runs an export that has not enough room; returns its last words' kind."""
+    """Run an export that has not enough room; return its last words' kind."""
     process = folder.start(folder.batch + 1, limit)
     process.join()
     shown = folder.log.read_text()
@@ -174,7 +174,7 @@ class Table:
         self.found: Counter[str] = Counter()
 
     def add(self, what: str, folder: Folder) -> None:
-        """Looks at the folder after a fault, makes a good export and looks again."""
+        """Look at the folder after a fault, make a good export and look again."""
         state, lost = folder.state(), folder.lost()
         if state == "new":
             folder.batch += 1
@@ -246,7 +246,7 @@ def limit_files(table: Table, folder: Folder, rooms: list[float]) -> None:
 
 
 def trace_once(folder: Path) -> None:
-    """Takes graphs from an export that is there: what is left is the time in which an export writes."""
+    """Take graphs from an export that is there: what is left is the time in which an export writes."""
     exporter.export_graph = lambda model, spec, path: shutil.copyfile(folder / path.name, path)
 
 

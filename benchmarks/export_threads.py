@@ -79,7 +79,7 @@ def prepare(model: str, work: Path) -> tuple[Path, Path]:
 
 
 def make(model: str, checkpoint: Path, folder: Path) -> None:
-    """Writes what `prepare` lacks."""
+    """Write what `prepare` lacks."""
     if not checkpoint.is_dir():
         write_random_checkpoint(random_20m() if model == "20m" else random_200m(), checkpoint)
     export_checkpoint(checkpoint, folder)
@@ -111,13 +111,13 @@ def decode_speed(model, seconds: float) -> float:
 
 
 def measure(result: Connection, checkpoint: Path, folder: Path, way: str, cores: list[int], seconds: float) -> None:
-    """Sends the speed of a way."""
+    """Send the speed of a way."""
     os.sched_setaffinity(0, cores)
     result.send(decode_speed(load(checkpoint, folder, way), seconds))
 
 
 def compute_for_ever(core: int) -> None:
-    """Keeps a core busy."""
+    """Keep a core busy."""
     os.sched_setaffinity(0, {core})
     while True:
         pass

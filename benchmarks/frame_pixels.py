@@ -31,7 +31,7 @@ FRAMES = {"448 px": (448, 448), "896 px": (896, 896), "1280 px to 896 px": (1280
 
 
 def jpeg(side: int) -> bytes:
-    """Returns a square JPEG with the detail of a photograph: smooth noise."""
+    """Return a square JPEG with the detail of a photograph: smooth noise."""
     noise = np.random.default_rng(0).integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
     file = BytesIO()
     Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -39,7 +39,7 @@ def jpeg(side: int) -> bytes:
 
 
 def least_ms(run: Callable[[], Any], runs: int) -> float:
-    """Returns the least processor time of this thread, in ms."""
+    """Return the least processor time of this thread, in ms."""
     times = []
     for _ in range(runs):
         start = time.thread_time()
@@ -73,7 +73,7 @@ def measure(sent_side: int, side: int, runs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints a table, or JSON."""
+    """Print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=30, help="runs of each stage")
     parser.add_argument("--json", action="store_true", help="print JSON")

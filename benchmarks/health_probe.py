@@ -31,7 +31,7 @@ class HealthProbe:
         self._latencies_s = json.loads(output)
 
     def summary(self):
-        """Returns how often it was asked, and percentiles in milliseconds."""
+        """Return how often it was asked, and percentiles in milliseconds."""
         p50, p99, most = (1000 * float(np.percentile(self._latencies_s, p)) for p in (50, 99, 100))
         return {
             "asked": len(self._latencies_s),

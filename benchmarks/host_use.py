@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def process_tree(root=None):
-    """Returns the ids of a process (this one by default) and all below it."""
+    """Return the ids of a process (this one by default) and all below it."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -20,7 +20,7 @@ def process_tree(root=None):
 
 
 def host_use(root=None):
-    """Returns resident MiB and processor seconds of the tree below `root` (this process by default)."""
+    """Return resident MiB and processor seconds of the tree below `root` (this process by default)."""
     pages, ticks = 0, 0
     for process in process_tree(root):
         try:

@@ -71,7 +71,7 @@ class LaunchCounter(TorchDispatchMode):
 
     @contextmanager
     def counting(self) -> Iterator[Counter[str]]:
-        """Counts in a block, Triton's kernels as well."""
+        """Count in a block, Triton's kernels as well."""
         call = GridExecutor.__call__
 
         def launch(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ def build(
     folder: Path,
     processor_of: Callable[[Any], Any] = default_processor,
 ) -> torch.nn.Module:
-    """Returns vLLM's model with random weights and caches of a few pages, as it is on a GPU: Triton, plain weights.
+    """Return vLLM's model with random weights and caches of a few pages, as it is on a GPU: Triton, plain weights.
 
     Args:
         preset: Tiny preset.
@@ -137,7 +137,7 @@ def build(
 
 
 def start_distributed(folder: Path) -> None:
-    """Starts the one rank that vLLM's layers ask for."""
+    """Start the one rank that vLLM's layers ask for."""
     from vllm.distributed.parallel_state import (
         init_distributed_environment,
         initialize_model_parallel,
@@ -150,14 +150,14 @@ def start_distributed(folder: Path) -> None:
 
 
 def cross_attention_layers(model: torch.nn.Module) -> list[Any]:
-    """Returns the CA layers in order."""
+    """Return the CA layers in order."""
     from casa_vllm.cross_attention import CrossAttention
 
     return [module for module in model.modules() if isinstance(module, CrossAttention)]
 
 
 def decode_metadata(sees_text: bool) -> Any:
-    """Returns what the layers read in a decode step: each sequence has an image and is at its window's third token."""
+    """Return what the layers read in a decode step: each sequence has an image and is at its window's third token."""
     from casa_vllm.attention_metadata import CasaAttentionMetadata
     from casa_vllm.ops import WindowAttentionMetadata
 
@@ -183,7 +183,7 @@ def decode_metadata(sees_text: bool) -> Any:
 
 @contextmanager
 def decoding(model: torch.nn.Module) -> Iterator[Callable[[], torch.Tensor]]:
-    """Yields a function that runs both attentions of the first layer; self-attention returns its queries."""
+    """Yield a function that runs both attentions of the first layer; self-attention returns its queries."""
     from casa_vllm.model import SelfAttention
 
     layer = model.model.language_model.layers[0]
@@ -202,13 +202,13 @@ def decoding(model: torch.nn.Module) -> Iterator[Callable[[], torch.Tensor]]:
 
 
 def count_decode(model: torch.nn.Module) -> Counter[str]:
-    """Counts both attentions of one layer of a decode step."""
+    """Count both attentions of one layer of a decode step."""
     with decoding(model) as attend:
         return count(attend)
 
 
 def count_frame(model: torch.nn.Module) -> Counter[str]:
-    """Counts the keys and values of one image in all layers."""
+    """Count the keys and values of one image in all layers."""
     slots = BLOCK_SIZE + torch.arange(4)
     slots_of = {layer.layer_name: slots for layer in cross_attention_layers(model)}
     images = torch.randn(4, model.config.text_config.hidden_size)
@@ -216,7 +216,7 @@ def count_frame(model: torch.nn.Module) -> Counter[str]:
 
 
 def count(run: Callable[[], Any]) -> Counter[str]:
-    """Counts a second run: the first may fill what is kept."""
+    """Count a second run: the first may fill what is kept."""
     with torch.no_grad():
         run()
     with LaunchCounter().counting() as launches:
@@ -225,14 +225,14 @@ def count(run: Callable[[], Any]) -> Counter[str]:
 
 
 def counts_of(name: str) -> dict[str, dict[str, int]]:
-    """Returns the launches of a model by name: `decode` of a layer, `frame` of all layers."""
+    """Return the launches of a model by name: `decode` of a layer, `frame` of all layers."""
     with tempfile.TemporaryDirectory() as folder:
         model = build(*MODELS[name], Path(folder))
     return {"decode": dict(count_decode(model)), "frame": dict(count_frame(model))}
 
 
 def beside_products(launches: dict[str, int]) -> int:
-    """Returns how many of the launches are no matrix product."""
+    """Return how many of the launches are no matrix product."""
     return sum(number for name, number in launches.items() if name not in PRODUCTS)
 
 

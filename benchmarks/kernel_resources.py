@@ -71,7 +71,7 @@ class Resources:
 
 
 def cases(head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Yields every kernel that a decode step, a prefill or a frame launches."""
+    """Yield every kernel that a decode step, a prefill or a frame launches."""
     attention, pages = triton_window_attention, triton_key_pages
     for has_text in (False, True):
         fusion = "ca_tv" if has_text else "ca"
@@ -106,7 +106,7 @@ def cases(head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def compile_case(case: Case, architecture: int, dtype: str) -> Any:
-    """Returns Triton's compiled kernel; arguments that a launch specialises are multiples of 16."""
+    """Return Triton's compiled kernel; arguments that a launch specialises are multiples of 16."""
 
     def type_of(argument: str) -> str:
         if argument in case.constants:
@@ -134,7 +134,7 @@ def compile_case(case: Case, architecture: int, dtype: str) -> Any:
 
 
 def resources_of(compiled: Any) -> Resources:
-    """Returns what the machine code says of itself."""
+    """Return what the machine code says of itself."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

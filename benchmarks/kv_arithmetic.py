@@ -24,18 +24,18 @@ MODELS = (("Helium 2B", "CASA-Helium1-VL-2B"), ("Qwen2.5-VL 3B", "CASA-Qwen2_5-V
 
 
 def token_bytes(config: CasaConfig) -> int:
-    """Returns the bytes of one token's keys and values in one layer."""
+    """Return the bytes of one token's keys and values in one layer."""
     return 2 * config.text_config.num_key_value_heads * config.head_dim * BYTES_PER_VALUE
 
 
 def image_tokens(config: CasaConfig, side_px: int = FRAME_PX) -> int:
-    """Returns the image tokens of a square frame whose sides are multiples of 28 pixels."""
+    """Return the image tokens of a square frame whose sides are multiples of 28 pixels."""
     vision = config.vision_config
     return (side_px // (vision.patch_size * vision.spatial_merge_size)) ** 2
 
 
 def kv_bytes(config: CasaConfig, num_frames: int) -> int:
-    """Returns the KV-cache bytes of a conversation of `num_frames` frames with their text."""
+    """Return the KV-cache bytes of a conversation of `num_frames` frames with their text."""
     num_layers = config.text_config.num_hidden_layers
     text = num_frames * TEXT_TOKENS
     images = num_frames * image_tokens(config)
@@ -50,7 +50,7 @@ def kv_bytes(config: CasaConfig, num_frames: int) -> int:
 
 
 def readable(num_bytes: int) -> str:
-    """Returns bytes as MB or GB with three figures."""
+    """Return bytes as MB or GB with three figures."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if num_bytes >= size:
             value = num_bytes / size
@@ -59,7 +59,7 @@ def readable(num_bytes: int) -> str:
 
 
 def table() -> list[str]:
-    """Returns the lines of the Markdown table."""
+    """Return the lines of the Markdown table."""
     lines = [
         "| KV cache after | " + " | ".join(f"{frames:,} frames" for frames in FRAMES) + " |",
         "|---|" + "---:|" * len(FRAMES),

@@ -63,7 +63,7 @@ def scene(number, num_frames):
 
 
 async def soak(checkpoint, num_frames, every, rows, max_frame_tokens=None):
-    """Appends rows of measurements, one every so many frames; ends early when the context is full."""
+    """Append rows of measurements, one every so many frames; end early when the context is full."""
     meter = PageMeter()
     engine = await start_engine(checkpoint, disable_log_stats=False, enforce_eager=True)
     live = LiveEngine(engine, checkpoint, allow_insertion=True)
@@ -159,7 +159,7 @@ def main():
 
 
 def write(fusion, rows, output):
-    """Puts the rows beside what the file holds of the other fusion; draws when both are there."""
+    """Put the rows beside what the file holds of the other fusion; draw when both are there."""
     path = output.with_suffix(".json")
     report = json.loads(path.read_text()) if path.is_file() else {}
     report[fusion] = rows

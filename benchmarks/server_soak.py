@@ -115,7 +115,7 @@ async def mixed(server, options):
 
 
 async def ended_stream(client, body):
-    """Reads a stream to its end; returns how it ended."""
+    """Read a stream to its end; return how it ended."""
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
             lines = [line async for line in answer.aiter_lines() if line]
@@ -127,7 +127,7 @@ async def ended_stream(client, body):
 
 
 async def ended_plain(client, body):
-    """Waits for a plain answer; returns its status."""
+    """Wait for a plain answer; return its status."""
     try:
         return f"status {(await client.post('/v1/chat/completions', json=body)).status_code}"
     except httpx.HTTPError as error:
@@ -135,7 +135,7 @@ async def ended_plain(client, body):
 
 
 async def ended_live(url):
-    """Keeps a live session open; returns what its last event is."""
+    """Keep a live session open; return what its last event is."""
     last = "nothing"
     async with LiveClient(url) as client:
         await client.create(fps=LIVE_FPS)
@@ -224,7 +224,7 @@ def summarise(outcomes, samples, live, before, after):
 
 
 def soak(options):
-    """Runs the whole soak; returns the report."""
+    """Run the whole soak; return the report."""
     with (
         tempfile.TemporaryDirectory() as folder,
         casa_serve(options.keep_log or Path(folder) / "log", *options.server) as server,
@@ -248,7 +248,7 @@ def soak(options):
 
 
 def main():
-    """Runs what the command line asks for; prints and writes the report."""
+    """Run what the command line asks for; print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=8, help="requests at once (%(default)s)")

@@ -5,7 +5,7 @@ PANELS = (("memory_mib", "host memory of the server and its engine, MiB"), ("p50
 
 
 def plot(samples):
-    """Returns SVG text of samples with `requests`, `memory_mib` and `p50_ms`."""
+    """Return SVG text of samples with `requests`, `memory_mib` and `p50_ms`."""
     width, height = LEFT + WIDTH + 30, TOP + len(PANELS) * (HEIGHT + GAP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '

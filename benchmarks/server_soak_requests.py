@@ -55,7 +55,7 @@ class Outcome:
 
 
 def draw_files(seed: int) -> list[str]:
-    """Returns data URLs of images of digits; few enough that most requests show one again."""
+    """Return data URLs of images of digits; few enough that most requests show one again."""
     rng, samples = np.random.default_rng(seed), load_samples(held_out=True)
     urls = []
     for _ in range(NUM_FILES):
@@ -66,13 +66,13 @@ def draw_files(seed: int) -> list[str]:
 
 
 def num_images(rng: np.random.Generator) -> int:
-    """Returns 0 to 60, mostly few."""
+    """Return 0 to 60, mostly few."""
     most = int(rng.choice([0, 1, 3, 10, MAX_IMAGES], p=[0.2, 0.4, 0.25, 0.1, 0.05]))
     return int(rng.integers(0, most + 1)) if most > 1 else most
 
 
 def chat_body(rng: np.random.Generator, urls: list[str]) -> dict[str, Any]:
-    """Returns a chat whose turns show one image each."""
+    """Return a chat whose turns show one image each."""
     messages: list[dict[str, Any]] = []
     for number in range(num_images(rng)):
         if number:
@@ -93,14 +93,14 @@ def chat_body(rng: np.random.Generator, urls: list[str]) -> dict[str, Any]:
 
 
 async def chat(client: httpx.AsyncClient, kind: str, body: dict[str, Any], wanted: Callable[[int], bool]) -> Outcome:
-    """Sends a chat and reads the whole answer."""
+    """Send a chat and read the whole answer."""
     started = asyncio.get_running_loop().time()
     answer = await client.post("/v1/chat/completions", json=body)
     return judge(kind, answer.status_code, answer.text, wanted, asyncio.get_running_loop().time() - started)
 
 
 def judge(kind: str, status: int, text: str, wanted: Callable[[int], bool], latency_s: float) -> Outcome:
-    """Returns what an answer amounts to: its status is as wanted and an error has OpenAI's shape."""
+    """Return what an answer amounts to: its status is as wanted and an error has OpenAI's shape."""
     problem = fault_of(status, text.encode())
     if not wanted(status):
         problem = f"status {status}: {text[:300]!r}"
@@ -108,7 +108,7 @@ def judge(kind: str, status: int, text: str, wanted: Callable[[int], bool], late
 
 
 async def stream(client: httpx.AsyncClient, body: dict[str, Any], break_off_after: int | None) -> Outcome:
-    """Sends a chat whose answer is streamed; leaves after so many lines if given."""
+    """Send a chat whose answer is streamed; leave after so many lines if given."""
     started, kind = asyncio.get_running_loop().time(), "stream" if break_off_after is None else "abort"
     lines: list[str] = []
     async with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
@@ -125,7 +125,7 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any], break_off_afte
 
 
 async def broken_off(client: httpx.AsyncClient, body: dict[str, Any], after_s: float) -> Outcome:
-    """Sends a chat and leaves before its answer, most of the time."""
+    """Send a chat and leave before its answer, most of the time."""
     try:
         async with asyncio.timeout(after_s):
             return await chat(client, "abort", body, lambda status: status == 200)
@@ -134,7 +134,7 @@ async def broken_off(client: httpx.AsyncClient, body: dict[str, Any], after_s: f
 
 
 async def damaged(client: httpx.AsyncClient, case: Case) -> Outcome:
-    """Sends a malformed request; what the fuzzer finds wrong with its answer is the problem."""
+    """Send a malformed request; what the fuzzer finds wrong with its answer is the problem."""
     started = asyncio.get_running_loop().time()
     answer = await client.request(case.method, case.path, headers=case.headers, content=case.body)
     problem = None if case.method == "HEAD" else fault_of(answer.status_code, answer.content)
@@ -146,7 +146,7 @@ async def damaged(client: httpx.AsyncClient, case: Case) -> Outcome:
 async def send(
     client: httpx.AsyncClient, number: int, seed: int, urls: list[str], malformed: Iterator[Case]
 ) -> Outcome:
-    """Sends request `number` of the soak.
+    """Send request `number` of the soak.
 
     Args:
         client: With the server as its base address.

@@ -25,7 +25,7 @@ LIMIT_S = 600
 
 
 def measure(command: Path, priority: bool) -> tuple[float, float, float]:
-    """Returns the seconds to the first answer, the processor seconds until then, and MiB of memory."""
+    """Return the seconds to the first answer, the processor seconds until then, and MiB of memory."""
     port = free_port()
     begun_s = time.monotonic()
     with tempfile.TemporaryFile() as log:
@@ -53,7 +53,7 @@ def measure(command: Path, priority: bool) -> tuple[float, float, float]:
 
 
 def answers(port: int) -> bool:
-    """Returns whether the server has answered a question."""
+    """Return whether the server has answered a question."""
     try:
         httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).raise_for_status()
         httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=QUESTION, timeout=60).raise_for_status()
@@ -63,7 +63,7 @@ def answers(port: int) -> bool:
 
 
 def main() -> None:
-    """Runs the rounds and prints a table of medians."""
+    """Run the rounds and print a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", type=Path, nargs="+", help="casa-serve of each installation")
     parser.add_argument("--rounds", type=int, default=3)

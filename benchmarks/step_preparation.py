@@ -54,12 +54,12 @@ class Clock:
         self._patch.stop()
 
     def median_us(self) -> float:
-        """Returns the median in microseconds."""
+        """Return the median in microseconds."""
         return 1e6 * statistics.median(self.seconds)
 
 
 def clock() -> Clock:
-    """Returns the clock of this process's model runner."""
+    """Return the clock of this process's model runner."""
     if IS_V2:
         from casa_vllm.v2_model_state import CasaModelState
 
@@ -70,7 +70,7 @@ def clock() -> Clock:
 
 
 def prepare_for_a_graph() -> Any:
-    """Prepares decode steps on V2 as those that a full CUDA graph replays."""
+    """Prepare decode steps on V2 as those that a full CUDA graph replays."""
     from vllm.config.compilation import CUDAGraphMode
 
     from casa_vllm.v2_model_state import CasaModelState
@@ -85,7 +85,7 @@ def prepare_for_a_graph() -> Any:
 
 
 def only_vllm_kernels() -> Any:
-    """Runs the kernels of vLLM's runner, without which no step works, and no others: their results do not matter."""
+    """Run the kernels of vLLM's runner, without which no step works, and no others: their results do not matter."""
     from triton.runtime.interpreter import GridExecutor
 
     launch = GridExecutor.__call__
@@ -128,7 +128,7 @@ def count_launches(engine: Engine) -> dict[str, int]:
 
 
 def measure(fusion: str, num_seqs: int, num_steps: int) -> dict[str, Any]:
-    """Returns the figures of one engine that decodes `num_seqs` sequences."""
+    """Return the figures of one engine that decodes `num_seqs` sequences."""
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(preset_config("tiny-llama", fusion=fusion), Path(folder))
         engine = Engine(Path(folder), max_num_seqs=num_seqs, num_gpu_blocks_override=4 * num_seqs + 600)
@@ -150,7 +150,7 @@ def measure(fusion: str, num_seqs: int, num_steps: int) -> dict[str, Any]:
 
 
 def measure_all(options: argparse.Namespace) -> None:
-    """Prints a JSON line for each fusion and number of sequences on this process's runner."""
+    """Print a JSON line for each fusion and number of sequences on this process's runner."""
     for fusion in options.fusion:
         for num_seqs in options.seqs:
             figures = measure(fusion, num_seqs, options.steps)
@@ -158,7 +158,7 @@ def measure_all(options: argparse.Namespace) -> None:
 
 
 def run_of(runner: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns the figures of one runner, from a process of its own."""
+    """Return the figures of one runner, from a process of its own."""
     command = [sys.executable, __file__, "--runner", runner, "--steps", str(options.steps)]
     command += ["--seqs", *map(str, options.seqs), "--fusion", *options.fusion]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

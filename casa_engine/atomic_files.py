@@ -13,7 +13,7 @@ HASH_CHUNK_BYTES = 1 << 22
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file so that no reader ever sees half of it.
+    """Write a file so that no reader ever sees half of it.
 
     Args:
         path: Where it belongs; what is there is replaced. Its folder must exist.
@@ -28,7 +28,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 @contextmanager
 def replaced_atomically(path: Path) -> Iterator[Path]:
-    """Yields the path of a new file beside `path`, which replaces `path` when the block ends.
+    """Yield the path of a new file beside `path`, which replaces `path` when the block ends.
 
     Raises:
         OSError: It cannot be written; what was there is unchanged.
@@ -40,7 +40,7 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_beside(path: Path) -> Iterator[Path]:
-    """Yields the path of a new file beside `path`, with its suffix, for `publish`; removed unless it is moved.
+    """Yield the path of a new file beside `path`, with its suffix, for `publish`; removed unless it is moved.
 
     A file that a killed run left is removed: its lock is free.
 
@@ -59,7 +59,7 @@ def staged_beside(path: Path) -> Iterator[Path]:
 
 
 def publish(staged: Mapping[Path, Path]) -> None:
-    """Moves finished files to their paths: all of them are on the disk before the first one is moved.
+    """Move finished files to their paths: all of them are on the disk before the first one is moved.
 
     Args:
         staged: Target paths by the files of `staged_beside`; a target is in the same folder.
@@ -95,7 +95,7 @@ def _locked(path: Path, flags: int) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's contents, or a folder's entries, are on the disk."""
+    """Wait until a file's contents, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,7 +104,7 @@ def sync(path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal, read in chunks."""
+    """Return the SHA-256 of a file in hexadecimal, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK_BYTES):

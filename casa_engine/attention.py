@@ -7,7 +7,7 @@ from casa_engine.configuration import CasaConfig
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Computes scaled dot-product attention; a query without any key gets exactly zero.
+    """Compute scaled dot-product attention; a query without any key gets exactly zero.
 
     Args:
         query: (B, H, T, D).
@@ -52,7 +52,7 @@ class CasaProjections(nn.Module):
 
 
 def _head_norm(config: CasaConfig) -> nn.Module:
-    """Returns the norm of each head of queries or keys; the identity where the backbone has none."""
+    """Return the norm of each head of queries or keys; the identity where the backbone has none."""
     if not config.backbone.has_qk_norm:
         return nn.Identity()
     return config.backbone.norm_class(config.head_dim, eps=config.text_config.rms_norm_eps)

@@ -87,7 +87,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def backbone_of(config: PreTrainedConfig) -> Backbone:
-    """Returns the entry of a text configuration.
+    """Return the entry of a text configuration.
 
     Raises:
         ConfigError: It is of no kind in the table.
@@ -100,7 +100,7 @@ def backbone_of(config: PreTrainedConfig) -> Backbone:
 
 
 def build_text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-    """Returns a backbone's configuration.
+    """Return a backbone's configuration.
 
     Args:
         value: The configuration itself, or its fields (by `model_type`, a Llama without one); None for a default one.
@@ -120,7 +120,7 @@ def build_text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig
 
 
 def _check_attention(config: PreTrainedConfig) -> None:
-    """Raises ConfigError unless every layer sees all earlier text, at positions that only rotate queries and keys."""
+    """Raise ConfigError unless every layer sees all earlier text, at positions that only rotate queries and keys."""
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others:
         raise ConfigError(

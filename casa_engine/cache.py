@@ -52,22 +52,22 @@ class CasaCache(DynamicCache):
         self.window_values: dict[int, Tensor] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Returns the number of cached text positions, padding included (the same for all layers)."""
+        """Return the number of cached text positions, padding included (the same for all layers)."""
         return 0 if self.key_positions is None else self.key_positions.shape[1]
 
     def reset(self) -> None:
-        """Empties the cache."""
+        """Empty the cache."""
         self.__init__(self.config)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces row i by row `beam_idx[i]`; int64 (B,)."""
+        """Replace row i by row `beam_idx[i]`; int64 (B,)."""
         super().reorder_cache(beam_idx)
         for layer in self.ca_text:
             layer.reorder_cache(beam_idx)
         self._take_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)), beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows, int64 or bool as for indexing."""
+        """Keep these rows, int64 or bool as for indexing."""
         super().batch_select_indices(indices)
         for layer in self.ca_text:
             layer.batch_select_indices(indices)
@@ -85,7 +85,7 @@ class CasaCache(DynamicCache):
         self._take_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0), rows)
 
     def _take_rows(self, take: Callable[[Tensor], Tensor], rows: list[int]) -> None:
-        """Selects rows of all state outside the layers: of tensors by `take`, of lists by index."""
+        """Select rows of all state outside the layers: of tensors by `take`, of lists by index."""
         for name in ROW_TENSORS:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, take(tensor))
@@ -101,7 +101,7 @@ class CasaCache(DynamicCache):
         return True
 
     def crop(self, count: int, /) -> None:
-        """Takes back the last columns of text; as it was if the call raises.
+        """Take back the last columns of text; as it was if the call raises.
 
         Args:
             count: -n for the last n columns, 0 for none; n keeps the first n, as transformers before 5.24 calls it.
@@ -132,18 +132,18 @@ class CasaCache(DynamicCache):
                 layer.keys, layer.values = layer.keys[:, :, :num_kept], layer.values[:, :, :num_kept]
 
     def _text_end_of_images(self, row: int, points: list[int]) -> int:
-        """Returns how many of a row's tokens stand before, or with `insertion` belong to, its last image."""
+        """Return how many of a row's tokens stand before, or with `insertion` belong to, its last image."""
         if self.config.is_cross_attention:
             return points[-1]
         ids = self.row_ids(row)
         return max(index for index, token in enumerate(ids) if token == self.config.image_token_id) + 1
 
     def row_ids(self, row: int) -> list[int]:
-        """Returns the ids of a row's cached text, padding excluded."""
+        """Return the ids of a row's cached text, padding excluded."""
         return self.token_ids[row][self.key_positions[row] >= 0].tolist()
 
     def hide_last_tokens(self, row: int, count: int) -> None:
-        """Turns a row's last `count` tokens into padding; no image may follow them."""
+        """Turn a row's last `count` tokens into padding; no image may follow them."""
         if not count:
             return
         self.key_positions = self.key_positions.clone()
@@ -153,21 +153,21 @@ class CasaCache(DynamicCache):
             self.next_rope[row] -= count
 
     def append_text(self, positions: Tensor, token_ids: Tensor) -> Tensor:
-        """Adds the (B, T) positions and ids of new tokens and returns the positions of all cached tokens, (B, S)."""
+        """Add the (B, T) positions and ids of new tokens and return the positions of all cached tokens, (B, S)."""
         known = self.key_positions is not None
         self.key_positions = torch.cat([self.key_positions, positions], dim=1) if known else positions
         self.token_ids = torch.cat([self.token_ids, token_ids], dim=1) if known else token_ids
         return self.key_positions
 
     def append_points(self, points: list[list[int]]) -> None:
-        """Adds the insertion points of each row's new images."""
+        """Add the insertion points of each row's new images."""
         known = self.seen_points or [[] for _ in points]
         self.seen_points = [[*old, *new] for old, new in zip(known, points, strict=True)]
 
     def with_window(
         self, layer: int, keys: Tensor | None, values: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns image keys and values of a layer: those of the last window, then new ones (B, Hkv, N, D)."""
+        """Return image keys and values of a layer: those of the last window, then new ones (B, Hkv, N, D)."""
         if layer not in self.window_keys:
             return keys, values
         if keys is None:
@@ -175,7 +175,7 @@ class CasaCache(DynamicCache):
         return torch.cat([self.window_keys[layer], keys], dim=2), torch.cat([self.window_values[layer], values], dim=2)
 
     def keep_window(self, layer: int, keys: Tensor, values: Tensor, kept: Tensor) -> None:
-        """Stores those of the (B, Hkv, N, D) image keys and values at index `kept`, int64 (B, Nw), -1 for padding."""
+        """Store those of the (B, Hkv, N, D) image keys and values at index `kept`, int64 (B, Nw), -1 for padding."""
         index = kept.clamp(min=0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.window_keys[layer] = keys.gather(2, index)
         self.window_values[layer] = values.gather(2, index)
@@ -207,7 +207,7 @@ class CasaCache(DynamicCache):
 
 
 def check_cache(cache: object) -> None:
-    """Raises InputError unless it is a `CasaCache`, or None."""
+    """Raise InputError unless it is a `CasaCache`, or None."""
     if cache is not None and not isinstance(cache, CasaCache):
         raise InputError(
             f"the cache is a {type(cache).__name__}; expected a CasaCache: make one with new_cache(). One that PEFT's "

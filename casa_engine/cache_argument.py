@@ -19,7 +19,7 @@ CACHE_ARGUMENT = next(name for name in NAMES if name in {field.name for field in
 
 
 def pop_cache(arguments: dict[str, Any]) -> Cache | None:
-    """Removes the cache from keyword arguments under either name and returns it.
+    """Remove the cache from keyword arguments under either name and return it.
 
     Args:
         arguments: Keyword arguments of a call. Mutated.
@@ -42,5 +42,5 @@ def pop_cache(arguments: dict[str, Any]) -> Cache | None:
 def output_with_cache(
     logits: Tensor, cache: Any, loss: Tensor | None = None, hidden_states: tuple[Tensor, ...] | None = None
 ) -> CausalLMOutputWithPast:
-    """Builds transformers' output class: logits (B, T, V), the cache, the loss, a scalar, hidden states (B, T, C)."""
+    """Build transformers' output class: logits (B, T, V), the cache, the loss, a scalar, hidden states (B, T, C)."""
     return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE_ARGUMENT: cache})

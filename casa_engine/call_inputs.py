@@ -45,7 +45,7 @@ def check_inputs(
     inputs_embeds: Tensor | None = None,
     image_token_embedding: Tensor | None = None,
 ) -> CallInputs:
-    """Checks the inputs of one call. Changes nothing.
+    """Check the inputs of one call. Change nothing.
 
     Args:
         config: The model's configuration.
@@ -94,7 +94,7 @@ def check_inputs(
 
 
 def pad_left(text: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Moves each row's padding to its beginning, so that the last column is every row's last token.
+    """Move each row's padding to its beginning, so that the last column is every row's last token.
 
     Args:
         text: Ids (B, T) or embeddings (B, T, C).
@@ -126,7 +126,7 @@ def _check_ids(config: CasaConfig, ids: Tensor, device: torch.device) -> None:
 def _ids_of_embeddings(
     config: CasaConfig, ids: Tensor | None, embeddings: Tensor, image_token: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Returns what stands for the ids of embeddings (B, T, C): int64 (B, T)."""
+    """Return what stands for the ids of embeddings (B, T, C): int64 (B, T)."""
     if ids is not None:
         raise InputError("got both input_ids and inputs_embeds; they are the same text: pass one of them.")
     check_tensor("inputs_embeds", embeddings, "float", ("B", "T", config.text_config.hidden_size), device)
@@ -141,7 +141,7 @@ def _ids_of_embeddings(
 
 
 def _check_no_virtual_tokens(mask: Tensor | None, insertion_points: Tensor | None) -> None:
-    """Raises InputError where embeddings may have virtual tokens before the text, which no insertion point counts.
+    """Raise InputError where embeddings may have virtual tokens before the text, which no insertion point counts.
 
     PEFT puts them there without a word; only the mask, which it makes longer as floating point numbers, shows it.
     """
@@ -160,7 +160,7 @@ def _check_no_virtual_tokens(mask: Tensor | None, insertion_points: Tensor | Non
 
 
 def _check_mask(mask: Tensor | None, ids: Tensor, cached: Tensor) -> Tensor:
-    """Returns which columns of this call are real, bool (B, T)."""
+    """Return which columns of this call are real, bool (B, T)."""
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     check_tensor("attention_mask", mask, "mask", (len(ids), "T"), ids.device)

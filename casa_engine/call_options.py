@@ -29,7 +29,7 @@ USED = "num_items_in_batch"
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raises InputError for a keyword argument that is unknown, or asks for what the model does not do."""
+    """Raise InputError for a keyword argument that is unknown, or asks for what the model does not do."""
     for name, value in options.items():
         if name == USED:
             continue
@@ -41,7 +41,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def check_labels(labels: Tensor, text: Tensor | None, config: CasaConfig, logits_to_keep: int) -> None:
-    """Checks labels against the text that they belong to.
+    """Check labels against the text that they belong to.
 
     Args:
         labels: int64 (B, T), ids or -100.
@@ -64,13 +64,13 @@ def check_labels(labels: Tensor, text: Tensor | None, config: CasaConfig, logits
 
 
 def check_logits_to_keep(logits_to_keep: int) -> None:
-    """Raises InputError unless it is a whole number from 0."""
+    """Raise InputError unless it is a whole number from 0."""
     if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool) or logits_to_keep < 0:
         raise InputError(f"logits_to_keep is {logits_to_keep!r}; expected how many last positions, 0 for all.")
 
 
 def check_position_ids(position_ids: Tensor, inputs: CallInputs) -> None:
-    """Raises InputError unless the positions of real tokens, int (B, T) or (1, T), are those that the mask gives."""
+    """Raise InputError unless the positions of real tokens, int (B, T) or (1, T), are those that the mask gives."""
     num_rows, num_columns = inputs.real.shape
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and len(position_ids) == 1:
         position_ids = position_ids.expand(num_rows, -1)

@@ -26,7 +26,7 @@ def stage_checkpoint(folder: str | Path, needed_bytes: int = 0) -> StagedFolder:
 
 
 def list_files(folder: Path) -> None:
-    """Writes the list of all that the folder holds now."""
+    """Write the list of all that the folder holds now."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != LIST_FILE)
     content = {"files": {path.name: file_hash(path) for path in paths}}
     write_atomically(folder / LIST_FILE, (json.dumps(content, indent=2) + "\n").encode())

@@ -28,7 +28,7 @@ MIN_PIXELS, MAX_PIXELS = 28 * 28, 1024 * 28 * 28
 
 
 def read_config(folder: str | Path) -> CasaConfig:
-    """Reads the configuration of a checkpoint folder.
+    """Read the configuration of a checkpoint folder.
 
     Raises:
         CheckpointError: The folder is missing, or holds no CASA configuration.
@@ -45,7 +45,7 @@ def read_config(folder: str | Path) -> CasaConfig:
 
 
 def check_tensors(folder: str | Path, config: CasaConfig) -> None:
-    """Compares the stored tensors with those of the model, without loading any.
+    """Compare the stored tensors with those of the model, without loading any.
 
     Raises:
         CheckpointError: Tensors are missing, extra or of another shape; the message names them.
@@ -56,7 +56,7 @@ def check_tensors(folder: str | Path, config: CasaConfig) -> None:
 def load_model(
     folder: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> CasaForConditionalGeneration:
-    """Loads the eager model, ready for inference; an original of a published model in place.
+    """Load the eager model, ready for inference; an original of a published model in place.
 
     Args:
         folder: The checkpoint.
@@ -72,7 +72,7 @@ def load_model(
 
 
 def load_processor(folder: str | Path) -> CasaProcessor:
-    """Loads a checkpoint's processor, with image preprocessing that needs no torchvision.
+    """Load a checkpoint's processor, with image preprocessing that needs no torchvision.
 
     Raises:
         CheckpointError: The folder may not be trusted (see `untrusted_folder`).
@@ -84,7 +84,7 @@ def load_processor(folder: str | Path) -> CasaProcessor:
 
 
 def save_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcessor, folder: str | Path) -> None:
-    """Writes model, processor and generation defaults, as one transaction.
+    """Write model, processor and generation defaults, as one transaction.
 
     Raises:
         OutputError: The folder cannot be written, or holds such files of others; it is as before.
@@ -96,7 +96,7 @@ def save_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcesso
 
 
 def write_checkpoint(model: CasaForConditionalGeneration, processor: CasaProcessor, folder: Path) -> None:
-    """Writes model, processor and generation defaults into a folder of the caller's own, such as a staged one."""
+    """Write model, processor and generation defaults into a folder of the caller's own, such as a staged one."""
     model.generation_config = GenerationConfig(
         eos_token_id=model.config.text_config.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
@@ -143,7 +143,7 @@ def random_model(config: CasaConfig, seed: int = 0, dtype: torch.dtype = torch.f
 def write_random_checkpoint(
     config: CasaConfig, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes a checkpoint of a `random_model`, with a processor of its own, as one transaction.
+    """Write a checkpoint of a `random_model`, with a processor of its own, as one transaction.
 
     Raises:
         OutputError: The folder cannot be written, or holds such files of others; it is as before.

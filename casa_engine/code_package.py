@@ -72,7 +72,7 @@ processor = AutoProcessor.from_pretrained("THIS FOLDER", trust_remote_code=True)
 
 
 def write_package(checkpoint: str | Path, output: str | Path) -> None:
-    """Writes a checkpoint with the model's code, as one transaction.
+    """Write a checkpoint with the model's code, as one transaction.
 
     Args:
         checkpoint: A folder in this engine's own form.
@@ -109,7 +109,7 @@ def write_package(checkpoint: str | Path, output: str | Path) -> None:
 
 
 def package_sources() -> dict[str, str]:
-    """Returns the modules of model and processor by file name, each importing the others from beside it."""
+    """Return the modules of model and processor by file name, each importing the others from beside it."""
     sources: dict[str, str] = {}
     pending = sorted({target.partition(".")[0] for auto_map in AUTO_MAPS.values() for target in auto_map.values()})
     while pending:
@@ -123,18 +123,18 @@ def package_sources() -> dict[str, str]:
 
 
 def _is_copied(path: Path) -> bool:
-    """Returns whether a checkpoint's file goes into its package as it is."""
+    """Return whether a checkpoint's file goes into its package as it is."""
     return (path.suffix in COPIED or path.name in LEGAL) and path.name != LIST_FILE
 
 
 def _own_modules(source: str) -> list[str]:
-    """Returns the modules of this engine that a module imports."""
+    """Return the modules of this engine that a module imports."""
     imports = [node.module or "" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     return [module.removeprefix("casa_engine.") for module in imports if module.startswith("casa_engine.")]
 
 
 def _engine() -> str:
-    """Returns name and version of this installation; a bare folder of sources has no version."""
+    """Return name and version of this installation; a bare folder of sources has no version."""
     try:
         return f"casa-engine {version('casa-engine')}"
     except PackageNotFoundError:

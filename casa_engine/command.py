@@ -11,7 +11,7 @@ from casa_engine.errors import CasaError
 
 
 def run_command(program: str, work: Callable[[], int | None]) -> int:
-    """Runs a command to its end.
+    """Run a command to its end.
 
     Args:
         program: Its name, which begins the message.
@@ -43,7 +43,7 @@ def _fail(program: str, message: str) -> int:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM end the command as Ctrl-C does within the block: unfinished files are removed."""
+    """Make SIGTERM end the command as Ctrl-C does within the block: unfinished files are removed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

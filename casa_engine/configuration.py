@@ -164,9 +164,9 @@ class CasaConfig(GuardedConfig, PreTrainedConfig):
         return sorted(set(range(self.text_config.num_hidden_layers) if self.ca_layers is None else self.ca_layers))
 
     def has_ca(self, layer: int) -> bool:
-        """Returns whether decoder layer `layer` has CA."""
+        """Return whether decoder layer `layer` has CA."""
         return layer in self.cross_attention_layers
 
     def has_sa(self, layer: int) -> bool:
-        """Returns whether decoder layer `layer` has self-attention."""
+        """Return whether decoder layer `layer` has self-attention."""
         return self.ca_placement == "parallel" or not self.has_ca(layer)

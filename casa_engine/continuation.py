@@ -45,7 +45,7 @@ class Continuation:
 
 
 def find_continuation(cache: CasaCache, input_ids: Tensor, inputs: CallInputs, padding_ids: set[int]) -> Continuation:
-    """Compares a whole conversation with what a cache has read. Changes nothing.
+    """Compare a whole conversation with what a cache has read. Change nothing.
 
     Args:
         cache: Not empty.
@@ -91,7 +91,7 @@ def find_continuation(cache: CasaCache, input_ids: Tensor, inputs: CallInputs, p
 
 
 def _shared_length(row: int, ids: list[int], cached: list[int], padding_ids: set[int]) -> int:
-    """Returns how many cached tokens the conversation begins with: all but what pads a row that ended early."""
+    """Return how many cached tokens the conversation begins with: all but what pads a row that ended early."""
     shared = next((i for i, (a, b) in enumerate(zip(ids, cached, strict=False)) if a != b), min(len(ids), len(cached)))
     if not padding_ids.issuperset(cached[shared:]):
         raise InputError(
@@ -108,7 +108,7 @@ def _shared_length(row: int, ids: list[int], cached: list[int], padding_ids: set
 
 
 def select_images(images: dict[str, Tensor], inputs: CallInputs, chosen: list[int]) -> dict[str, Tensor]:
-    """Selects some of a call's images, in this order, from `pixel_values` or `image_embeds` and `image_grid_thw`.
+    """Select some of a call's images, in this order, from `pixel_values` or `image_embeds` and `image_grid_thw`.
 
     Args:
         images: The call's arguments.
@@ -129,5 +129,5 @@ def select_images(images: dict[str, Tensor], inputs: CallInputs, chosen: list[in
 
 
 def add_insertion_points(images: dict[str, Tensor], points: list[list[int]], device: torch.device) -> dict[str, Tensor]:
-    """Adds `insertion_points` (B, M) to a call's images, if there are any."""
+    """Add `insertion_points` (B, M) to a call's images, if there are any."""
     return images | {"insertion_points": pad_insertion_points(points).to(device)} if images else {}

@@ -22,7 +22,7 @@ RENAME_EXCHANGE = 2
 
 
 def files_of(folder: Path) -> Iterator[str]:
-    """Yields the relative paths of all that is no folder. Raises OSError for a folder that cannot be read."""
+    """Yield the relative paths of all that is no folder. Raise OSError for a folder that cannot be read."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):
@@ -32,7 +32,7 @@ def files_of(folder: Path) -> Iterator[str]:
 
 
 def folders_of(folder: Path) -> Iterator[str]:
-    """Yields the relative paths of all folders in it, outer ones first."""
+    """Yield the relative paths of all folders in it, outer ones first."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):
@@ -71,7 +71,7 @@ def unlink_foreign_files(old: Path, new: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Swaps two folders in one step.
+    """Swap two folders in one step.
 
     Raises:
         OSError: Kernel or file system cannot.
@@ -85,7 +85,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def remove_exchanged(old: Path, target: Path, owned: frozenset[str]) -> None:
-    """Removes the older folder after an exchange, possibly after a crash in between.
+    """Remove the older folder after an exchange, possibly after a crash in between.
 
     Files that are not ours are in `target` too. Where that is another file by now, the one written last stays.
     """
@@ -101,7 +101,7 @@ def remove_exchanged(old: Path, target: Path, owned: frozenset[str]) -> None:
 
 
 def move_into(staged: Path, target: Path, outdated: Iterable[str], last: str) -> None:
-    """Removes outdated files of ours from `target` and moves the new ones in; may be repeated after a crash.
+    """Remove outdated files of ours from `target` and move the new ones in; may be repeated after a crash.
 
     Args:
         staged: The finished folder.

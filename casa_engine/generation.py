@@ -28,7 +28,7 @@ class CasaGenerationMixin(GenerationMixin):
     """`GenerationMixin` with the hooks of a model whose images are outside the text stream."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates as `GenerationMixin.generate` does; a cache may be given under either of its names.
+        """Generate as `GenerationMixin.generate` does; a cache may be given under either of its names.
 
         With a cache that has read the beginning of the conversation, the whole conversation is passed again: cached
         text and images are recognised and left out (`casa_engine.continuation`).
@@ -64,7 +64,7 @@ class CasaGenerationMixin(GenerationMixin):
             model_kwargs[CACHE_ARGUMENT] = CasaCache(self.config)
 
     def _check_embeddings(self, input_ids: Tensor | None, cache: CasaCache | None, arguments: dict[str, Any]) -> None:
-        """Checks a call of `generate` with embeddings in place of ids, which is always a conversation's first."""
+        """Check a call of `generate` with embeddings in place of ids, which is always a conversation's first."""
         if cache is not None and cache.get_seq_length():
             raise InputError("got inputs_embeds over a cache; what goes on is recognised by its ids: pass input_ids.")
         config = arguments.get("generation_config") or self.generation_config
@@ -122,7 +122,7 @@ class CasaGenerationMixin(GenerationMixin):
         return generator
 
     def _check_text_behind_images(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-        """Raises InputError where a prompt ends with an image, in front of which an assistant's cache would go back.
+        """Raise InputError where a prompt ends with an image, in front of which an assistant's cache would go back.
 
         It does where the model accepts none of its guesses: the prompt's last token is read again with the model's own.
         """
@@ -186,7 +186,7 @@ class CasaGenerationMixin(GenerationMixin):
         padding_ids: set[int],
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Returns the ids, mask and other arguments of what a cache has not read of a conversation."""
+        """Return the ids, mask and other arguments of what a cache has not read of a conversation."""
         images = _given(kwargs)
         inputs = self._check(input_ids, attention_mask, images)
         new = find_continuation(cache, input_ids, inputs, padding_ids)
@@ -198,7 +198,7 @@ class CasaGenerationMixin(GenerationMixin):
     def _check(
         self, input_ids: Tensor | None, mask: Tensor | None, arguments: dict[str, Any], cache: CasaCache | None = None
     ) -> CallInputs:
-        """Checks what `generate` was given, which may lie on the CPU: transformers moves it before each call."""
+        """Check what `generate` was given, which may lie on the CPU: transformers moves it before each call."""
         embeddings = arguments.get(EMBEDDINGS)
         text = input_ids if embeddings is None else embeddings
         device = text.device if isinstance(text, Tensor) and text.device.type == "cpu" else self.device
@@ -208,20 +208,20 @@ class CasaGenerationMixin(GenerationMixin):
         )
 
     def _images(self, content: dict[str, Tensor], points: list[list[int]], device: torch.device) -> dict[str, Tensor]:
-        """Returns a call's image arguments: with insertion points where the fusion takes them."""
+        """Return a call's image arguments: with insertion points where the fusion takes them."""
         return add_insertion_points(content, points, device) if self.config.is_cross_attention else content
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the image arguments among these."""
+    """Return the image arguments among these."""
     return {name: arguments[name] for name in IMAGE_ARGUMENTS if arguments.get(name) is not None}
 
 
 def _mask_of(embeddings: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns the mask (B, T) of embeddings (B, T, C) that `generate` has checked; it drops one that is all ones."""
+    """Return the mask (B, T) of embeddings (B, T, C) that `generate` has checked; it drops one that is all ones."""
     return torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device) if mask is None else mask
 
 
 def _padding_ids(generation_config: GenerationConfig) -> set[int]:
-    """Returns the ids that `generate` writes behind the end of a row: the padding token, or a stop token instead."""
+    """Return the ids that `generate` writes behind the end of a row: the padding token, or a stop token instead."""
     return {*list_token_ids(generation_config.pad_token_id), *list_token_ids(generation_config.eos_token_id)}

@@ -41,7 +41,7 @@ class ImageFileLimits:
     max_image_aspect: int = 200
 
     def option_note(self, name: str) -> str:
-        """Returns what an error adds about the option that sets a limit; empty where there is none."""
+        """Return what an error adds about the option that sets a limit; empty where there is none."""
         return ""
 
 
@@ -50,7 +50,7 @@ class ImageRefusedError(InputError):
 
 
 def check_image(data: bytes, limits: ImageFileLimits) -> tuple[int, int]:
-    """Checks an encoded image against the limits without decoding it.
+    """Check an encoded image against the limits without decoding it.
 
     Args:
         data: The encoded file.
@@ -100,7 +100,7 @@ def check_size(num_bytes: int, limits: ImageFileLimits) -> None:
 
 
 def sniff(data: bytes) -> str:
-    """Returns the format's name ("JPEG", "PNG" or "WEBP") from the first bytes of a file."""
+    """Return the format's name ("JPEG", "PNG" or "WEBP") from the first bytes of a file."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -114,7 +114,7 @@ def sniff(data: bytes) -> str:
 
 
 def read_header(data: bytes, format_name: str, limits: ImageFileLimits) -> tuple[int, int]:
-    """Returns width and height as the file's header states them."""
+    """Return width and height as the file's header states them."""
     try:
         with Image.open(BytesIO(without_texts(data)), formats=(format_name,)) as image:
             return image.size

@@ -53,7 +53,7 @@ class ImageInputs:
 
 
 def pad_insertion_points(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Pads the insertion points of B rows as the model takes them: int64 (B, M)."""
+    """Pad the insertion points of B rows as the model takes them: int64 (B, M)."""
     return torch.from_numpy(pad_rows(rows, NO_IMAGE))
 
 
@@ -66,7 +66,7 @@ def check_images(
     insertion_points: Tensor | None,
     device: torch.device,
 ) -> ImageInputs:
-    """Checks the images of one call.
+    """Check the images of one call.
 
     Args:
         config: The model's configuration.
@@ -171,7 +171,7 @@ def _row_points(row: int, values: list[int], num_tokens: int) -> list[int]:
 
 
 def _points_in_streams(config: CasaConfig, streams: list[list[int]], counts: list[int]) -> list[list[int]]:
-    """Returns where images are in streams with image tokens: each run of these must be a whole number of images."""
+    """Return where images are in streams with image tokens: each run of these must be a whole number of images."""
     left, rows = list(reversed(counts)), []
     for row, stream in enumerate(streams):
         points, index = [], 0

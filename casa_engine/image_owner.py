@@ -13,7 +13,7 @@ OWNER: ContextVar[str] = ContextVar("casa_image_owner", default="")
 
 
 def scope_image_name(uuid: object, cache_salt: object = None) -> str:
-    """Returns the name of an image that is unique to this request's client.
+    """Return the name of an image that is unique to this request's client.
 
     Args:
         uuid: What the client calls it.

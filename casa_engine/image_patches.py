@@ -48,7 +48,7 @@ def resized_pixels(image_processor: Any, image: Image.Image) -> tuple[torch.Tens
 
 
 def _resized(image_processor: Any, image: Image.Image, factor: int) -> torch.Tensor:
-    """Returns uint8 (height, width, 3), with sides that are multiples of `factor`."""
+    """Return uint8 (height, width, 3), with sides that are multiples of `factor`."""
     size = image_processor.size
     if image_processor.backend == "pil":
         # What the processor calls, without its conversions from and to arrays, which take longer than the rest.
@@ -109,7 +109,7 @@ class PatchValues:
         return values.expand(-1, -1, self._copies, -1).flatten(1)
 
     def _write_entries(self, pixels: torch.Tensor, entries: torch.Tensor, height: int, width: int) -> None:
-        """Writes the table's entries of one picture of (height, width) patches, in the order of its patches."""
+        """Write the table's entries of one picture of (height, width) patches, in the order of its patches."""
         side, merge = self._patch_size, self._merge_size
         rows, columns = height // merge, width // merge
         picture = pixels.view(rows, merge, side, columns, merge, side, CHANNELS).permute(0, 3, 1, 4, 6, 2, 5)

@@ -58,7 +58,7 @@ class EncodedImage(ABC):
 
     @abstractmethod
     def decode(self) -> Image.Image:
-        """Returns the image, prepared.
+        """Return the image, prepared.
 
         Raises:
             InputError: What is behind the header is damaged.
@@ -66,7 +66,7 @@ class EncodedImage(ABC):
 
 
 def read_image(data: bytes, format_name: str) -> Image.Image:
-    """Decodes a file of a known format.
+    """Decode a file of a known format.
 
     Args:
         data: The encoded file.
@@ -83,7 +83,7 @@ def read_image(data: bytes, format_name: str) -> Image.Image:
 
 
 def prepare_image(image: Image.Image) -> Image.Image:
-    """Returns what a person sees of a Pillow image, in RGB; the image itself where it is nothing but that.
+    """Return what a person sees of a Pillow image, in RGB; the image itself where it is nothing but that.
 
     Args:
         image: Of any mode. `I;16` and its kin hold levels of 16 bits. `I` and `F` have no range of their own:
@@ -99,7 +99,7 @@ def prepare_image(image: Image.Image) -> Image.Image:
 
 
 def as_image(value: object) -> Image.Image:
-    """Returns an image from what a program may give as one, prepared.
+    """Return an image from what a program may give as one, prepared.
 
     Args:
         value: A Pillow image, or a numpy array or tensor of uint8, (height, width, channels) or
@@ -130,7 +130,7 @@ def as_image(value: object) -> Image.Image:
 
 
 def without_texts(data: bytes) -> bytes:
-    """Returns a PNG without its texts and colour profile, and anything else as it is."""
+    """Return a PNG without its texts and colour profile, and anything else as it is."""
     if not data.startswith(PNG_SIGNATURE) or not any(kind in data for kind in PNG_TEXTS):
         return data
     kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
@@ -153,13 +153,13 @@ def _shown(image: Image.Image) -> Image.Image:
 
 
 def _without_notes(image: Image.Image) -> Image.Image:
-    """Drops notes that have been followed and must not be followed again."""
+    """Drop notes that have been followed and must not be followed again."""
     image.info = {}
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns EXIF's orientation where Chromium follows it, else 1.
+    """Return EXIF's orientation where Chromium follows it, else 1.
 
     It does in JPEG, and in PNG where EXIF precedes the pixels. It does not in WebP, nor does it follow XMP, as
     Pillow would. tests/browser/test_picture_files.py holds this to Chromium.
@@ -177,7 +177,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _sample_bits(image: Image.Image) -> int:
-    """Returns the bits of a sample in a PNG that is not yet loaded; 8 where nothing else is known."""
+    """Return the bits of a sample in a PNG that is not yet loaded; 8 where nothing else is known."""
     modes = [str(arguments) for *_, arguments in getattr(image, "tile", ())]
     for bits in (16, 4, 2, 1):
         if any(f";{bits}" in mode or (bits == 1 and mode == "1") for mode in modes):
@@ -233,7 +233,7 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _without_key(image: Image.Image, key: object, key_bits: int) -> Image.Image:
-    """Returns the image with white for its one transparent colour, which PNG states in samples of the file's depth."""
+    """Return the image with white for its one transparent colour, which PNG states in samples of the file's depth."""
     samples = np.asarray([key] if isinstance(key, int) else list(key), dtype=np.int64)
     if key_bits == 16 or samples.max(initial=0) > 255:
         samples = samples >> 8

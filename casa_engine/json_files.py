@@ -11,7 +11,7 @@ MAX_JSON_BYTES = 64 << 20
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds.
+    """Return what a JSON file holds.
 
     Raises:
         CheckpointError: It is missing, too large or not JSON.
@@ -27,7 +27,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns what a JSON file holds, which is an object.
+    """Return what a JSON file holds, which is an object.
 
     Raises:
         CheckpointError: As `read_json`, or it holds something else.

@@ -80,7 +80,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = backbone.norm_class(text.hidden_size, eps=text.rms_norm_eps)
 
     def forward(self, x: Tensor, inputs: LayerInputs, images: Tensor | None = None) -> Tensor:
-        """Runs the layer. Mutates `inputs.cache`.
+        """Run the layer. Mutates `inputs.cache`.
 
         Args:
             x: (B, T, C). Hidden states.
@@ -106,7 +106,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         return self.self_attn.o_proj(inputs.attend(query, key, value, inputs.causal_mask))
 
     def _cross_attention(self, h: Tensor, inputs: LayerInputs, images: Tensor | None) -> Tensor:
-        """Computes CA (Eq. 2) or CA_t+v (Eq. 4): keys are the image tokens of the window, then its text."""
+        """Compute CA (Eq. 2) or CA_t+v (Eq. 4): keys are the image tokens of the window, then its text."""
         project = self.cross_attn or self.self_attn
         query, mask = project.query(h), inputs.windows.image_mask
         key, value = self._window_key_value(inputs, images)
@@ -126,7 +126,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         return output * (mask.sum(dim=-1, keepdim=True) > 0)
 
     def image_key_value(self, images: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Computes this layer's CA keys and values of image tokens.
+        """Compute this layer's CA keys and values of image tokens.
 
         Args:
             images: (B, N, C). Vision output.
@@ -195,7 +195,7 @@ class CasaModel(CasaPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Runs the vision encoder, and the norm behind it where there is one.
+        """Run the vision encoder, and the norm behind it where there is one.
 
         Args:
             pixel_values: (P, 1176). Patches of all images.
@@ -214,7 +214,7 @@ class CasaModel(CasaPreTrainedModel):
         device: torch.device | None = None,
         **inputs: Tensor | None,
     ) -> CallInputs:
-        """Checks a call's inputs as `forward` does; see `casa_engine.call_inputs.check_inputs`. Changes nothing.
+        """Check a call's inputs as `forward` does; see `casa_engine.call_inputs.check_inputs`. Change nothing.
 
         Args:
             input_ids: int64 (B, T); None with `inputs_embeds`.
@@ -241,7 +241,7 @@ class CasaModel(CasaPreTrainedModel):
         position_ids: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        """Computes the hidden states of the new tokens.
+        """Compute the hidden states of the new tokens.
 
         Args:
             input_ids: int64 (B, T). In the CA fusions the text stream, without image markers.
@@ -303,7 +303,7 @@ class CasaModel(CasaPreTrainedModel):
         cache: CasaCache | None,
         between: list[Tensor] | None,
     ) -> Tensor:
-        """Computes the last hidden states (B, T, C) of a checked call. Mutates the cache.
+        """Compute the last hidden states (B, T, C) of a checked call. Mutates the cache.
 
         Args:
             x: (B, T, C). The text's embeddings.
@@ -345,7 +345,7 @@ class CasaModel(CasaPreTrainedModel):
         return self.language_model.norm(x)
 
     def _insertion_positions(self, ids: Tensor, inputs: CallInputs, cache: CasaCache | None) -> Tensor:
-        """Returns the rotary positions of an insertion stream, int64 (3, B, T). Mutates `cache.next_rope`."""
+        """Return the rotary positions of an insertion stream, int64 (3, B, T). Mutates `cache.next_rope`."""
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
         following = []
         for row, images in enumerate(inputs.images.by_row):
@@ -361,7 +361,7 @@ class CasaModel(CasaPreTrainedModel):
 
 
 def _with_heads(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Adds the axis of heads: (B, T, D) -> (B, 1, T, D)."""
+    """Add the axis of heads: (B, T, D) -> (B, 1, T, D)."""
     return tables[0][:, None], tables[1][:, None]
 
 
@@ -407,7 +407,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Computes the logits of the new tokens; see `CasaModel.forward` for the other inputs.
+        """Compute the logits of the new tokens; see `CasaModel.forward` for the other inputs.
 
         Args:
             cache: Another name of `past_key_values`: that of transformers from 5.24 on.
@@ -456,5 +456,5 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         return output_with_cache(logits, cache, loss, outputs.hidden_states)
 
     def new_cache(self) -> CasaCache:
-        """Returns an empty cache, for conversations fed piece by piece (`CasaStream`)."""
+        """Return an empty cache, for conversations fed piece by piece (`CasaStream`)."""
         return CasaCache(self.config)

@@ -126,7 +126,7 @@ PRESETS: dict[str, tuple[Callable[..., CasaConfig], dict[str, Any]]] = {
 
 
 def preset_config(name: str, **fields: Any) -> CasaConfig:
-    """Returns the configuration of a preset.
+    """Return the configuration of a preset.
 
     Args:
         name: One of `PRESETS`.

@@ -78,7 +78,7 @@ class CasaProcessor(ProcessorMixin):
         truncation: bool | None = None,
         max_length: int | None = None,
     ) -> BatchFeature:
-        """Prepares B prompts.
+        """Prepare B prompts.
 
         Args:
             images: All images in order: one, a list, or a list for each prompt. Pillow images, or arrays or tensors
@@ -143,7 +143,7 @@ class CasaProcessor(ProcessorMixin):
         return BatchFeature(self._padded(streams, padding_side, pad_to_multiple_of) | vision)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """Renders a conversation as transformers does, with images as pixels only.
+        """Render a conversation as transformers does, with images as pixels only.
 
         Raises:
             InputError: An image is given by its path or address, which transformers would read or fetch.
@@ -152,7 +152,7 @@ class CasaProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
-        """Prepares images and cuts them into patches: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3).
+        """Prepare images and cut them into patches: pixel_values float32 (P, 1176) and image_grid_thw int64 (I, 3).
 
         Raises:
             InputError: One is no image, or cannot be resized.
@@ -162,7 +162,7 @@ class CasaProcessor(ProcessorMixin):
         return {name: torch.cat([one[name] for one in cut]) for name in ("pixel_values", "image_grid_thw")}
 
     def image_bytes(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepares and resizes one image: uint8 (P, 588) and int64 (3,), for `image_patches.PatchValues`.
+        """Prepare and resize one image: uint8 (P, 588) and int64 (3,), for `image_patches.PatchValues`.
 
         Raises:
             InputError: It is no image, or cannot be resized.
@@ -181,7 +181,7 @@ class CasaProcessor(ProcessorMixin):
 
     @staticmethod
     def check_counts(num_markers: int, num_images: int) -> None:
-        """Raises InputError unless a prompt's image markers and images are equally many."""
+        """Raise InputError unless a prompt's image markers and images are equally many."""
         if num_markers != num_images:
             raise InputError(
                 f"the prompt has {num_markers} image markers and {num_images} images; expected one marker for each "
@@ -190,7 +190,7 @@ class CasaProcessor(ProcessorMixin):
 
     @staticmethod
     def _check_counts_of_prompts(num_markers: list[int], num_images: list[int]) -> None:
-        """Raises InputError unless images given by prompt are as many as each prompt's markers."""
+        """Raise InputError unless images given by prompt are as many as each prompt's markers."""
         if num_markers != num_images:
             raise InputError(
                 f"the prompts have {num_markers} image markers and {num_images} images; expected a list of images for "
@@ -203,7 +203,7 @@ class CasaProcessor(ProcessorMixin):
         ]
 
     def _padded(self, rows: list[list[int]], side: str, multiple: int | None) -> dict[str, torch.Tensor]:
-        """Returns input_ids and attention_mask, int64 (B, T) each."""
+        """Return input_ids and attention_mask, int64 (B, T) each."""
         pad_id = self.tokenizer.pad_token_id
         pad_id = pad_id if pad_id is not None else self.tokenizer.eos_token_id or 0
         longest = max(map(len, rows))
@@ -216,7 +216,7 @@ class CasaProcessor(ProcessorMixin):
 
 
 def _refuse_addresses(conversation: Any) -> None:
-    """Raises InputError for image parts of messages that hold text in place of pixels."""
+    """Raise InputError for image parts of messages that hold text in place of pixels."""
     if isinstance(conversation, (list, tuple)):
         for each in conversation:
             _refuse_addresses(each)
@@ -231,7 +231,7 @@ def _refuse_addresses(conversation: Any) -> None:
 
 
 def _flatten(images: Any) -> list[Any]:
-    """Returns one flat list of images from None, one image, a list, or a list of lists (None entries dropped)."""
+    """Return one flat list of images from None, one image, a list, or a list of lists (None entries dropped)."""
     if images is None:
         return []
     if not isinstance(images, (list, tuple)):

@@ -15,7 +15,7 @@ from casa_engine.processing_casa import CasaProcessor
 
 
 def register_auto_classes() -> None:
-    """Registers configuration, model and processor, and the configurations of originals. Safe to call twice."""
+    """Register configuration, model and processor, and the configurations of originals. Safe to call twice."""
     AutoConfig.register(CasaConfig.model_type, CasaConfig, exist_ok=True)
     AutoModel.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
     AutoModelForCausalLM.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)

@@ -16,12 +16,12 @@ from casa_engine.errors import InputError
 
 
 def image_token_counts(grids: Tensor, merge_size: int) -> list[int]:
-    """Returns the number of image tokens of each image; `grids` is int64 (I, 3): temporal, height, width in patches."""
+    """Return the number of image tokens of each image; `grids` is int64 (I, 3): temporal, height, width in patches."""
     return (grids.prod(dim=-1) // merge_size**2).tolist()
 
 
 def image_positions(grid: Tensor, config: CasaConfig) -> Tensor:
-    """Returns the rotary positions of one image's tokens, relative to the start of its window.
+    """Return the rotary positions of one image's tokens, relative to the start of its window.
 
     Args:
         grid: int64 (3,): temporal, height, width of the image in patches.
@@ -40,13 +40,13 @@ def image_positions(grid: Tensor, config: CasaConfig) -> Tensor:
 
 
 def rotates_images(config: CasaConfig) -> bool:
-    """Returns whether `image_positions` rotates keys: not in `ca`, and not where all are 0."""
+    """Return whether `image_positions` rotates keys: not in `ca`, and not where all are 0."""
     is_at_zero = config.image_rope == "frozen" and config.image_position_offset == 0
     return config.sees_window_text and not is_at_zero
 
 
 def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes cosines and sines of the half-split rotary embedding, for positions on one axis.
+    """Compute cosines and sines of the half-split rotary embedding, for positions on one axis.
 
     Args:
         positions: int (..., T).
@@ -59,7 +59,7 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def axes_rotary_tables(positions: Tensor, inv_freq: Tensor, mrope_section: list[int] | None) -> tuple[Tensor, Tensor]:
-    """Computes `rotary_tables` for positions on three axes.
+    """Compute `rotary_tables` for positions on three axes.
 
     Args:
         positions: int (3, ..., T): temporal, height, width.
@@ -87,7 +87,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def insertion_positions(token_ids: list[int], grids: Tensor, config: CasaConfig, start: int = 0) -> tuple[Tensor, int]:
-    """Returns the rotary positions of a stream with image tokens in it.
+    """Return the rotary positions of a stream with image tokens in it.
 
     Without M-RoPE positions just count. With it an image's tokens are at (t, t + row, t + column) and the text goes
     on after the largest of them, as in Qwen2.5-VL.

@@ -52,7 +52,7 @@ class TensorHeader:
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Returns the tensors of a file by their names, in the order in which their data lies.
+    """Return the tensors of a file by their names, in the order in which their data lies.
 
     Raises:
         CheckpointError: The file is no safetensors file; its header is too large; or names, types, shapes and places
@@ -65,7 +65,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
 
 def check_name(name: Any) -> None:
-    """Raises ValueError unless a name, as some file gives it, can be a tensor's."""
+    """Raise ValueError unless a name, as some file gives it, can be a tensor's."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH:
         raise ValueError(f"a tensor's name is {str(name)[:40]!r}; expected up to {MAX_NAME_LENGTH} characters")
     if not NAME.fullmatch(name):  # it is written into map files and onto terminals
@@ -73,7 +73,7 @@ def check_name(name: Any) -> None:
 
 
 def check_tensor(name: Any, dtype: Any, shape: Any) -> None:
-    """Raises ValueError unless name, type and shape, as some file gives them, can be those of a tensor."""
+    """Raise ValueError unless name, type and shape, as some file gives them, can be those of a tensor."""
     check_name(name)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"{name} has dtype {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")

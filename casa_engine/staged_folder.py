@@ -93,7 +93,7 @@ class StagedFolder:
             raise self._refusal(cause) from error  # a full disk, most often
 
     def commit(self) -> None:
-        """Moves the folder to its target.
+        """Move the folder to its target.
 
         Raises:
             OutputError: It cannot; the target is as before.
@@ -111,7 +111,7 @@ class StagedFolder:
                 self._move(owned)
 
     def _exchange(self, owned: frozenset[str]) -> bool:
-        """Swaps staged and older folder; False, with nothing changed, where that is not possible."""
+        """Swap staged and older folder; False, with nothing changed, where that is not possible."""
         if self._work.parent == self.target or _works_in(self.target):
             return False
         self._write_journal(state="exchange", inode=self.path.stat().st_ino, owned=sorted(owned))
@@ -183,7 +183,7 @@ class StagedFolder:
             )
 
     def _check_clashes(self, owned: frozenset[str]) -> None:
-        """Raises OutputError where files of other programs would be overwritten."""
+        """Raise OutputError where files of other programs would be overwritten."""
         for path in files_of(self.path):
             parents = [str(parent) for parent in Path(path).parents[:-1]]
             taken = [parent for parent in parents if _is_file(self.target / parent) and parent not in owned]
@@ -207,7 +207,7 @@ class StagedFolder:
                 parent.rmdir()
 
     def _acquire(self) -> int:
-        """Makes the work folder and locks it; the lock of a run that ended is free."""
+        """Make the work folder and lock it; the lock of a run that ended is free."""
         while True:
             self._work.mkdir(exist_ok=True)
             if self._work.is_symlink() or not self._is_ours():
@@ -230,13 +230,13 @@ class StagedFolder:
             os.close(lock)
 
     def _is_ours(self) -> bool:
-        """Returns whether the work folder has only what runs of ours leave: the lock comes first and goes last."""
+        """Return whether the work folder has only what runs of ours leave: the lock comes first and goes last."""
         names = {entry.name for entry in self._work.iterdir()}
         unfinished = {name for name in names if name.startswith(f".{self._journal.stem}.")}
         return not names or ("lock" in names and names <= {"lock", "new", self._journal.name} | unfinished)
 
     def _release(self) -> None:
-        """Drops what was not committed, finishes what was, and removes the work folder; a later run tries again."""
+        """Drop what was not committed, finish what was, and remove the work folder; a later run tries again."""
         with suppress(OSError, OutputError):
             self._recover()
             for entry in sorted(self._work.iterdir(), key=lambda entry: entry.name == "lock"):
@@ -277,18 +277,18 @@ class StagedFolder:
 
 
 def check_apart(folder: Path, other: Path) -> None:
-    """Raises OutputError where one of two folders is, or is within, the other: each would carry the other's files."""
+    """Raise OutputError where one of two folders is, or is within, the other: each would carry the other's files."""
     if is_within(folder, other) or is_within(other, folder):
         raise OutputError(f"{folder} and {other} are the same or within each other. Name a folder elsewhere.")
 
 
 def is_within(folder: Path, other: Path) -> bool:
-    """Returns whether a folder is the other one or in it, links followed; neither has to exist."""
+    """Return whether a folder is the other one or in it, links followed; neither has to exist."""
     return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(other))
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
-    """Returns the operating system's error behind an exception: itself, or the one that a library in Rust describes."""
+    """Return the operating system's error behind an exception: itself, or the one that a library in Rust describes."""
     if isinstance(error, OSError) or error is None:
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
@@ -301,7 +301,7 @@ def _work_folder(target: Path) -> Path:
 
 
 def _is_mount_point(path: Path) -> bool:
-    """Returns whether it is one; unlike `os.path.ismount`, also for a folder of the same file system."""
+    """Return whether it is one; unlike `os.path.ismount`, also for a folder of the same file system."""
     if os.path.ismount(path) or not MOUNTS.exists():
         return os.path.ismount(path)
     escaped = str(path).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
@@ -309,7 +309,7 @@ def _is_mount_point(path: Path) -> bool:
 
 
 def _works_in(folder: Path) -> bool:
-    """Returns whether the current folder is this one or in it: a shell there would be left in a deleted folder."""
+    """Return whether the current folder is this one or in it: a shell there would be left in a deleted folder."""
     try:
         return Path.cwd().is_relative_to(folder)
     except FileNotFoundError:
@@ -321,7 +321,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_file_within(folder: Path, path: str) -> bool:
-    """Returns whether a relative path is a file in the folder, without a detour: `..`, a symbolic link on the way."""
+    """Return whether a relative path is a file in the folder, without a detour: `..`, a symbolic link on the way."""
     parts = Path(path).parts
     if not parts or ".." in parts or Path(path).is_absolute() or not _is_file(folder / path):
         return False

@@ -44,7 +44,7 @@ class CasaStream:
         image_grid_thw: Tensor | None = None,
         insertion_points: Sequence[int] = (),
     ) -> None:
-        """Adds text and images to the conversation.
+        """Add text and images to the conversation.
 
         Args:
             token_ids: T new ids.
@@ -64,7 +64,7 @@ class CasaStream:
 
     @torch.inference_mode()
     def generate(self, max_new_tokens: int, logits_processors: Sequence[LogitsProcessor] = ()) -> list[int]:
-        """Generates greedily until a stop token, which is recorded but not returned.
+        """Generate greedily until a stop token, which is recorded but not returned.
 
         Args:
             max_new_tokens: At most so many, the stop token included.

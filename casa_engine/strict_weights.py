@@ -13,7 +13,7 @@ SHOWN = 5
 
 
 def model_shapes(config: CasaConfig) -> Shapes:
-    """Returns name and shape of each tensor that a checkpoint of this configuration holds; allocates nothing."""
+    """Return name and shape of each tensor that a checkpoint of this configuration holds; allocate nothing."""
     with torch.device("meta"):
         model = CasaForConditionalGeneration(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -23,7 +23,7 @@ def model_shapes(config: CasaConfig) -> Shapes:
 
 
 def check_shapes(checkpoint: str, expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks tensors against those of the model.
+    """Check tensors against those of the model.
 
     Args:
         checkpoint: What the message calls it.

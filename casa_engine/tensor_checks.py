@@ -18,7 +18,7 @@ KINDS = {
 def check_tensor(
     name: str, value: Any, kind: str, shape: tuple[int | str, ...], device: torch.device, small: bool = False
 ) -> None:
-    """Checks one argument of a call.
+    """Check one argument of a call.
 
     Args:
         name: Of the argument, for the message.

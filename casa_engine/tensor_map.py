@@ -52,7 +52,7 @@ class TensorMap:
         return {part.name: part.shape(header.shape) for name, header in stored.items() for part in self._of(name)}
 
     def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields our tensors for stored ones, as they come.
+        """Yield our tensors for stored ones, as they come.
 
         Raises:
             CheckpointError: A stored tensor is not in the map, or holds NaN or infinity.
@@ -77,7 +77,7 @@ class TensorMap:
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raises CheckpointError if a tensor holds NaN or infinity."""
+    """Raise CheckpointError if a tensor holds NaN or infinity."""
     if tensor.dtype not in CHECKED or not tensor.numel():
         return
     # The extremes are NaN where any value is. `isfinite` of all would take masks, and forty times as long.
@@ -86,7 +86,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def read_tensor_map(folder: str | Path) -> TensorMap | None:
-    """Returns the map of a checkpoint folder; None where its tensors have our names.
+    """Return the map of a checkpoint folder; None where its tensors have our names.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -118,7 +118,7 @@ def stored_shapes(folder: str | Path) -> Shapes:
 
 
 def mapped_weights(folder: str | Path, tensor_map: TensorMap) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields a folder's tensors under our names; each stays in its file until it is used.
+    """Yield a folder's tensors under our names; each stays in its file until it is used.
 
     Raises:
         CheckpointError: As `TensorMap.apply`.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def list_token_ids(value: int | Sequence[int] | None) -> list[int]:
-    """Returns the ids of a field such as `eos_token_id`, which is a number, a list of them or None."""
+    """Return the ids of a field such as `eos_token_id`, which is a number, a list of them or None."""
     if value is None:
         return []
     return [value] if isinstance(value, int) else list(value)

@@ -24,7 +24,7 @@ def chat_template() -> str:
 
 
 def byte_tokenizer(config: CasaConfig) -> PreTrainedTokenizerFast:
-    """Builds a byte-level tokenizer whose special tokens have the ids that the configuration names.
+    """Build a byte-level tokenizer whose special tokens have the ids that the configuration names.
 
     Args:
         config: Gives the vocabulary's size and the ids of end, image and image delimiters.

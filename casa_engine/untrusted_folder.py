@@ -30,7 +30,7 @@ REDIRECTS = ("configuration_files", "transformers_weights")
 
 
 def check_folder(folder: Path) -> None:
-    """Checks a checkpoint in this engine's own form: files and configurations.
+    """Check a checkpoint in this engine's own form: files and configurations.
 
     Raises:
         CheckpointError: As `check_files` and `check_no_code`.
@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Checks the files of a folder by their names.
+    """Check the files of a folder by their names.
 
     Raises:
         CheckpointError: There are too many, pickles, links in the place of what is read that lead out of the folder,
@@ -65,7 +65,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """Raises CheckpointError if a file of the folder is a symbolic link that leads out of it."""
+    """Raise CheckpointError if a file of the folder is a symbolic link that leads out of it."""
     if path.is_symlink() and not _stays(folder, path):
         raise CheckpointError(
             f"{path} is a symbolic link to {os.readlink(path)}, outside of the folder. Copy the file itself; only "
@@ -74,7 +74,7 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def check_no_code(folder: Path) -> None:
-    """Checks the configurations of a checkpoint in this engine's own form, which never names code.
+    """Check the configurations of a checkpoint in this engine's own form, which never names code.
 
     Raises:
         CheckpointError: One names code, or something to be looked up elsewhere.
@@ -91,7 +91,7 @@ def check_no_code(folder: Path) -> None:
 
 
 def check_reference(path: Path, field: str, value: Any) -> None:
-    """Raises CheckpointError if a configuration's field has transformers read another file, or fetch code."""
+    """Raise CheckpointError if a configuration's field has transformers read another file, or fetch code."""
     if field in REDIRECTS:
         raise CheckpointError(
             f"{path} has {field}, by which transformers reads another file instead. Remove the field."
@@ -104,7 +104,7 @@ def check_reference(path: Path, field: str, value: Any) -> None:
 
 
 def fields_of(document: Any) -> Iterator[tuple[str, Any]]:
-    """Yields name and value of every field of a JSON document, at any depth."""
+    """Yield name and value of every field of a JSON document, at any depth."""
     pending = [document]
     while pending:
         each = pending.pop()

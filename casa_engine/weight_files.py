@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def stored_tensors(folder: str | Path) -> dict[str, TensorHeader]:
-    """Returns type, shape and file of each tensor that loading the folder reads, by name (headers only).
+    """Return type, shape and file of each tensor that loading the folder reads, by name (headers only).
 
     Raises:
         CheckpointError: There are no weights; a file is damaged, missing, or not one of them; or the index and the
@@ -50,7 +50,7 @@ def stored_tensors(folder: str | Path) -> dict[str, TensorHeader]:
 
 
 def _weight_map(folder: Path, present: set[str]) -> dict[str, str]:
-    """Returns the file of each tensor, from the index."""
+    """Return the file of each tensor, from the index."""
     path = folder / INDEX
     if not path.is_file():
         raise CheckpointError(
@@ -70,7 +70,7 @@ def _weight_map(folder: Path, present: set[str]) -> dict[str, str]:
 
 
 def share_files(folder: str | Path, pattern: str) -> None:
-    """Sets files to the mode that the umask gives new ones; safetensors makes its own readable by the owner alone."""
+    """Set files to the mode that the umask gives new ones; safetensors makes its own readable by the owner alone."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         probe = Path(scratch) / "probe"
         probe.touch()

@@ -41,14 +41,14 @@ class WindowPlan:
 
 
 def check_insertion_points(insertion_points: np.ndarray) -> None:
-    """Raises InputError unless the points are non-negative and ascending."""
+    """Raise InputError unless the points are non-negative and ascending."""
     points = np.asarray(insertion_points)
     if points.size and (points.min() < 0 or (np.diff(points) < 0).any()):
         raise InputError(f"insertion points are {points.tolist()}; expected ascending numbers from 0.")
 
 
 def plan_windows(positions: np.ndarray, insertion_points: np.ndarray) -> WindowPlan:
-    """Finds the window of each token.
+    """Find the window of each token.
 
     Args:
         positions: int (T,). Indexes of the tokens in the text stream.
@@ -65,13 +65,13 @@ def plan_windows(positions: np.ndarray, insertion_points: np.ndarray) -> WindowP
 
 
 def last_window(num_tokens: int, insertion_points: np.ndarray) -> tuple[int, int, int]:
-    """Returns the window of token `num_tokens`, the next one of the stream: (start, first image, end image)."""
+    """Return the window of token `num_tokens`, the next one of the stream: (start, first image, end image)."""
     plan = plan_windows(np.array([num_tokens]), insertion_points)
     return int(plan.starts[0]), int(plan.first_images[0]), int(plan.end_images[0])
 
 
 def split_image_markers(token_ids: list[int], image_token_id: int) -> tuple[list[int], list[int]]:
-    """Removes the image markers from a prompt.
+    """Remove the image markers from a prompt.
 
     Args:
         token_ids: A prompt with one marker per image.

@@ -32,7 +32,7 @@ TEXT = (
 
 
 def main() -> None:
-    """Runs every case and writes the file."""
+    """Run every case and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("output", help="reference.npz")
@@ -63,7 +63,7 @@ def main() -> None:
 
 @torch.no_grad()
 def run(model, ids: list, pixels: "np.ndarray | None", device: str, dtype: torch.dtype) -> np.ndarray:
-    """Returns the logits of a text, float32 (T, vocabulary)."""
+    """Return the logits of a text, float32 (T, vocabulary)."""
     images = {}
     if pixels is not None:
         points = [torch.tensor([POINT], device=device)]
@@ -77,7 +77,7 @@ def run(model, ids: list, pixels: "np.ndarray | None", device: str, dtype: torch
 
 
 def greedy(model, ids: list, pixels: "np.ndarray | None", device: str, dtype: torch.dtype) -> list:
-    """Returns the next tokens, each of a forward pass over all of the text: without any cache that could be wrong."""
+    """Return the next tokens, each of a forward pass over all of the text: without any cache that could be wrong."""
     tokens = list(ids)
     for _ in range(NUM_GREEDY):
         tokens.append(int(run(model, tokens, pixels, device, dtype)[-1].argmax()))

@@ -51,7 +51,7 @@ class SetupError(Exception):
 
 
 def choose_device(asked: str) -> str:
-    """Returns "cpu" or "cuda": what was asked for, or what this machine has.
+    """Return "cpu" or "cuda": what was asked for, or what this machine has.
 
     Args:
         asked: "auto", "cpu" or "cuda".
@@ -97,21 +97,21 @@ class Environment:
         return {"device": self.device, "python": sys.version}
 
     def digest(self) -> str:
-        """Returns a digest of everything that the finished environment depends on."""
+        """Return a digest of everything that the finished environment depends on."""
         parts = [json.dumps(self.kind), str(self.vllm), str(ROOT)]
         files = [ROOT / "pyproject.toml", lock_path(self.device), *sorted((ROOT / "scripts").glob("*.py"))]
         parts += [file.read_text() for file in files]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def stamped(self) -> dict[str, str]:
-        """Returns the content of the stamp, nothing where there is none."""
+        """Return the content of the stamp, nothing where there is none."""
         try:
             return json.loads(self.stamp.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
     def is_current(self) -> bool:
-        """Returns whether the environment was set up for exactly this digest; what is newest can change any time."""
+        """Return whether the environment was set up for exactly this digest; what is newest can change any time."""
         return not self.newest and self.stamped().get("digest") == self.digest()
 
     def set_up(self) -> None:
@@ -127,7 +127,7 @@ class Environment:
         self.stamp.write_text(json.dumps({"digest": self.digest(), **self.kind}) + "\n")
 
     def _make(self) -> None:
-        """Makes the environment where there is none, or one for another device or Python."""
+        """Make the environment where there is none, or one for another device or Python."""
         stamped = self.stamped()
         other = any(name in stamped and stamped[name] != value for name, value in self.kind.items())
         if other:
@@ -166,7 +166,7 @@ class Environment:
                 run(*pip, "uninstall", "--quiet", "--yes", name)
 
     def _check(self) -> None:
-        """Imports what everything stands on."""
+        """Import what everything stands on."""
         quiet = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
         if run(self.python, "-c", "import torch, vllm", env=quiet).returncode:
             raise SetupError(
@@ -192,7 +192,7 @@ def set_up_browser() -> None:
 
 
 def main() -> int:
-    """Sets up the checkout; returns the exit status."""
+    """Set up the checkout; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--vllm", help="another version of vLLM than the pinned one; use it with --venv")

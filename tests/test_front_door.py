@@ -83,7 +83,7 @@ def test_extras_of_the_readme_are_those_of_the_project():
 
 
 def messages():
-    """Returns every text of the code and the set-up but its docstrings, with ... for what is filled in."""
+    """Return every text of the code and the set-up but its docstrings, with ... for what is filled in."""
     found = []
     for folder in ("casa_commands", "casa_engine", "models", "plugins", "export", "serving", "scripts"):
         for path in (ROOT / folder).rglob("*.py"):

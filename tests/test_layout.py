@@ -55,18 +55,18 @@ CORE_PACKAGES = {"torch", "transformers", "tokenizers", "safetensors", "numpy", 
 
 
 def module_name(path: Path, room: str) -> str:
-    """Returns the dotted name of a file of a room."""
+    """Return the dotted name of a file of a room."""
     parts = path.relative_to(ROOMS[room].parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def modules() -> dict[str, Path]:
-    """Returns every module of every room by its dotted name."""
+    """Return every module of every room by its dotted name."""
     return {module_name(path, room): path for room in ROOMS for path in sorted(ROOMS[room].rglob("*.py"))}
 
 
 def imported_names(path: Path) -> set[str]:
-    """Returns what a file imports, also inside functions, and what its strings name: "package.module:Class"."""
+    """Return what a file imports, also inside functions, and what its strings name: "package.module:Class"."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -80,7 +80,7 @@ def imported_names(path: Path) -> set[str]:
 
 
 def used_modules(path: Path, known: dict[str, Path]) -> set[str]:
-    """Returns the modules of ours that a file uses; a name inside a module or an `__init__` stands for it."""
+    """Return the modules of ours that a file uses; a name inside a module or an `__init__` stands for it."""
     used = set()
     for name in imported_names(path):
         while name and name not in known:
@@ -94,7 +94,7 @@ USED = {name: used_modules(path, KNOWN) - {name} for name, path in KNOWN.items()
 
 
 def is_part_of(name: str, whole: str) -> bool:
-    """Returns whether a module is a package, or inside it."""
+    """Return whether a module is a package, or inside it."""
     return name == whole or name.startswith(f"{whole}.")
 
 
@@ -112,7 +112,7 @@ def test_rooms_exist_and_import_only_what_is_below_them(room):
 
 
 def part_of_serving(name: str) -> str:
-    """Returns the part of serving that a module belongs to, "" where it is none of serving's or the package itself."""
+    """Return the part of serving that a module belongs to, "" where it is none of serving's or the package itself."""
     return name.partition("casa_serving.")[2].partition(".")[0]
 
 
@@ -128,7 +128,7 @@ def test_parts_of_serving_import_only_what_is_below_them():
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Returns the groups of modules that import one another, directly or not."""
+    """Return the groups of modules that import one another, directly or not."""
     reachable: dict[str, set[str]] = {}
     for start in graph:
         seen: set[str] = set()

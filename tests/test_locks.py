@@ -25,7 +25,7 @@ HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
 
 def script(name):
-    """Returns a file of scripts/ as a module; these import each other by their bare names."""
+    """Return a file of scripts/ as a module; these import each other by their bare names."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         return importlib.import_module(name)
@@ -41,7 +41,7 @@ def text_of(device):
 
 
 def entries(device):
-    """Returns each entry of a lock file as its requirement and its hashes."""
+    """Return each entry of a lock file as its requirement and its hashes."""
     text = re.sub(r"^#.*\n", "", text_of(device), flags=re.MULTILINE).replace("\\\n", " ")
     found = []
     for line in text.splitlines():
@@ -51,7 +51,7 @@ def entries(device):
 
 
 def environment(python):
-    """Returns what markers are evaluated against."""
+    """Return what markers are evaluated against."""
     return {
         "python_version": python,
         "python_full_version": f"{python}.1",
@@ -64,7 +64,7 @@ def environment(python):
 
 
 def locked(device, python):
-    """Returns the version of each package that a lock file installs with a Python."""
+    """Return the version of each package that a lock file installs with a Python."""
     versions = {}
     for requirement, _ in entries(device):
         if requirement.marker is None or requirement.marker.evaluate(environment(python)):

@@ -34,13 +34,13 @@ PARAMETERS = json.loads((Path(__file__).parent / "private_names.json").read_text
 
 
 def documented() -> list[str]:
-    """Returns the list's names, dotted."""
+    """Return the list's names, dotted."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     return ROW.findall(text.partition("## Private names")[2].partition("Fields of vLLM's")[0])
 
 
 def sources() -> dict[str, ast.Module]:
-    """Returns the syntax trees by module."""
+    """Return the syntax trees by module."""
     return {
         ".".join(path.relative_to(folder).with_suffix("").parts): ast.parse(path.read_text())
         for room, folder in FOLDERS.items()
@@ -49,12 +49,12 @@ def sources() -> dict[str, ast.Module]:
 
 
 def is_private(name: str) -> bool:
-    """Returns whether a name begins with one underscore."""
+    """Return whether a name begins with one underscore."""
     return name.startswith("_") and not name.startswith("__")
 
 
 def own_names(tree: ast.Module) -> set[str]:
-    """Returns every private name that a module defines, or assigns to `self`."""
+    """Return every private name that a module defines, or assigns to `self`."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -67,12 +67,12 @@ def own_names(tree: ast.Module) -> set[str]:
 
 
 def is_of_self(node: ast.Attribute) -> bool:
-    """Returns whether an attribute is one of the object itself."""
+    """Return whether an attribute is one of the object itself."""
     return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
 
 
 def overridden_names(modules: list[str]) -> set[str]:
-    """Returns the private names that a class of ours shares with a base of others: methods in their place."""
+    """Return the private names that a class of ours shares with a base of others: methods in their place."""
     names = set()
     for module in modules:
         for kind in vars(importlib.import_module(module)).values():
@@ -89,7 +89,7 @@ def overridden_names(modules: list[str]) -> set[str]:
 
 
 def used_names(trees: dict[str, ast.Module]) -> set[str]:
-    """Returns every private name of others that modules use."""
+    """Return every private name of others that modules use."""
     names = set()
     rooms = {room: set() for room in FOLDERS}
     for name, tree in trees.items():
@@ -110,7 +110,7 @@ def used_names(trees: dict[str, ast.Module]) -> set[str]:
 
 
 def find(name: str) -> tuple[object, str]:
-    """Returns what holds a dotted name's last part, and that part."""
+    """Return what holds a dotted name's last part, and that part."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:

@@ -93,7 +93,7 @@ class BenchEngine:
         self._count = 0
 
     def prompt(self, side: int) -> Any:
-        """Returns a rendered prompt with a new random frame; for a plain model random text as long as the CASA text."""
+        """Return a rendered prompt with a new random frame; for a plain model random text as long as the CASA text."""
         if self.is_plain:
             return {"prompt_token_ids": self._rng.integers(5, 250, PREFILL_TOKENS).tolist()}
         pixels = self._rng.integers(0, 255, (side, side, 3), dtype=np.uint8)
@@ -110,7 +110,7 @@ class BenchEngine:
         return name
 
     def finish(self, max_steps: int = 100_000) -> None:
-        """Steps until nothing is left to do."""
+        """Step until nothing is left to do."""
         for _ in range(max_steps):
             if not self.engine.has_unfinished_requests():
                 return
@@ -119,7 +119,7 @@ class BenchEngine:
 
 
 def write_checkpoint(config: Any, *, is_plain: bool) -> Path:
-    """Writes a model's folder without weights, which vLLM makes up."""
+    """Write a model's folder without weights, which vLLM makes up."""
     folder = Path(tempfile.mkdtemp(prefix="casa-gpu-"))
     if not is_plain:
         config.save_pretrained(folder)
@@ -134,7 +134,7 @@ def write_checkpoint(config: Any, *, is_plain: bool) -> Path:
 
 @contextmanager
 def triton_compilations() -> Iterator[list[str]]:
-    """Collects the names of the kernels that Triton compiles in a block; empty where there is no Triton."""
+    """Collect the names of the kernels that Triton compiles in a block; empty where there is no Triton."""
     names: list[str] = []
     try:
         from triton import knobs

@@ -33,7 +33,7 @@ H100 = Hardware(bytes_per_s=3.0e12, flop_per_s=790e12)
 
 
 def hardware() -> Hardware:
-    """Returns the peaks of the device at hand; of an H200 where it is no H100."""
+    """Return the peaks of the device at hand; of an H200 where it is no H100."""
     is_h100 = torch.cuda.is_available() and "H100" in torch.cuda.get_device_name()
     return H100 if is_h100 else H200
 

@@ -31,7 +31,7 @@ MAX_NUM_SEQS, MAX_PREFILL_STEPS, SIDE = 128, 2000, 448
 
 
 def start(options: argparse.Namespace) -> Any:
-    """Returns vLLM's engine."""
+    """Return vLLM's engine."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.abstract import Executor
@@ -84,7 +84,7 @@ def add_requests(engine: Any, num_seqs: int, options: argparse.Namespace) -> lis
 
 
 def measure(engine: Any, num_steps: int) -> dict[str, float]:
-    """Returns milliseconds of processor time, of a step and of its attention metadata."""
+    """Return milliseconds of processor time, of a step and of its attention metadata."""
     state = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_state
     prepare, steps, metadata = state.prepare_attn, [], []
 
@@ -110,7 +110,7 @@ def measure(engine: Any, num_steps: int) -> dict[str, float]:
 
 
 def write_profile(engine: Any, num_steps: int, file: Path) -> None:
-    """Writes which functions the steps' time goes to."""
+    """Write which functions the steps' time goes to."""
     profile = cProfile.Profile()
     profile.enable()
     for _ in range(num_steps):

@@ -37,7 +37,7 @@ class Launches:
             self._counters[name] = counter
 
     def read(self) -> dict[str, int]:
-        """Returns totals: kernels launched by CUDA's runtime and by Triton, graphs replayed."""
+        """Return totals: kernels launched by CUDA's runtime and by Triton, graphs replayed."""
         return {name.removeprefix("fake_"): counter() for name, counter in self._counters.items()}
 
 
@@ -56,7 +56,7 @@ def return_awaited_tokens(scheduler: Any) -> None:
 
 
 def measure_decode(bench: BenchEngine, launches: Launches, num_seqs: int) -> dict[str, object]:
-    """Times decode steps of sequences with an image each; the scheduler tells who runs."""
+    """Time decode steps of sequences with an image each; the scheduler tells who runs."""
     scheduler = bench.engine.engine_core.engine_core.scheduler
     names = [bench.add(bench.prompt(448), MAX_TOKENS) for _ in range(num_seqs)]
     for _ in range(num_seqs + SETTLING_STEPS):

@@ -23,7 +23,7 @@ CASES = ("decode-batch", "unequal-windows", "adjacent-images-with-partial-pages"
 
 
 def attention_errors(dtype: Any, heads: dict[str, tuple[int, int, int]]) -> Iterator[tuple[str, float, float]]:
-    """Yields case, greatest error and its bound of window attention."""
+    """Yield case, greatest error and its bound of window attention."""
     import test_window_attention as cases
 
     for name, (num_heads, kv_heads, head_dim) in heads.items():
@@ -37,7 +37,7 @@ def attention_errors(dtype: Any, heads: dict[str, tuple[int, int, int]]) -> Iter
 
 
 def page_checks(dtype: Any) -> Iterator[tuple[str, float, float]]:
-    """Yields case, 0 or 1 (it differs from PyTorch), and the bound 0 of the kernels that write pages."""
+    """Yield case, 0 or 1 (it differs from PyTorch), and the bound 0 of the kernels that write pages."""
     import test_key_pages as cases
 
     checks: dict[str, Callable[[], None]] = {}

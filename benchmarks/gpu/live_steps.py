@@ -61,7 +61,7 @@ class CountedSteps:
         return result
 
     def lines(self) -> list[dict[str, Any]]:
-        """Returns each kind's median counts."""
+        """Return each kind's median counts."""
         return [
             {
                 "decoding": decoding,

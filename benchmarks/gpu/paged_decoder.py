@@ -131,7 +131,7 @@ class PagedDecoder:
             self.fused.append((stream, own, gate_up))
 
     def write_image(self, embeds: torch.Tensor, rope: tuple | None) -> None:
-        """Gives every sequence the same image.
+        """Give every sequence the same image.
 
         Args:
             embeds: (N, C) output of the vision encoder.
@@ -206,7 +206,7 @@ class PagedDecoder:
         return linear(output.flatten(1), attention.output)
 
     def capture(self) -> None:
-        """Records `step` as a CUDA graph, which `run` replays. Needs a GPU."""
+        """Record `step` as a CUDA graph, which `run` replays. Needs a GPU."""
         positions = self.positions.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -32,7 +32,7 @@ BOUNDS = {"float32": 1e-3, "bfloat16": 5e-2}
 
 @torch.inference_mode()
 def forced_logprobs(eager: Eager, prompt: Prompt, tokens: list[int]) -> list[float]:
-    """Returns the eager model's logprobs of tokens that somebody else has chosen."""
+    """Return the eager model's logprobs of tokens that somebody else has chosen."""
     batch = dict(eager.processor(images=list(prompt.images) or None, text=prompt.text))
     cache, logprobs = eager.model.new_cache(), []
     for token in tokens:
@@ -43,7 +43,7 @@ def forced_logprobs(eager: Eager, prompt: Prompt, tokens: list[int]) -> list[flo
 
 
 def greatest_difference(eager: Eager, answers: list[Answer], dtype: str) -> float:
-    """Returns the greatest difference of logprobs; in float32 infinity where a greedy token differs."""
+    """Return the greatest difference of logprobs; in float32 infinity where a greedy token differs."""
     greatest = 0.0
     for prompt, answer in zip(PROMPTS.values(), answers, strict=True):
         if dtype == "float32" and answer.tokens != eager(prompt, NUM_TOKENS).tokens:

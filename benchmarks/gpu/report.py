@@ -13,7 +13,7 @@ HEADER = "| stage | what | case | measured | floor | times the floor | tokens/s 
 
 
 def table(rows: Iterable[dict[str, Any]], *, is_tiny: bool) -> Iterable[str]:
-    """Yields lines of Markdown; `rows` have their stage's name beside what `rows.Rows` writes."""
+    """Yield lines of Markdown; `rows` have their stage's name beside what `rows.Rows` writes."""
     yield HEADER
     for row in rows:
         floor = times = rate = ""

@@ -12,7 +12,7 @@ import torch
 
 
 def shown(value: float) -> str:
-    """Returns four digits of a figure, or all of a large one."""
+    """Return four digits of a figure, or all of a large one."""
     return f"{value:,.0f}" if value >= 10_000 else f"{value:.4g}"
 
 
@@ -27,7 +27,7 @@ class Rows:
         self._path = path
 
     def add(self, what: str, case: str, value: float, unit: str = "ms", floor: float | None = None) -> None:
-        """Adds a figure.
+        """Add a figure.
 
         Args:
             what: What was measured, e.g. "decode step".
@@ -41,7 +41,7 @@ class Rows:
         print(f"{what}, {case}: {shown(value)} {unit}{beside}", flush=True)
 
     def check(self, what: str, case: str, value: float, bound: float) -> bool:
-        """Adds an error that must be within a bound; returns whether it is. NaN is not."""
+        """Add an error that must be within a bound; return whether it is. NaN is not."""
         is_within = value <= bound
         self._append({"what": what, "case": case, "value": value, "unit": "", "floor": None, "bound": bound})
         print(f"{'ok  ' if is_within else 'FAIL'} {what}, {case}: {value:.2e} (at most {bound:.0e})", flush=True)
@@ -80,5 +80,5 @@ def median_ms(function: Callable[[], Any], device: torch.device, repeats: int = 
 
 
 def leave() -> None:
-    """Ends the process at once: an engine's threads and compile workers take seconds of the machine's to tidy up."""
+    """End the process at once: an engine's threads and compile workers take seconds of the machine's to tidy up."""
     os._exit(0)

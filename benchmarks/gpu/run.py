@@ -65,7 +65,7 @@ STAGES = {
 
 
 def environment(stage: str, *, is_tiny: bool) -> dict[str, str]:
-    """Returns the environment of a stage's scripts."""
+    """Return the environment of a stage's scripts."""
     inherited = os.environ.get("PYTHONPATH")
     variables = {
         "PYTHONPATH": os.pathsep.join([*map(str, PYTHONPATH), *([inherited] if inherited else [])]),
@@ -91,7 +91,7 @@ def environment(stage: str, *, is_tiny: bool) -> dict[str, str]:
 
 
 def commands_of(stage: Stage, presets: Sequence[str]) -> list[list[str]]:
-    """Returns the stage's commands, each for one preset after the other."""
+    """Return the stage's commands, each for one preset after the other."""
     commands = []
     for command in stage.commands:
         for preset in presets if "PRESET" in command else presets[:1]:
@@ -100,7 +100,7 @@ def commands_of(stage: Stage, presets: Sequence[str]) -> list[list[str]]:
 
 
 def run_stage(name: str, folder: Path, *, is_tiny: bool, patience: float) -> bool:
-    """Runs a stage's commands until its limit; returns whether all of them ended well."""
+    """Run a stage's commands until its limit; return whether all of them ended well."""
     stage, log = STAGES[name], folder / f"{name}.log"
     deadline = time.monotonic() + stage.limit_s * patience
     print(f"\n== {name}: at most {stage.limit_s * patience:.0f} s", flush=True)
@@ -117,7 +117,7 @@ def run_stage(name: str, folder: Path, *, is_tiny: bool, patience: float) -> boo
 
 
 def run(command: list[str], deadline: float, log: IO[str], variables: dict[str, str]) -> str:
-    """Runs a command in a process group of its own, its output to here and the log; returns how it ended.
+    """Run a command in a process group of its own, its output to here and the log; return how it ended.
 
     What it leaves running is ended with it.
     """
@@ -151,7 +151,7 @@ def run(command: list[str], deadline: float, log: IO[str], variables: dict[str, 
 
 
 def show(lines: IO[str], log: IO[str]) -> None:
-    """Copies lines to here and to the log as they come; bars of progress to the log alone."""
+    """Copy lines to here and to the log as they come; bars of progress to the log alone."""
     for line in lines:
         log.write(line)
         if "it/s]" not in line and "s/it]" not in line:
@@ -159,7 +159,7 @@ def show(lines: IO[str], log: IO[str]) -> None:
 
 
 def describe_machine(*, is_tiny: bool) -> dict[str, object]:
-    """Returns what the table has to say of where it was made."""
+    """Return what the table has to say of where it was made."""
     question = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"
     answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
     gpu = (answer.stdout.split("\n") or ["?"])[0] or "torch cannot be imported"

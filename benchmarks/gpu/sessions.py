@@ -72,7 +72,7 @@ class Noise:
         self._count = 0
 
     def next(self) -> Image.Image:
-        """Returns the next frame; a million differ."""
+        """Return the next frame; a million differ."""
         top, left = divmod(self._count % 1_000_000, 1000)
         self._count += 1
         return Image.fromarray(self._picture[top : top + self._side, left : left + self._side])
@@ -88,7 +88,7 @@ async def result_of(session: Any, frame: Image.Image, timestamp: float, arrived_
 
 
 def said_before(settings: LiveSettings, phase: float) -> list[HistoryItem]:
-    """Returns captions that fill a session's text from half of its budget (phase 0) to all of it (1).
+    """Return captions that fill a session's text from half of its budget (phase 0) to all of it (1).
 
     A trim leaves half. Of sessions that began together all would be trimmed together, and none in a short measurement.
     """
@@ -101,7 +101,7 @@ def said_before(settings: LiveSettings, phase: float) -> list[HistoryItem]:
 async def show(
     live: LiveEngine, noise: Noise, load: Load, delay_s: float, history: Sequence[HistoryItem] = ()
 ) -> tuple[list[float], int, int, int]:
-    """Shows frames by the clock; returns delays in ms, how many were dropped, tokens and trims, after the warm-up."""
+    """Show frames by the clock; return delays in ms, how many were dropped, tokens and trims, after the warm-up."""
     session = await live.open(replace(live.defaults, fps=FPS), history)
     trims = 0
     delays, dropped, tokens = [], 0, 0
@@ -170,7 +170,7 @@ async def measure_flat(live: LiveEngine, load: Load, rows: Rows, name: str) -> N
 
 
 def start_engine(folder: Path, config: CasaConfig, given: dict[str, Any]) -> Any:
-    """Starts an engine in a process of its own with the defaults of `casa serve`, which needs weights."""
+    """Start an engine in a process of its own with the defaults of `casa serve`, which needs weights."""
     arguments, variables = engine_arguments(config, embedded=False, on_cpu=runs_on_cpu(), live=True, given=given)
     set_environment(variables, live=False)
     from vllm.engine.arg_utils import AsyncEngineArgs

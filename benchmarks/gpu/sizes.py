@@ -38,7 +38,7 @@ TINY = Sizes((56, 112), (1, 2), 32, 12, 3, torch.device("cpu"), torch.float32)
 
 
 def sizes(*, is_tiny: bool) -> Sizes:
-    """Returns the sizes; tiny models are not shared out to a machine's every thread."""
+    """Return the sizes; tiny models are not shared out to a machine's every thread."""
     if is_tiny:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     return TINY if is_tiny else FULL

@@ -38,7 +38,7 @@ class Picture:
         self.reading = Reading(digits=digits, count=len(digits))
 
     def messages(self, question: str = QUESTION) -> list[dict[str, Any]]:
-        """Returns the conversation of OpenAI's protocol that asks about it."""
+        """Return the conversation of OpenAI's protocol that asks about it."""
         parts = [{"type": "image_url", "image_url": {"url": self.url}}, {"type": "text", "text": question}]
         return [{"role": "user", "content": parts}]
 

@@ -111,7 +111,7 @@ class CaptionState:
 
 
 def count_tokens(counts: Mapping[int, float], token_ids: Sequence[int], decay: float) -> tuple[np.ndarray, np.ndarray]:
-    """Counts tokens one after the other; before each, all counts decay, and one that has become too small is 0.
+    """Count tokens one after the other; before each, all counts decay, and one that has become too small is 0.
 
     Returns:
         Ids (N,) int64 and their counts (N,) float64, above 0.
@@ -128,7 +128,7 @@ def count_tokens(counts: Mapping[int, float], token_ids: Sequence[int], decay: f
 
 
 def caption_logits(logits: Tensor, state: CaptionState, rules: CaptionRules) -> Tensor:
-    """Applies the rules.
+    """Apply the rules.
 
     Args:
         logits: float32 (V,).
@@ -195,7 +195,7 @@ def to_dict(state: CaptionState, rules: CaptionRules) -> dict[str, Any]:
 
 
 def from_dict(plain: Any) -> tuple[CaptionState, CaptionRules]:
-    """Reads what `to_dict` wrote; it may come from anywhere.
+    """Read what `to_dict` wrote; it may come from anywhere.
 
     Raises:
         InputError: It is something else.

@@ -26,7 +26,7 @@ class Demonstration:
 
     @classmethod
     def for_checkpoint(cls, folder: Path) -> "Demonstration":
-        """Returns what the checkpoint's `demonstration.json` says.
+        """Return what the checkpoint's `demonstration.json` says.
 
         Raises:
             CheckpointError: The file is not what it should be.

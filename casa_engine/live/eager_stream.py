@@ -41,7 +41,7 @@ class EagerStream:
             self._generator.manual_seed(settings.seed)
 
     def caption(self, frame: Image.Image, timestamp: float | None = None) -> str:
-        """Shows one frame; returns what the model says to it, "" for silence."""
+        """Show one frame; return what the model says to it, "" for silence."""
         self.transcript.make_room(self.transcript.frame_tokens)
         said = self._answer(self.transcript.frame_chunk(), frame, timestamp)
         self._latest = frame

@@ -52,7 +52,7 @@ class LiveSettings:
     text_budget: int = 2048
 
     def __post_init__(self) -> None:
-        """Raises InputError for a field of another type or out of range."""
+        """Raise InputError for a field of another type or out of range."""
         for name in ("instruction", "prompt"):
             self._check_text(name, getattr(self, name))
         if self.system is not None:

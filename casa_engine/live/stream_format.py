@@ -47,7 +47,7 @@ class StreamFormat:
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> "StreamFormat":
-        """Reads processor, configuration and generation config."""
+        """Read processor, configuration and generation config."""
         config = read_config(folder)
         stop = config.text_config.eos_token_id
         if (Path(folder) / "generation_config.json").is_file():
@@ -81,7 +81,7 @@ class StreamFormat:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def _checked(self, name: str, text: str) -> str:
-        """Raises InputError where a text would be read as more than words."""
+        """Raise InputError where a text would be read as more than words."""
         found = self._special.intersection(self._spell(text))
         if found:
             tokens = sorted(self.tokenizer.convert_ids_to_tokens(sorted(found)))

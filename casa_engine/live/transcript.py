@@ -44,7 +44,7 @@ class HistoryItem:
     answer: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError unless it is exactly one of the two."""
+        """Raise InputError unless it is exactly one of the two."""
         is_caption = isinstance(self.caption, str) and self.question is None and self.answer is None
         is_answer = isinstance(self.question, str) and isinstance(self.answer, str) and self.caption is None
         if not is_caption and not is_answer:
@@ -243,7 +243,7 @@ class Transcript:
         return self.format.text([*priming, *said]).strip()
 
     def record(self, chunk: Chunk, generated: Sequence[int], timestamp: float | None = None) -> Entry:
-        """Adds what was generated after a chunk (one token or more; the last was only sampled).
+        """Add what was generated after a chunk (one token or more; the last was only sampled).
 
         Returns:
             The new entry.

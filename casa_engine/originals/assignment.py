@@ -42,7 +42,7 @@ class Assignment:
 
 
 def assign(stored: Mapping[str, TensorHeader], rules: Sequence[Rule], expected: Shapes) -> Assignment:
-    """Finds a place for every stored tensor.
+    """Find a place for every stored tensor.
 
     Args:
         stored: What the checkpoint holds.

@@ -47,7 +47,7 @@ class OriginalConfig(CasaConfig):
 
 
 def _check_tokenizer(path: Path) -> None:
-    """Raises CheckpointError for code of a tokenizer: vLLM loads that one before it asks for the view's."""
+    """Raise CheckpointError for code of a tokenizer: vLLM loads that one before it asks for the view's."""
     code = read_object(path).get("auto_map") if path.is_file() else None
     if isinstance(code, list) or (isinstance(code, dict) and "AutoTokenizer" in code):
         raise CheckpointError(
@@ -57,7 +57,7 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def register_originals() -> None:
-    """Registers a configuration for each model type. Safe to call twice."""
+    """Register a configuration for each model type. Safe to call twice."""
     for model_type in MODEL_TYPES:
         config_class = type(f"Original{model_type}", (OriginalConfig,), {"model_type": model_type})
         AutoConfig.register(model_type, config_class, exist_ok=True)

@@ -27,7 +27,7 @@ Piece = tuple[str, Part, TensorHeader]  # name there, name and rows here, where 
 
 
 def convert(plan: Plan, out: str | Path) -> None:
-    """Writes a checkpoint of ours, as one transaction; of the weights some megabytes are in memory at a time.
+    """Write a checkpoint of ours, as one transaction; of the weights some megabytes are in memory at a time.
 
     Raises:
         CheckpointError: The plan is not complete or was made without weights, or a tensor holds NaN or infinity.
@@ -47,7 +47,7 @@ def convert(plan: Plan, out: str | Path) -> None:
 
 
 def write_small_files(plan: Plan, folder: Path, files: dict) -> None:
-    """Writes all but the weights: configuration, text files, and what the original was.
+    """Write all but the weights: configuration, text files, and what the original was.
 
     Args:
         plan: A complete one.
@@ -104,7 +104,7 @@ def _write_file(pieces: list[Piece], source: BinaryIO, target: BinaryIO) -> None
 
 
 def _chunks(source: BinaryIO, part: Part, header: TensorHeader) -> Iterator[bytearray]:
-    """Yields the bytes of a tensor, or of its rows."""
+    """Yield the bytes of a tensor, or of its rows."""
     row_bytes = header.num_bytes // header.shape[0] if part.rows else 0
     position = header.start + (part.rows[0] * row_bytes if part.rows else 0)
     end = position + _num_bytes(part, header)

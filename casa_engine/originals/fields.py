@@ -94,7 +94,7 @@ class Value:
 
 
 def read_fields(snapshot: Snapshot, family: str, user: UserMap) -> dict[str, Value]:
-    """Returns what the original's files and the map say, and this engine's choice for the rest.
+    """Return what the original's files and the map say, and this engine's choice for the rest.
 
     Raises:
         CheckpointError: A field without which no tensor's shape is known is nowhere, or has an impossible value; or
@@ -122,7 +122,7 @@ def read_fields(snapshot: Snapshot, family: str, user: UserMap) -> dict[str, Val
 
 
 def misunderstood(snapshot: Snapshot, user: UserMap) -> list[str]:
-    """Returns a sentence for each field that is there with a value whose meaning is not known."""
+    """Return a sentence for each field that is there with a value whose meaning is not known."""
     found = [_find(field, snapshot, user) for field in FIELDS]
     return [
         f"{value.origin} is not understood: set config.{value.name} in a map file"
@@ -146,7 +146,7 @@ def unread_fields(snapshot: Snapshot, user: UserMap) -> list[tuple[str, Any]]:
 
 
 def build_config(values: Mapping[str, Value], family: str, **fields: Any) -> CasaConfig:
-    """Builds our configuration.
+    """Build our configuration.
 
     Args:
         values: Of `read_fields`.
@@ -218,7 +218,7 @@ def _leaves(document: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check_kind(value: Value) -> None:
-    """Raises CheckpointError for values of another kind or size than models have, before anything is made of them."""
+    """Raise CheckpointError for values of another kind or size than models have, before anything is made of them."""
     part, _, name = value.name.rpartition(".")
     kind, limit = KINDS.get(name, int), LIMITS.get(name, MAX_SIZE)
     is_size = bool(part) and kind is int and name not in LISTS and not name.endswith("token_id")

@@ -6,7 +6,7 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=^)\d+(?=\.)")
 
 
 def split_layer(name: str) -> tuple[str, int | None]:
-    """Returns a name's pattern and its first number; the name itself and None where it has none."""
+    """Return a name's pattern and its first number; the name itself and None where it has none."""
     match = NUMBER.search(name)
     if match is None:
         return name, None

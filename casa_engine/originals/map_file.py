@@ -44,7 +44,7 @@ class UserMap:
 
 
 def read_maps(paths: Sequence[Path]) -> UserMap:
-    """Reads map files; what a later one says comes before what an earlier one does.
+    """Read map files; what a later one says comes before what an earlier one does.
 
     Raises:
         CheckpointError: One is missing, too large, or has a line that is none of a map's.

@@ -75,7 +75,7 @@ class Plan:
         return [name for name, rule in self.assignment.rules.items() if rule.status == UNVERIFIED]
 
     def check(self) -> None:
-        """Raises CheckpointError unless all is understood, every tensor used once and every parameter filled."""
+        """Raise CheckpointError unless all is understood, every tensor used once and every parameter filled."""
         assignment = self.assignment
         if assignment.is_complete and not self.misunderstood:
             return
@@ -104,7 +104,7 @@ class Plan:
 
 
 def make_plan(snapshot: Snapshot, user: UserMap | None = None, with_proposals: bool = False) -> Plan:
-    """Makes the plan of an original.
+    """Make the plan of an original.
 
     Args:
         snapshot: Of its folder, or of a headers file.
@@ -176,7 +176,7 @@ def _shapes(config: CasaConfig) -> Shapes:
 
 
 def detect_family(snapshot: Snapshot) -> str:
-    """Finds the family by the names that the configuration gives itself and its text model.
+    """Find the family by the names that the configuration gives itself and its text model.
 
     Raises:
         CheckpointError: They tell none, or both.
@@ -275,7 +275,7 @@ def _folder_name(path: Path) -> str:
 
 
 def _check_agreement(said: Value | None, structure: Value, num_layers: int) -> None:
-    """Raises CheckpointError if the configuration says otherwise than the tensors."""
+    """Raise CheckpointError if the configuration says otherwise than the tensors."""
     if said is None or said.status in (OPEN, GIVEN) or structure.origin != TENSORS:
         return
     same = said.value == structure.value

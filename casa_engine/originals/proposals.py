@@ -58,7 +58,7 @@ class Group:
 
 
 def groups(shapes: Shapes) -> list[Group]:
-    """Groups tensors by the first number of their names."""
+    """Group tensors by the first number of their names."""
     found: dict[tuple[str, tuple[int, ...]], set[int]] = defaultdict(set)
     for name, shape in shapes.items():
         pattern, layer = split_layer(name)
@@ -85,7 +85,7 @@ def propose(leftovers: Shapes, missing: Shapes) -> list[Rule]:
 
 
 def nearest(name: str, shape: tuple[int, ...], candidates: Shapes, count: int = 3) -> list[str]:
-    """Returns the candidates of the same shape whose names are nearest, the nearest first."""
+    """Return the candidates of the same shape whose names are nearest, the nearest first."""
     same = {other: other_shape for other, other_shape in candidates.items() if other_shape == shape}
     weights = _weights([_words(name), *map(_words, same)])
     return sorted(same, key=lambda other: -_similarity(_words(name), _words(other), weights))[:count]

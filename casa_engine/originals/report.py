@@ -14,7 +14,7 @@ MAX_GROUPS = 500
 
 
 def report(plan: Plan) -> Iterator[str]:
-    """Yields the lines of the report."""
+    """Yield the lines of the report."""
     snapshot = plan.snapshot
     num_bytes = sum(header.num_bytes for header in snapshot.tensors.values())
     dtypes = ", ".join(sorted({header.dtype for header in snapshot.tensors.values()}))
@@ -52,7 +52,7 @@ def report(plan: Plan) -> Iterator[str]:
 
 
 def caveats(plan: Plan) -> Iterator[str]:
-    """Yields what is to be said wherever an original is taken over: a line for each thing that nobody is sure of."""
+    """Yield what is to be said wherever an original is taken over: a line for each thing that nobody is sure of."""
     yield from (f"MAP {path}" for path in plan.maps)
     for kind, values in (("OPEN", plan.open_values), ("UNVERIFIED", plan.unverified_values)):
         yield from (f"{kind} {one.name} = {_shown(one.value)}: {one.origin}" for one in values)
@@ -62,7 +62,7 @@ def caveats(plan: Plan) -> Iterator[str]:
 
 
 def proposals_as_map(plan: Plan) -> str:
-    """Returns the proposals as a map file, for its reader to check."""
+    """Return the proposals as a map file, for its reader to check."""
     lines = [
         f"# Proposed for {plan.snapshot.path}, fingerprint {plan.snapshot.fingerprint[:16]}, by shape and name alone.",
         "# Check every line, correct it here or in a second map file, and pass both: --map THIS --map OTHER.",

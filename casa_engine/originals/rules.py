@@ -65,7 +65,7 @@ class Rule:
         return () if self.target == LEFT_OUT else tuple(name.strip() for name in self.target.split(" + "))
 
     def apply(self, name: str) -> tuple[str, ...] | None:
-        """Returns our names for a tensor; None where the rule is not about it."""
+        """Return our names for a tensor; None where the rule is not about it."""
         match = self._regex.fullmatch(name)
         return None if match is None else tuple(self._fill(target, match) for target in self.targets)
 

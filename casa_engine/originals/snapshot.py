@@ -74,7 +74,7 @@ class Snapshot:
 
 
 def read_snapshot(path: str | Path) -> Snapshot:
-    """Reads a folder or a headers file; executes nothing of it, and loads no weights.
+    """Read a folder or a headers file; execute nothing of it, and load no weights.
 
     Raises:
         CheckpointError: It is neither, is damaged, or may not be trusted (see `untrusted_folder`).
@@ -96,7 +96,7 @@ def read_snapshot(path: str | Path) -> Snapshot:
 
 
 def write_headers_file(snapshot: Snapshot, path: Path) -> None:
-    """Writes what `read_snapshot` reads, with the hash of every file of the folder, and no weights.
+    """Write what `read_snapshot` reads, with the hash of every file of the folder, and no weights.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -117,7 +117,7 @@ def write_headers_file(snapshot: Snapshot, path: Path) -> None:
 
 
 def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns size and SHA-256 of every file of a folder; those of weights are what the hub lists."""
+    """Return size and SHA-256 of every file of a folder; those of weights are what the hub lists."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     return {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths}
 
@@ -218,7 +218,7 @@ def _from_headers_file(path: Path) -> Snapshot:
 
 
 def _check_summary(summary: dict[str, Any]) -> None:
-    """Raises TypeError unless it is what `_tokenizer_summary` returns, as far as it is read."""
+    """Raise TypeError unless it is what `_tokenizer_summary` returns, as far as it is read."""
     rows = summary.get("added_tokens", [])
     if type(summary.get("vocabulary", 0)) is not int or not isinstance(rows, list):
         raise TypeError(f"{TOKENIZER} is of another kind")

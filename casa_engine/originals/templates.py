@@ -14,7 +14,7 @@ PLACES = (TEMPLATE, "chat_template.json", TOKENIZER_CONFIG)
 
 
 def own_template(documents: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Returns the document that an original's chat template stands in, and the template; None where it has none.
+    """Return the document that an original's chat template stands in, and the template; None where it has none.
 
     Of several, by name, it is the one called "default".
     """

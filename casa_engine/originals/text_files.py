@@ -44,7 +44,7 @@ HELIUM_TEMPLATE = """\
 
 
 def write_text_files(plan: Plan, folder: Path) -> None:
-    """Writes tokenizer, template, processor and generation_config.json.
+    """Write tokenizer, template, processor and generation_config.json.
 
     Raises:
         CheckpointError: The original's tokenizer cannot be read.
@@ -59,7 +59,7 @@ def write_text_files(plan: Plan, folder: Path) -> None:
 
 
 def build_processor(plan: Plan) -> CasaProcessor:
-    """Builds our processor for an original.
+    """Build our processor for an original.
 
     Raises:
         CheckpointError: Its tokenizer is missing or cannot be read.
@@ -138,7 +138,7 @@ def _tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
 
 
 def _add_marker(content: dict[str, Any], marker_id: int) -> None:
-    """Adds our image marker to a tokenizer whose id for it is free. Mutates `content`."""
+    """Add our image marker to a tokenizer whose id for it is free. Mutates `content`."""
     vocabulary, added = (content.get("model") or {}).get("vocab"), content.get("added_tokens")
     if not isinstance(vocabulary, (dict, list)) or not isinstance(added, list):
         return

@@ -41,7 +41,7 @@ class Comparison:
 
 @torch.inference_mode()
 def verify(model: CasaForConditionalGeneration, reference: Path, has_bos: bool) -> Iterator[Comparison]:
-    """Yields the comparisons of a model, in float32, with a reference.
+    """Yield the comparisons of a model, in float32, with a reference.
 
     Args:
         model: The eager model.

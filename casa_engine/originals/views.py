@@ -43,7 +43,7 @@ UNFINISHED, LEFTOVER_S = ".new-", 24 * 3600
 
 
 def resolve_checkpoint(folder: str | Path) -> Path:
-    """Returns the folder to load: a view of it where it is an original, otherwise itself.
+    """Return the folder to load: a view of it where it is an original, otherwise itself.
 
     Raises:
         CheckpointError: It is an original and fits no family.
@@ -149,7 +149,7 @@ def _write_view(plan: Plan, view: Path) -> None:
 
 
 def _move(new: Path, view: Path) -> bool:
-    """Puts a new view in its place; False where one is there: another process was faster, and wrote the same."""
+    """Put a new view in its place; False where one is there: another process was faster, and wrote the same."""
     try:
         new.rename(view)
     except OSError as error:
@@ -160,7 +160,7 @@ def _move(new: Path, view: Path) -> bool:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Removes what processes left that were killed while they wrote."""
+    """Remove what processes left that were killed while they wrote."""
     for path in root.glob(f"{UNFINISHED}*"):
         with suppress(FileNotFoundError):  # another process removed it
             if time.time() - path.lstat().st_mtime > LEFTOVER_S:

@@ -14,7 +14,7 @@ class Backend(Protocol):
     def run(
         self, graph: str, host: dict[str, np.ndarray], resident: dict[str, Handle], fetch: str | None
     ) -> tuple[np.ndarray | None, dict[str, Handle]]:
-        """Runs one graph.
+        """Run one graph.
 
         Args:
             graph: `vision`, `image_kv` or `decoder`.
@@ -27,4 +27,4 @@ class Backend(Protocol):
         """
 
     def empty(self, shape: tuple[int, ...]) -> Handle:
-        """Returns a cache without tokens, in the model's dtype: one axis of `shape` is 0."""
+        """Return a cache without tokens, in the model's dtype: one axis of `shape` is 0."""

@@ -102,7 +102,7 @@ def _with_extra(command: Callable[[argparse.Namespace], None], options: argparse
 
 
 def export(options: argparse.Namespace) -> None:
-    """Exports, validates and builds engines: all checks first, then beside the folder, which is replaced last."""
+    """Export, validate and build engines: all checks first, then beside the folder, which is replaced last."""
     from casa_export.export_folder import stage_export
     from casa_export.exporter import NUM_STEPS, write_export
     from casa_export.graphs import GRAPHS
@@ -129,7 +129,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> "ExportPlan":
-    """Returns what can be checked about an export before it starts."""
+    """Return what can be checked about an export before it starts."""
     from casa_export.engine_cache import EngineCache
     from casa_export.exporter import plan_export
     from casa_export.trt_builder import engine_targets

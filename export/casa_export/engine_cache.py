@@ -27,7 +27,7 @@ class EngineCache:
             raise OutputError(f"--engine-cache {folder} is not writable. Change its permissions, or name another.")
 
     def find(self, key: str) -> Path | None:
-        """Returns the engine of a key; damaged ones are removed."""
+        """Return the engine of a key; damaged ones are removed."""
         for path in sorted(filter(Path.is_file, self.folder.glob(f"{key}-*.engine"))):
             if file_hash(path) == path.stem.removeprefix(f"{key}-"):
                 return path
@@ -35,5 +35,5 @@ class EngineCache:
         return None
 
     def add(self, key: str, engine: Path) -> None:
-        """Keeps a copy of an engine."""
+        """Keep a copy of an engine."""
         write_atomically(self.folder / f"{key}-{file_hash(engine)}.engine", engine.read_bytes())

@@ -9,7 +9,7 @@ from casa_export.trt_manifest import FOLDER_NAME, engine_files
 
 
 def stage_export(source: Path, folder: Path, needed_bytes: int) -> StagedFolder:
-    """Returns a staged folder that becomes the export at `folder` when it is committed.
+    """Return a staged folder that becomes the export at `folder` when it is committed.
 
     Args:
         source: The checkpoint's folder.
@@ -24,7 +24,7 @@ def stage_export(source: Path, folder: Path, needed_bytes: int) -> StagedFolder:
 
 
 def owned_files(folder: Path) -> frozenset[str]:
-    """Returns the relative paths of all files that the folder's own manifests list.
+    """Return the relative paths of all files that the folder's own manifests list.
 
     Raises:
         ExportError: It is no export: its files are not ours to replace.

@@ -46,15 +46,15 @@ class ExportedCache:
     image_kv_of: list[list[SeenImage]] | None = None
 
     def num_tokens(self) -> np.ndarray:
-        """Returns the number of text tokens of each row, padding excluded, int64 (B,)."""
+        """Return the number of text tokens of each row, padding excluded, int64 (B,)."""
         return (self.positions >= 0).sum(axis=1)
 
     def copy(self) -> Self:
-        """Returns an independent copy. Arrays are shared: calls replace them and change none."""
+        """Return an independent copy. Arrays are shared: calls replace them and change none."""
         return replace(
             self, images=[list(images) for images in self.images], text=dict(self.text), image_kv=dict(self.image_kv)
         )
 
     def assign(self, other: Self) -> None:
-        """Replaces this cache's state by another's. Mutates this one."""
+        """Replace this cache's state by another's. Mutates this one."""
         vars(self).update(vars(other))

@@ -58,7 +58,7 @@ class ExportedModel:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu", num_threads: int = 0, check_hashes: bool = True) -> Self:
-        """Loads an exported folder into ONNX Runtime.
+        """Load an exported folder into ONNX Runtime.
 
         Args:
             folder: What `casa-export` wrote.
@@ -77,7 +77,7 @@ class ExportedModel:
         return cls(read_config(folder), manifest, GenerationConfig.from_pretrained(folder), backend)
 
     def new_cache(self) -> ExportedCache:
-        """Returns an empty cache, for conversations fed piece by piece."""
+        """Return an empty cache, for conversations fed piece by piece."""
         return ExportedCache()
 
     def __call__(
@@ -90,7 +90,7 @@ class ExportedModel:
         past_key_values: ExportedCache | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
-        """Computes the logits of the new tokens; arguments as of `CasaForConditionalGeneration.forward`.
+        """Compute the logits of the new tokens; arguments as of `CasaForConditionalGeneration.forward`.
 
         Returns:
             logits float32 (B, T or logits_to_keep, V), and the cache.
@@ -143,7 +143,7 @@ class ExportedModel:
         do_sample: bool = False,
         **images: Tensor,
     ) -> Tensor:
-        """Generates greedily; takes what `CasaProcessor` returns, as the eager model's `generate` does.
+        """Generate greedily; take what `CasaProcessor` returns, as the eager model's `generate` does.
 
         Args:
             input_ids: int64 (B, T), padded on either side.
@@ -171,7 +171,7 @@ class ExportedModel:
         pad_token_id: int | None = None,
         **images: Tensor,
     ) -> Iterator[Tensor]:
-        """Yields the new tokens (B, 1) of each step of `generate` as they come."""
+        """Yield the new tokens (B, 1) of each step of `generate` as they come."""
         generation = self.generation_config
         end = generation.eos_token_id if eos_token_id is None else eos_token_id
         end = torch.tensor(list_token_ids(end), dtype=torch.long)
@@ -191,7 +191,7 @@ class ExportedModel:
             output = self(tokens, past_key_values=cache, logits_to_keep=1)
 
     def encode_image(self, pixel_values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-        """Runs the vision graph on one image, frame by frame.
+        """Run the vision graph on one image, frame by frame.
 
         Args:
             pixel_values: float32 (P, 1176).
@@ -208,7 +208,7 @@ class ExportedModel:
         return np.concatenate(frames)
 
     def _empty_cache(self, num_rows: int) -> ExportedCache:
-        """Returns the cache of `num_rows` empty conversations."""
+        """Return the cache of `num_rows` empty conversations."""
         shape = (num_rows, self.config.text_config.num_key_value_heads, 0, self.config.head_dim)
         return ExportedCache(
             positions=np.zeros((num_rows, 0), dtype=np.int64),
@@ -222,7 +222,7 @@ class ExportedModel:
         return self._names[kind] if self.config.sees_window_text else []
 
     def _check_limits(self, ids: np.ndarray, inputs: CallInputs, cache: ExportedCache) -> None:
-        """Raises InputError if the call is larger than what was exported."""
+        """Raise InputError if the call is larger than what was exported."""
         self.limits.check_batch(len(ids))
         num_cached = 0 if cache.positions is None else cache.positions.shape[1]
         self.limits.check_text(num_cached + ids.shape[1])
@@ -246,7 +246,7 @@ class ExportedModel:
         return [(piece, [_in_piece(row, piece, num_tokens) for row in columns]) for piece in pieces]
 
     def _check_windows(self, cache: ExportedCache, inputs: CallInputs, pieces: list[tuple[slice, list[slice]]]) -> None:
-        """Raises InputError if a piece of the call sees more image tokens than a decoder call takes."""
+        """Raise InputError if a piece of the call sees more image tokens than a decoder call takes."""
         old = cache.images or [[] for _ in inputs.num_seen]
         for row, num_seen in enumerate(inputs.num_seen):
             counts = [len(image.embeds) for image in old[row]]
@@ -266,7 +266,7 @@ class ExportedModel:
                 counts, points = counts[slice(*plan.kept)], points[slice(*plan.kept)]
 
     def _encode(self, inputs: CallInputs, pixel_values: Tensor | None) -> list[list[SeenImage]]:
-        """Encodes the new images of each row."""
+        """Encode the new images of each row."""
         if pixel_values is None:
             return [[] for _ in inputs.num_seen]
         images = inputs.images
@@ -284,7 +284,7 @@ class ExportedModel:
         ]
 
     def _decode(self, cache: ExportedCache, ids: np.ndarray, positions: np.ndarray, keep: np.ndarray) -> np.ndarray:
-        """Runs the decoder graph on one piece. Mutates `cache`. Returns logits (B, len(keep) or 1, V)."""
+        """Run the decoder graph on one piece; return logits (B, len(keep) or 1, V). Mutates `cache`."""
         plans = [
             plan_row(positions[row], seen, np.array([image.point for image in cache.images[row]], dtype=np.int64))
             for row, seen in enumerate(cache.num_tokens())
@@ -314,7 +314,7 @@ class ExportedModel:
         return logits
 
     def _compute_image_kv(self, cache: ExportedCache, seen: list[list[SeenImage]]) -> None:
-        """Makes `cache.image_kv` that of these images, running the graph only if they are others than before."""
+        """Make `cache.image_kv` that of these images, running the graph only if they are others than before."""
         if cache.image_kv_of == seen:
             return
         longest = max(map(_image_tokens_of, seen))
@@ -335,7 +335,7 @@ class ExportedModel:
         cache.image_kv = self.backend.run("image_kv", host, {}, None)[1]
 
     def _drop_passed_windows(self, cache: ExportedCache, plans: list[RowPlan]) -> None:
-        """Empties the CA text cache if every row's window starts after all of it: nothing reads it again."""
+        """Empty the CA text cache if every row's window starts after all of it: nothing reads it again."""
         starts = np.array([plan.first_start for plan in plans])[:, None]
         if cache.window_positions.shape[1] and (cache.window_positions < starts).all():
             cache.window_positions = np.zeros((len(plans), 0), dtype=np.int64)
@@ -344,22 +344,22 @@ class ExportedModel:
 
 
 def _image_tokens_of(images: list[SeenImage]) -> int:
-    """Returns the number of image tokens of these images together."""
+    """Return the number of image tokens of these images together."""
     return sum(len(image.embeds) for image in images)
 
 
 def _columns(real: np.ndarray, points: list[int]) -> list[int]:
-    """Returns the column of the first token after each image: of the row's real token `point`, or one past all."""
+    """Return the column of the first token after each image: of the row's real token `point`, or one past all."""
     columns = [*np.flatnonzero(real).tolist(), len(real)]
     return [columns[point] for point in points]
 
 
 def _in_piece(columns: list[int], piece: slice, num_tokens: int) -> slice:
-    """Returns which of a row's images, at ascending columns, belong to a piece; one at the end is in the last."""
+    """Return which of a row's images, at ascending columns, belong to a piece; one at the end is in the last."""
     last = num_tokens + 1 if piece.stop == num_tokens else piece.stop
     return slice(bisect_left(columns, piece.start), bisect_left(columns, last))
 
 
 def _starts_of(images: list[SeenImage]) -> np.ndarray:
-    """Returns each image token's window start, its image's insertion point, int64 (N,)."""
+    """Return each image token's window start, its image's insertion point, int64 (N,)."""
     return np.concatenate([np.full(len(i.embeds), i.point, dtype=np.int64) for i in images] or [np.zeros(0, np.int64)])

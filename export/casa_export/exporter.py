@@ -70,7 +70,7 @@ class ExportPlan:
 
 
 def plan_export(source: str | Path, dtype: str = "fp32", limits: dict[str, int | None] | None = None) -> ExportPlan:
-    """Checks everything about an export that can be known before it; writes nothing.
+    """Check everything about an export that can be known before it; write nothing.
 
     Args:
         source: The checkpoint's folder.
@@ -101,7 +101,7 @@ def export_checkpoint(
     limits: dict[str, int | None] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Exports a checkpoint, as one transaction: `folder` is as before or has the new export.
+    """Export a checkpoint, as one transaction: `folder` is as before or has the new export.
 
     Args:
         source: The checkpoint's folder.
@@ -126,7 +126,7 @@ def export_checkpoint(
 
 
 def write_export(plan: ExportPlan, folder: Path, progress: Progress | None = None) -> None:
-    """Writes graphs, tokenizer, processor and manifest into an empty folder."""
+    """Write graphs, tokenizer, processor and manifest into an empty folder."""
     progress = progress or Progress(NUM_STEPS, None)
     with progress.step(f"load {plan.source.name} as {plan.dtype}"):
         model = load_model(plan.source, DTYPES[plan.dtype])
@@ -149,7 +149,7 @@ def write_export(plan: ExportPlan, folder: Path, progress: Progress | None = Non
 
 
 def check_exportable(config: CasaConfig) -> None:
-    """Raises ExportError unless the configuration is one that the graphs can express."""
+    """Raise ExportError unless the configuration is one that the graphs can express."""
     if not config.is_cross_attention:
         raise ExportError(
             f"fusion {config.fusion!r} cannot be exported; expected 'ca' or 'ca_tv'. Token-insertion models are "
@@ -158,7 +158,7 @@ def check_exportable(config: CasaConfig) -> None:
 
 
 def export_graph(model: CasaForConditionalGeneration, spec: GraphSpec, path: Path) -> None:
-    """Writes one graph; weights over 2 GB as external data beside it."""
+    """Write one graph; weights over 2 GB as external data beside it."""
     dims = {name: Dim(name) for name in TRACE_SIZES}
     dynamic = tuple(
         {index: _dim(axis, dims) for index, axis in enumerate(tensor.axes) if isinstance(axis, str)}
@@ -207,7 +207,7 @@ def _describe(config: CasaConfig, model: CasaForConditionalGeneration, dtype: st
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's remarks on its own internals off the terminal; errors still come through."""
+    """Keep the exporter's remarks on its own internals off the terminal; errors still come through."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

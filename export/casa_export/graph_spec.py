@@ -52,7 +52,7 @@ class GraphSpec:
 
 
 def axis_size(axis: Axis, sizes: dict[str, int]) -> int:
-    """Returns the size of an axis when the named ones have these sizes.
+    """Return the size of an axis when the named ones have these sizes.
 
     Args:
         axis: A number, a name, `factor*name` or `name+name`.
@@ -67,7 +67,7 @@ def axis_size(axis: Axis, sizes: dict[str, int]) -> int:
 
 
 def vision_spec(config: CasaConfig) -> GraphSpec:
-    """Returns the graph from the pixels of ONE image (one frame) to its image tokens."""
+    """Return the graph from the pixels of ONE image (one frame) to its image tokens."""
     vision = config.vision_config
     unit = vision.spatial_merge_size**2
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -84,7 +84,7 @@ def vision_spec(config: CasaConfig) -> GraphSpec:
 
 
 def image_kv_spec(config: CasaConfig, dtype: str) -> GraphSpec:
-    """Returns the graph from image tokens to the keys and values of every CA layer."""
+    """Return the graph from image tokens to the keys and values of every CA layer."""
     inputs = [TensorSpec("image_embeds", "float32", ("batch", "image_tokens", config.text_config.hidden_size))]
     if config.sees_window_text:
         inputs.append(TensorSpec("image_positions", "int64", (3, "batch", "image_tokens")))
@@ -92,7 +92,7 @@ def image_kv_spec(config: CasaConfig, dtype: str) -> GraphSpec:
 
 
 def decoder_spec(config: CasaConfig, dtype: str) -> GraphSpec:
-    """Returns the graph from new text tokens to logits; caches in and out."""
+    """Return the graph from new text tokens to logits; caches in and out."""
     text = ("batch", "tokens")
     inputs = [
         TensorSpec("input_ids", "int64", text),
@@ -115,20 +115,20 @@ def decoder_spec(config: CasaConfig, dtype: str) -> GraphSpec:
 
 
 def graph_specs(config: CasaConfig, dtype: str) -> dict[str, GraphSpec]:
-    """Returns the three graphs of a model."""
+    """Return the three graphs of a model."""
     specs = (vision_spec(config), image_kv_spec(config, dtype), decoder_spec(config, dtype))
     return {spec.name: spec for spec in specs}
 
 
 def cache_layers(config: CasaConfig, kind: str) -> list[int]:
-    """Returns the layers that have a kind of cache: `past`/`present` with self-attention, all other kinds with CA."""
+    """Return the layers that have a kind of cache: `past`/`present` with self-attention, all other kinds with CA."""
     if kind in ("past", "present"):
         return [layer for layer in range(config.text_config.num_hidden_layers) if config.has_sa(layer)]
     return config.cross_attention_layers
 
 
 def cache_names(config: CasaConfig, kind: str) -> list[str]:
-    """Returns the names of the cache tensors of a kind: key and value of each layer in turn."""
+    """Return the names of the cache tensors of a kind: key and value of each layer in turn."""
     return [f"{kind}_{part}.{layer}" for layer in cache_layers(config, kind) for part in ("key", "value")]
 
 

@@ -20,7 +20,7 @@ from casa_export.graph_spec import GraphSpec, cache_layers
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Computes softmax over the last axis in float32; a row that sees nothing comes out uniform, not as NaN.
+    """Compute softmax over the last axis in float32; a row that sees nothing comes out uniform, not as NaN.
 
     Args:
         scores: (..., T, S), any dtype.
@@ -31,7 +31,7 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Computes `casa_engine.attention.masked_attention` in operations that every runtime has.
+    """Compute `casa_engine.attention.masked_attention` in operations that every runtime has.
 
     The H / Hkv query heads of a key head are laid under each other as rows of one matrix product, so keys and values
     are never expanded. Lengths of zero work everywhere: nothing takes a maximum over keys but the softmax.
@@ -67,7 +67,7 @@ class VisionGraph(nn.Module):
         self.visual, self.image_norm = model.model.visual, model.model.image_norm
 
     def forward(self, pixel_values: Tensor, patch_positions: Tensor, windows: Tensor, slots: Tensor) -> Tensor:
-        """Computes the image tokens; see `graph_spec.vision_spec` for shapes."""
+        """Compute the image tokens; see `graph_spec.vision_spec` for shapes."""
         visual = self.visual
         weight = visual.patch_embed.proj.weight
         # The convolution's stride is its kernel, so that it is a product with each flattened patch.
@@ -116,7 +116,7 @@ class ImageKvGraph(nn.Module):
         self.config = model.config
 
     def forward(self, image_embeds: Tensor, image_positions: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Computes the keys and values; see `graph_spec.image_kv_spec` for shapes."""
+        """Compute the keys and values; see `graph_spec.image_kv_spec` for shapes."""
         images = image_embeds.to(self.language_model.embed_tokens.weight.dtype)
         rope = None
         if image_positions is not None:
@@ -172,7 +172,7 @@ class DecoderGraph(nn.Module):
         self.config, self.spec = model.config, spec
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Computes logits and caches; see `graph_spec.decoder_spec` for names and shapes."""
+        """Compute logits and caches; see `graph_spec.decoder_spec` for names and shapes."""
         tensors = dict(zip((tensor.name for tensor in self.spec.inputs), inputs, strict=True))
         x = self.language_model.embed_tokens(tensors["input_ids"])
         layer_inputs = self._layer_inputs(tensors)

@@ -9,12 +9,12 @@ FAULTS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, Recurs
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns the one object that a file contains. Raises one of `FAULTS`."""
+    """Return the one object that a file contains. Raise one of `FAULTS`."""
     return expect(json.loads(path.read_bytes()), dict, path.name)
 
 
 def expect(value: Any, kind: type, what: str) -> Any:
-    """Returns the value. Raises TypeError if it is of another type; True and False are no numbers."""
+    """Return the value. Raise TypeError if it is of another type; True and False are no numbers."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{what} is {type(value).__name__}; expected {kind.__name__}")
     return value

@@ -45,7 +45,7 @@ class Limits:
             )
 
     def axes(self, config: CasaConfig) -> dict[str, dict[str, tuple[int, int]]]:
-        """Returns the smallest and largest size of every named axis of every graph."""
+        """Return the smallest and largest size of every named axis of every graph."""
         vision = config.vision_config
         side = vision.window_size // vision.spatial_merge_size // vision.patch_size
         decoder = {
@@ -68,7 +68,7 @@ class Limits:
         }
 
     def check_image(self, index: int, num_tokens: int) -> None:
-        """Raises InputError if image `index` has too many image tokens."""
+        """Raise InputError if image `index` has too many image tokens."""
         if num_tokens > self.image_tokens:
             raise InputError(
                 f"image {index} has {num_tokens} image tokens; these graphs take up to {self.image_tokens} for one "
@@ -76,7 +76,7 @@ class Limits:
             )
 
     def check_window(self, num_tokens: int) -> None:
-        """Raises InputError if a decoder call would see so many image tokens."""
+        """Raise InputError if a decoder call would see so many image tokens."""
         if num_tokens > self.call_image_tokens:
             raise InputError(
                 f"one window has {num_tokens} image tokens; these graphs take up to {self.call_image_tokens}. "
@@ -84,7 +84,7 @@ class Limits:
             )
 
     def check_text(self, num_tokens: int) -> None:
-        """Raises InputError if a conversation of so many text tokens is too long."""
+        """Raise InputError if a conversation of so many text tokens is too long."""
         if num_tokens > self.text_tokens:
             raise InputError(
                 f"the conversation has {num_tokens} text tokens; these graphs take up to {self.text_tokens}, "
@@ -92,7 +92,7 @@ class Limits:
             )
 
     def check_batch(self, num_rows: int) -> None:
-        """Raises InputError if a call has too many rows."""
+        """Raise InputError if a call has too many rows."""
         if num_rows > self.batch:
             raise InputError(
                 f"the batch has {num_rows} rows; these graphs take up to {self.batch}. Split it, or export again "
@@ -101,13 +101,13 @@ class Limits:
 
 
 def _most_windows(image_tokens: int, side: int) -> int:
-    """Returns the most windows of `side` x `side` image tokens over all shapes of an image of so many tokens."""
+    """Return the most windows of `side` x `side` image tokens over all shapes of an image of so many tokens."""
     # An image and the same on its side have as many windows, so the shorter side is enough.
     return max(-(-h // side) * -(-(image_tokens // h) // side) for h in range(1, math.isqrt(image_tokens) + 1))
 
 
 def default_limits(config: CasaConfig, largest_image: int, **given: int | None) -> Limits:
-    """Returns the limits of a model where none are given.
+    """Return the limits of a model where none are given.
 
     Args:
         config: Gives the longest text.

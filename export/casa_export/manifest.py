@@ -40,7 +40,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
-        """Writes it, with hashes of all files that the folder holds now."""
+        """Write it, with hashes of all files that the folder holds now."""
         paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != FILE_NAME)
         files = {path.name: {"sha256": file_hash(path), "size_bytes": path.stat().st_size} for path in paths}
         content = asdict(self) | {"files": files}
@@ -50,12 +50,12 @@ class Manifest:
 
 
 def graph_file(name: str) -> str:
-    """Returns the file of a graph; weights over 2 GB are beside it, under the same name with `.data`."""
+    """Return the file of a graph; weights over 2 GB are beside it, under the same name with `.data`."""
     return f"{name}.onnx"
 
 
 def folder_hash(folder: Path) -> str:
-    """Returns the SHA-256 over names and contents of a folder's files, in order of their names."""
+    """Return the SHA-256 over names and contents of a folder's files, in order of their names."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(os.fsencode(f"{path.name} {file_hash(path)}\n"))
@@ -63,7 +63,7 @@ def folder_hash(folder: Path) -> str:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads a folder's manifest.
+    """Read a folder's manifest.
 
     Raises:
         ManifestError: There is none, it cannot be read, or it is of a newer format.
@@ -92,13 +92,13 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def graph_hashes(manifest: Manifest, graph: str) -> dict[str, str]:
-    """Returns the SHA-256 of a graph's file and of the weights beside it, by name."""
+    """Return the SHA-256 of a graph's file and of the weights beside it, by name."""
     file = graph_file(graph)
     return {name: entry["sha256"] for name, entry in manifest.files.items() if name.startswith(file)}
 
 
 def check_files(folder: str | Path, manifest: Manifest, names: list[str] | None = None) -> None:
-    """Checks files against their hashes.
+    """Check files against their hashes.
 
     Args:
         folder: The exported folder.

@@ -59,7 +59,7 @@ class OrtBackend:
     def run(
         self, graph: str, host: dict[str, np.ndarray], resident: dict[str, ort.OrtValue], fetch: str | None
     ) -> tuple[np.ndarray | None, dict[str, ort.OrtValue]]:
-        """Runs a graph; see `Backend.run`."""
+        """Run a graph; see `Backend.run`."""
         session = self.sessions[graph]
         binding = session.io_binding()
         for name, array in host.items():
@@ -74,7 +74,7 @@ class OrtBackend:
         return fetched, values
 
     def empty(self, shape: tuple[int, ...]) -> ort.OrtValue:
-        """Returns an empty cache; see `Backend.empty`."""
+        """Return an empty cache; see `Backend.empty`."""
         return ort.OrtValue.ortvalue_from_shape_and_type(
             list(shape), ELEMENT_TYPES[self.manifest.model["dtype"]], self.device, 0
         )

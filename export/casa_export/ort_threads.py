@@ -15,12 +15,12 @@ MIN_BYTES_FOR_THREADS = 64 << 20
 
 
 def choose_threads(weight_bytes: int) -> int:
-    """Returns the threads within an operation for graphs of this size: 1, or the cores that this process may use."""
+    """Return the threads within an operation for graphs of this size: 1, or the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if weight_bytes >= MIN_BYTES_FOR_THREADS else 1
 
 
 def session_options(num_threads: int) -> ort.SessionOptions:
-    """Returns options of a session whose operations use so many threads, none of which spins."""
+    """Return options of a session whose operations use so many threads, none of which spins."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

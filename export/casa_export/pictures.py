@@ -31,7 +31,7 @@ class PictureFile(EncodedImage):
         self.decode()  # to see that it is whole; the pixels of many pictures are not kept until they are needed
 
     def decode(self) -> Image.Image:
-        """Decodes the file; see `EncodedImage`."""
+        """Decode the file; see `EncodedImage`."""
         try:
             check_image(self.data, LIMITS)
             return read_image(self.data, sniff(self.data))

@@ -16,7 +16,7 @@ NO_WINDOW = -2
 
 
 def vision_inputs(config: CasaConfig, grid: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns positions and attention windows of one frame, from transformers' own functions.
+    """Return positions and attention windows of one frame, from transformers' own functions.
 
     Args:
         config: Gives patch, merge and window size.
@@ -81,7 +81,7 @@ def plan_row(positions: np.ndarray, num_seen: int, points: np.ndarray) -> RowPla
 
 
 def cut_columns(num_tokens: int, max_tokens: int, points: np.ndarray) -> list[slice]:
-    """Splits a call's columns into pieces for the decoder.
+    """Split a call's columns into pieces for the decoder.
 
     Args:
         num_tokens: Columns T of the call.

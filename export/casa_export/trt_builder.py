@@ -20,7 +20,7 @@ from casa_export.trt_profiles import Profile, build_profiles
 
 
 def engine_targets(package: str, compute_capabilities: tuple[str, ...] = ()) -> tuple[ModuleType, list[Any]]:
-    """Checks that engines can be built here.
+    """Check that engines can be built here.
 
     Args:
         package: `tensorrt`, `tensorrt_rtx` or `auto`.
@@ -46,7 +46,7 @@ def build_engines(
     progress: Progress | None = None,
     earlier: Path | None = None,
 ) -> EngineManifest:
-    """Builds engines of all graphs into the folder's `engines/`, as one transaction.
+    """Build engines of all graphs into the folder's `engines/`, as one transaction.
 
     An engine whose key (graph file, TensorRT version, compute capabilities, profiles) did not change is kept.
 
@@ -93,7 +93,7 @@ def build_engines(
 
 
 def _known_engines(folder: Path) -> dict[str, Path]:
-    """Returns the undamaged engines of an engine folder, by key."""
+    """Return the undamaged engines of an engine folder, by key."""
     try:
         engines = read_engine_manifest(folder).engines.values()
     except ManifestError:
@@ -103,7 +103,7 @@ def _known_engines(folder: Path) -> dict[str, Path]:
 
 
 def build_engine(trt: ModuleType, onnx: Path, shapes: list[Profile], targets: list[Any]) -> memoryview:
-    """Parses a graph and builds its engine.
+    """Parse a graph and build its engine.
 
     Args:
         trt: The TensorRT package.
@@ -148,7 +148,7 @@ def _builder(trt: ModuleType, logger: Any) -> Any:
 
 
 def _targets(trt: ModuleType, compute_capabilities: tuple[str, ...]) -> list[Any]:
-    """Returns TensorRT-RTX's names of compute capabilities such as `8.9`."""
+    """Return TensorRT-RTX's names of compute capabilities such as `8.9`."""
     if not compute_capabilities:
         return []
     if not hasattr(trt, "ComputeCapability"):

@@ -50,11 +50,11 @@ class EngineManifest:
     engines: dict[str, Engine]
 
     def write(self, folder: Path) -> None:
-        """Writes it."""
+        """Write it."""
         write_atomically(folder / FILE_NAME, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     def check_runtime(self, package_version: str, capability: str) -> None:
-        """Checks it against the TensorRT and the GPU of this machine.
+        """Check it against the TensorRT and the GPU of this machine.
 
         Args:
             package_version: Version of the installed package.
@@ -75,7 +75,7 @@ class EngineManifest:
             )
 
     def check_graphs(self, manifest: Manifest) -> None:
-        """Checks it against the graphs of the folder.
+        """Check it against the graphs of the folder.
 
         Raises:
             ManifestError: There is no engine of a graph, or it was built from another one.
@@ -88,7 +88,7 @@ class EngineManifest:
                 )
 
     def check_file(self, folder: Path, graph: str) -> Path:
-        """Returns the path of a graph's engine after checking its hash.
+        """Return the path of a graph's engine after checking its hash.
 
         Raises:
             ManifestError: It is missing or damaged.
@@ -100,7 +100,7 @@ class EngineManifest:
 
 
 def read_engine_manifest(folder: str | Path) -> EngineManifest:
-    """Reads `engines.json` of an engine folder.
+    """Read `engines.json` of an engine folder.
 
     Raises:
         ManifestError: It is missing or cannot be read.
@@ -118,7 +118,7 @@ def read_engine_manifest(folder: str | Path) -> EngineManifest:
 
 
 def engine_files(folder: Path) -> frozenset[str]:
-    """Returns the names of our files in an engine folder: those that its `engines.json` lists, and itself."""
+    """Return the names of our files in an engine folder: those that its `engines.json` lists, and itself."""
     try:
         return frozenset({FILE_NAME, *(engine.file for engine in read_engine_manifest(folder).engines.values())})
     except ManifestError:

@@ -17,7 +17,7 @@ INSTALL = {
 
 
 def load_tensorrt(package: str) -> ModuleType:
-    """Imports a TensorRT package.
+    """Import a TensorRT package.
 
     Args:
         package: One of `PACKAGES`, or `auto` for the first that is installed.
@@ -41,7 +41,7 @@ class CollectingLogger:
     """TensorRT's logger: keeps error messages, for the exception that follows them, and drops the rest."""
 
     def __new__(cls, trt: ModuleType):
-        """Returns an instance of the package's own logger class."""
+        """Return an instance of the package's own logger class."""
 
         class Logger(trt.ILogger):
             def __init__(self) -> None:

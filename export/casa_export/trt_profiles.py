@@ -37,7 +37,7 @@ class Profile:
     shapes: dict[str, tuple[Shape, Shape, Shape]]
 
     def check(self, graph: str, name: str, shape: Shape) -> None:
-        """Raises InputError if an input's shape lies outside the profile."""
+        """Raise InputError if an input's shape lies outside the profile."""
         low, _, high = self.shapes[name]
         fits = len(shape) == len(low) and all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
         if not fits:
@@ -48,7 +48,7 @@ class Profile:
 
 
 def build_profiles(manifest: Manifest, graph: str) -> list[Profile]:
-    """Returns the optimisation profiles of a graph.
+    """Return the optimisation profiles of a graph.
 
     Args:
         manifest: Of the exported folder.

@@ -58,7 +58,7 @@ class TrtBackend:
     def run(
         self, graph: str, host: dict[str, np.ndarray], resident: dict[str, Tensor], fetch: str | None
     ) -> tuple[np.ndarray | None, dict[str, Tensor]]:
-        """Runs a graph; see `Backend.run`."""
+        """Run a graph; see `Backend.run`."""
         inputs = {name: torch.from_numpy(array).cuda() for name, array in host.items()} | resident
         with self._lock:
             outputs = self._execute(graph, inputs)
@@ -83,12 +83,12 @@ class TrtBackend:
         return outputs
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """Returns an empty cache; see `Backend.empty`."""
+        """Return an empty cache; see `Backend.empty`."""
         dtype = getattr(torch, self.manifest.graphs["image_kv"].outputs[0].dtype)
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     def _profile(self, graph: str, inputs: dict[str, Tensor]) -> tuple[int, Profile]:
-        """Returns decode's profile for one token a row, else the first."""
+        """Return decode's profile for one token a row, else the first."""
         known = self.engines.engines[graph].profiles
         decode = graph == "decoder" and inputs["input_ids"].shape[1] == 1
         index = next(i for i, profile in enumerate(known) if (profile.name == "decode") == decode)
@@ -118,7 +118,7 @@ class TrtBackend:
 
 
 def load_trt_model(folder: str | Path) -> ExportedModel:
-    """Loads an exported model that runs on its TensorRT engines; same interface as `ExportedModel.load`.
+    """Load an exported model that runs on its TensorRT engines; same interface as `ExportedModel.load`.
 
     Raises:
         ManifestError: Folder or engines are missing or damaged.

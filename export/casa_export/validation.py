@@ -51,7 +51,7 @@ class Comparison:
 
 
 def check_limits(plan: ExportPlan, num_prompts: int) -> None:
-    """Raises ExportError if `validate` could not run on an export with these limits."""
+    """Raise ExportError if `validate` could not run on an export with these limits."""
     if num_prompts < 0:
         raise ExportError(f"number of prompts to validate with is {num_prompts}; expected a whole number from 0.")
     tokens = image_token_counts(torch.tensor(PROMPT_GRIDS), plan.config.vision_config.spatial_merge_size)
@@ -70,14 +70,14 @@ def check_limits(plan: ExportPlan, num_prompts: int) -> None:
 
 
 def format_table(comparisons: list[Comparison]) -> str:
-    """Returns the comparisons as text, one line each."""
+    """Return the comparisons as text, one line each."""
     lines = [f"{'comparison':<44} {'error':>10} {'limit':>10}"]
     lines += [f"{c.what:<44} {c.error:>10.3g} {c.limit:>10.3g}  {'ok' if c.passed else 'FAILED'}" for c in comparisons]
     return "\n".join(lines)
 
 
 def validate(source: str | Path, folder: str | Path, num_prompts: int = 20, seed: int = 0) -> list[Comparison]:
-    """Compares an exported folder with its checkpoint.
+    """Compare an exported folder with its checkpoint.
 
     Args:
         source: The checkpoint.
@@ -106,14 +106,14 @@ def validate(source: str | Path, folder: str | Path, num_prompts: int = 20, seed
 
 
 def check(comparisons: list[Comparison]) -> None:
-    """Raises ExportError if a comparison failed."""
+    """Raise ExportError if a comparison failed."""
     failed = [comparison.what for comparison in comparisons if not comparison.passed]
     if failed:
         raise ExportError(f"the graphs differ from the eager model in: {', '.join(failed)}. Do not use this export.")
 
 
 def multi_image_prompt(exported: ExportedModel, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns a random prompt with two to four random images, at random places.
+    """Return a random prompt with two to four random images, at random places.
 
     Returns:
         input_ids int64 (1, T), and the images' `pixel_values`, `image_grid_thw`, `insertion_points`.
@@ -130,7 +130,7 @@ def multi_image_prompt(exported: ExportedModel, generator: torch.Generator) -> t
 
 
 def generate_greedily(model, ids: Tensor, images: dict[str, Tensor], num_tokens: int = NUM_GREEDY_TOKENS) -> list[int]:
-    """Returns the greedy tokens of a prompt, continuing past stop tokens."""
+    """Return the greedy tokens of a prompt, continuing past stop tokens."""
     cache, new = model.new_cache(), []
     output = model(ids, past_key_values=cache, logits_to_keep=1, **images)
     for _ in range(num_tokens):
@@ -151,7 +151,7 @@ def _images(exported: ExportedModel, grids: Tensor, generator: torch.Generator) 
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Returns the largest difference, relative to the largest absolute reference value."""
+    """Return the largest difference, relative to the largest absolute reference value."""
     return float((value.float() - reference).abs().max() / reference.abs().max())
 
 
@@ -190,7 +190,7 @@ def _vision(model, exported: ExportedModel, generator: torch.Generator, grid: tu
 
 
 def _image_kv(model, exported: ExportedModel, generator: torch.Generator) -> Tensor:
-    """Returns the keys and values of all layers in the cache after a prompt of one image."""
+    """Return the keys and values of all layers in the cache after a prompt of one image."""
     grids = torch.tensor([GRIDS[0]])
     images = _images(exported, grids, generator) | {"insertion_points": torch.tensor([[0]])}
     cache = model.new_cache()
@@ -207,7 +207,7 @@ def _prefill(model, exported: ExportedModel, generator: torch.Generator) -> Tens
 
 
 def _decode(model, exported: ExportedModel, generator: torch.Generator) -> Tensor:
-    """Returns the logits of four steps after the prompt, on fixed tokens."""
+    """Return the logits of four steps after the prompt, on fixed tokens."""
     cache = model.new_cache()
     _run(model, exported, generator, cache)
     steps = [model(torch.tensor([[token]]), past_key_values=cache).logits for token in DECODED_TOKENS]

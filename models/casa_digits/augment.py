@@ -83,7 +83,7 @@ def make_bank(rng: np.random.Generator, samples: DigitSamples, variants: int) ->
 
 
 def linear_luminance(colour: np.ndarray) -> np.ndarray:
-    """Computes relative luminance of the web's contrast rules: Rec. 709 weights on linear light; (..., 3) -> (...)."""
+    """Compute relative luminance of the web's contrast rules: Rec. 709 weights on linear light; (..., 3) -> (...)."""
     linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
     return linear @ np.array([0.2126, 0.7152, 0.0722])
 

@@ -39,7 +39,7 @@ class Scenes:
         return (self.glyphs != EMPTY).sum(axis=1)
 
     def digits(self, bank: GlyphBank) -> np.ndarray:
-        """Returns the digits, (B, 4) int64, -1 where an image has fewer."""
+        """Return the digits, (B, 4) int64, -1 where an image has fewer."""
         return np.where(self.glyphs != EMPTY, bank.labels[self.glyphs], EMPTY)
 
     def draw(self, bank: GlyphBank) -> np.ndarray:
@@ -104,7 +104,7 @@ def edit_scenes(rng: np.random.Generator, bank: GlyphBank, scenes: Scenes) -> Sc
 
 
 def add_noise(rng: np.random.Generator, pixels: np.ndarray, share: float) -> np.ndarray:
-    """Makes `share` of (B, H, W, 3) images look as if they came from a camera or a codec."""
+    """Make `share` of (B, H, W, 3) images look as if they came from a camera or a codec."""
     pixels = pixels.copy()
     for index in np.flatnonzero(rng.random(len(pixels)) < share):
         pixels[index] = camera_noise(rng, pixels[index])

@@ -90,7 +90,7 @@ class Conversation:
     notes: list[tuple[int, int, int]] = field(default_factory=list)
 
     def append(self, ids: tuple[int, ...], learn: bool = False) -> None:
-        """Adds tokens, learned or only read."""
+        """Add tokens, learned or only read."""
         self.ids += ids
         self.labels += ids if learn else [IGNORED] * len(ids)
 
@@ -117,7 +117,7 @@ class Writer:
         self.spell = lru_cache(maxsize=20_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
 
     def chat(self, pool: FramePool) -> Conversation:
-        """Writes one to four turns with an image (some with two), each read or counted, perhaps asked again."""
+        """Write one to four turns with an image (some with two), each read or counted, perhaps asked again."""
         talk = self._begin()
         if self._chance(0.1):
             self._exchange(talk, self._pick(SMALL_TALK + READ + COUNT), NO_IMAGE)
@@ -130,7 +130,7 @@ class Writer:
         return talk
 
     def memory(self, pool: FramePool) -> Conversation:
-        """Writes readings and questions for earlier ones, which may have been wrong: the text decides.
+        """Write readings and questions for earlier ones, which may have been wrong: the text decides.
 
         In half of them only the answers to those questions are learned: they are the hardest, and easily drowned.
         """
@@ -161,7 +161,7 @@ class Writer:
         return self._pick(QUESTIONS[kind]), recall(kind, said)
 
     def stream(self, pool: FramePool, num_tokens: int, text_only: bool = False) -> Conversation:
-        """Writes frames in one assistant turn, up to about `num_tokens`; at times resumed, with questions within.
+        """Write frames in one assistant turn, up to about `num_tokens`; at times resumed, with questions within.
 
         Args:
             pool: The images.
@@ -202,7 +202,7 @@ class Writer:
         return talk
 
     def form(self, pool: FramePool) -> Conversation:
-        """Writes one or two answers in JSON: of its own accord, or with names and blanks that a grammar forces."""
+        """Write one or two answers in JSON: of its own accord, or with names and blanks that a grammar forces."""
         talk = self._begin()
         if self._chance(0.15):
             self._turn(talk, "system", self._instructions())
@@ -226,7 +226,7 @@ class Writer:
         return talk
 
     def tools(self, pool: FramePool) -> Conversation:
-        """Writes calls of the first of one to three tools, their results and closing answers."""
+        """Write calls of the first of one to three tools, their results and closing answers."""
         talk = Conversation()
         tools = draw_tools(self.rng, int(self.rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])), self.name_shares)
         lines = [show_tool(name, form) for name, form in tools]
@@ -252,7 +252,7 @@ class Writer:
     def _answer_with(
         self, talk: Conversation, question: str, image: int, spelled: Spelled, *, loose: bool, learn_all: bool
     ) -> None:
-        """Writes an exchange whose answer is JSON; what the image does not tell is not learned unless `learn_all`."""
+        """Write an exchange whose answer is JSON; what the image does not tell is not learned unless `learn_all`."""
         self._turn(talk, "user", question, [image], image_first=self._chance(0.5))
         talk.append(self.spell(f"{TURN_START}assistant\n"))
         if loose:
@@ -271,7 +271,7 @@ class Writer:
         talk.append(self.spell("\n"))
 
     def _instructions(self) -> str:
-        """Writes what some clients put before the question: a schema, to be passed over."""
+        """Write what some clients put before the question: a schema, to be passed over."""
         return f"Return JSON: {json.dumps(schema_of(draw_form(self.rng, 2)))}"
 
     def _next_frame(self, pool: FramePool, image: int, change: float) -> int:
@@ -289,7 +289,7 @@ class Writer:
     def _interrupt(
         self, talk: Conversation, pool: FramePool, image: int | None, said: list[str], at_end: bool = False
     ) -> None:
-        """Writes a question typed into a stream; the frames go on right after its answer."""
+        """Write a question typed into a stream; the frames go on right after its answer."""
         # The prompt ends within a turn: what stops it is written where nothing was said before.
         talk.append(self.spell("\n" if talk.ids[-1] == self.spell(TURN_END)[0] else f"{TURN_END}\n"))
         about_image = image is not None and not at_end and self._chance(0.3)
@@ -299,7 +299,7 @@ class Writer:
         talk.append(self.spell(answer + TURN_END), learn=True)
 
     def _note(self, talk: Conversation, said: list[str], end: int) -> None:
-        """Notes what the tokens of the newest reading should know; the last of them, at `end`, ends its turn.
+        """Note what the tokens of the newest reading should know; the last of them, at `end`, ends its turn.
 
         A token knows the token that stands in its place in the reading before; the last one also those that follow it,
         and how often the reading has changed.
@@ -359,7 +359,7 @@ class Writer:
         return bool(self.rng.random() < probability)
 
     def _pick(self, phrases: tuple[str, ...]) -> str:
-        """Returns the first phrase, the canonical one, half of the time."""
+        """Return the first phrase, the canonical one, half of the time."""
         return phrases[0] if self._chance(0.5) else phrases[int(self.rng.integers(len(phrases)))]
 
 
@@ -370,6 +370,6 @@ def draw_tools(rng: np.random.Generator, most: int, shares: NameShares) -> list[
 
 
 def show_tool(name: str, form: Form) -> str:
-    """Returns a tool as the chat template shows it: like a call, with types in the places of values."""
+    """Return a tool as the chat template shows it: like a call, with types in the places of values."""
     arguments = ", ".join(f'"{field}": {kind}' for field, kind in form.items())
     return f'{{"name": "{name}", "arguments": {{{arguments}}}}}'

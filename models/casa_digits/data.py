@@ -124,13 +124,13 @@ class DigitImage:
         return " ".join(str(digit) for digit in self.digits)
 
     def to_pil(self) -> Image.Image:
-        """Returns the image for a processor or a file."""
+        """Return the image for a processor or a file."""
         return Image.fromarray(self.pixels)
 
 
 @lru_cache(maxsize=2)
 def load_samples(held_out: bool) -> DigitSamples:
-    """Loads the held-out samples (index a multiple of 5) or all the others.
+    """Load the held-out samples (index a multiple of 5) or all the others.
 
     Raises:
         ModuleNotFoundError: scikit-learn, which carries the data, is missing.
@@ -151,7 +151,7 @@ def load_samples(held_out: bool) -> DigitSamples:
 
 @cache
 def upscaling_matrix(size: int, filter_name: str) -> np.ndarray:
-    """Returns the (size, 8) float32 matrix M for which M @ image @ M.T is PIL's resize of an 8x8 image."""
+    """Return the (size, 8) float32 matrix M for which M @ image @ M.T is PIL's resize of an 8x8 image."""
     rows = [Image.fromarray(row[None]).resize((size, 1), FILTERS[filter_name]) for row in np.eye(8, dtype=np.float32)]
     return np.concatenate([np.asarray(row) for row in rows]).T.copy()
 
@@ -190,7 +190,7 @@ def draw_layout(
 
 
 def luminance(colour: np.ndarray) -> np.ndarray:
-    """Computes Rec. 601 luma, 0..1, of sRGB values (..., 3) in 0..1."""
+    """Compute Rec. 601 luma, 0..1, of sRGB values (..., 3) in 0..1."""
     return colour @ LUMA_WEIGHTS
 
 

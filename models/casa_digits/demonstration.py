@@ -14,5 +14,5 @@ DEMONSTRATION = {
 
 
 def write_demonstration(folder: Path) -> None:
-    """Writes the file into a checkpoint."""
+    """Write the file into a checkpoint."""
     (Path(folder) / DEMONSTRATION_FILE).write_text(json.dumps(DEMONSTRATION, indent=2) + "\n")

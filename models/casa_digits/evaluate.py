@@ -84,11 +84,11 @@ class Report:
         return all(score.passed for score in self.scores)
 
     def as_dict(self) -> dict[str, float]:
-        """Returns the shares by name."""
+        """Return the shares by name."""
         return {score.name: round(score.share, 4) for score in self.scores}
 
     def table(self) -> str:
-        """Returns the report as text."""
+        """Return the report as text."""
         lines = [f"{'':24}{'right':>12}{'share':>9}{'demanded':>11}"]
         for score in self.scores:
             sign = "<=" if score.at_most else ">="
@@ -99,7 +99,7 @@ class Report:
 
 
 def play(runner: Runner, turns: list[Turn]) -> bool:
-    """Runs one conversation with the model's own answers as its history; True if the last answer is right."""
+    """Run one conversation with the model's own answers as its history; True if the last answer is right."""
     messages: list[Message] = []
     answers: list[str] = []
     for turn in turns:
@@ -136,7 +136,7 @@ def play_tool(runner: Runner, case: ToolCase) -> bool:
 
 
 def run_suites(runner: Runner, suites: list[Suite]) -> list[Score]:
-    """Returns one score for each suite."""
+    """Return one score for each suite."""
     scores = []
     for suite in suites:
         # Closed on the way out of an error, so that the message about it has a line of its own.
@@ -147,7 +147,7 @@ def run_suites(runner: Runner, suites: list[Suite]) -> list[Score]:
 
 
 def run_forms(runner: Runner, seed: int = 0, scale: float = 1.0) -> list[Score]:
-    """Returns the scores of JSON with a schema, of JSON without one, and of tools."""
+    """Return the scores of JSON with a schema, of JSON without one, and of tools."""
     forms = draw_forms(seed, scale)
     played: dict[str, list[bool]] = {}
     for name, cases in forms.items():
@@ -208,7 +208,7 @@ def run_streams(runner: EagerRunner, num_videos: int, num_frames: int, seed: int
 
 
 def evaluate_eager(checkpoint: Path, scale: float = 1.0, seed: int = 0) -> Report:
-    """Runs all chats, JSON, tools, streams and questions within them with the eager model."""
+    """Run all chats, JSON, tools, streams and questions within them with the eager model."""
     return _run_eager(checkpoint, draw_suites(seed, scale), scale, seed)
 
 

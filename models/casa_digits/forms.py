@@ -97,7 +97,7 @@ def draw_name(rng: np.random.Generator, names: tuple[str, ...], shares: NameShar
 
 
 def fill_form(form: Form, text: str) -> dict[str, Any]:
-    """Returns the object that says of this form what an image shows; `text` are its digits, as in an answer."""
+    """Return the object that says of this form what an image shows; `text` are its digits, as in an answer."""
     return {
         name: fill_form(kind, text) if isinstance(kind, dict) else value_of(name, kind, text)
         for name, kind in form.items()
@@ -105,7 +105,7 @@ def fill_form(form: Form, text: str) -> dict[str, Any]:
 
 
 def value_of(name: str, kind: str, text: str) -> Any:
-    """Returns the value of one field."""
+    """Return the value of one field."""
     digits = text.split()
     if kind == STRING:
         return text
@@ -149,7 +149,7 @@ def _mark(value: Any) -> Any:
 
 
 def schema_of(form: Form) -> dict[str, Any]:
-    """Returns the JSON schema that has exactly these fields, as the SDKs write it."""
+    """Return the JSON schema that has exactly these fields, as the SDKs write it."""
     return {
         "type": "object",
         "properties": {
@@ -165,7 +165,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 
 def spell_pieces(rng: np.random.Generator, spell: Callable[[str], tuple[int, ...]], text: str) -> tuple[int, ...]:
-    """Returns ids of a text cut at random places: a grammar's text may come in any pieces."""
+    """Return ids of a text cut at random places: a grammar's text may come in any pieces."""
     ids: list[int] = []
     while text:
         length = int(rng.integers(1, 6))

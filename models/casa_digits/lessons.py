@@ -54,7 +54,7 @@ class Course:
     note_layer: int | None = None
 
     def lesson(self, done: float) -> Lesson:
-        """Returns the lesson that belongs to a share of the steps done."""
+        """Return the lesson that belongs to a share of the steps done."""
         return next(lesson for lesson in self.lessons if done < lesson.until or lesson is self.lessons[-1])
 
 

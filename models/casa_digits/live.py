@@ -31,5 +31,5 @@ LIVE_SETTINGS = {
 
 
 def write_live_settings(folder: Path) -> None:
-    """Writes the file into a checkpoint."""
+    """Write the file into a checkpoint."""
     (Path(folder) / SETTINGS_FILE).write_text(json.dumps(LIVE_SETTINGS, indent=2) + "\n")

@@ -11,7 +11,7 @@ MAX_CHANGES = 9
 
 
 def recall(kind: str, said: Sequence[str]) -> str:
-    """Returns the answer to one kind of question.
+    """Return the answer to one kind of question.
 
     Args:
         kind: A key of `QUESTIONS`.

@@ -24,7 +24,7 @@ DEEPER = (0, None, 1, None, 2)
 
 
 def vision_config() -> Qwen2_5_VLVisionConfig:
-    """Returns three blocks: one attends within a 28-px cell (which digit?), two to the whole image (which order?)."""
+    """Return three blocks: one attends within a 28-px cell (which digit?), two to the whole image (which order?)."""
     return Qwen2_5_VLVisionConfig(
         depth=3,
         hidden_size=HIDDEN,
@@ -41,7 +41,7 @@ def vision_config() -> Qwen2_5_VLVisionConfig:
 
 
 def text_config(end_id: int, pad_id: int) -> Qwen2Config:
-    """Returns three layers, as stage 2 trains them; the vocabulary has some unused rows at its end."""
+    """Return three layers, as stage 2 trains them; the vocabulary has some unused rows at its end."""
     return Qwen2Config(
         vocab_size=VOCABULARY_ROWS,
         hidden_size=HIDDEN,
@@ -59,7 +59,7 @@ def text_config(end_id: int, pad_id: int) -> Qwen2Config:
 
 
 def cosine_filters(count: int) -> torch.Tensor:
-    """Returns the `count` lowest two-dimensional cosine waves on a patch, (count, 14, 14), each of unit length."""
+    """Return the `count` lowest two-dimensional cosine waves on a patch, (count, 14, 14), each of unit length."""
     steps = (torch.arange(PATCH_PX) + 0.5) * math.pi / PATCH_PX
     waves = torch.stack([torch.cos(steps * frequency) for frequency in range(PATCH_PX)])
     waves = waves / waves.norm(dim=1, keepdim=True)
@@ -71,7 +71,7 @@ def cosine_filters(count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def init_with_cosines(tower: Qwen2_5_VisionTransformerPretrainedModel, share: float = 0.75) -> None:
-    """Initialises most patch filters as smooth grey waves: pen strokes are smooth, so learning starts further on.
+    """Initialise most patch filters as smooth grey waves: pen strokes are smooth, so learning starts further on.
 
     Mutates:
         tower: its patch embedding.
@@ -83,7 +83,7 @@ def init_with_cosines(tower: Qwen2_5_VisionTransformerPretrainedModel, share: fl
 
 
 def casa_config(tokenizer: PreTrainedTokenizerFast) -> CasaConfig:
-    """Returns CA_t+v in every layer, in parallel with its own weights; Qwen2.5-VL's kind of backbone and delimiters."""
+    """Return CA_t+v in every layer, in parallel with its own weights; Qwen2.5-VL's kind of backbone and delimiters."""
     image, before, after, end = tokenizer.convert_tokens_to_ids([IMAGE, IMAGE_START, IMAGE_END, TURN_END])
     return CasaConfig(
         text_config=text_config(end, tokenizer.pad_token_id),
@@ -99,7 +99,7 @@ def casa_config(tokenizer: PreTrainedTokenizerFast) -> CasaConfig:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> CasaProcessor:
-    """Builds it so that images up to 8x4 cells keep their size; larger ones, a screenshot, are shrunk to fit."""
+    """Build it so that images up to 8x4 cells keep their size; larger ones, a screenshot, are shrunk to fit."""
     images = Qwen2VLImageProcessorPil(
         min_pixels=CELL_PX**2, max_pixels=MAX_ROWS * MAX_COLUMNS * CELL_PX**2, patch_size=PATCH_PX, merge_size=MERGE
     )
@@ -107,7 +107,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> CasaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> CasaForConditionalGeneration:
-    """Builds the untrained model.
+    """Build the untrained model.
 
     Mutates:
         torch's global generator: it is seeded, and what is drawn next, the head of stage 1, follows from the seed too.
@@ -120,7 +120,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> CasaForConditi
 
 @torch.no_grad()
 def deepen(model: CasaForConditionalGeneration, seed: int) -> CasaForConditionalGeneration:
-    """Returns a model of the layers `DEEPER` that computes the same: what the new layers add is zero at first.
+    """Return a model of the layers `DEEPER` that computes the same: what the new layers add is zero at first.
 
     torch's global generator is as before: a model may be made for its size alone.
     """

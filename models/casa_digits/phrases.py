@@ -90,7 +90,7 @@ PUBLISHED_SYSTEM = SYSTEM[1]
 
 
 def vocabulary_text() -> list[str]:
-    """Returns everything that should tokenise into few tokens."""
+    """Return everything that should tokenise into few tokens."""
     roles = ["system\n", "user\n", "assistant\n"] * 50
     phrases = [*READ, *COUNT, *FIRST, *LAST, *BEFORE, *CHANGES, NO_IMAGE, NOTHING, MANY, *SYSTEM, *WATCH, *SMALL_TALK]
     names = [*COUNT_NAMES, *FIRST_NAMES, *LAST_NAMES, *LIST_NAMES, *TEXT_NAMES, *OBJECT_NAMES, *TOOL_NAMES]

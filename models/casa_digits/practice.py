@@ -38,7 +38,7 @@ class FinishWriter(PracticeWriter):
     shown_in_copies: tuple[int, ...] = ()
 
     def copies(self, pool: FramePool) -> Conversation:
-        """Writes calls of a tool without any image: its name and those of its arguments are learned, not the values."""
+        """Write calls of a tool without any image: its name and those of its arguments are learned, not the values."""
         talk = Conversation()
         ((name, form),) = draw_tools(self.rng, 1, self.name_shares)
         self._turn(talk, "system", f"<tools>\n{show_tool(name, form)}\n</tools>")
@@ -65,7 +65,7 @@ class ResumeWriter(FinishWriter):
     """Writes half of the streams as they are resumed: what was said before is one window of text, without frames."""
 
     def stream(self, pool: FramePool, num_tokens: int, text_only: bool = False) -> Conversation:
-        """Writes a stream; see `Writer`."""
+        """Write a stream; see `Writer`."""
         self.marks_the_past = self._chance(0.5)
         return super().stream(pool, num_tokens, text_only)
 

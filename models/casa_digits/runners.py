@@ -23,15 +23,15 @@ class Runner(Protocol):
     """Answers a conversation, whose images are parts `{"type": "image", "image": PIL image}`."""
 
     def answer(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
-        """Returns the assistant's next words, greedily decoded; tools have been offered all along."""
+        """Return the assistant's next words, greedily decoded; tools have been offered all along."""
         ...
 
     def fill(self, messages: list[Message], form: Form | None) -> Any:
-        """Returns the assistant's next words read as JSON, with these fields or its own; None where they are none."""
+        """Return the assistant's next words read as JSON, with these fields or its own; None where they are none."""
         ...
 
     def call(self, messages: list[Message], tools: list[dict[str, Any]]) -> Message | None:
-        """Returns the assistant's next message, one call of a tool and nothing else, or None where it is not that."""
+        """Return the assistant's next message, one call of a tool and nothing else, or None where it is not that."""
         ...
 
 
@@ -48,7 +48,7 @@ class Stream(Protocol):
         ...
 
     def caption(self, frame: Image.Image) -> str:
-        """Shows a frame; returns what is said to it, "" for silence."""
+        """Show a frame; return what is said to it, "" for silence."""
         ...
 
     def ask(self, question: str) -> str:
@@ -69,17 +69,17 @@ class EagerRunner:
         self.processor = self.format.processor
 
     def answer(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
-        """Returns the model's answer; see `Runner`."""
+        """Return the model's answer; see `Runner`."""
         return self._continue(messages, tools=tools)
 
     def fill(self, messages: list[Message], form: Form | None) -> Any:
-        """Returns the model's JSON; see `Runner`. Names are given and values cut at their ends, as by a grammar."""
+        """Return the model's JSON; see `Runner`. Names are given and values cut at their ends, as by a grammar."""
         if form is None:
             return read_json(self._continue(messages, max_tokens=MAX_CALL_TOKENS))
         return read_json(self._fill(messages, form, ""))
 
     def call(self, messages: list[Message], tools: list[dict[str, Any]]) -> Message | None:
-        """Returns the model's call; see `Runner`."""
+        """Return the model's call; see `Runner`."""
         text = self._continue(messages, tools=tools, max_tokens=MAX_CALL_TOKENS)
         if not (text.startswith(CALL_START) and text.endswith(CALL_END)):
             return None
@@ -89,7 +89,7 @@ class EagerRunner:
         return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
 
     def _fill(self, messages: list[Message], form: Form, text: str) -> str:
-        """Returns `text` and the object of this form after it."""
+        """Return `text` and the object of this form after it."""
         for number, (name, kind) in enumerate(form.items()):
             text += f'{", " if number else "{"}"{name}":'
             if isinstance(kind, dict):
@@ -112,7 +112,7 @@ class EagerRunner:
         tools: list[dict[str, Any]] | None = None,
         max_tokens: int = MAX_ANSWER_TOKENS,
     ) -> str:
-        """Returns what the model says after `begun`, which is given as the beginning of its answer."""
+        """Return what the model says after `begun`, which is given as the beginning of its answer."""
         text = self.processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True) + begun
         images = [item["image"] for message in messages for item in content_items(message) if item["type"] == "image"]
         inputs = self.processor(images=images, text=text)
@@ -121,7 +121,7 @@ class EagerRunner:
 
 
 def read_json(text: str) -> Any:
-    """Returns what a text says in JSON, or None."""
+    """Return what a text says in JSON, or None."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

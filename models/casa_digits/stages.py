@@ -40,5 +40,5 @@ STEPS = {"vision_steps": 4000, **{stage.option: stage.num_steps for stage in STA
 
 
 def option_name(name: str) -> str:
-    """Returns an option as it stands in a command line."""
+    """Return an option as it stands in a command line."""
     return f"--{name.replace('_', '-')}"

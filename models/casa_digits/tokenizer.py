@@ -17,7 +17,7 @@ WORDS = r"\n| ?\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s"
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer from merges learned on the phrases; the same result on every run.
+    """Build the tokenizer from merges learned on the phrases; the same result on every run.
 
     Args:
         max_length: Longest text the model takes, in tokens.

@@ -35,21 +35,21 @@ def patchify(images: np.ndarray) -> Tensor:
 
 
 def patch_positions(grid: Grid) -> Tensor:
-    """Returns row and column of each patch, int64 (2, P), in the order of `patchify`."""
+    """Return row and column of each patch, int64 (2, P), in the order of `patchify`."""
     index = torch.arange(grid.rows * MERGE * grid.columns * MERGE)
     table = index.view(grid.rows, MERGE, grid.columns, MERGE).permute(0, 2, 1, 3).reshape(-1)
     return torch.stack([table // (grid.columns * MERGE), table % (grid.columns * MERGE)])
 
 
 def rotary_tables(grid: Grid, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Computes cosines and sines, (P, D) each: a quarter of D follows the row, a quarter the column, twice."""
+    """Compute cosines and sines, (P, D) each: a quarter of D follows the row, a quarter the column, twice."""
     frequencies = 10000.0 ** -(torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
     angles = (patch_positions(grid).T[..., None] * frequencies).flatten(1).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
 def encode(tower: Qwen2_5_VisionTransformerPretrainedModel, patches: Tensor, grid: Grid) -> Tensor:
-    """Computes the image tokens of equal-sized images.
+    """Compute the image tokens of equal-sized images.
 
     Args:
         tower: The vision tower; its windows must be single cells (window_size 28).
@@ -79,7 +79,7 @@ def encode(tower: Qwen2_5_VisionTransformerPretrainedModel, patches: Tensor, gri
 
 
 def _attend(attention: torch.nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Computes full attention within each row of (R, L, C)."""
+    """Compute full attention within each row of (R, L, C)."""
     query, key, value = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
     query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))

@@ -130,25 +130,25 @@ def train(options: argparse.Namespace) -> None:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Returns whether there is a checkpoint, which a model that misses a demand must not replace."""
+    """Return whether there is a checkpoint, which a model that misses a demand must not replace."""
     return (folder / LAST_FILE).is_file()
 
 
 def missed_folder(output: Path) -> Path:
-    """Returns where such a model is written instead: beside the folder."""
+    """Return where such a model is written instead: beside the folder."""
     output = output.resolve()
     return output.with_name(f"{output.name}.missed")
 
 
 def copy_checkpoint(folder: Path, target: Path) -> None:
-    """Writes a finished checkpoint to another folder."""
+    """Write a finished checkpoint to another folder."""
     with stage_checkpoint(target) as staged:
         shutil.copytree(folder, staged.path, dirs_exist_ok=True)
         staged.commit()
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises InputError for an option that would end the run only later."""
+    """Raise InputError for an option that would end the run only later."""
     for name, least in (*((name, 0) for name in STEPS), ("seed", 0), ("families", 1), ("threads", 1)):
         if getattr(options, name) < least:
             raise InputError(f"{option_name(name)} is {getattr(options, name)}; expected {least} or more.")
@@ -171,7 +171,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def open_progress(options: argparse.Namespace) -> ProgressFile | None:
-    """Opens the file of --progress, if one is named."""
+    """Open the file of --progress, if one is named."""
     if options.progress is None:
         return None
     decisive = {name: getattr(options, name) for name in ("seed", *STEPS, "families", "peak_rate")}
@@ -180,13 +180,13 @@ def open_progress(options: argparse.Namespace) -> ProgressFile | None:
 
 
 def chosen_stages(options: argparse.Namespace) -> list[Stage]:
-    """Returns the stages after the first, with the learning rate of --peak-rate."""
+    """Return the stages after the first, with the learning rate of --peak-rate."""
     first, *others = STAGES
     return [dataclasses.replace(first, course=dataclasses.replace(first.course, peak_rate=options.peak_rate)), *others]
 
 
 def load_weights(module: torch.nn.Module, path: Path, stage: str) -> None:
-    """Reads a file that `--keep-STAGE` wrote."""
+    """Read a file that `--keep-STAGE` wrote."""
     try:
         module.load_state_dict(torch.load(path, weights_only=True))
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError) as error:
@@ -194,7 +194,7 @@ def load_weights(module: torch.nn.Module, path: Path, stage: str) -> None:
 
 
 def keep_weights(module: torch.nn.Module, path: Path) -> None:
-    """Writes the weights of a tower or a model."""
+    """Write the weights of a tower or a model."""
     content = BytesIO()  # torch.save hides the reason when a disk is full
     torch.save(module.state_dict(), content)
     write_atomically(path, content.getbuffer())
@@ -206,7 +206,7 @@ def teach(
     options: argparse.Namespace,
     progress_file: ProgressFile | None = None,
 ) -> CasaForConditionalGeneration:
-    """Runs all stages, or what is left of them; returns the trained model. Mutates `model`."""
+    """Run all stages, or what is left of them; return the trained model. Mutates `model`."""
     vision_rng, *rngs = np.random.default_rng(options.seed).spawn(1 + len(STAGES))
     samples, begun = load_samples(held_out=False), progress_file.stage if progress_file else None
 

@@ -71,7 +71,7 @@ def draw_scenes(rng: np.random.Generator, num_frames: int, fps: int) -> list[Sce
 
 
 def caption_spans(scenes: list[Scene], fps: int) -> list[Span]:
-    """Returns the truth about scenes shown at `fps`."""
+    """Return the truth about scenes shown at `fps`."""
     ends = np.cumsum([scene.num_frames for scene in scenes])
     return [
         Span(round((end - scene.num_frames) / fps, 6), round(end / fps, 6), scene.image.text)
@@ -82,7 +82,7 @@ def caption_spans(scenes: list[Scene], fps: int) -> list[Span]:
 def frames(
     scenes: list[Scene], scale: int = 1, noise: float = 0.0, rng: np.random.Generator | None = None
 ) -> Iterator[np.ndarray]:
-    """Yields every frame in turn, uint8 (112 * scale, 224 * scale, 3).
+    """Yield every frame in turn, uint8 (112 * scale, 224 * scale, 3).
 
     Args:
         scenes: What is shown.
@@ -99,13 +99,13 @@ def frames(
 
 
 def with_grain(rng: np.random.Generator, pixels: np.ndarray, noise: float) -> np.ndarray:
-    """Adds normal noise to every value of uint8 pixels."""
+    """Add normal noise to every value of uint8 pixels."""
     grain = rng.standard_normal(pixels.shape, np.float32) * noise
     return np.clip(pixels + grain + 0.5, 0, 255).astype(np.uint8)
 
 
 def write_video(path: Path, pictures: Iterator[np.ndarray], fps: int) -> None:
-    """Writes H.264 in MP4 or VP9 in WebM, by the suffix, in the form that every browser plays.
+    """Write H.264 in MP4 or VP9 in WebM, by the suffix, in the form that every browser plays.
 
     Args:
         path: Where to; ends in .mp4 or .webm.
@@ -130,7 +130,7 @@ def write_video(path: Path, pictures: Iterator[np.ndarray], fps: int) -> None:
 
 
 def import_av() -> ModuleType:
-    """Imports PyAV, which only videos need.
+    """Import PyAV, which only videos need.
 
     Raises:
         ImportError: it is missing.
@@ -145,7 +145,7 @@ def import_av() -> ModuleType:
 
 
 def make_video(path: Path, seconds: float, fps: int, seed: int = 0, scale: int = 1, noise: float = 0.0) -> list[Span]:
-    """Writes a video, and the truth beside it as .json; returns the truth."""
+    """Write a video, and the truth beside it as .json; return the truth."""
     scenes_rng, noise_rng = np.random.default_rng(seed).spawn(2)
     scenes = draw_scenes(scenes_rng, max(1, round(seconds * fps)), fps)
     truth = caption_spans(scenes, fps)
@@ -158,7 +158,7 @@ def make_video(path: Path, seconds: float, fps: int, seed: int = 0, scale: int =
 
 
 def read_truth(path: Path) -> list[Span]:
-    """Reads what `make_video` wrote beside the video."""
+    """Read what `make_video` wrote beside the video."""
     return [Span(**span) for span in json.loads(path.read_text())]
 
 
@@ -175,7 +175,7 @@ def build_parser(program: str = "casa-digits-video") -> argparse.ArgumentParser:
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exits with status 2 and an error message where an option is invalid."""
+    """Exit with status 2 and an error message where an option is invalid."""
     if options.video.suffix.lower() not in ENCODERS:
         parser.error(f"{str(options.video)!r} ends in {options.video.suffix!r}; expected .mp4 or .webm")
     if not options.video.parent.is_dir():

@@ -52,7 +52,7 @@ class CellHead(nn.Module):
         self.rank = nn.Linear(width, NUM_RANKS)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (..., C) to logits (..., 11) of the digit and (..., 5) of the rank."""
+        """Map (..., C) to logits (..., 11) of the digit and (..., 5) of the rank."""
         tokens = self.norm(tokens)
         return self.digit(tokens), self.rank(tokens)
 
@@ -73,7 +73,7 @@ def draw_cells(rng: np.random.Generator, bank: GlyphBank, grid: Grid, count: int
 
 
 def loss_of(tower: nn.Module, head: CellHead, batch: CellBatch) -> Tensor:
-    """Computes the cross-entropy of both; cells with a digit count as much as all blank ones together."""
+    """Compute the cross-entropy of both; cells with a digit count as much as all blank ones together."""
     digit_logits, rank_logits = head(encode(tower, batch.patches, batch.grid))
     weight = torch.where(batch.ranks.flatten() > 0, 1.0, 0.25)
     losses = functional.cross_entropy(digit_logits.flatten(0, 1), batch.digits.flatten(), reduction="none")

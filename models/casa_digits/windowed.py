@@ -84,7 +84,7 @@ class TrainingBatch:
 def build_batch(
     model: CasaForConditionalGeneration, conversations: list[Conversation], pool: FramePool
 ) -> TrainingBatch:
-    """Builds a batch of conversations and their encoded images."""
+    """Build a batch of conversations and their encoded images."""
     input_ids = pad_rows([talk.ids for talk in conversations], model.config.text_config.pad_token_id)
     labels = pad_rows([talk.labels for talk in conversations], IGNORED)
     relative = np.zeros_like(input_ids)
@@ -127,7 +127,7 @@ def _positions(model: CasaForConditionalGeneration, pool: FramePool, image: int)
 
 
 def _group(windows: list[Window]) -> list[WindowGroup]:
-    """Splits windows by length and lays out each group."""
+    """Split windows by length and lay out each group."""
     groups, shortest = [], 0
     for length in WINDOW_LENGTHS:
         chosen = [window for window in windows if shortest < len(window.tokens) <= length]
@@ -152,7 +152,7 @@ def _group(windows: list[Window]) -> list[WindowGroup]:
 def loss_of(
     model: CasaForConditionalGeneration, batch: TrainingBatch, note_head: nn.Linear | None = None, note_layer: int = 0
 ) -> Tensor:
-    """Computes the cross-entropy of the learned tokens; only their positions go through the output layer.
+    """Compute the cross-entropy of the learned tokens; only their positions go through the output layer.
 
     Args:
         model: The model.
@@ -173,7 +173,7 @@ def loss_of(
 
 
 def hidden_states(model: CasaForConditionalGeneration, batch: TrainingBatch) -> list[Tensor]:
-    """Computes the hidden states for `ca_tv` with own weights, in parallel, in every layer.
+    """Compute the hidden states for `ca_tv` with own weights, in parallel, in every layer.
 
     Returns:
         (B, T, C) each: before the first layer, after each of them, and last of all normalised.

@@ -17,7 +17,7 @@ MODELS = ((ARCHITECTURE, "casa_vllm.model:CasaForConditionalGeneration"),)
 
 
 def register() -> None:
-    """Makes vLLM know CASA: configuration, architecture, config hook, cache, renderer. Safe to call twice."""
+    """Make vLLM know CASA: configuration, architecture, config hook, cache, renderer. Safe to call twice."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 

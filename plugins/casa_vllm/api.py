@@ -21,7 +21,7 @@ __all__ = [
 
 
 def import_cpu_engine() -> None:
-    """Imports what an engine's process on a CPU will need: seconds, which nothing else has to wait for."""
+    """Import what an engine's process on a CPU will need: seconds, which nothing else has to wait for."""
     import vllm.v1.engine.core
     import vllm.v1.executor.uniproc_executor
     import vllm.v1.structured_output.backend_xgrammar

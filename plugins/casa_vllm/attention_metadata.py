@@ -50,7 +50,7 @@ class CasaAttentionMetadata:
     _with_text: list[tuple[CommonAttentionMetadata, "CasaAttentionMetadata"]] = field(default_factory=list, repr=False)
 
     def with_text(self, text: CommonAttentionMetadata) -> "CasaAttentionMetadata":
-        """Returns the same segments with the tables of a text group; all layers of the group get one object."""
+        """Return the same segments with the tables of a text group; all layers of the group get one object."""
         for known, joined in self._with_text:  # one or two
             if known is text:
                 return joined
@@ -84,7 +84,7 @@ class GraphSupport:
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """Returns graphs of any step, with the worker that promises them the length of queries; of decode otherwise."""
+        """Return graphs of any step, with the worker that promises them the length of queries; of decode otherwise."""
         if vllm_config.parallel_config.worker_cls == GPU_WORKER:
             return AttentionCGSupport.ALWAYS
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -101,7 +101,7 @@ class TextMetadataBuilder(GraphSupport, AttentionMetadataBuilder[CommonAttention
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CommonAttentionMetadata:
-        """Returns the group's block table and slot mapping."""
+        """Return the group's block table and slot mapping."""
         return common_attn_metadata
 
 
@@ -131,7 +131,7 @@ class ImageMetadataBuilder(GraphSupport, AttentionMetadataBuilder[CasaAttentionM
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CasaAttentionMetadata | None:
-        """Returns the step's segments, without text tables; None if the layers add nothing in it."""
+        """Return the step's segments, without text tables; None if the layers add nothing in it."""
         step, common = self.step, common_attn_metadata
         if step is None:
             return None
@@ -164,7 +164,7 @@ class ImageMetadataBuilder(GraphSupport, AttentionMetadataBuilder[CasaAttentionM
     def _given_segments(
         self, plan: SegmentPlan | None, common: CommonAttentionMetadata
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the starts of a step's segments, and what the host has split of them, on the device."""
+        """Return the starts of a step's segments, and what the host has split of them, on the device."""
         if plan is None or plan.splits is None:
             return common.query_start_loc, None
         staged = np.concatenate((plan.query_start_loc, plan.splits.ravel()))
@@ -174,7 +174,7 @@ class ImageMetadataBuilder(GraphSupport, AttentionMetadataBuilder[CasaAttentionM
     def _metadata(
         self, tensors: SegmentTensors, plan: SegmentPlan | None, common: CommonAttentionMetadata
     ) -> CasaAttentionMetadata:
-        """Returns the metadata; without a plan that of a graph, which holds for whatever it replays."""
+        """Return the metadata; without a plan that of a graph, which holds for whatever it replays."""
         first_positions, text_starts, num_pages, requests = tensors.fields
         max_text_len = self.vllm_config.model_config.max_model_len if plan is None else plan.max_text_len
         windows = WindowAttentionMetadata(
@@ -196,7 +196,7 @@ class ImageMetadataBuilder(GraphSupport, AttentionMetadataBuilder[CasaAttentionM
 
 
 def set_step(attention_groups: Sequence[Sequence[Any]], step: Step | None) -> None:
-    """Sets the step that the next call of vLLM builds metadata for; None: CA layers get none, and add nothing.
+    """Set the step that the next call of vLLM builds metadata for; None: CA layers get none, and add nothing.
 
     Called in every step with the runner's current groups: vLLM makes others after it has profiled graphs.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def sent_state(params: SamplingParams | None) -> tuple[CaptionState, CaptionRules] | None:
-    """Returns what a chunk has brought; None unless it belongs to a live session with rules.
+    """Return what a chunk has brought; None unless it belongs to a live session with rules.
 
     Raises:
         InputError: It is no state of a live session.
@@ -56,7 +56,7 @@ class CaptionRow:
         self.table_row: int | None = None
 
     def read(self, table: CaptionTable) -> int:
-        """Returns the token sampled last, for the device to count; -1 if there is none that was not read.
+        """Return the token sampled last, for the device to count; -1 if there is none that was not read.
 
         Writes the row where the device cannot follow: a new row, which may have generated before (a resumed request).
         """
@@ -91,7 +91,7 @@ class CaptionLogitsProcessor(LogitsProcessor):
         self._rows: dict[int, CaptionRow] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """Returns False: greedy sampling changes as well."""
+        """Return False: greedy sampling changes as well."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -110,7 +110,7 @@ class CaptionLogitsProcessor(LogitsProcessor):
                 row.table_row = self._free_rows.pop()
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Changes the rows of sessions in place; logits are float32 (B, V)."""
+        """Change the rows of sessions in place; logits are float32 (B, V)."""
         if not self._rows:
             return logits
         host_rows, new_ids = np.full((2, len(logits)), -1, np.int64)

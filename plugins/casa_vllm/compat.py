@@ -28,7 +28,7 @@ COUNTS_STEPS_IN_FLIGHT = VERSION < Version("0.32.0")
 
 
 def check_version() -> None:
-    """Raises RuntimeError for a version of vLLM that the plugin was never tested with."""
+    """Raise RuntimeError for a version of vLLM that the plugin was never tested with."""
     if not OLDEST <= VERSION <= NEWEST:
         raise RuntimeError(
             f"vLLM is {vllm.__version__}; casa_vllm works with {OLDEST} to {NEWEST}. "
@@ -37,7 +37,7 @@ def check_version() -> None:
 
 
 def encoder_schedule(images: list[int], num_new_tokens: int, budget: int) -> tuple:
-    """Returns the result of `Scheduler._try_schedule_encoder_inputs`.
+    """Return the result of `Scheduler._try_schedule_encoder_inputs`.
 
     0.29: images, tokens, budget, external loads. 0.32 adds duplicates of scheduled images, which
     the image rows resolve by themselves.
@@ -47,7 +47,7 @@ def encoder_schedule(images: list[int], num_new_tokens: int, budget: int) -> tup
 
 
 def keeps_items(processor: Any, inputs: Any) -> bool:
-    """Returns whether vLLM caches processed images of these inputs.
+    """Return whether vLLM caches processed images of these inputs.
 
     0.29 passes a cache to the processor's constructor, 0.32 with the inputs.
     """
@@ -64,7 +64,7 @@ def cache_item(item: Any) -> Any:
 
 
 def processing_result(inputs: Any, kwargs: Any, hashes: dict[str, list[str]], updates: dict[str, Any]) -> Any:
-    """Returns the result of `BaseMultiModalProcessor._cached_apply_hf_processor`. 0.32 adds the prompt."""
+    """Return the result of `BaseMultiModalProcessor._cached_apply_hf_processor`. 0.32 adds the prompt."""
     from vllm.multimodal.processing import processor
 
     if VERSION >= Version("0.32.0"):
@@ -73,18 +73,18 @@ def processing_result(inputs: Any, kwargs: Any, hashes: dict[str, list[str]], up
 
 
 def waiting_requests(scheduler: "Scheduler") -> list["Request"]:
-    """Returns waiting requests, in the order in which first-come-first-served scheduling tries them."""
+    """Return waiting requests, in the order in which first-come-first-served scheduling tries them."""
     name = "kv_holding_waiting" if VERSION >= Version("0.32.0") else "skipped_waiting"
     return [*getattr(scheduler, name), *scheduler.waiting]
 
 
 def max_running_requests(scheduler: "Scheduler") -> int:
-    """Returns `max_num_seqs`: how many requests may run at once, idle sessions included."""
+    """Return `max_num_seqs`: how many requests may run at once, idle sessions included."""
     return scheduler.max_num_active_reqs if VERSION >= Version("0.32.0") else scheduler.max_num_running_reqs
 
 
 def drop_steps_in_flight(request: "Request") -> None:
-    """Resets a session's request to the tokens computed when its chunk ended, as 0.32 does itself.
+    """Reset a session's request to the tokens computed when its chunk ended, as 0.32 does itself.
 
     Mutates:
         `request`: the number of computed tokens; outputs still to come are dropped.
@@ -98,7 +98,7 @@ def drop_steps_in_flight(request: "Request") -> None:
 
 
 def hash_all_images(request: "Request", block_size: int, cache_config: "CacheConfig") -> None:
-    """Replaces the request's block hasher with one that hashes every image of a block.
+    """Replace the request's block hasher with one that hashes every image of a block.
 
     Mutates:
         `request._block_hasher`, on versions whose own ignores images.

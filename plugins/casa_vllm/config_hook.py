@@ -32,7 +32,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Selects CASA's renderer, an original's view, and M-RoPE if the text uses it: insertion on Qwen backbones.
+        """Select CASA's renderer, an original's view, and M-RoPE if the text uses it: insertion on Qwen backbones.
 
         CA text has one axis; only image keys have three. vLLM 0.32 treats any config with a field
         `mrope_section` as an M-RoPE model, so for CA the field has another name in the engine.
@@ -63,7 +63,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Sets scheduler, worker and caches of the CA fusions.
+        """Set scheduler, worker and caches of the CA fusions.
 
         Raises:
             ValueError: An option is not supported with CASA models.
@@ -130,7 +130,7 @@ def _require_fast_encoder() -> None:
 
 
 def _set_encoder_graphs(vllm_config: "VllmConfig") -> None:
-    """Sets the sizes of the vision encoder's graphs, where they are wanted and nobody has chosen other sizes."""
+    """Set the sizes of the vision encoder's graphs, where they are wanted and nobody has chosen other sizes."""
     compilation = vllm_config.compilation_config
     if not compilation.cudagraph_mm_encoder or compilation.encoder_cudagraph_token_budgets:
         return

@@ -20,7 +20,7 @@ SHOWN_LETTERS = 32
 
 
 def checked_messages(messages: Iterable[Any], *, takes_prompt_embeds: bool) -> list[Any]:
-    """Returns chat messages whose parts are text or images.
+    """Return chat messages whose parts are text or images.
 
     Args:
         messages: From a client, or from a program in this process.

@@ -36,7 +36,7 @@ class CasaCacheBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """Returns the name in vLLM's log."""
+        """Return the name in vLLM's log."""
         return "CASA"
 
     @staticmethod
@@ -50,7 +50,7 @@ class ImageCacheBackend(CasaCacheBackend):
 
     @staticmethod
     def get_builder_cls() -> type[ImageMetadataBuilder]:
-        """Returns the builder of the group's metadata."""
+        """Return the builder of the group's metadata."""
         return ImageMetadataBuilder
 
 
@@ -59,7 +59,7 @@ class TextCacheBackend(CasaCacheBackend):
 
     @staticmethod
     def get_builder_cls() -> type[TextMetadataBuilder]:
-        """Returns the builder of the group's metadata."""
+        """Return the builder of the group's metadata."""
         return TextMetadataBuilder
 
 
@@ -86,7 +86,7 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         layers[layer_name] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """Returns the backend, whose builder makes the metadata of the layer's group."""
+        """Return the backend, whose builder makes the metadata of the layer's group."""
         return self.backend
 
     def _spec_fields(self, vllm_config: VllmConfig) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class TextCache(CacheLayer):
     backend = TextCacheBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """Returns the same spec as self-attention's, so that it joins the text groups."""
+        """Return the same spec as self-attention's, so that it joins the text groups."""
         return FullAttentionSpec(**self._spec_fields(vllm_config))
 
 
@@ -162,11 +162,11 @@ class CrossAttention(CacheLayer):
         return self._projections[0]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """Returns the spec of image pages, which are in a group of their own."""
+        """Return the spec of image pages, which are in a group of their own."""
         return ImageCacheSpec(**self._spec_fields(vllm_config), **asdict(self.limits))
 
     def forward(self, x: torch.Tensor, hidden_size: int) -> torch.Tensor:
-        """Computes CA's contribution to the residual stream, not yet summed over ranks.
+        """Compute CA's contribution to the residual stream, not yet summed over ranks.
 
         Args:
             x: (T, C) normed hidden states, or with shared weights their (T, (H + 2 Hkv) D)
@@ -181,7 +181,7 @@ class CrossAttention(CacheLayer):
         return output
 
     def attend_heads(self, projected: torch.Tensor, from_self: torch.Tensor | None = None) -> torch.Tensor:
-        """Computes what CA attended, for a layer that projects the output of both attentions as one.
+        """Compute what CA attended, for a layer that projects the output of both attentions as one.
 
         Args:
             projected: What `text_layer` of the projections makes of (T, C), neither normed nor rotated.
@@ -203,7 +203,7 @@ class CrossAttention(CacheLayer):
     def dummy_operands(
         self, num_tokens: int, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Returns `x`, `from_self` and `output` of `attend` for T tokens: zeros of the type and device of `like`."""
+        """Return `x`, `from_self` and `output` of `attend` for T tokens: zeros of the type and device of `like`."""
         projections, hidden_size = self.projections, self.config.text_config.hidden_size
         width = heads = projections.num_heads * self.head_size
         if not projections.has_queries_apart:
@@ -214,7 +214,7 @@ class CrossAttention(CacheLayer):
         return x, None, like.new_zeros(num_tokens, heads if self.shares_output else hidden_size)
 
     def step_metadata(self, metadata: dict[str, Any] | None) -> CasaAttentionMetadata | None:
-        """Returns what the layer reads of the forward context's metadata; None where it adds nothing."""
+        """Return what the layer reads of the forward context's metadata; None where it adds nothing."""
         step = metadata.get(self.layer_name) if metadata else None
         if step is None or self.text_cache is None:
             return step
@@ -227,7 +227,7 @@ class CrossAttention(CacheLayer):
         output: torch.Tensor,
         metadata: CasaAttentionMetadata | None,
     ) -> None:
-        """Runs the operator of `forward` or of `attend_heads`. Mutates `output` and the text cache."""
+        """Run the operator of `forward` or of `attend_heads`. Mutates `output` and the text cache."""
         if self.is_unbound:
             self._profile(x, output)
             return
@@ -277,12 +277,12 @@ class CrossAttention(CacheLayer):
         output.zero_()
 
     def _projected(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns queries, and what else the layer's `text_layer` makes, of the operator's input."""
+        """Return queries, and what else the layer's `text_layer` makes, of the operator's input."""
         is_projected = self.is_shared or self.joint is not None
         return x if is_projected else self.projections.text_layer(x)[0]
 
     def _queries(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the (T, H, D) queries of `ca`, which are not rotated."""
+        """Return the (T, H, D) queries of `ca`, which are not rotated."""
         projections = self.projections
         query = projections.queries_of(self._projected(x))
         if HAS_TRITON and projections.q_norm is not None:
@@ -292,7 +292,7 @@ class CrossAttention(CacheLayer):
         return self._heads(norm_heads(query, projections.q_norm))
 
     def _text(self, x: torch.Tensor, metadata: CasaAttentionMetadata) -> torch.Tensor:
-        """Returns the rotated (T, H, D) queries of `ca_tv`. Mutates the text cache, into which keys and values go."""
+        """Return the rotated (T, H, D) queries of `ca_tv`. Mutates the text cache, into which keys and values go."""
         projections, rotary_emb = self._projections
         qkv = projections.split(self._projected(x))
         cache, slots = self.text_cache.kv_cache, metadata.windows.text_slot_mapping
@@ -324,7 +324,7 @@ class CrossAttention(CacheLayer):
         rope: tuple[torch.Tensor, torch.Tensor] | None,
         slots: torch.Tensor,
     ) -> None:
-        """Computes keys and values of image tokens and writes them into their pages.
+        """Compute keys and values of image tokens and write them into their pages.
 
         Args:
             images: (N, C) vision output, normed if the configuration asks for it.

@@ -29,17 +29,17 @@ class ImageEncoderCacheManager(EncoderCacheManager):
         self._managers: list[ImageCacheManager] = []
 
     def bind(self, managers: list[ImageCacheManager]) -> None:
-        """Sets the managers of all image groups (usually one); called once by the scheduler."""
+        """Set the managers of all image groups (usually one); called once by the scheduler."""
         self._managers = managers
 
     def reset(self) -> None:
-        """Drops all cached images, after a change of the weights."""
+        """Drop all cached images, after a change of the weights."""
         super().reset()
         for manager in self._managers:
             manager.reset_cache()
 
     def check_and_update_cache(self, request: Request, input_id: int) -> bool:
-        """Returns whether every group has the image's pages, and pins them if so."""
+        """Return whether every group has the image's pages, and pin them if so."""
         request_id = request.request_id
         if all(manager.is_pinned(request_id, input_id) for manager in self._managers):
             return True
@@ -57,18 +57,18 @@ class ImageEncoderCacheManager(EncoderCacheManager):
         encoder_compute_budget: int,
         num_embeds_to_schedule: int,
     ) -> bool:
-        """Returns whether the step's encoder budget covers the image; `allocate_slots` allocates the pages."""
+        """Return whether the step's encoder budget covers the image; `allocate_slots` allocates the pages."""
         return request.get_num_encoder_embeds(input_id) <= encoder_compute_budget
 
     def allocate(self, request: Request, input_id: int) -> None:
         """No-op: the row of the image group has the pages already."""
 
     def get_cached_input_ids(self, request: Request) -> set[int]:
-        """Returns an empty set: rows release their own pages."""
+        """Return an empty set: rows release their own pages."""
         return set()
 
     def get_cached_num_encoder_embeds(self, request: Request, input_id: int) -> int | None:
-        """Returns None, no mismatch: the size is part of a page's key (called by vLLM 0.32)."""
+        """Return None, no mismatch: the size is part of a page's key (called by vLLM 0.32)."""
         return None
 
     def free_encoder_input(self, request: Request, input_id: int) -> None:
@@ -85,5 +85,5 @@ class ImageEncoderCacheManager(EncoderCacheManager):
             manager.unpin(request.request_id, images)
 
     def get_freed_mm_hashes(self) -> list[str]:
-        """Returns an empty list: workers cache no encoder outputs."""
+        """Return an empty list: workers cache no encoder outputs."""
         return []

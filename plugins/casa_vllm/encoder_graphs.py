@@ -37,7 +37,7 @@ GRAPH_STEPS = ((512, 64), (1024, 128), (2048, 256), (MAX_GRAPH_TOKENS, 512))
 
 
 def graph_tokens(max_step_tokens: int) -> list[int]:
-    """Returns the image tokens of each graph, ascending, for steps that encode up to `max_step_tokens`."""
+    """Return the image tokens of each graph, ascending, for steps that encode up to `max_step_tokens`."""
     largest, sizes = min(max_step_tokens, MAX_GRAPH_TOKENS), [0]
     for end, step in GRAPH_STEPS:
         sizes += range(sizes[-1] + step, end + 1, step)
@@ -60,51 +60,51 @@ class EncoderGraphs(SupportsEncoderCudaGraph):
     merge_size: int
 
     def encode_patches(self, patches: torch.Tensor, grids: list[list[int]] | None, **options: Any) -> torch.Tensor:
-        """Runs the vision encoder, and the norm behind it: (sum of P, 1176) -> (sum of N, C)."""
+        """Run the vision encoder, and the norm behind it: (sum of P, 1176) -> (sum of N, C)."""
         images = self.visual(patches, grids, **options)
         return images if self.image_norm is None else self.image_norm(images)
 
     def encoder_eager_forward(self, mm_kwargs: dict[str, Any], path: str = "default") -> torch.Tensor:
-        """Returns the tokens of all images, (sum of N, C), without a graph."""
+        """Return the tokens of all images, (sum of N, C), without a graph."""
         return self.encode_patches(self._patches(mm_kwargs), mm_kwargs["image_grid_thw"].tolist())
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
-        """Returns the names of a graph's buffers, and how they are filled beyond a batch."""
+        """Return the names of a graph's buffers, and how they are filled beyond a batch."""
         return replace(self._vllm_model.get_encoder_cudagraph_config(self._encoder_alone), modalities=["image"])
 
     def get_encoder_cudagraph_budget_range(self, vllm_config: "VllmConfig") -> tuple[int, int]:
-        """Returns the image tokens of the smallest and of the largest graph."""
+        """Return the image tokens of the smallest and of the largest graph."""
         largest = min(vllm_config.scheduler_config.max_num_encoder_input_tokens, MAX_GRAPH_TOKENS)
         return min(MIN_GRAPH_TOKENS, largest), largest
 
     def get_encoder_cudagraph_item_specs(self, mm_kwargs: dict[str, Any]) -> list[EncoderItemSpec]:
-        """Returns the patches and tokens of each image."""
+        """Return the patches and tokens of each image."""
         grids = mm_kwargs["image_grid_thw"]
         patches, tokens = grids.prod(-1).tolist(), image_token_counts(grids, self.merge_size)
         return [EncoderItemSpec(*sizes) for sizes in zip(patches, tokens, strict=True)]
 
     def select_encoder_cudagraph_items(self, mm_kwargs: dict[str, Any], indices: list[int]) -> dict[str, Any]:
-        """Returns some of the images, in this order."""
+        """Return some of the images, in this order."""
         grids, pixels = mm_kwargs["image_grid_thw"], mm_kwargs["pixel_values"]
         images = pixels.split(grids.prod(-1).tolist())
         chosen = [images[index] for index in indices]
         return {"pixel_values": torch.cat(chosen) if chosen else pixels[:0], "image_grid_thw": grids[indices]}
 
     def prepare_encoder_cudagraph_capture_inputs(self, *sizes: Any, **options: Any) -> EncoderCudaGraphCaptureInputs:
-        """Returns the buffers of one graph; the arguments are vLLM's."""
+        """Return the buffers of one graph; the arguments are vLLM's."""
         return self._vllm_model.prepare_encoder_cudagraph_capture_inputs(self._encoder_alone, *sizes, **options)
 
     def prepare_encoder_cudagraph_replay_buffers(
         self, mm_kwargs: dict[str, Any], max_batch_size: int, max_frames_per_batch: int, path: str = "default"
     ) -> EncoderCudaGraphReplayBuffers:
-        """Returns what a batch puts into a graph's buffers."""
+        """Return what a batch puts into a graph's buffers."""
         metadata = self.visual.prepare_encoder_metadata(
             mm_kwargs["image_grid_thw"].tolist(), max_batch_size=max_batch_size
         )
         return EncoderCudaGraphReplayBuffers({**metadata, "pixel_values": self._patches(mm_kwargs)})
 
     def encoder_cudagraph_forward(self, values: dict[str, torch.Tensor], path: str = "default") -> torch.Tensor:
-        """Returns the tokens of all images from a graph's buffers; this is what is captured."""
+        """Return the tokens of all images from a graph's buffers; this is what is captured."""
         metadata = dict(values)
         return self.encode_patches(metadata.pop("pixel_values"), None, encoder_metadata=metadata)
 

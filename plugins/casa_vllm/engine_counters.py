@@ -66,14 +66,14 @@ class EngineCounters:
         self.write(dict.fromkeys([*COUNTERS, *GAUGES], 0))
 
     def write(self, values: Mapping[str, int]) -> None:
-        """Writes the current values by name."""
+        """Write the current values by name."""
         now = time.time()
         for kind, keys in self._keys.items():
             for name, key in keys.items():
                 self._files[kind].write_value(key, values[name], now)
 
     def close(self) -> None:
-        """Removes the engine's own folder; files in PROMETHEUS_MULTIPROC_DIR stay, as all there do. Idempotent."""
+        """Remove the engine's own folder; files in PROMETHEUS_MULTIPROC_DIR stay, as all there do. Idempotent."""
         if self._remove is not None:
             self._remove()
 
@@ -95,12 +95,12 @@ class EngineCountersReader:
         self._names = {key: name for keys in metric_keys(vllm_config).values() for name, key in keys.items()}
 
     def read(self) -> dict[str, int]:
-        """Returns the current values by name."""
+        """Return the current values by name."""
         return {self._names[key]: int(value) for file in self._files for key, value, _ in file.read_all_values()}
 
 
 def metric_keys(vllm_config: "VllmConfig") -> dict[str, dict[str, str]]:
-    """Returns the keys in the files, by kind and name."""
+    """Return the keys in the files, by kind and name."""
     labels = metric_labels(vllm_config)
     suffix = {"counter": "_total", "gauge_mostrecent": ""}
     return {
@@ -113,28 +113,28 @@ def metric_keys(vllm_config: "VllmConfig") -> dict[str, dict[str, str]]:
 
 
 def shared_folder() -> Path | None:
-    """Returns prometheus_client's folder for several processes, or None."""
+    """Return prometheus_client's folder for several processes, or None."""
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     return Path(folder) if folder else None
 
 
 def folder_prefix() -> str:
-    """Returns what the names of this user's engines' folders begin with."""
+    """Return what the names of this user's engines' folders begin with."""
     return f"casa-engine-counters-{os.geteuid()}-"
 
 
 def engine_folder(vllm_config: "VllmConfig") -> Path:
-    """Returns the folder of an engine, beside the sockets of vLLM's processes."""
+    """Return the folder of an engine, beside the sockets of vLLM's processes."""
     return Path(envs.VLLM_RPC_BASE_PATH) / f"{folder_prefix()}{vllm_config.instance_id}"
 
 
 def file_path(folder: Path, kind: str, vllm_config: "VllmConfig") -> Path:
-    """Returns one of an engine's files."""
+    """Return one of an engine's files."""
     return folder / f"{kind}_{vllm_config.instance_id}.db"
 
 
 def create_folder(vllm_config: "VllmConfig") -> tuple[dict[str, MmapedDict], int]:
-    """Creates an engine's folder and its files; returns them by kind, and the descriptor that locks the folder."""
+    """Create an engine's folder and its files; return them by kind, and the descriptor that locks the folder."""
     folder = engine_folder(vllm_config)
     remove_stale_folders(folder.parent)
     unnamed = None
@@ -156,7 +156,7 @@ def create_folder(vllm_config: "VllmConfig") -> tuple[dict[str, MmapedDict], int
 
 
 def create_files(folder: Path, vllm_config: "VllmConfig") -> dict[str, MmapedDict]:
-    """Creates an engine's files, which this user alone can read; returns them by kind."""
+    """Create an engine's files, which this user alone can read; return them by kind."""
     files = {}
     for kind in KINDS:
         path = file_path(folder, kind, vllm_config)
@@ -171,14 +171,14 @@ def create_files(folder: Path, vllm_config: "VllmConfig") -> dict[str, MmapedDic
 
 
 def remove_folder(folder: Path, lock: int, owner: int) -> None:
-    """Removes an engine's folder and unlocks it, unless this is a forked child of the `owner`."""
+    """Remove an engine's folder and unlock it, unless this is a forked child of the `owner`."""
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
 def remove_stale_folders(parent: Path) -> None:
-    """Removes the folders of this user's engines that were killed."""
+    """Remove the folders of this user's engines that were killed."""
     unnamed = parent.glob(f".{folder_prefix()}*")
     for folder in [*parent.glob(f"{folder_prefix()}*"), *unnamed]:
         try:

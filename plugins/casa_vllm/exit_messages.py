@@ -20,7 +20,7 @@ _closing: "_ErrorOutput | None" = None
 
 @functools.cache
 def close_error_output_at_exit() -> None:
-    """Registers it; called in each process that configures, schedules or runs a CASA model."""
+    """Register it; called in each process that configures, schedules or runs a CASA model."""
     atexit.register(_close_with_modules)
 
 

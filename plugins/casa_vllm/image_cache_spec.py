@@ -87,15 +87,15 @@ class ImageCacheSpec(CircularBufferSpec):
         return cdiv(self.max_prompt_tokens, self.block_size) + self.max_prompt_images
 
     def max_pages_in_use(self, max_concurrent_batches: int) -> int:
-        """Returns the most pages in use by a request: the last window and every step still in flight."""
+        """Return the most pages in use by a request: the last window and every step still in flight."""
         return (max_concurrent_batches + 1) * self.step_pages
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
-        """Returns the bytes that one request may need; vLLM does not start with less."""
+        """Return the bytes that one request may need; vLLM does not start with less."""
         return self.max_pages_in_use(vllm_config.max_concurrent_batches) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: "VllmConfig", max_len: int) -> int:
-        """Returns the width of the worker's block table.
+        """Return the width of the worker's block table.
 
         At least that of a text group: the V1 runner computes an (unused) slot mapping
         for this group too, indexing the row by text position.
@@ -104,5 +104,5 @@ class ImageCacheSpec(CircularBufferSpec):
         return max(self.row_pages, cdiv(max_len, self.block_size))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict) -> bool:
-        """Returns whether all specs are of image layers, which form groups of their own."""
+        """Return whether all specs are of image layers, which form groups of their own."""
         return all(isinstance(spec, ImageCacheSpec) for spec in kv_cache_specs.values())

@@ -26,7 +26,7 @@ class ImageToEncode:
     pages: list[np.ndarray]
 
     def slots(self, group: int, block_size: int) -> torch.Tensor:
-        """Returns its cache slots in an image group; see `image_slots`."""
+        """Return its cache slots in an image group; see `image_slots`."""
         return image_slots(torch.from_numpy(self.pages[group]), block_size, self.num_tokens)
 
 
@@ -37,7 +37,7 @@ def encode_images(
     layer_groups: dict[str, int],
     device: torch.device,
 ) -> None:
-    """Runs the vision encoder once over all images and writes their pages.
+    """Run the vision encoder once over all images and write their pages.
 
     Args:
         model: The CASA model.
@@ -67,7 +67,7 @@ def encode_images(
 
 
 def image_slots(pages: torch.Tensor, block_size: int, num_tokens: int) -> torch.Tensor:
-    """Returns the cache slots of an image's tokens; an image starts at a page's beginning.
+    """Return the cache slots of an image's tokens; an image starts at a page's beginning.
 
     Args:
         pages: int (pages of the image,), in order.

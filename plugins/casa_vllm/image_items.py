@@ -34,7 +34,7 @@ class ImageParser(MultiModalDataParser):
     """Accepts pixels and checked files; everything else is rejected, on every path."""
 
     def _parse_image_data(self, data: Any) -> ImageProcessorItems | None:
-        """Returns checked files unchanged, pixels as images in RGB, and None for images given by name.
+        """Return checked files unchanged, pixels as images in RGB, and None for images given by name.
 
         Raises:
             InputError: An item is neither.
@@ -56,7 +56,7 @@ class ImageParser(MultiModalDataParser):
 
 
 def content_key(image: EncodedImage | Image.Image, model_id: str) -> str:
-    """Returns the key of an image's content: of a file's bytes, or of an image's size and pixels."""
+    """Return the key of an image's content: of a file's bytes, or of an image's size and pixels."""
     if isinstance(image, EncodedImage):
         kind, content = "file", image.data
     else:
@@ -79,28 +79,28 @@ class ImageItemCache(MultiModalProcessorOnlyCache):
         self._lock = threading.Lock()
 
     def get(self, key: str) -> MultiModalKwargsItem | None:
-        """Returns a processed image, or None; counts as its latest use."""
+        """Return a processed image, or None; this counts as its latest use."""
         with self._lock:
             kept = self._cache.get(key)
         return None if kept is None else kept.item
 
     def put(self, key: str, item: MultiModalKwargsItem) -> None:
-        """Stores a processed image, if the cache is large enough for it."""
+        """Store a processed image, if the cache is large enough for it."""
         with self._lock:
             self.cache_if_fits(self._cache, key, compat.cache_item(item))
 
     def name(self, name: str, key: str) -> None:
-        """Maps a client's name to a content key, replacing an earlier one."""
+        """Map a client's name to a content key, replacing an earlier one."""
         with self._lock:
             self._names[name] = key
 
     def key_of(self, name: str) -> str | None:
-        """Returns the content key of a name, or None."""
+        """Return the content key of a name, or None."""
         with self._lock:
             return self._names.get(name)
 
     def make_stats(self, *, delta: bool = False) -> CacheInfo:
-        """Returns hits and queries, since the last call with `delta` if so: never less than none.
+        """Return hits and queries, since the last call with `delta` if so: never less than none.
 
         vLLM gives them to a counter, which refuses a negative number, and with it ends the server.
         """
@@ -108,14 +108,14 @@ class ImageItemCache(MultiModalProcessorOnlyCache):
             return super().make_stats(delta=delta)
 
     def clear_cache(self) -> None:
-        """Clears images and names."""
+        """Clear images and names."""
         with self._lock:
             super().clear_cache()
             self._names.clear()
 
 
 def unknown_name(index: int) -> InputError:
-    """Returns the error for an image given by a name alone that is not, or no longer, in the cache."""
+    """Return the error for an image given by a name alone that is not, or no longer, in the cache."""
     return InputError(
         f"Cache miss for image {index}: it is given by its uuid alone, and this client has sent no image under it, or "
         "that has been dropped since. Send the image with its uuid once more."

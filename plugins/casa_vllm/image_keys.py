@@ -50,7 +50,7 @@ class StackedImageKeys:
         rope: tuple[torch.Tensor, torch.Tensor] | None,
         slots: Mapping[str, torch.Tensor],
     ) -> None:
-        """Computes keys and values and writes them into their pages.
+        """Compute keys and values and write them into their pages.
 
         Args:
             images: (N, C) vision output.
@@ -91,7 +91,7 @@ class StackedImageKeys:
         return max(WORKSPACE_BYTES // per_token, 1)
 
     def _project(self, images: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
-        """Returns keys and values (L, N, 2 Hkv D) of (N, C); `norms` are the (L, C) weights of norms."""
+        """Return keys and values (L, N, 2 Hkv D) of (N, C); `norms` are the (L, C) weights of norms."""
         if norms is None:
             images = images.expand(len(self.layers), -1, -1)
         else:
@@ -104,7 +104,7 @@ class StackedImageKeys:
         return torch.baddbmm(self._linears.bias[:, None, -self._num_rows :], images, weights)
 
     def _cache_addresses(self, caches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns (L,) int64, the address of each cache, on the caches' device."""
+        """Return (L,) int64, the address of each cache, on the caches' device."""
         addresses = [cache.data_ptr() for cache in caches]
         if addresses != self._addresses:
             self._addresses = addresses

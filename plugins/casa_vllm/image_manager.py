@@ -84,7 +84,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self._max_pages_in_use = 2 * self.step_pages
 
     def bind(self, requests: Mapping[str, Request], share_unwritten: bool, max_concurrent_batches: int) -> None:
-        """Sets what the manager needs of the scheduler; called once by it.
+        """Set what the manager needs of the scheduler; called once by it.
 
         Args:
             requests: The scheduler's requests by id.
@@ -99,7 +99,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
     # Interface for the scheduler and the encoder cache manager.
 
     def images(self, request: Request) -> RequestImages:
-        """Returns the request's images, whose number grows in a session."""
+        """Return the request's images, whose number grows in a session."""
         images = self._images.get(request.request_id)
         if images is None or len(images) != len(request.mm_features):
             images = RequestImages.from_features(request.mm_features)
@@ -107,19 +107,19 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return images
 
     def is_complete(self, request: Request) -> bool:
-        """Returns whether the row has all of the request's images, as in every decode step; the cheapest question."""
+        """Return whether the row has all of the request's images, as in every decode step; the cheapest question."""
         row = self._rows.get(request.request_id)
         return row is not None and row.end_image == len(request.mm_features)
 
     def first_missing(self, request: Request, num_computed_tokens: int) -> int:
-        """Returns the first image that must be in the row to compute token `num_computed_tokens` and is not."""
+        """Return the first image that must be in the row to compute token `num_computed_tokens` and is not."""
         row = self._rows.get(request.request_id)
         if row is not None:
             return row.end_image
         return self.images(request).first_live(num_computed_tokens)
 
     def find(self, request: Request, image: int) -> list[KVCacheBlock] | None:
-        """Returns the pages of this image's content, or None unless all of them are in the cache."""
+        """Return the pages of this image's content, or None unless all of them are in the cache."""
         if not self.enable_caching:
             return None
         key, blocks = self.content_key(request, image), []
@@ -142,7 +142,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return hashlib.sha256(repr(content).encode()).digest()
 
     def is_pinned(self, request_id: str, image: int) -> bool:
-        """Returns whether this image is pinned for the request."""
+        """Return whether this image is pinned for the request."""
         return image in self._pins.get(request_id, {})
 
     def pin(self, request_id: str, image: int, blocks: list[KVCacheBlock]) -> None:
@@ -163,7 +163,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
             self._pins.pop(request_id, None)
 
     def reset_cache(self) -> None:
-        """Removes all pages from the cache (after a change of the weights)."""
+        """Remove all pages from the cache (after a change of the weights)."""
         self.block_pool.evict_blocks(
             {
                 block.block_id
@@ -185,7 +185,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         **version_dependent: object,
     ) -> int:
-        """Returns the number of free pages that the images before text token `num_tokens` need."""
+        """Return the number of free pages that the images before text token `num_tokens` need."""
         request = self._requests[request_id]
         if self.is_complete(request):
             return 0
@@ -209,7 +209,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return min(needed, self._max_pages_in_use) if apply_admission_cap else needed
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Appends the pages of the images before text token `num_tokens` to the row."""
+        """Append the pages of the images before text token `num_tokens` to the row."""
         request = self._requests[request_id]
         if request.status == RequestStatus.RUNNING and self.is_complete(request):
             return []
@@ -232,7 +232,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Starts the row after a text prefix hit, with the images that the prefix's end can still see."""
+        """Start the row after a text prefix hit, with the images that the prefix's end can still see."""
         request = self._requests[request_id]
         first = self.images(request).first_live(num_local_computed_tokens)
         self._rows[request_id] = ImageRow(first, first, first)
@@ -260,7 +260,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self._release_before(request_id, row, live, processed_computed_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Removes the row; the caller releases the pages."""
+        """Remove the row; the caller releases the pages."""
         self._rows.pop(request_id, None)
         self._images.pop(request_id, None)
         self._passed_frames.pop(request_id, None)
@@ -272,7 +272,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return blocks
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
-        """Returns 0: no cascade attention over images."""
+        """Return 0: no cascade attention over images."""
         return 0
 
     @classmethod
@@ -283,17 +283,17 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return tuple([] for _ in kv_cache_group_ids), 0
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Returns 0: pages are not addressed by text position; see `remove_skipped_blocks`."""
+        """Return 0: pages are not addressed by text position; see `remove_skipped_blocks`."""
         return 0
 
     def on_step_scheduled(self) -> None:
-        """Marks the step's pages as written: it is scheduled, and steps run in order."""
+        """Mark the step's pages as written: it is scheduled, and steps run in order."""
         self._unwritten.clear()
 
     # Pages.
 
     def _row(self, request: Request, images: RequestImages) -> ImageRow:
-        """Returns the request's row; starts it, or cuts it to the live images if it will be sent again."""
+        """Return the request's row; start it, or cut it to the live images if it will be sent again."""
         row = self._rows.get(request.request_id)
         if row is not None and request.status == RequestStatus.RUNNING:
             return row
@@ -334,7 +334,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
     def _pages_for(
         self, request: Request, image: int, images: RequestImages, new_pages: dict[bytes, list[KVCacheBlock]]
     ) -> list[KVCacheBlock]:
-        """Returns the pages of one image: pinned, those of its copy in the same step, or new.
+        """Return the pages of one image: pinned, those of its copy in the same step, or new.
 
         Mutates:
             `new_pages`: new pages of the step, which the worker will write, by content key.
@@ -375,7 +375,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self.block_pool.free_blocks(reversed(blocks))
 
     def _evict_first(self, passed: list[KVCacheBlock]) -> None:
-        """Moves a session's passed frames to where the next pages are taken from; others keep their turn (LRU)."""
+        """Move a session's passed frames to where the next pages are taken from; others keep their turn (LRU)."""
         free = []
         for block in reversed(passed):
             if not block.ref_cnt and self._is_unshared_frame(block):
@@ -391,19 +391,19 @@ class ImageCacheManager(SingleTypeKVCacheManager):
 
     @staticmethod
     def _num_last_uses(blocks: list[KVCacheBlock]) -> int:
-        """Returns how many pages are free once `blocks` (with repetitions) are released."""
+        """Return how many pages are free once `blocks` (with repetitions) are released."""
         uses = Counter(block.block_id for block in blocks)
         holders = {block.block_id: block.ref_cnt for block in blocks}
         return sum(holders[block_id] == count for block_id, count in uses.items())
 
 
 def _page_key(content_key: bytes, page: int) -> BlockHash:
-    """Returns the key of one page of an image in vLLM's block pool."""
+    """Return the key of one page of an image in vLLM's block pool."""
     return BlockHash(content_key + page.to_bytes(4, "big"))
 
 
 def register_image_cache() -> None:
-    """Registers spec and manager with vLLM. Idempotent."""
+    """Register spec and manager with vLLM. Idempotent."""
     # vLLM registers its own specs only while none is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(ImageCacheSpec, ImageCacheManager, ImageCacheSpec)

@@ -82,9 +82,9 @@ class LayerProjections:
         self._weight, self._bias, self._output_weight, self._sizes = weight, bias, output_weight, sizes
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what self-attention and CA make of (T, C): (T, (H + 2 Hkv) D), and as `text_layer` does; views."""
+        """Return what self-attention and CA make of (T, C): (T, (H + 2 Hkv) D), and as `text_layer` does; views."""
         return linear(x, self._weight, self._bias).split(self._sizes, dim=-1)
 
     def project_output(self, attended: torch.Tensor) -> torch.Tensor:
-        """Returns (T, C), not yet summed over ranks, from (T, 2 H D): self-attention's heads, then CA's."""
+        """Return (T, C), not yet summed over ranks, from (T, 2 H D): self-attention's heads, then CA's."""
         return linear(attended, self._output_weight)

@@ -21,7 +21,7 @@ TOP_K_BATCHES = (8, 16)
 
 
 def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], max_num_seqs: int) -> None:
-    """Decodes, prefills, builds segments and writes images, with block 0 for an image and without a slot to write to.
+    """Decode, prefill, build segments and write images, with block 0 for an image and without a slot to write to.
 
     Args:
         model: The CASA model.
@@ -59,7 +59,7 @@ def warm_up_sampling(vocab_size: int, device: torch.device) -> None:
 
 
 def _decode_sizes(num_kv_heads: int, max_num_seqs: int) -> Iterable[int]:
-    """Returns numbers of sequences that, together, have every way to split keys."""
+    """Return numbers of sequences that, together, have every way to split keys."""
     from casa_vllm.ops.triton_window_attention import decode_splits  # Triton is not on every CPU
 
     sizes: dict[int, int] = {}
@@ -69,7 +69,7 @@ def _decode_sizes(num_kv_heads: int, max_num_seqs: int) -> Iterable[int]:
 
 
 def _build_segments(layer: CrossAttention) -> None:
-    """Builds the segment of one token, of a whole request and of a part of one, alone and in a graph's buffers."""
+    """Build the segment of one token, of a whole request and of a part of one, alone and in a graph's buffers."""
     device = layer.kv_cache.device
     position, state = (
         torch.zeros(1, dtype=torch.int64, device=device),
@@ -82,7 +82,7 @@ def _build_segments(layer: CrossAttention) -> None:
 
 
 def _attend(layer: CrossAttention, num_sequences: int, query_len: int) -> None:
-    """Runs one CA layer over sequences whose windows have an image of one token."""
+    """Run one CA layer over sequences whose windows have an image of one token."""
     cache, num_tokens = layer.kv_cache, num_sequences * query_len
 
     def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm.casa_images")
 
 
 def text_token_capacity(kv_cache: KVCacheConfig) -> int:
-    """Returns the text tokens that fit while no image has pages; one page is vLLM's own and never given out."""
+    """Return the text tokens that fit while no image has pages; one page is vLLM's own and never given out."""
     pages_per_token = sum(
         Fraction(1, group.kv_cache_spec.block_size)
         for group in kv_cache.kv_cache_groups
@@ -28,7 +28,7 @@ def text_token_capacity(kv_cache: KVCacheConfig) -> int:
 
 
 def report_capacity(vllm_config: VllmConfig, kv_cache: KVCacheConfig) -> None:
-    """Logs the capacity, and corrects the one that vLLM reports to its metrics.
+    """Log the capacity, and correct the one that vLLM reports to its metrics.
 
     Mutates:
         `vllm_config.cache_config.kv_cache_size_tokens`, which says nothing to the scheduler.

@@ -24,5 +24,5 @@ LAST_STEP_TEXT = "Unix time of the engine's last step: now while it works, older
 
 
 def metric_labels(vllm_config: VllmConfig) -> list[str]:
-    """Returns the values of `LABELS`; a server has one engine, as the configuration hook rejects data parallelism."""
+    """Return the values of `LABELS`; a server has one engine, as the configuration hook rejects data parallelism."""
     return [str(vllm_config.model_config.served_model_name), "0"]

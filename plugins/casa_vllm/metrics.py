@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def image_stats(groups: Sequence["ImageCounters"], num_free_pages: int) -> dict[str, int]:
-    """Returns the counters of all image groups together, by name."""
+    """Return the counters of all image groups together, by name."""
     return {
         "image_pages_in_use": sum(group.pages_in_use for group in groups),
         "image_pages_free": num_free_pages,
@@ -51,7 +51,7 @@ class ImageStatLogger(StatLoggerBase):
         self._reader = EngineCountersReader(vllm_config) if has_counters else None
 
     def read(self) -> dict[str, int]:
-        """Returns the engine's counters by name; none that are not exported here."""
+        """Return the engine's counters by name; none that are not exported here."""
         return {} if self._reader is None else self._reader.read()
 
     def record(
@@ -77,7 +77,7 @@ class ImageStatLogger(StatLoggerBase):
 
 
 def _metric(kind: type, name: str, text: str, **options: str) -> Any:
-    """Returns this process's metric of that name; creates it if necessary."""
+    """Return this process's metric of that name; create it if necessary."""
     for collector, names in list(REGISTRY._collector_to_names.items()):
         if PREFIX + name in names:
             return collector

@@ -77,7 +77,7 @@ class SelfAttention(AttentionProjections):
         )
 
     def attend(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-        """Computes (T, (H + 2 Hkv) D) projections -> (T, H D). May rotate `qkv` in place."""
+        """Compute (T, (H + 2 Hkv) D) projections -> (T, H D). May rotate `qkv` in place."""
         query, key, value = self.split(qkv)
         query, key = norm_heads(query, self.q_norm), norm_heads(key, self.k_norm)
         query, key = self.rotary_emb(positions, query, key)
@@ -125,7 +125,7 @@ class CasaDecoderLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the MLP's output and the residual stream before it, from (T, C) and the stream so far."""
+        """Return the MLP's output and the residual stream before it, from (T, C) and the stream so far."""
         if residual is None:
             residual, x = x, self.input_layernorm(x)
         else:
@@ -137,7 +137,7 @@ class CasaDecoderLayer(nn.Module):
         return self.mlp(x), residual
 
     def attend(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of both attentions, (T, C), not yet summed over ranks, from (T, C) normed hidden states."""
+        """Return the sum of both attentions, (T, C), not yet summed over ranks, from (T, C) normed hidden states."""
         own, cross = self.self_attn, self.cross_attn
         if own is None:
             return cross(x, self.hidden_size)
@@ -202,7 +202,7 @@ class CasaTextModel(nn.Module):
             )
 
     def _image_linears(self) -> StackedLinears:
-        """Returns the stacked layers of image keys; those of `ca_tv` are stacked with self-attention's already."""
+        """Return the stacked layers of image keys; those of `ca_tv` are stacked with self-attention's already."""
         if self.joint is not None and not self.has_queries_apart:
             return self.joint.inputs
         return StackedLinears([[layer.cross_attn.projections.key_value_layer] for layer in self.image_layers])
@@ -226,7 +226,7 @@ class CasaTextModel(nn.Module):
         return self.norm(x, residual)[0]
 
     def write_images(self, images: torch.Tensor, rope: tuple | None, slots: dict[str, torch.Tensor]) -> None:
-        """Writes keys and values of image tokens into the pages of all CA layers; see `StackedImageKeys.write`."""
+        """Write keys and values of image tokens into the pages of all CA layers; see `StackedImageKeys.write`."""
         if self.stacked_images is not None:
             self.stacked_images.write(images, rope, slots)
             return
@@ -243,7 +243,7 @@ class CasaTextModel(nn.Module):
             layer.cross_attn.projections.image_keys(normed)
 
     def process_weights_after_loading(self) -> None:
-        """Keeps the stacked weights only where the layers still compute with them."""
+        """Keep the stacked weights only where the layers still compute with them."""
         stacks = [stack for stack in (self.joint, self.stacked_images) if stack is not None]
         if all(stack.is_usable for stack in stacks):
             return
@@ -273,7 +273,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """Returns the placeholder for a chat template without image support."""
+        """Return the placeholder for a chat template without image support."""
         if modality != "image":
             raise ValueError(f"modality is {modality!r}; CASA models take images only.")
         return "<|vision_start|><|image_pad|><|vision_end|>"
@@ -322,11 +322,11 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
         return self.model.image_norm
 
     def get_language_model(self) -> nn.Module:
-        """Returns the text model."""
+        """Return the text model."""
         return self.model.language_model
 
     def embed_multimodal(self, **kwargs: object) -> Sequence[torch.Tensor]:
-        """Runs the vision encoder, and the norm behind it where there is one.
+        """Run the vision encoder, and the norm behind it where there is one.
 
         Args:
             pixel_values: uint8 (P, 588): the levels of I images (see `casa_engine.image_patches`).
@@ -345,7 +345,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
         return images.split(image_token_counts(grids, self.merge_size))
 
     def write_images(self, images: torch.Tensor, grids: torch.Tensor, slots: dict[str, torch.Tensor]) -> None:
-        """Writes keys and values of encoded images into the pages of all CA layers.
+        """Write keys and values of encoded images into the pages of all CA layers.
 
         Args:
             images: (N, C) tokens of I images, in order.
@@ -361,7 +361,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
         del rope  # alive until here, as in a step
 
     def _image_rope(self, grids: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Returns float32 cosines and sines of I images' tokens, (N, D) each; None where rotation is the identity."""
+        """Return float32 cosines and sines of I images' tokens, (N, D) each; None where rotation is the identity."""
         if not rotates_images(self.config):
             return None
         positions = torch.cat([image_positions(grid, self.config) for grid in grids], dim=1)
@@ -379,7 +379,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Returns the M-RoPE positions of an insertion stream, (3, T), and the next text position minus T."""
+        """Return the M-RoPE positions of an insertion stream, (3, T), and the next text position minus T."""
         grids = [feature.data["image_grid_thw"].data for feature in mm_features]
         stacked = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
         positions, following = insertion_positions(list(input_tokens), stacked, self.config)
@@ -401,7 +401,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads a checkpoint that contains exactly this model's tensors, under the names of its tensor map if any."""
+        """Load a checkpoint that contains exactly this model's tensors, under the names of its tensor map if any."""
         tensor_map = read_tensor_map(self.vllm_config.model_config.model)
         return load_strictly(self, self.config, weights if tensor_map is None else tensor_map.apply(weights))
 
@@ -411,14 +411,14 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE,
 
 
 def _patch_values(vllm_config: VllmConfig) -> PatchValues:
-    """Returns the table, built on the CPU in float32, whatever the device and type of the model."""
+    """Return the table, built on the CPU in float32, whatever the device and type of the model."""
     processor = MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config).info.get_hf_processor()
     with torch.device("cpu"), set_default_torch_dtype(torch.float32):
         return PatchValues(processor.image_processor)
 
 
 def _rotary_embedding(config: CasaConfig, vllm_config: VllmConfig) -> nn.Module:
-    """Returns vLLM's rotary embedding, which vLLM caches: all layers get the same module."""
+    """Return vLLM's rotary embedding, which vLLM caches: all layers get the same module."""
     return get_rope(
         config.head_dim,
         max_position=max(config.text_config.max_position_embeddings, vllm_config.model_config.max_model_len),

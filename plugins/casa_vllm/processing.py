@@ -53,7 +53,7 @@ MAX_DECODERS = 4
 
 @functools.cache
 def decoders() -> ThreadPoolExecutor:
-    """Returns the threads in which images are decoded and resized: those of the process, which has two processors."""
+    """Return the threads in which images are decoded and resized: those of the process, which has two processors."""
     return ThreadPoolExecutor(min(MAX_DECODERS, len(os.sched_getaffinity(0))), "casa-image")
 
 
@@ -65,31 +65,31 @@ class CasaProcessingInfo(BaseProcessingInfo):
     """Information for vLLM about the model's inputs."""
 
     def get_hf_config(self) -> CasaConfig:
-        """Returns the checkpoint's configuration."""
+        """Return the checkpoint's configuration."""
         return self.ctx.get_hf_config(CasaConfig)
 
     def get_hf_processor(self, **kwargs: object) -> CasaProcessor:
-        """Returns the checkpoint's processor."""
+        """Return the checkpoint's processor."""
         return self.ctx.get_hf_processor(CasaProcessor, **kwargs)
 
     def get_data_parser(self) -> ImageParser:
-        """Returns the parser of images."""
+        """Return the parser of images."""
         return ImageParser()
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Returns no limit on the number of images."""
+        """Return no limit on the number of images."""
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Returns the tokens of the largest image, which sizes the encoder budget."""
+        """Return the tokens of the largest image, which sizes the encoder budget."""
         return {"image": self.get_max_image_tokens()}
 
     def get_max_image_tokens(self) -> int:
-        """Returns the tokens of the largest image after the image processor."""
+        """Return the tokens of the largest image after the image processor."""
         return self.get_hf_processor().max_image_tokens
 
     def get_max_image_size(self) -> tuple[int, int]:
-        """Returns (width, height) in pixels of an image with that many tokens."""
+        """Return (width, height) in pixels of an image with that many tokens."""
         tokens, side = self.get_max_image_tokens(), self._token_side()
         rows = max(row for row in range(1, int(tokens**0.5) + 1) if tokens % row == 0)
         if tokens // rows > 100 * rows:  # a prime number of tokens; nearly as many in a square
@@ -97,7 +97,7 @@ class CasaProcessingInfo(BaseProcessingInfo):
         return tokens // rows * side, rows * side
 
     def image_limits(self) -> ImageLimits:
-        """Returns the limits on the images of a prompt."""
+        """Return the limits on the images of a prompt."""
         config, largest = self.get_hf_config(), self.get_max_image_tokens()
         budget = getattr(config, "vllm_encoder_budget", largest)
         allowed = getattr(config, "max_prompt_image_tokens", DEFAULT_MAX_PROMPT_TOKENS)
@@ -116,14 +116,14 @@ class CasaDummyInputs(BaseDummyInputsBuilder[CasaProcessingInfo]):
     """The largest inputs, for vLLM's profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """Returns one marker for each image."""
+        """Return one marker for each image."""
         # Text between images, as in a prompt: adjacent ones would share a window.
         return f"x{self.info.get_hf_processor().image_token}" * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Returns images of the largest size."""
+        """Return images of the largest size."""
         width, height = self.info.get_max_image_size()
         images = self._get_dummy_images(
             width=width,
@@ -145,7 +145,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         super().__init__(info, dummy_inputs, **options)
 
     def clear_cache(self) -> None:
-        """Drops every image that is kept, and the names that clients gave."""
+        """Drop every image that is kept, and the names that clients gave."""
         self._kept.clear_cache()
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
@@ -216,7 +216,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         return compat.processing_result(inputs, kwargs, {"image": keys}, updates)
 
     def _keys(self, images: Sequence[Any], names: Sequence[str | None], kept: ImageItemCache | None) -> list[str]:
-        """Returns content keys: of the images, or of the names of those that were given by name alone."""
+        """Return content keys: of the images, or of the names of those that were given by name alone."""
         sent = [None if image is None else content_key(image, self.info.model_id) for image in images]
         by_name = {name: key for name, key in zip(names, sent, strict=True) if key is not None}
         keys = []
@@ -231,7 +231,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
     def _items(
         self, images: Sequence[Any], keys: Sequence[str], kept: ImageItemCache | None
     ) -> dict[str, MultiModalKwargsItem]:
-        """Returns processed images by content key: from the cache, or processed and added to it now."""
+        """Return processed images by content key: from the cache, or processed and added to it now."""
         # References, so that images of this request that its own others evict from the cache are not lost.
         found = {key: None if kept is None else kept.get(key) for key in keys}
         sent = {key: image for key, image in zip(keys, images, strict=True) if image is not None}
@@ -246,7 +246,7 @@ class CasaMultiModalProcessor(BaseMultiModalProcessor[CasaProcessingInfo]):
         return {**found, **processed}
 
     def _process(self, image: Any) -> MultiModalKwargsItem:
-        """Decodes an image if necessary and resizes it. Its item shares no memory with others."""
+        """Decode an image if necessary and resize it. Its item shares no memory with others."""
         pixels, grid = self.info.get_hf_processor().image_bytes(image)
         inputs = BatchFeature({"pixel_values": pixels, "image_grid_thw": grid[None]})
         return MultiModalKwargsItems.from_hf_inputs(inputs, self._get_mm_fields_config(inputs, {}))["image"][0]

@@ -68,7 +68,7 @@ class AttentionProjections(nn.Module):
         self._sizes = [heads * size for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns queries, keys and values, neither normalised nor rotated, as views.
+        """Return queries, keys and values, neither normalised nor rotated, as views.
 
         Args:
             qkv: (T, (H + 2 Hkv) D), output of `qkv_proj`.
@@ -79,11 +79,11 @@ class AttentionProjections(nn.Module):
         return qkv.split(self._sizes, dim=-1)
 
     def queries_of(self, projected: torch.Tensor) -> torch.Tensor:
-        """Returns the (T, H D) queries of what `text_layer` computed."""
+        """Return the (T, H D) queries of what `text_layer` computed."""
         return projected if self.has_queries_apart else self.split(projected)[0]
 
     def image_keys(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns keys, normalised but not rotated, and values of image tokens, (N, Hkv D) each, from (N, C)."""
+        """Return keys, normalised but not rotated, and values of image tokens, (N, Hkv D) each, from (N, C)."""
         if self.has_queries_apart:
             key, value = self.kv_proj(images)[0].chunk(2, dim=-1)
         else:
@@ -101,7 +101,7 @@ class AttentionProjections(nn.Module):
         return self.kv_proj if self.has_queries_apart else self.qkv_proj
 
     def project_output(self, attended: torch.Tensor, output: torch.Tensor) -> None:
-        """Writes the projection of (T, H D) to `output`, (T, C); without a copy where that is possible."""
+        """Write the projection of (T, H D) to `output`, (T, C); without a copy where that is possible."""
         if self._has_plain_products and self.o_proj.bias is None and has_plain_weight(self.o_proj):
             torch.mm(attended, self.o_proj.weight.t(), out=output)
         else:
@@ -119,5 +119,5 @@ def needs_queries_apart(config: CasaConfig, vllm_config: VllmConfig) -> bool:
 
 
 def norm_heads(x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
-    """Returns (T, heads * D) with each head normalised, where the backbone has such a norm."""
+    """Return (T, heads * D) with each head normalised, where the backbone has such a norm."""
     return x if norm is None else norm(x.unflatten(-1, (-1, norm.hidden_size))).flatten(-2)

@@ -34,13 +34,13 @@ class CasaRenderer(HfRenderer):
             self._process_images_async = make_async(super()._process_tokens, executor=self._workers)
 
     def shutdown(self) -> None:
-        """Ends the threads, after what they render now."""
+        """End the threads, after what they render now."""
         super().shutdown()
         if self._workers is not None:
             self._workers.shutdown(wait=False)
 
     def render_messages(self, messages: list[Any], params: Any) -> Any:
-        """Renders messages as vLLM does, after checking them."""
+        """Render messages as vLLM does, after checking them."""
         return super().render_messages(self._checked(messages), params)
 
     async def render_messages_async(self, messages: list[Any], params: Any) -> Any:
@@ -48,7 +48,7 @@ class CasaRenderer(HfRenderer):
         return await super().render_messages_async(self._checked(messages), params)
 
     def clear_mm_cache(self) -> None:
-        """Clears vLLM's cache, and the processor's own, which vLLM 0.32 does not know."""
+        """Clear vLLM's cache, and the processor's own, which vLLM 0.32 does not know."""
         super().clear_mm_cache()
         if self.mm_processor is not None:
             self.mm_processor.clear_cache()
@@ -67,7 +67,7 @@ class CasaRenderer(HfRenderer):
 
 
 def with_owned_names(prompt: dict[str, Any]) -> dict[str, Any]:
-    """Returns a tokenized prompt with its UUIDs replaced.
+    """Return a tokenized prompt with its UUIDs replaced.
 
     Raises:
         InputError: A UUID is no string.
@@ -87,7 +87,7 @@ def with_owned_names(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def register_renderer() -> None:
-    """Registers the mode with vLLM. Idempotent."""
+    """Register the mode with vLLM. Idempotent."""
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 

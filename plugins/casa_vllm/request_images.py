@@ -31,7 +31,7 @@ class RequestImages:
 
     @classmethod
     def from_features(cls, features: Sequence[Any]) -> "RequestImages":
-        """Reads vLLM's `MultiModalFeatureSpec`s (see processing.py for how images are attached)."""
+        """Read vLLM's `MultiModalFeatureSpec`s (see processing.py for how images are attached)."""
         positions = [feature.mm_position for feature in features]
         return cls(
             np.array([position.offset for position in positions], dtype=np.int64),
@@ -42,13 +42,13 @@ class RequestImages:
         return len(self.points)
 
     def first_live(self, num_tokens: int) -> int:
-        """Returns the first image that text token `num_tokens` or a later one can still see."""
+        """Return the first image that text token `num_tokens` or a later one can still see."""
         return last_window(num_tokens, self.points)[1]
 
     def end_before(self, num_tokens: int) -> int:
-        """Returns the number of images whose window opens before text token `num_tokens`."""
+        """Return the number of images whose window opens before text token `num_tokens`."""
         return int(np.searchsorted(self.points, num_tokens, side="left"))
 
     def num_pages(self, block_size: int) -> np.ndarray:
-        """Returns (M,) int64: cache pages of each image; every image starts a page."""
+        """Return (M,) int64: cache pages of each image; every image starts a page."""
         return -(-self.num_tokens // block_size)

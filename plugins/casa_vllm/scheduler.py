@@ -200,7 +200,7 @@ class ImageScheduling(SessionScheduling):
         return False
 
     def _drop_past_pixels(self, request: Request) -> None:
-        """Drops the pixels of a session's past frames, which are needed again only if its text is lost too.
+        """Drop the pixels of a session's past frames, which are needed again only if its text is lost too.
 
         Otherwise they would grow without bound and be sent again with every chunk. A session that is
         preempted and has lost its text then ends with an error (see `reject`).
@@ -224,7 +224,7 @@ class CasaAsyncScheduler(ImageScheduling, AsyncScheduler):
 
 
 def create_scheduler(*args: Any, vllm_config: "VllmConfig", **kwargs: Any) -> Scheduler:
-    """Returns the engine's scheduler (`scheduler_cls`); vLLM chooses its kind after the config hook."""
+    """Return the engine's scheduler (`scheduler_cls`); vLLM chooses its kind after the config hook."""
     is_async = vllm_config.scheduler_config.async_scheduling
     # vLLM has just warned that a custom scheduler may have switched it off.
     logger.info("CASA's scheduler: asynchronous scheduling is %s.", "on" if is_async else "off")

@@ -40,7 +40,7 @@ class PageCosts:
 
     @classmethod
     def of_engine(cls, config: CasaConfig, vllm_config: VllmConfig) -> PageCosts:
-        """Returns the costs in an engine: vLLM divides layers into groups of equal size, one kind of cache in each."""
+        """Return the costs in an engine: vLLM divides layers into groups of equal size, one kind of cache in each."""
         block_size = vllm_config.cache_config.block_size
         num_layers = config.text_config.num_hidden_layers
         layer_bytes = layer_token_bytes(vllm_config)
@@ -57,26 +57,26 @@ class PageCosts:
         return cls(block_size, ceil(num_text / layers), ceil(num_image / layers), page_bytes, token_bytes)
 
     def image_pages(self, num_image_tokens: int) -> int:
-        """Returns the pages of one frame."""
+        """Return the pages of one frame."""
         return self.image_groups * ceil(num_image_tokens / self.block_size)
 
     def session_pages(self, text_budget: int, max_image_tokens: int) -> int:
-        """Returns the most pages of a session."""
+        """Return the most pages of a session."""
         text = self.text_groups * ceil(text_budget / self.block_size)
         return text + FRAMES_PER_SESSION * self.image_pages(max_image_tokens)
 
     def session_bytes(self, num_text_tokens: int, num_image_tokens: int) -> int:
-        """Returns the bytes of the pages of a session with this text and one frame."""
+        """Return the bytes of the pages of a session with this text and one frame."""
         text = self.text_groups * ceil(num_text_tokens / self.block_size)
         return self.page_bytes * (text + self.image_pages(num_image_tokens))
 
     def insertion_bytes(self, num_image_tokens: int) -> int:
-        """Returns the bytes that a frame's tokens would take, and keep, if they were inserted into the text."""
+        """Return the bytes that a frame's tokens would take, and keep, if they were inserted into the text."""
         return self.token_bytes * num_image_tokens
 
 
 def layer_token_bytes(vllm_config: VllmConfig) -> int:
-    """Returns the bytes of one token's keys and values in one layer, on all ranks."""
+    """Return the bytes of one token's keys and values in one layer, on all ranks."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     kind = vllm_config.cache_config.cache_dtype
     # Quantised caches, which have names of their own, take a byte.

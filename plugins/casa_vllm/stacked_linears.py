@@ -87,7 +87,7 @@ def has_plain_weight(layer: nn.Module) -> bool:
 
 
 def _stack_parameters(groups: Sequence[Sequence[nn.Parameter]], dim: int) -> torch.Tensor:
-    """Moves L equal groups of parameters into one tensor (L, ...), of which each parameter becomes a view.
+    """Move L equal groups of parameters into one tensor (L, ...), of which each parameter becomes a view.
 
     The old storage is free afterwards; of parameters of 1 to 10 MiB PyTorch may keep it on a GPU as holes between
     others, which only smaller tensors can use.

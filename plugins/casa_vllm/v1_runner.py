@@ -53,7 +53,7 @@ class CasaCPUModelRunner(CPUModelRunner):
         return result
 
     def _row(self, request_id: str) -> int:
-        """Returns the request's row in `windows`, a free one if it has none yet."""
+        """Return the request's row in `windows`, a free one if it has none yet."""
         if request_id not in self.row_of:
             if not self.free_rows:
                 num_rows = len(self.windows.table)
@@ -79,7 +79,7 @@ class CasaCPUModelRunner(CPUModelRunner):
     def _gather_mm_embeddings(
         self, scheduler_output: "SchedulerOutput", shift_computed_tokens: int = 0
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Returns nothing: image tokens never enter the stream."""
+        """Return nothing: image tokens never enter the stream."""
         num_tokens = scheduler_output.total_num_scheduled_tokens
         return [], torch.zeros(num_tokens, dtype=torch.bool)
 

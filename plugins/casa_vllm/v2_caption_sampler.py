@@ -55,7 +55,7 @@ class CaptionSampler:
         return getattr(self._sampler, name)
 
     def __call__(self, logits: torch.Tensor, input_batch: "InputBatch") -> Any:
-        """Samples; logits are (B, V).
+        """Sample; logits are (B, V).
 
         The first call is vLLM's memory profiling, which has to count the copy that sessions will cause, and compiles
         the sampler's kernels: for that copy's type and for the model's own, which requests without rules sample from.
@@ -66,7 +66,7 @@ class CaptionSampler:
         return self._sampler(self.apply_rules(logits, input_batch), input_batch)
 
     def add_row(self, row: int, data: "NewRequestData") -> None:
-        """Adds a new or resumed request, or a session's next chunk, in the row that the runner has given it."""
+        """Add a new or resumed request, or a session's next chunk, in the row that the runner has given it."""
         self.remove_row(data.req_id)
         try:
             sent = sent_state(data.sampling_params)
@@ -82,13 +82,13 @@ class CaptionSampler:
             self._rows[data.req_id] = row
 
     def remove_row(self, request_id: str) -> None:
-        """Removes the row of a request that has left the batch."""
+        """Remove the row of a request that has left the batch."""
         row = self._rows.pop(request_id, None)
         if row is not None:
             self._table.clear(row)
 
     def apply_rules(self, logits: torch.Tensor, input_batch: "InputBatch") -> torch.Tensor:
-        """Returns logits (B, V): a float32 copy if the batch has a session's row, otherwise the same tensor."""
+        """Return logits (B, V): a float32 copy if the batch has a session's row, otherwise the same tensor."""
         if not self._table.has_rules(input_batch.idx_mapping_np):
             return logits
         rows = input_batch.idx_mapping.long()

@@ -55,16 +55,16 @@ class ChunkGraphManager(ModelCudaGraphManager):
         )
 
     def needs_capture(self) -> bool:
-        """Returns whether there is a graph of either kind."""
+        """Return whether there is a graph of either kind."""
         return super().needs_capture() or self.chunks.needs_capture()
 
     def capture(self, *args: Any, **kwargs: Any) -> None:
-        """Captures all graphs; first those that take more memory, in which the others find room."""
+        """Capture all graphs; first those that take more memory, in which the others find room."""
         self.chunks.capture(*args, **{**kwargs, "progress_bar_desc": "Capturing CUDA graphs of short prefills"})
         super().capture(*args, **kwargs)
 
     def dispatch(self, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> BatchExecutionDescriptor:
-        """Returns the graph of a step; the arguments are vLLM's."""
+        """Return the graph of a step; the arguments are vLLM's."""
         found = super().dispatch(num_reqs, num_tokens, *args, **kwargs)
         if found.cg_mode == CUDAGraphMode.FULL:
             return found

@@ -74,7 +74,7 @@ class CasaModelState(DefaultModelState):
         return StagedWriteTensor((self.max_num_reqs, PAGE_LENS + row_pages), dtype=torch.int32, device=self.device)
 
     def add_request(self, req_index: int, new_req_data: "NewRequestData") -> None:
-        """Adds a new or resumed request, or a session's next chunk, whose whole row was sent."""
+        """Add a new or resumed request, or a session's next chunk, whose whole row was sent."""
         super().add_request(req_index, new_req_data)
         self._request_ids.add(new_req_data.req_id)
         self._windows.add_row(req_index, new_req_data.mm_features, new_req_data.num_computed_tokens)
@@ -82,14 +82,14 @@ class CasaModelState(DefaultModelState):
             self._captions.add_row(req_index, new_req_data)
 
     def remove_request(self, req_id: str) -> None:
-        """Removes a request that is finished, preempted, or about to be added again."""
+        """Remove a request that is finished, preempted, or about to be added again."""
         super().remove_request(req_id)
         self._request_ids.discard(req_id)
         if self._captions is not None:
             self._captions.remove_row(req_id)
 
     def custom_sampler(self, sampler: Any) -> tuple[CaptionSampler, None]:
-        """Returns vLLM's sampler with the rules of live sessions (the config hook rejects speculative decoding)."""
+        """Return vLLM's sampler with the rules of live sessions (the config hook rejects speculative decoding)."""
         self._captions = CaptionSampler(sampler)
         return self._captions, None
 
@@ -104,7 +104,7 @@ class CasaModelState(DefaultModelState):
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Returns the metadata of self-attention, and that of every CA layer under its own name.
+        """Return the metadata of self-attention, and that of every CA layer under its own name.
 
         The first call is vLLM's, before the engine serves: it warms the kernels up.
         """
@@ -162,7 +162,7 @@ class CasaModelState(DefaultModelState):
         return Step(plan, input_batch.idx_mapping, num_requests, self._device_windows.gpu, in_graph)
 
     def _send_windows(self) -> None:
-        """Writes changed rows to the device, in one write. Mutates the copy there."""
+        """Write changed rows to the device, in one write. Mutates the copy there."""
         for row, num_values in self._windows.changed.items():
             self._device_windows.stage_write(row, 0, self._windows.table[row, :num_values].tolist())
         self._windows.changed.clear()
@@ -174,13 +174,13 @@ class CasaModelState(DefaultModelState):
         input_batch: "InputBatch",
         req_states: "RequestState",
     ) -> None:
-        """Encodes the step's images into their pages. The text is embedded by the model."""
+        """Encode the step's images into their pages. The text is embedded by the model."""
         if scheduled_encoder_inputs:
             with self.encoder_runner.timed_encoder_operation(scheduled_encoder_inputs.keys()):
                 self._encode(scheduled_encoder_inputs, input_batch)
 
     def _encode(self, scheduled: dict[str, list[int]], input_batch: "InputBatch") -> None:
-        """Runs the vision encoder and writes keys and values of all CA layers to pages.
+        """Run the vision encoder and write keys and values of all CA layers to pages.
 
         Args:
             scheduled: Images of each request.
@@ -205,12 +205,12 @@ class CasaModelState(DefaultModelState):
         self.model.write_images(torch.cat(list(encoded)), grids, slots)
 
     def dummy_inputs_embeds(self, num_tokens: int) -> None:
-        """Returns None: the embedding is part of the model's graph.
+        """Return None: the embedding is part of the model's graph.
 
         vLLM's memory profiling calls it: what every step needs is allocated by then, and counted.
         """
         _ = self._device_windows
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """Returns no inputs besides token ids and positions."""
+        """Return no inputs besides token ids and positions."""
         return {}

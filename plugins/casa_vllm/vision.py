@@ -21,13 +21,13 @@ class TransformersVisionEncoder(Qwen2_5_VisionTransformerPretrainedModel):
     """transformers' encoder with the interface of vLLM's; every rank computes all of it."""
 
     def forward(self, pixel_values: torch.Tensor, grid_thw: list[list[int]]) -> torch.Tensor:
-        """Encodes (P, 1176) patches of I images with grids (t, h, w) to (sum of N, C) image tokens."""
+        """Encode (P, 1176) patches of I images with grids (t, h, w) to (sum of N, C) image tokens."""
         grids = torch.tensor(grid_thw, device=pixel_values.device)
         return super().forward(pixel_values, grid_thw=grids).pooler_output
 
 
 def vision_encoder(config: Qwen2_5_VLVisionConfig, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
-    """Builds vLLM's encoder if torchvision is installed, otherwise transformers'."""
+    """Build vLLM's encoder if torchvision is installed, otherwise transformers'."""
     if find_spec("torchvision") is None:
         return TransformersVisionEncoder._from_config(config, dtype=torch.get_default_dtype())
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer

@@ -32,7 +32,7 @@ ATTENTION_QUERIES_APART: Stacked = {
 
 
 def load_stacked(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, has_queries_apart: bool) -> set[str]:
-    """Loads the text model's tensors into its stacked parameters.
+    """Load the text model's tensors into its stacked parameters.
 
     Args:
         model: The text model. Mutated.
@@ -47,7 +47,7 @@ def load_stacked(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], 
 
 
 def load_strictly(model: nn.Module, config: CasaConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Loads weights that are exactly those of the configuration.
+    """Load weights that are exactly those of the configuration.
 
     Args:
         model: vLLM's CASA model. Mutated.
@@ -70,7 +70,7 @@ def load_strictly(model: nn.Module, config: CasaConfig, weights: Iterable[tuple[
 def _matching(
     weights: Iterable[tuple[str, torch.Tensor]], expected: Shapes, found: Shapes
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the expected tensors, and records all of them. Mutates `found`."""
+    """Yield the expected tensors, and record all of them. Mutates `found`."""
     for name, tensor in weights:
         found[name] = tuple(tensor.shape)
         if found[name] == expected.get(name):

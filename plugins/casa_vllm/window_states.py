@@ -43,7 +43,7 @@ class RowWindows:
 
     @classmethod
     def of(cls, images: RequestImages, num_computed_tokens: int, block_size: int) -> "RowWindows":
-        """Returns the windows of a row that is sent when `num_computed_tokens` tokens are computed."""
+        """Return the windows of a row that is sent when `num_computed_tokens` tokens are computed."""
         num_pages = images.num_pages(block_size)
         num_pages[: images.first_live(num_computed_tokens)] = 0
         begins = np.concatenate(([0], np.cumsum(num_pages)))
@@ -53,7 +53,7 @@ class RowWindows:
         return cls(windows, np.append(plan.starts[1:], NO_END), begins)
 
     def index_at(self, position: int) -> int:
-        """Returns the index of the window of the token at a text position."""
+        """Return the index of the window of the token at a text position."""
         return int(np.searchsorted(self.ends, position, side="right"))
 
 
@@ -82,12 +82,12 @@ class SegmentPlan:
 
     @classmethod
     def without_images(cls, num_computed: np.ndarray, num_scheduled: np.ndarray) -> "SegmentPlan":
-        """Returns the plan of R requests without images, of which (R,) and (R,) tokens are computed and scheduled."""
+        """Return the plan of R requests without images, of which (R,) and (R,) tokens are computed and scheduled."""
         return cls.of_requests(num_scheduled, num_computed + num_scheduled, max_pages=0)
 
     @classmethod
     def of_requests(cls, num_scheduled: np.ndarray, text_lens: np.ndarray, max_pages: int) -> "SegmentPlan":
-        """Returns the plan of R requests that are a segment each.
+        """Return the plan of R requests that are a segment each.
 
         Args:
             num_scheduled: (R,) int, text tokens of the step.
@@ -133,7 +133,7 @@ class WindowStates:
         self._ends = np.concatenate((self._ends, np.full_like(self._ends, NO_END)))
 
     def add_row(self, row: int, features: Sequence[Any], num_computed_tokens: int) -> None:
-        """Writes the row that was sent for a new or resumed request, or for a session's next chunk.
+        """Write the row that was sent for a new or resumed request, or for a session's next chunk.
 
         Args:
             row: Which row.
@@ -161,12 +161,12 @@ class WindowStates:
         self.changed[row] = PAGE_LENS + num_pages
 
     def pages_of(self, row: int, image: int) -> slice:
-        """Returns where the pages of an image are in the row that was sent."""
+        """Return where the pages of an image are in the row that was sent."""
         begins = self._rows[row].page_begins
         return slice(int(begins[image]), int(begins[image + 1]))
 
     def advance(self, rows: np.ndarray, positions: np.ndarray) -> None:
-        """Moves the rows (R,) on to the windows of the tokens at these positions (R,). Mutates those that change."""
+        """Move the rows (R,) on to the windows of the tokens at these positions (R,). Mutates those that change."""
         for request in np.flatnonzero(positions >= self._ends[rows]):
             self._enter(rows[request], int(positions[request]))
 
@@ -189,7 +189,7 @@ class WindowStates:
         return SegmentPlan.of_requests(num_scheduled, ends - windows[:, START], int(windows[:, NUM_PAGES].max()))
 
     def _enter(self, row: int, position: int) -> None:
-        """Sets the row's current window to that of the token at a text position."""
+        """Set the row's current window to that of the token at a text position."""
         windows = self._rows[row]
         index = windows.index_at(position)
         self.table[row, :PAGE_LENS] = windows.windows[index]

@@ -56,7 +56,7 @@ METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 def build_parser(
     defaults: Mapping[str, object] = MappingProxyType({}), program: str = "casa-serve"
 ) -> argparse.ArgumentParser:
-    """Returns vLLM's parser for `serve` with CASA's options and defaults.
+    """Return vLLM's parser for `serve` with CASA's options and defaults.
 
     Args:
         defaults: Values for options that are not on the command line, by argument name.
@@ -86,7 +86,7 @@ def build_parser(
 
 
 def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namespace, dict[str, str]]:
-    """Parses the command line, twice: the defaults depend on the checkpoint that it names.
+    """Parse the command line, twice: the defaults depend on the checkpoint that it names.
 
     Returns:
         The arguments for vLLM, and environment variables to set where they are not set.
@@ -112,7 +112,7 @@ def parse(argv: list[str], program: str = "casa-serve") -> tuple[argparse.Namesp
 
 
 def named_checkpoint(argv: list[str], program: str = "casa-serve") -> str | None:
-    """Returns the checkpoint that the command line names, or None.
+    """Return the checkpoint that the command line names, or None.
 
     A first argument that is no option is the checkpoint, which can then be checked before vLLM is
     imported. Otherwise vLLM's parser finds it: after options, or in a file (`--config`). That
@@ -131,7 +131,7 @@ def named_checkpoint(argv: list[str], program: str = "casa-serve") -> str | None
 
 
 def add_guards(args: argparse.Namespace) -> argparse.Namespace:
-    """Returns vLLM's arguments with CASA's limits and middleware added.
+    """Return vLLM's arguments with CASA's limits and middleware added.
 
     Mutates:
         args: `media_io_kwargs` and `middleware`.
@@ -161,7 +161,7 @@ def add_guards(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def has_several_servers(args: argparse.Namespace) -> bool:
-    """Returns whether vLLM will start several API servers, which need time to shut down.
+    """Return whether vLLM will start several API servers, which need time to shut down.
 
     Raises:
         InputError: The shutdown timeout is too short to notify their clients.
@@ -188,7 +188,7 @@ def main(
 
 
 def run(argv: list[str], program: str = "casa-serve", early_engine: EarlyEngine | None = None) -> int:
-    """Runs the server until it is stopped; returns the exit status.
+    """Run the server until it is stopped; return the exit status.
 
     Args:
         argv: The command line without the command's own name.
@@ -226,7 +226,7 @@ def run(argv: list[str], program: str = "casa-serve", early_engine: EarlyEngine 
 
 
 def serve_in_process(args: argparse.Namespace, early_engine: EarlyEngine | None = None) -> NoReturn:
-    """Serves in this process until shutdown, then exits.
+    """Serve in this process until shutdown, then exit.
 
     All clients have their final messages and the engine has exited by then. The interpreter's own cleanup, with threads
     that may still decode images, would take seconds that the shutdown timeout does not leave.
@@ -240,7 +240,7 @@ def serve_in_process(args: argparse.Namespace, early_engine: EarlyEngine | None 
 
 
 def serve_in_processes(args: argparse.Namespace, program: str) -> NoReturn:
-    """Serves in several API server processes, of which this is the parent, until shutdown, then exits."""
+    """Serve in several API server processes, of which this is the parent, until shutdown, then exit."""
     signals = SignalCounter()
     signals.start()
     is_own_folder = METRICS_FOLDER not in os.environ
@@ -258,7 +258,7 @@ def serve_in_processes(args: argparse.Namespace, program: str) -> NoReturn:
 
 
 def run_vllm(args: argparse.Namespace) -> None:
-    """Runs vLLM's own command."""
+    """Run vLLM's own command."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     command = ServeSubcommand()

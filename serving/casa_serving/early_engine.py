@@ -62,7 +62,7 @@ class EarlyEngine(SpawnProcess):
 
     @classmethod
     def begin(cls) -> EarlyEngine:
-        """Starts the process, which ends with this one, however that ends."""
+        """Start the process, which ends with this one, however that ends."""
         receiver, sender = connection.Pipe(duplex=False)
         process = cls(receiver)
         process._launch(sender)
@@ -84,13 +84,13 @@ class EarlyEngine(SpawnProcess):
         self._sender = sender
 
     def discard(self) -> None:
-        """Ends the process unless it is used."""
+        """End the process unless it is used."""
         if not self.is_used:
             self.kill()
             self.join()
 
     def objection(self) -> str | None:
-        """Returns why it cannot be the engine's, None if it can."""
+        """Return why it cannot be the engine's, None if it can."""
         if self.exitcode is not None:
             return f"it has ended with {self.exitcode}"
         before, now = self.started_with, dict(os.environ)
@@ -99,12 +99,12 @@ class EarlyEngine(SpawnProcess):
         return f"it was started with another {', '.join(read_early)}" if read_early else None
 
     def give(self, target: Callable[..., None], kwargs: dict[str, Any]) -> EarlyEngine:
-        """Sets what it is to run when `start` is called; returns it."""
+        """Set what it is to run when `start` is called; return it."""
         self._work, self.is_used = (target, kwargs), True
         return self
 
     def start(self) -> None:
-        """Sends the process its environment and its work."""
+        """Send the process its environment and its work."""
         try:
             self._sender.send(dict(os.environ))
             self._sender.send(self._work)
@@ -115,7 +115,7 @@ class EarlyEngine(SpawnProcess):
             self._sender.close()
 
     def run(self) -> None:
-        """Runs in the process itself."""
+        """Run in the process itself."""
         import setproctitle  # comes with vLLM
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -142,13 +142,13 @@ class EarlyEngine(SpawnProcess):
         target(**kwargs)
 
     def prepare(self) -> None:
-        """Imports what the engine needs."""
+        """Import what the engine needs."""
         from casa_vllm.api import import_cpu_engine
 
         import_cpu_engine()
 
     def _exit_with_server(self) -> None:
-        """Exits the process when the server has ended, though it was killed; vLLM's own would stay for ever."""
+        """Exit the process when the server has ended, though it was killed; vLLM's own would stay for ever."""
         connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 
@@ -160,7 +160,7 @@ class EarlyContext(SpawnContext):
         self._early_engine = early_engine
 
     def Process(self, *, target: Callable[..., None], name: str, kwargs: dict[str, Any]) -> SpawnProcess:  # noqa: N802
-        """Returns the process for an engine."""
+        """Return the process for an engine."""
         if self._early_engine.is_used:
             return SpawnProcess(target=target, name=name, kwargs=kwargs)
         objection = self._early_engine.objection() if name == NAME else f"the engine is {name}"
@@ -173,7 +173,7 @@ class EarlyContext(SpawnContext):
 
 
 def replace_engine_process(early_engine: EarlyEngine) -> None:
-    """Makes vLLM use this process for its engine.
+    """Make vLLM use this process for its engine.
 
     Raises:
         RuntimeError: vLLM's function is not the one that this was written for.
@@ -194,7 +194,7 @@ def replace_engine_process(early_engine: EarlyEngine) -> None:
 
 @contextmanager
 def engine_environment() -> Iterator[None]:
-    """Sets what the engine's environment will be, for the processes that are started meanwhile."""
+    """Set what the engine's environment will be, for the processes that are started meanwhile."""
     before = dict(os.environ)
     variables = environment(embedded=True, on_cpu=True, eager=True)
     # What vLLM sets on a CPU (`CpuPlatform.check_and_update_config`).
@@ -211,7 +211,7 @@ def engine_environment() -> Iterator[None]:
 
 
 def preloaded_libraries() -> list[str]:
-    """Returns the libraries that vLLM preloads into an engine on a CPU: its allocator's and torch's OpenMP."""
+    """Return the libraries that vLLM preloads into an engine on a CPU: its allocator's and torch's OpenMP."""
     torch, vllm = (Path(find_spec(name).origin).parent for name in ("torch", "vllm"))
     allocators = [f"{vllm}/libs/libtcmalloc_minimal*.so*", f"{vllm}/libs/libtcmalloc.so*"]
     openmp = [f"{torch.parent}/torch.libs/libgomp*.so*", f"{torch}/lib/libgomp*.so*"]

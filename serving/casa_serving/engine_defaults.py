@@ -51,7 +51,7 @@ ENCODER_GRAPHS: Mapping[str, Any] = MappingProxyType({"cudagraph_mm_encoder": Tr
 
 
 def server_arguments(*, embedded: bool) -> dict[str, Any]:
-    """Returns the arguments of vLLM's server where the user sets none; `embedded` as for `engine_arguments`."""
+    """Return the arguments of vLLM's server where the user sets none; `embedded` as for `engine_arguments`."""
     return {**SERVER_ARGUMENTS, **(EMBEDDED_SERVER_ARGUMENTS if embedded else {})}
 
 
@@ -63,7 +63,7 @@ def engine_arguments(
     live: bool = False,
     given: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the arguments of a CASA engine by vLLM's names, and the environment variables that belong to them.
+    """Return the arguments of a CASA engine by vLLM's names, and the environment variables that belong to them.
 
     The caller adds the checkpoint's folder, which each of vLLM's interfaces takes in another way.
 
@@ -85,7 +85,7 @@ def engine_arguments(
 
 
 def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> dict[str, Any]:
-    """Returns the engine's arguments where the user sets none; see `engine_arguments`."""
+    """Return the engine's arguments where the user sets none; see `engine_arguments`."""
     from vllm.config import StructuredOutputsConfig
 
     arguments: dict[str, Any] = {
@@ -114,12 +114,12 @@ def default_arguments(config: CasaConfig, *, embedded: bool, on_cpu: bool) -> di
 
 
 def num_renderers(num_cores: int) -> int:
-    """Returns the number of threads that render requests beside a GPU, of the cores that this process may use."""
+    """Return the number of threads that render requests beside a GPU, of the cores that this process may use."""
     return max(1, min(MAX_RENDERERS, num_cores // 4))
 
 
 def set_environment(variables: Mapping[str, str], *, live: bool) -> None:
-    """Sets these variables unless they are set already; those that guard the server are always set.
+    """Set these variables unless they are set already; those that guard the server are always set.
 
     Args:
         variables: See `engine_arguments`.
@@ -135,7 +135,7 @@ def set_environment(variables: Mapping[str, str], *, live: bool) -> None:
 
 
 def enable_endpoints(endpoints: list[str]) -> None:
-    """Enables endpoint plugins of this package, in the environment variable VLLM_PLUGINS.
+    """Enable endpoint plugins of this package, in the environment variable VLLM_PLUGINS.
 
     Args:
         endpoints: Names of entry points.
@@ -153,7 +153,7 @@ def enable_endpoints(endpoints: list[str]) -> None:
 
 
 def plugins_with(endpoints: list[str], allowed: str | None) -> str:
-    """Returns a value of `VLLM_PLUGINS` that loads these endpoints besides the default plugins.
+    """Return a value of `VLLM_PLUGINS` that loads these endpoints besides the default plugins.
 
     vLLM loads a plugin that adds routes only if this variable names it; once the variable is set, it loads no
     other plugin.
@@ -169,14 +169,14 @@ def plugins_with(endpoints: list[str], allowed: str | None) -> str:
 
 
 def embedded_checkpoint() -> Path:
-    """Returns the folder of the model that comes with the package."""
+    """Return the folder of the model that comes with the package."""
     from casa_engine.digits import checkpoint_path
 
     return Path(checkpoint_path())
 
 
 def read_checkpoint(checkpoint: Path) -> CasaConfig:
-    """Reads a checkpoint's configuration and checks that its weights fit; names on a hub are not looked up.
+    """Read a checkpoint's configuration and check that its weights fit; names on a hub are not looked up.
 
     Args:
         checkpoint: Its folder.
@@ -196,7 +196,7 @@ def read_checkpoint(checkpoint: Path) -> CasaConfig:
 
 
 def runs_on_cpu() -> bool:
-    """Returns whether vLLM will run on the CPU.
+    """Return whether vLLM will run on the CPU.
 
     vLLM finds it out without CUDA; a process that has asked CUDA cannot fork an engine that uses it.
     """

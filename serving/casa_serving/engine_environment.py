@@ -10,7 +10,7 @@ KEEP_ALIVE_S = 75
 
 
 def environment(*, embedded: bool, on_cpu: bool, eager: bool) -> dict[str, str]:
-    """Returns the environment variables that vLLM has no option for, and the one that installs the image guard.
+    """Return the environment variables that vLLM has no option for, and the one that installs the image guard.
 
     Args:
         embedded: Whether the embedded model is served.

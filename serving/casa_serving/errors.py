@@ -81,17 +81,17 @@ class RequestError(CasaError):
         self.status, self.param, self.headers = status, param, headers
 
     def response(self) -> JSONResponse:
-        """Returns the response."""
+        """Return the response."""
         return error_response(self.status, str(self), param=self.param, headers=self.headers)
 
 
 def error_kind(status: int) -> str:
-    """Returns the `type` of an error with this status."""
+    """Return the `type` of an error with this status."""
     return KINDS.get(status) or HTTPStatus(status).phrase
 
 
 def error_body(status: int, message: str, kind: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """Returns an error in OpenAI's shape."""
+    """Return an error in OpenAI's shape."""
     error = {"message": shorten(message), "type": kind or error_kind(status), "param": param, "code": status}
     return {"error": error}
 
@@ -104,12 +104,12 @@ def error_response(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """Returns an error as a response."""
+    """Return an error as a response."""
     return JSONResponse(error_body(status, message, kind, param), status, headers)
 
 
 def shorten(message: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
-    """Returns a message without quoted input, truncated to `limit` characters."""
+    """Return a message without quoted input, truncated to `limit` characters."""
     # First, so that the patterns do not run over megabytes.
     message = NOTES.sub("", message[: 2 * limit])
     # A lone surrogate cannot be encoded, not even in an error about it.
@@ -118,7 +118,7 @@ def shorten(message: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
 
 
 def describe_validation(errors: Iterable[Any]) -> tuple[str, str | None]:
-    """Returns an error message for a validation error, and the first field that it names.
+    """Return an error message for a validation error, and the first field that it names.
 
     A union reports every alternative that did not match. They are collapsed: each field is named
     once, and not at all if a field inside it is named.
@@ -142,19 +142,19 @@ def describe_validation(errors: Iterable[Any]) -> tuple[str, str | None]:
 
 
 def is_parent(path: str, paths: Iterable[str]) -> bool:
-    """Returns whether one of the paths leads to something inside `path`."""
+    """Return whether one of the paths leads to something inside `path`."""
     prefix = f"{path}." if path else ""
     return any(other != path and other.startswith(prefix) for other in paths)
 
 
 def field_path(steps: Iterable[Any]) -> str:
-    """Returns the path of a field, such as `messages.0.content`, of an error's `loc`."""
+    """Return the path of a field, such as `messages.0.content`, of an error's `loc`."""
     kept = [str(step) for step in steps if isinstance(step, int) or (FIELD.fullmatch(step) and step not in TYPES)]
     return ".".join(kept)[:MAX_PATH_CHARACTERS]
 
 
 def problem_text(error: Mapping[str, Any]) -> str:
-    """Returns the message of a validation error without the input value."""
+    """Return the message of a validation error without the input value."""
     cause = error.get("ctx", {}).get("error")
     # str() of vLLM's own exceptions includes the value.
     if isinstance(cause, Exception) and cause.args and isinstance(cause.args[0], str):
@@ -163,13 +163,13 @@ def problem_text(error: Mapping[str, Any]) -> str:
 
 
 async def handle_validation_error(request: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
-    """Returns 400 for an invalid body."""
+    """Return 400 for an invalid body."""
     message, param = describe_validation(error.errors())
     return error_response(400, message, param=param)
 
 
 async def handle_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
-    """Returns the error of the router, such as an unknown path or method."""
+    """Return the error of the router, such as an unknown path or method."""
     message = str(error.detail)
     if error.status_code in (404, 405) and message == HTTPStatus(error.status_code).phrase:
         there_is = "no such path" if error.status_code == 404 else f"no method {request.method[:20]} at this path"
@@ -178,17 +178,17 @@ async def handle_http_exception(request: Request, error: StarletteHTTPException)
 
 
 async def handle_request_error(request: Request, error: RequestError) -> JSONResponse:
-    """Returns the error of a request that our own code rejects."""
+    """Return the error of a request that our own code rejects."""
     return error.response()
 
 
 async def handle_internal_error(request: Request, error: Exception) -> JSONResponse:
-    """Returns 500; Starlette re-raises the exception into the log after this response."""
+    """Return 500; Starlette re-raises the exception into the log after this response."""
     return error_response(500, INTERNAL_ERROR_MESSAGE)
 
 
 async def handle_lookup_failure(request: Request, error: Exception) -> JSONResponse:
-    """Returns an error for code that assumed a wrong type: 400 while a body is validated, otherwise 500.
+    """Return an error for code that assumed a wrong type: 400 while a body is validated, otherwise 500.
 
     vLLM's models read some fields before pydantic has checked their types.
     """
@@ -199,13 +199,13 @@ async def handle_lookup_failure(request: Request, error: Exception) -> JSONRespo
 
 
 def raised_in_validation(error: BaseException) -> bool:
-    """Returns whether an exception was raised while FastAPI validated a body."""
+    """Return whether an exception was raised while FastAPI validated a body."""
     validators = request_body_to_args.__code__
     return any(frame.f_code is validators for frame, _ in walk_tb(error.__traceback__))
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Registers the handlers above. Mutates `app`."""
+    """Register the handlers above. Mutates `app`."""
     app.add_exception_handler(RequestError, handle_request_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(ValidationError, handle_validation_error)

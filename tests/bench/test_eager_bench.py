@@ -28,14 +28,14 @@ TURN_TOKENS = 18
 
 
 def bench(tmp_path, *arguments):
-    """Runs `casa bench`; returns its report, or the exit status where there is none."""
+    """Run `casa bench`; return its report, or the exit status where there is none."""
     prefix = tmp_path / "report"
     status = main([*map(str, arguments), "--output", str(prefix)])
     return read_report(prefix.with_suffix(".json")) if status == 0 else status
 
 
 def stream(tmp_path, folder, *options):
-    """Runs the published workload, small; returns its run."""
+    """Run the published workload, small; return its run."""
     size = ("--turns", TURNS, "--image-size", SIDE_PX)
     (run,) = bench(tmp_path, "stream", folder, "--backend", "eager", *size, *options)["runs"]
     return run

@@ -16,7 +16,7 @@ LOAD = ("--seconds", "1", "--fps", "2", "--image-size", "28", "--bound-ms", "600
 
 @pytest.fixture
 def bench(tmp_path):
-    """Runs `casa bench live` beside the server's event loop; returns its run, None where it fails."""
+    """Run `casa bench live` beside the server's event loop; return its run, None where it fails."""
 
     async def measured(server, *options):
         prefix = tmp_path / "live"

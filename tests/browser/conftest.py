@@ -45,7 +45,7 @@ def chromium():
 
 @pytest.fixture(scope="package")
 def open_page(chromium, server):
-    """Opens the page; whatever the browser complains about fails the test, and nothing else is loaded."""
+    """Open the page; whatever the browser complains about fails the test, and nothing else is loaded."""
 
     @contextmanager
     def opened(url=server.url, **options):
@@ -64,7 +64,7 @@ def open_page(chromium, server):
 
 
 def is_fault(message):
-    """Returns whether a message of the console is one; a refused connection is what some tests are about."""
+    """Return whether a message of the console is one; a refused connection is what some tests are about."""
     return message.type == "error" and not any(word in message.text for word in ("WebSocket", "Failed to load"))
 
 

@@ -23,7 +23,7 @@ PIXELS = """async (url) => {
 
 @pytest.fixture(scope="module")
 def painted(chromium):
-    """Returns the (height, width, 3) levels that Chromium paints of a file."""
+    """Return the (height, width, 3) levels that Chromium paints of a file."""
     page = chromium.new_page()
     # No colour is converted: the table is about what the samples mean, not about profiles.
     page.goto("about:blank")

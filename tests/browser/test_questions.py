@@ -166,7 +166,7 @@ def test_the_last_picture_of_a_search_is_captioned_and_the_first_of_a_new_start(
 
 
 def cut(page, line):
-    """Breaks the line; it is taken up at once."""
+    """Break the line; it is taken up at once."""
     line.cut()
     page.get_by_role("button", name="Try now").click()
 

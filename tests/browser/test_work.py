@@ -40,7 +40,7 @@ class Counter:
         self.devtools.send("Performance.enable")
 
     def count(self, script):
-        """Returns how often blocks were entered, and how often the page was laid out, during a script."""
+        """Return how often blocks were entered, and how often the page was laid out, during a script."""
         before = self._layouts()
         self.devtools.send("Profiler.startPreciseCoverage", {"callCount": True, "detailed": True})
         self.page.evaluate(script)

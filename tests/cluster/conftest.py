@@ -55,20 +55,20 @@ class RunningCluster:
         self.config = config
 
     def delete(self) -> None:
-        """Deletes the application; Ray Serve stays."""
+        """Delete the application; Ray Serve stays."""
         serve.delete(APPLICATION)
         self.config = {}
 
     def client(self) -> OpenAI:
-        """Returns OpenAI's own client, without retries that would hide an error."""
+        """Return OpenAI's own client, without retries that would hide an error."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def metrics(self) -> str:
-        """Returns what both nodes tell Prometheus."""
+        """Return what both nodes tell Prometheus."""
         return "\n".join(httpx.get(url, timeout=10).text for url in self.metrics_urls)
 
     def replicas(self) -> dict[str, Any]:
-        """Returns Serve's details of the replicas that run, by their name."""
+        """Return Serve's details of the replicas that run, by their name."""
         from ray.serve.context import _get_global_client
 
         details = _get_global_client().get_serve_details()["applications"][APPLICATION]["deployments"]

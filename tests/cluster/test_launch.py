@@ -23,7 +23,7 @@ REFUSAL_S = 120
 
 
 def refused(capsys, tmp_path, text):
-    """Runs `casa-serve --ray` with a configuration in this process, which must refuse it before Ray is started."""
+    """Run `casa-serve --ray` with a configuration in this process, which must refuse it before Ray is started."""
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
     status = cli.run(["--ray", str(path)])

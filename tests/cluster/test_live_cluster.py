@@ -208,7 +208,7 @@ async def test_a_killed_replica_is_told_and_the_session_goes_on(two, videos):
 
 
 async def is_told(client):
-    """Waits for the good-bye of a replica that leaves."""
+    """Wait for the good-bye of a replica that leaves."""
     assert (await take(client, "session.closed")).reason == "server is shutting down"
     await client._reader
     assert (client._socket.close_code, client._socket.close_reason) == (1012, "server is shutting down")
@@ -240,7 +240,7 @@ def node_of_the_driver():
 
 
 async def go_on_until(condition, clients, file, timeout_s):
-    """Shows frames, so that no session falls silent, until something is true."""
+    """Show frames, so that no session falls silent, until something is true."""
     async with asyncio.timeout(timeout_s):
         while not await asyncio.to_thread(condition):
             for client in clients:

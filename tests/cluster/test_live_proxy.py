@@ -29,12 +29,12 @@ CREATE = '{"type": "session.create"}'
 
 
 def frame(width=28, height=28, timestamp=0.0):
-    """Returns a binary message."""
+    """Return a binary message."""
     return struct.pack("<d", timestamp) + encoded(plain(width, height))
 
 
 async def nothing_is_held(ingress):
-    """Waits until no session is left on either side."""
+    """Wait until no session is left on either side."""
     await soon(lambda: ingress.sessions == 0)
     await soon(lambda: not any(replica.server.num_sessions for replica in ingress.replicas))
     for replica in ingress.replicas:

@@ -37,7 +37,7 @@ GROUPS = ("casa-serve", "casa-cluster")
 
 
 def rules(group):
-    """Returns the expressions of a group's alerts."""
+    """Return the expressions of a group's alerts."""
     return [rule["expr"] for rule in alert_rules(group)]
 
 

@@ -58,7 +58,7 @@ class Cluster:
         self.environment["RAY_DASHBOARD_ADDRESS"] = f"http://127.0.0.1:{self.dashboard_port}"
 
     def run(self, command, **environment):
-        """Runs a command of the page; returns what it prints."""
+        """Run a command of the page; return what it prints."""
         done = subprocess.run(
             ["bash", "-c", command],
             env={**self.environment, **environment},
@@ -71,7 +71,7 @@ class Cluster:
         return done.stdout
 
     def start_ray(self):
-        """Starts the first node, in the foreground so that it can be ended alone."""
+        """Start the first node, in the foreground so that it can be ended alone."""
         ports = {
             "port": self.port,
             "dashboard-port": self.dashboard_port,

@@ -42,7 +42,7 @@ def tenants(other):
 
 @pytest.fixture
 def command(other, tmp_path):
-    """Starts `casa-serve --ray` on that cluster; returns the process and its log."""
+    """Start `casa-serve --ray` on that cluster; return the process and its log."""
     running = []
 
     def start(text, *options, **variables):

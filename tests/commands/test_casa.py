@@ -52,7 +52,7 @@ MISTAKES = [
 
 
 def ended(run, capsys):
-    """Runs a command; returns its exit status, stdout and stderr, both in one line."""
+    """Run a command; return its exit status, stdout and stderr, both in one line."""
     capsys.readouterr()
     try:
         status = run()
@@ -201,7 +201,7 @@ def completion_scripts(tmp_path_factory):
 
 
 def completed(shell, script, line):
-    """Returns what a real shell completes a line with that has its last word unfinished."""
+    """Return what a real shell completes a line with that has its last word unfinished."""
     words = ["casa", *line.split(" ")]
     if shell == "fish":
         program = f"source {script}; complete -C 'casa {line}'"

@@ -41,12 +41,12 @@ slow = pytest.mark.slow
 
 
 def cases(*rows):
-    """Returns rows of a table, all but the first marked slow."""
+    """Return rows of a table, all but the first marked slow."""
     return [row if number == 0 else pytest.param(*row, marks=slow) for number, row in enumerate(rows)]
 
 
 def run(tmp_path, blocked, command, *arguments):
-    """Runs a console script in which some modules cannot be imported; returns exit status and stderr."""
+    """Run a console script in which some modules cannot be imported; return exit status and stderr."""
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "BLOCKED": ",".join(blocked), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

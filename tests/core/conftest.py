@@ -19,7 +19,7 @@ def build(preset: str, fields: tuple) -> CasaForConditionalGeneration:
 
 @pytest.fixture
 def tiny():
-    """Builds (or reuses) a tiny model: tiny("tiny-qwen", fusion="ca")."""
+    """Build (or reuse) a tiny model: tiny("tiny-qwen", fusion="ca")."""
 
     def make(preset: str, **fields) -> CasaForConditionalGeneration:
         return build(preset, tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in fields.items())))

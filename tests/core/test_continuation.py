@@ -79,7 +79,7 @@ def grown(first: dict, answer: list[int], later: dict) -> dict:
 
 
 def compare(model, inputs: dict, cache, **options) -> list[list[int]]:
-    """Generates over the cache and afresh; returns the new tokens, which are the same."""
+    """Generate over the cache and afresh; return the new tokens, which are the same."""
     over = model.generate(**inputs, past_key_values=cache, **OPTIONS, **options)
     fresh = model.generate(**inputs, **OPTIONS, **options)
     torch.testing.assert_close(torch.stack(over.logits), torch.stack(fresh.logits), rtol=1e-4, atol=1e-4)

@@ -74,7 +74,7 @@ def test_a_session_of_many_frames(seed):
 
 
 def count_steps(state, generated):
-    """Returns how many bytecodes Python runs for what a generation leaves."""
+    """Return how many bytecodes Python runs for what a generation leaves."""
     num_steps = 0
 
     def trace(frame, event, _):

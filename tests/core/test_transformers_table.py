@@ -14,7 +14,7 @@ ROW = re.compile(r"^\| .* \| (?:works|refused)\b.*\| `(test_\w+)` \|$", re.MULTI
 
 
 def names_of_tests(path: Path) -> set[str]:
-    """Returns the names of a file's tests."""
+    """Return the names of a file's tests."""
     tree = ast.parse(path.read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 

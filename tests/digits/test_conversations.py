@@ -141,7 +141,7 @@ def test_json_answers_hold_what_the_image_shows(tokenizer, pool):
 
 
 def read_turn(role, text):
-    """Returns a turn of a conversation as the message that the chat template would have made it of."""
+    """Return a turn of a conversation as the message that the chat template would have made it of."""
     if text.startswith("<tool_response>\n"):
         assert role == "user"
         return {"role": "tool", "content": text.removeprefix("<tool_response>\n").removesuffix("\n</tool_response>")}

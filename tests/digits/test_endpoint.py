@@ -11,7 +11,7 @@ ANSWER = {"choices": [{"message": {"role": "assistant", "content": "1"}}]}
 
 
 def run(capsys, *arguments):
-    """Returns the exit status and what was written to stderr as the command's own words."""
+    """Return the exit status and what was written to stderr as the command's own words."""
     status = evaluate.main(["--scale", "0.01", *arguments])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("casa-eval-digits: ")]
     return status, "\n".join(lines)

@@ -18,7 +18,7 @@ CREATED, DONE = {"type": "session.created"}, {"type": "frame.done", "caption": "
 
 @contextmanager
 def session_server(*replies, ends=False):
-    """Serves sessions that answer each message with the next of `replies`, a list of events or of words.
+    """Serve sessions that answer each message with the next of `replies`, a list of events or of words.
 
     Yields:
         Its OpenAI-compatible address, and an event that is set when a client has closed its connection.

@@ -36,7 +36,7 @@ def quick_evaluation(monkeypatch):
 
 
 def replace_stages(monkeypatch, course=None, **fields):
-    """Gives all stages after the first one other values, and their courses those of `course`."""
+    """Give all stages after the first one other values, and their courses those of `course`."""
     stages = [dataclasses.replace(stage, **fields) for stage in STAGES]
     stages = [
         dataclasses.replace(stage, course=dataclasses.replace(stage.course, **(course or {}))) for stage in stages

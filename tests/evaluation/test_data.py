@@ -47,7 +47,7 @@ def questions(dataset, log):
 
 
 def refused(folder, *words, capsys, task="mme"):
-    """Runs the command on data that it must refuse before it asks anybody; returns its one sentence."""
+    """Run the command on data that it must refuse before it asks anybody; return its one sentence."""
     capsys.readouterr()
     output = folder.parent / "out"
     assert main([task, "--url", "http://127.0.0.1:9", "--data", str(folder), "--output", str(output)]) == 1

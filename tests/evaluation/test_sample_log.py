@@ -24,7 +24,7 @@ def path(tmp_path):
 
 
 def begun(path, *records):
-    """Writes a log of records."""
+    """Write a log of records."""
     log = SampleLog(path, SETTINGS)
     for record in records:
         log.add(record)

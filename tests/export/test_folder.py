@@ -69,7 +69,7 @@ FOREIGN = {"notes.txt", "engines/timing.cache", "results/run 1.csv", "thesis.tex
 
 
 def refused(arguments: list, folder: Path, capsys) -> str:
-    """Runs a command that fails: one sentence, status 1, nothing changed. Returns the sentence."""
+    """Run a command that fails: one sentence, status 1, nothing changed. Return the sentence."""
     before = tree(folder)
     assert cli.main([str(argument) for argument in arguments]) == 1
     error = capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_pieces_of_a_long_prompt_equal_one_pass(pair):
 
 
 def with_other_weight(folder, target, name, change):
-    """Copies a checkpoint with one of its tensors changed; graphs that were exported from it are then wrong."""
+    """Copy a checkpoint with one of its tensors changed; graphs that were exported from it are then wrong."""
     shutil.copytree(folder, target)
     path = target / "model.safetensors"
     tensors = load_file(path)

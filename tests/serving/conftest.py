@@ -63,13 +63,13 @@ def client(server):
 
 
 def image_part(url):
-    """Returns a message part with an image."""
+    """Return a message part with an image."""
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 @pytest.fixture(scope="package")
 def ask(client):
-    """Sends one user message of texts and image URLs; returns the completion."""
+    """Send one user message of texts and image URLs; return the completion."""
 
     def send(*parts, **options):
         content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
@@ -84,7 +84,7 @@ def ask(client):
 
 @pytest.fixture(scope="package")
 def good_request(ask):
-    """Sends a good request with an image; its answer never changes while the server is well."""
+    """Send a good request with an image; its answer never changes while the server is well."""
     url = data_url(encoded(plain(84, 56, "orange")))
 
     def send():

@@ -23,7 +23,7 @@ def expected(good_request):
 
 @pytest.fixture
 def refuses(ask, expected, good_request):
-    """Sends a bad request and checks its status, its words, and that the server is as before."""
+    """Send a bad request and check its status, its words, and that the server is as before."""
 
     def check(*parts, message, status=400, **options):
         with pytest.raises(openai.APIStatusError) as caught:
@@ -44,12 +44,12 @@ def assert_tells_nothing_inside(message):
 
 
 def part(url, **fields):
-    """Returns a message part with an image."""
+    """Return a message part with an image."""
     return {"type": "image_url", "image_url": {"url": url} if url else None, **fields}
 
 
 def image(width=56, height=28, **options):
-    """Returns a message part with an image of one colour."""
+    """Return a message part with an image of one colour."""
     return part(data_url(encoded(plain(width, height, **options))))
 
 

@@ -11,7 +11,7 @@ SIZE = ("--image-size", "56")
 
 
 def bench(tmp_path, *arguments):
-    """Runs `casa bench`, which must succeed; returns its one run."""
+    """Run `casa bench`, which must succeed; return its one run."""
     assert main([*map(str, arguments), "--output", str(tmp_path / "report")]) == 0
     (run,) = read_report(tmp_path / "report.json")["runs"]
     assert run["backend"] == "endpoint"

@@ -12,7 +12,7 @@ SECRET = "a secret of the server"
 
 
 async def answer(path, error, *, content_type=b"text/event-stream"):
-    """Returns the bodies that are sent for an application that begins an answer and fails."""
+    """Return the bodies that are sent for an application that begins an answer and fails."""
     bodies = []
 
     async def app(scope, receive, send):

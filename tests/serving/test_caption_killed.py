@@ -28,7 +28,7 @@ def video(tmp_path_factory):
 
 
 def as_program(*arguments: object, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Runs `attempt_...` of this file in a fresh process."""
+    """Run `attempt_...` of this file in a fresh process."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [*before, sys.executable, __file__, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -39,7 +39,7 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def attempt_signals(number: int, video: Path, folder: Path) -> None:
-    """Ends the command by a signal at each of its steps."""
+    """End the command by a signal at each of its steps."""
     patch = pytest.MonkeyPatch()
     scripted(patch, lambda sample: f"at {sample.timestamp:g}")
 
@@ -71,7 +71,7 @@ def attempt_signals(number: int, video: Path, folder: Path) -> None:
 
 
 def attempt_full_disk(video: Path, disk: Path) -> None:
-    """Writes more than a small disk holds."""
+    """Write more than a small disk holds."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "x", disk], check=True)
     old = {f"out.{suffix}": "old" for suffix in FORMATS}
     for name, text in old.items():

@@ -34,7 +34,7 @@ VLLMS_OWN = {
 
 
 def script(page, *kinds):
-    """Returns the blocks of a page that are marked with one of `kinds`, as one bash script.
+    """Return the blocks of a page that are marked with one of `kinds`, as one bash script.
 
     The Python blocks of a page belong together, so they run as one program at its end.
     """
@@ -47,7 +47,7 @@ def script(page, *kinds):
 
 
 def run(text, folder):
-    """Runs a bash script in an empty folder, with this environment's commands first."""
+    """Run a bash script in an empty folder, with this environment's commands first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return output_of("bash", "-c", text, folder=folder, PATH=path)
 
@@ -124,7 +124,7 @@ def test_the_readmes_table_is_what_the_script_prints():
 
 
 def anchors(page):
-    """Returns what links may name in a page: its headings, as Markdown makes anchors of them."""
+    """Return what links may name in a page: its headings, as Markdown makes anchors of them."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

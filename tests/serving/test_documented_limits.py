@@ -18,7 +18,7 @@ MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def rows():
-    """Returns (limit, option, answer) of each row of a table of limits."""
+    """Return (limit, option, answer) of each row of a table of limits."""
     tables = re.findall(r"\| limit \| option \| default \| answer \|\n\|[-|]+\n((?:\|.*\n)+)", limits_page())
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for table in tables for line in table.splitlines()]
     return [(limit, option, answer) for limit, option, _, answer in cells]
@@ -29,7 +29,7 @@ def limits_page():
 
 
 def image(data):
-    """Returns a chat with a file as its image."""
+    """Return a chat with a file as its image."""
     return {"messages": [{"role": "user", "content": [part(data), {"type": "text", "text": "Read."}]}]}
 
 
@@ -105,13 +105,13 @@ ELSEWHERE = {
 
 
 def row_of(name):
-    """Returns the one row that begins so."""
+    """Return the one row that begins so."""
     (found,) = [row for row in rows() if row[0].startswith(name)]
     return found
 
 
 def send(server, path, body, headers):
-    """Returns status and text of an answer; a body that is declared and not sent is not waited for."""
+    """Return status and text of an answer; a body that is declared and not sent is not waited for."""
     address = urlsplit(server.url)
     fields = {"Host": "x", "Connection": "close", "Content-Type": "application/json", "Content-Length": len(body)}
     head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in (fields | headers).items())

@@ -83,7 +83,7 @@ def test_the_platform_is_vllms():
 
 
 def start(*arguments, path="-"):
-    """Starts a program of early_programs.py; returns it and the number of its engine's process."""
+    """Start a program of early_programs.py; return it and the number of its engine's process."""
     command = [sys.executable, "-P", PROGRAM, *arguments, path]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=WITHOUT_TORCH_SETTINGS, process_group=0
@@ -165,7 +165,7 @@ def warnings(monkeypatch):
 
 @pytest.fixture
 def begun(monkeypatch):
-    """Starts processes, in an environment that is the engine's already."""
+    """Start processes, in an environment that is the engine's already."""
     processes = []
 
     def begin(kind):

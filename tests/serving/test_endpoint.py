@@ -24,12 +24,12 @@ pytestmark = pytest.mark.vllm
 
 
 def part(url, **fields):
-    """Returns a message part with an image."""
+    """Return a message part with an image."""
     return {"type": "image_url", "image_url": {"url": url} if url else None, **fields}
 
 
 def picture(colour="green", size=(84, 56), kind="PNG"):
-    """Returns the data URL of an image of one colour."""
+    """Return the data URL of an image of one colour."""
     return data_url(encoded(plain(*size, colour), kind))
 
 
@@ -179,7 +179,7 @@ def test_metrics_of_the_board_and_the_alerts_exist(server, good_request):
 
 
 def http_requests(server):
-    """Returns vLLM's count of requests by status and path; unknown paths are one."""
+    """Return vLLM's count of requests by status and path; unknown paths are one."""
     found = re.findall(
         r'^http_requests_total\{handler="([^"]*)",method="\w+",status="(\w+)"\} (\S+)', server.get("/metrics"), re.M
     )

@@ -113,7 +113,7 @@ def expected_environment(*, embedded, on_cpu, eager):
 
 
 def changed(arguments, defaults):
-    """Returns the engine's arguments that differ from vLLM's own defaults."""
+    """Return the engine's arguments that differ from vLLM's own defaults."""
     return {
         name: value
         for name, value in arguments.items()
@@ -122,14 +122,14 @@ def changed(arguments, defaults):
 
 
 def plain_arguments(checkpoint):
-    """Returns what `vllm serve CHECKPOINT` parses."""
+    """Return what `vllm serve CHECKPOINT` parses."""
     parser = FlexibleArgumentParser()
     ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
     return vars(parser.parse_args(["serve", str(checkpoint)]))
 
 
 def found_environment():
-    """Returns the variables that are set, and the endpoints that are enabled."""
+    """Return the variables that are set, and the endpoints that are enabled."""
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return variables, endpoints(variables.pop("VLLM_PLUGINS"))
 

@@ -18,7 +18,7 @@ REFUSED = 2
 
 
 def noise():
-    """Returns an image whose PNG is larger than the server takes."""
+    """Return an image whose PNG is larger than the server takes."""
     pixels = np.random.default_rng(0).integers(0, 256, (896, 896, 3), dtype=np.uint8)
     return encoded(Image.fromarray(pixels))
 
@@ -43,7 +43,7 @@ def answers(client):
 
 
 def evaluate(server, folder, *arguments):
-    """Runs the command; returns its status."""
+    """Run the command; return its status."""
     given = ["--url", server.url, "--data", str(folder), "--output", str(folder / "out"), "--concurrency", "3"]
     return main([*arguments, *given])
 

@@ -60,7 +60,7 @@ def images():
 
 
 def local(*domains: str) -> GuardedConnection:
-    """Returns a connection that may reach this machine."""
+    """Return a connection that may reach this machine."""
     return GuardedConnection(list(domains or ("127.0.0.1",)), allow_loopback=True)
 
 

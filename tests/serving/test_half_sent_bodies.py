@@ -17,13 +17,13 @@ SLACK_S = 20
 
 
 def option_of(server, name):
-    """Returns what a server was started with."""
+    """Return what a server was started with."""
     arguments = [str(argument) for argument in server.process.args]
     return float(arguments[arguments.index(name) + 1])
 
 
 async def send_half(url, size):
-    """Sends head and half of a body, then nothing; returns the answer's status, message and seconds until the end."""
+    """Send head and half of a body, then nothing; return the answer's status, message and seconds until the end."""
     reader, writer = await asyncio.open_connection(url.hostname, url.port)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {size}"
     started = time.monotonic()

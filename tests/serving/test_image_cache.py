@@ -78,24 +78,24 @@ def keyed(tmp_path_factory):
 
 
 def image(colour, size=56):
-    """Returns a data URL of one colour."""
+    """Return a data URL of one colour."""
     return data_url(encoded(plain(size, size, colour)))
 
 
 def part(url, **fields):
-    """Returns a part with an image, or with a name alone."""
+    """Return a part with an image, or with a name alone."""
     return {"type": "image_url", "image_url": {"url": url} if url else None, **fields}
 
 
 def chat(server, *parts, key="one", **options):
-    """Returns status and answer of a chat."""
+    """Return status and answer of a chat."""
     content = [each if isinstance(each, dict) else {"type": "text", "text": each} for each in parts]
     body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
     return post(server, "/v1/chat/completions", body | options, Authorization=f"Bearer {key}")
 
 
 def seen(server, *parts, **options):
-    """Returns what distinguishes pictures: the first tokens' log probabilities, exactly."""
+    """Return what distinguishes pictures: the first tokens' log probabilities, exactly."""
     status, text = chat(server, *parts, "Read the digits.", logprobs=True, top_logprobs=5, **options)
     assert status == 200, text
     return json.dumps(json.loads(text)["choices"][0]["logprobs"])

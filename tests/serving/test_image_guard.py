@@ -122,7 +122,7 @@ def test_damaged_files_are_refused_and_nothing_else_happens():
 
 
 def loader(**limits):
-    """Returns the decoder with given limits; vLLM is only imported by the tests that need it."""
+    """Return the decoder with given limits; vLLM is only imported by the tests that need it."""
     from casa_serving.endpoint.media import GuardedImageIO
 
     return GuardedImageIO(ImageLimits(**limits))

@@ -15,7 +15,7 @@ SMALL = RequestLimits(max_json_depth=4, max_json_values=20, max_json_containers=
 
 
 def count(text, limits=SMALL, size=None):
-    """Feeds a text in pieces of `size` bytes."""
+    """Feed a text in pieces of `size` bytes."""
     counter = StructureCounter(limits)
     for at in range(0, len(text), size or len(text)):
         counter.feed(text[at : at + (size or len(text))])

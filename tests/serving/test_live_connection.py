@@ -22,12 +22,12 @@ from waiting import soon
 
 
 def frame(width=28, height=28, timestamp=0.0):
-    """Returns a binary message."""
+    """Return a binary message."""
     return struct.pack("<d", timestamp) + encoded(plain(width, height))
 
 
 def picture(width=28, height=28):
-    """Returns an image file."""
+    """Return an image file."""
     return encoded(plain(width, height))
 
 

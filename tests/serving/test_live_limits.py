@@ -44,7 +44,7 @@ def strict(tmp_path_factory):
 
 
 async def all_have_left(server):
-    """Waits until the sessions of the tests before have given their places back."""
+    """Wait until the sessions of the tests before have given their places back."""
     async with asyncio.timeout(30):
         while not re.search(r"^casa:live_sessions(?:\{[^}]*\})? 0\.0$", server.get("/metrics"), re.MULTILINE):
             await asyncio.sleep(0.05)
@@ -160,6 +160,6 @@ async def test_a_client_that_never_reads_costs_little_and_is_cut_off(strict):
 
 
 def resident_bytes(server):
-    """Returns the memory of the server's own process."""
+    """Return the memory of the server's own process."""
     line = next(x for x in server.get("/metrics").splitlines() if x.startswith("process_resident_memory_bytes "))
     return float(line.split()[1])

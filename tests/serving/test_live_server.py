@@ -22,7 +22,7 @@ CREATE = '{"type": "session.create"}'
 
 
 def video(seed, num_frames):
-    """Returns files of a video of held-out digits, and what there is to read in each."""
+    """Return files of a video of held-out digits, and what there is to read in each."""
     drawn = draw_video(np.random.default_rng(seed), num_frames)
     return [encoded(Image.fromarray(frame)) for frame in drawn.frames], drawn.texts
 
@@ -48,7 +48,7 @@ HELD = ("casa:live_sessions", "casa:image_pages_in_use", "vllm:kv_cache_usage_pe
 
 
 def wait_until_nothing_is_held(server, good_request):
-    """Waits until no session, page or request is left; the engine tells its figures only at a step."""
+    """Wait until no session, page or request is left; the engine tells its figures only at a step."""
     deadline = time.monotonic() + 30
     while True:
         good_request()
@@ -89,7 +89,7 @@ async def test_a_question_while_the_video_runs(server):
 
 
 def len_said(event):
-    """Returns the tokens of a frame's caption without its end."""
+    """Return the tokens of a frame's caption without its end."""
     return event.num_tokens - 1
 
 
@@ -162,7 +162,7 @@ async def test_twenty_frames_at_once(server):
 
 
 async def vanish(url, seed):
-    """Connects, shows a frame and is gone in the middle of it, without a word."""
+    """Connect, show a frame and be gone in the middle of it, without a word."""
     files, _ = video(3, 1)
     socket = await connect(url)
     await socket.send(CREATE)

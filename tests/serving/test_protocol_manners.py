@@ -20,7 +20,7 @@ GOOD = {"model": "casa-tiny-digits", "messages": [{"role": "user", "content": "H
 
 @pytest.fixture
 def send(server):
-    """Sends a request as it is; returns status, headers and body."""
+    """Send a request as it is; return status, headers and body."""
 
     def request(method, path, body=None, headers=JSON):
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
@@ -36,7 +36,7 @@ def send(server):
 
 
 def speak(server, text):
-    """Sends bytes on a socket; returns everything that comes back until it is closed."""
+    """Send bytes on a socket; return everything that comes back until it is closed."""
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
         try:
@@ -53,7 +53,7 @@ def speak(server, text):
 
 
 def error_of(status, headers, content):
-    """Returns the error of an answer, whose shape is checked."""
+    """Return the error of an answer, whose shape is checked."""
     error = json.loads(content)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == status

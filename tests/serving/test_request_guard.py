@@ -29,7 +29,7 @@ class Client:
         self.app.add_middleware(RequestGuard)
 
     async def post(self, pieces, *, headers=(), end=True):
-        """Returns status, headers and body of the answer to a body in pieces; None where there is none."""
+        """Return status, headers and body of the answer to a body in pieces; None where there is none."""
         sent, ended = [], []
         pieces = aiter_of(pieces) if isinstance(pieces, list) else pieces
 

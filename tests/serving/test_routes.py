@@ -69,7 +69,7 @@ def paths(app):
 
 
 def requests_of(app):
-    """Returns (method, path) of every route that speaks HTTP; None stands for all methods."""
+    """Return (method, path) of every route that speaks HTTP; None stands for all methods."""
     found = set()
     for route in app.routes:
         if hasattr(route, "methods") or not hasattr(route, "endpoint"):
@@ -124,7 +124,7 @@ def test_of_a_request_without_the_key_little_is_read_and_nothing_kept(app):
 
 
 def worst_bodies(size):
-    """Returns bodies of `size` bytes that are cheap to send, by name; each must be refused, whatever the route is."""
+    """Return bodies of `size` bytes that are cheap to send, by name; each must be refused, whatever the route is."""
     return {
         "one text": b'{"prompt": "' + b"a" * size + b'"}',
         "a text in a message": b'{"messages": [{"role": "user", "content": "' + b"a" * size + b'"}]}',
@@ -150,7 +150,7 @@ def worst_bodies(size):
 
 
 async def ask(app, path, receive, key=KEY, method="POST"):
-    """Returns status and body of an answer."""
+    """Return status and body of an answer."""
     sent = []
 
     async def send(message):
@@ -175,7 +175,7 @@ async def ask(app, path, receive, key=KEY, method="POST"):
 
 
 def in_pieces(body, size=65_536):
-    """Returns an ASGI `receive` that gives a body as uvicorn does, and counts what it gave."""
+    """Return an ASGI `receive` that gives a body as uvicorn does, and counts what it gave."""
     given = [0]
 
     async def receive():

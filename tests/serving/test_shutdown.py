@@ -26,13 +26,13 @@ SLACK_S = 4
 
 
 def open_socket(url):
-    """Returns a connection to the server."""
+    """Return a connection to the server."""
     host, port = url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=60)
 
 
 def raw_post(url, body, length=None):
-    """Sends a chat over a socket of its own, of which only the head and `body` come; returns the socket."""
+    """Send a chat over a socket of its own, of which only the head and `body` come; return the socket."""
     client = open_socket(url)
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
     client.sendall(f"{head}{length or len(body)}\r\n\r\n{body}".encode())
@@ -40,7 +40,7 @@ def raw_post(url, body, length=None):
 
 
 def read_all(client):
-    """Returns what comes until the connection is closed."""
+    """Return what comes until the connection is closed."""
     with client:
         return b"".join(iter(lambda: client.recv(65536), b""))
 
@@ -88,7 +88,7 @@ class Clients:
 
 @contextmanager
 def server_with_clients(tmp_path, *options):
-    """Runs a server and everybody."""
+    """Run a server and everybody."""
     with casa_serve(tmp_path / "log.txt", "--enforce-eager", *options) as server, ThreadPoolExecutor(16) as pool:
         started = psutil.Process(server.process.pid).children(recursive=True)
         assert started
@@ -99,7 +99,7 @@ def server_with_clients(tmp_path, *options):
 
 
 def ended(server, within_s):
-    """Waits for the server's end; returns the exit status."""
+    """Wait for the server's end; return the exit status."""
     return server.process.wait(within_s + SLACK_S)
 
 

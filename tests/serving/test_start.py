@@ -18,7 +18,7 @@ from serving_process import CASA_SERVE, casa_serve
 
 @pytest.fixture
 def broken(random_checkpoint, tmp_path):
-    """Returns a copy of the good checkpoint whose tensors have passed through a function."""
+    """Return a copy of the good checkpoint whose tensors have passed through a function."""
 
     def copy(change):
         folder = tmp_path / "broken"
@@ -35,7 +35,7 @@ NAME = "model.language_model.layers.1.mlp.down_proj.weight"
 
 
 def refused(capsys, *arguments):
-    """Runs casa-serve's main in this process, which must refuse; returns what it says."""
+    """Run casa-serve's main in this process, which must refuse; return what it says."""
     status = cli.run([str(argument) for argument in arguments])
     said = capsys.readouterr().err
     assert status == 1

@@ -17,7 +17,7 @@ SMALL_TARGETS = """(least) => [...document.querySelectorAll("button, input, sele
 
 
 def axe_report(page):
-    """Returns axe's violations, and the rules on which it leaves something to people."""
+    """Return axe's violations, and the rules on which it leaves something to people."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(AXE)
     result = page.evaluate(RUN, TAGS)
@@ -30,10 +30,10 @@ def axe_report(page):
 
 
 def small_targets(page):
-    """Returns what is smaller than a fingertip, `name: width x height`."""
+    """Return what is smaller than a fingertip, `name: width x height`."""
     return page.evaluate(SMALL_TARGETS, TARGET_PX)
 
 
 def overflow_px(page):
-    """Returns by how much the page is wider than the window."""
+    """Return by how much the page is wider than the window."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

@@ -148,5 +148,5 @@ WORDS = {
 
 
 def words_of(name: str) -> str:
-    """Returns a pattern for the error of a bad call: it names the argument that is wrong."""
+    """Return a pattern for the error of a bad call: it names the argument that is wrong."""
     return next(words for start, words in WORDS.items() if name.startswith(start))

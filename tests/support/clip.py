@@ -13,11 +13,11 @@ SECONDS, FPS, SEED, SCALE = 40, 10, 3, 2
 
 
 def clip_scenes():
-    """Returns the scenes that it shows."""
+    """Return the scenes that it shows."""
     rng, _ = np.random.default_rng(SEED).spawn(2)
     return draw_scenes(rng, SECONDS * FPS, FPS)
 
 
 def clip_truth():
-    """Returns what can be read in it when."""
+    """Return what can be read in it when."""
     return caption_spans(clip_scenes(), FPS)

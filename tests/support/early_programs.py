@@ -38,7 +38,7 @@ class BrokenEngine(EarlyEngine):
 
 
 def engine(path):
-    """Writes what an engine finds."""
+    """Write what an engine finds."""
     setproctitle.setproctitle("VLLM::EngineCore")
     title = Path("/proc/self/cmdline").read_text().strip("\0 ")
     handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -48,13 +48,13 @@ def engine(path):
 
 
 def endless(path):
-    """Serves for ever."""
+    """Serve for ever."""
     Path(path).touch()
     time.sleep(600)
 
 
 def main(kind, end, path):
-    """Starts the process and ends as asked."""
+    """Start the process and end as asked."""
     os.environ["GONE"] = "yes"
     early = {"quick": QuickEngine, "slow": SlowEngine, "broken": BrokenEngine}[kind].begin()
     assert os.environ.get("TORCHDYNAMO_DISABLE") is None

@@ -34,7 +34,7 @@ OPTIONS = ["none", "cat", "dog", "bird"]
 
 
 def cases():
-    """Returns cases: metric, answer, and what it is compared with."""
+    """Return cases: metric, answer, and what it is compared with."""
     drawn = random.Random(2013)
     answers = [*ANSWERS, *(" ".join(drawn.choices(WORDS, k=drawn.randint(1, 4))) for _ in range(60))]
     found = []
@@ -60,7 +60,7 @@ def cases():
 
 
 def lmms_score(metric, answer, fields):
-    """Returns lmms-eval's score of a case; before it, Kyutai's script does to the answer what its protocol says."""
+    """Return lmms-eval's score of a case; before it, Kyutai's script does to the answer what its protocol says."""
     from lmms_eval.api.metrics import anls, exact_match_hf_evaluate
     from lmms_eval.tasks.ai2d.utils import MultiChoiceRegexFilter, ai2d_doc_to_target
     from lmms_eval.tasks.chartqa.utils import chartqa_process_results
@@ -100,7 +100,7 @@ def lmms_score(metric, answer, fields):
 
 
 def write(path):
-    """Writes the table: of the cases that lmms-eval scores, one in so many."""
+    """Write the table: of the cases that lmms-eval scores, one in so many."""
     lines = []
     for number, (metric, answer, fields) in enumerate(cases()):
         if number % FROZEN and metric not in FROZEN_WHOLE:

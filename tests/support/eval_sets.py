@@ -27,18 +27,18 @@ QUESTION = "Read the digits."
 
 
 def digit_image(seed):
-    """Returns a PNG of digits that the embedded model has not learnt."""
+    """Return a PNG of digits that the embedded model has not learnt."""
     drawn = draw_image(np.random.default_rng([20_13, seed]), load_samples(held_out=True))
     return encoded(drawn.to_pil())
 
 
 def image_cell(data, name="image.png"):
-    """Returns an image as the hub's Parquet files hold it."""
+    """Return an image as the hub's Parquet files hold it."""
     return {"bytes": data, "path": name}
 
 
 def rows_of(task, answers):
-    """Returns rows of a task's set, about different images, which these are the right answers to (texts)."""
+    """Return rows of a task's set, about different images, which these are the right answers to (texts)."""
     rows = []
     for number, answer in enumerate(answers):
         row = {"image": image_cell(digit_image(number)), "question": QUESTION}
@@ -58,7 +58,7 @@ def rows_of(task, answers):
 
 
 def write_set(folder, task, rows):
-    """Writes rows as a download of the set has them; returns the file."""
+    """Write rows as a download of the set has them; return the file."""
     path = Path(folder) / FILES[task]
     if task == "gqa":
         images = {row["imageId"]: row["image"] for row in rows}
@@ -70,13 +70,13 @@ def write_set(folder, task, rows):
 
 
 def write_parquet(path, rows):
-    """Writes a Parquet file."""
+    """Write a Parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def write_jsonl(path, rows):
-    """Writes a JSONL file, whose images are files beside it."""
+    """Write a JSONL file, whose images are files beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, row in enumerate(rows):
@@ -86,5 +86,5 @@ def write_jsonl(path, rows):
 
 
 def read_report(prefix):
-    """Returns the report of a run."""
+    """Return the report of a run."""
     return json.loads(Path(f"{prefix}.json").read_text())

@@ -9,7 +9,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 def run_example(name: str, *arguments: str | Path, folder: Path) -> list[str]:
-    """Runs a program in a folder; returns the lines that it prints.
+    """Run a program in a folder; return the lines that it prints.
 
     Args:
         name: The program's file name.

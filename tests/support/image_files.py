@@ -9,24 +9,24 @@ from PIL import Image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    """Returns an image as a file's bytes."""
+    """Return an image as a file's bytes."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def plain(width: int = 56, height: int = 28, colour: object = "white", mode: str = "RGB") -> Image.Image:
-    """Returns an image of one colour."""
+    """Return an image of one colour."""
     return Image.new(mode, (width, height), colour)
 
 
 def data_url(data: bytes, mime: str = "image/png") -> str:
-    """Returns a base64 data URL."""
+    """Return a base64 data URL."""
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """Returns a valid PNG of one black row after the other, made without ever holding it.
+    """Return a valid PNG of one black row after the other, made without ever holding it.
 
     20,000 x 20,000 pixels are 400 MB in grey and 1.2 GB in RGB; the file has under 400 kB.
     """

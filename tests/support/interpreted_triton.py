@@ -33,7 +33,7 @@ class _AlwaysActive:
 
 
 def enable() -> None:
-    """Sets the environment, the stand-in driver and the version that vLLM looks for."""
+    """Set the environment, the stand-in driver and the version that vLLM looks for."""
     if "triton" in sys.modules or "vllm" in sys.modules:
         raise RuntimeError("interpreted_triton must be loaded before triton and vllm")
     os.environ.update(ENVIRONMENT)

@@ -8,7 +8,7 @@ import pytest
 
 
 def check_under_interpreter(file: str) -> None:
-    """Runs a file's tests, of which some must pass and none fail; skips where there is no Triton."""
+    """Run a file's tests, of which some must pass and none fail; skip where there is no Triton."""
     pytest.importorskip("triton", reason="Triton has no build for this machine")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]

@@ -11,7 +11,7 @@ LIMIT_S = 300  # on a machine that others use too
 
 
 def ended_at(step: int, root: Path, work: Callable[[], object], number: int = signal.SIGKILL) -> bool:
-    """Runs `work` in a process that gets a signal at its `step`-th access to files in `root`; False: it ended first."""
+    """Run `work` in a process that gets a signal at its `step`-th access to files in `root`; False: it ended first."""
     child = os.fork()
     if child == 0:
         signal.alarm(LIMIT_S)

@@ -6,7 +6,7 @@ from websockets.exceptions import ConnectionClosed
 
 
 async def rest(socket):
-    """Returns the messages that still come, and the close code."""
+    """Return the messages that still come, and the close code."""
     messages = []
     try:
         while True:
@@ -16,7 +16,7 @@ async def rest(socket):
 
 
 async def take(client, kind):
-    """Returns the next event of a kind."""
+    """Return the next event of a kind."""
     async for event in client.events():
         if event.type == kind:
             return event

@@ -86,20 +86,20 @@ class Watched:
 
 
 def pick(page, video, key=KEY):
-    """Picks a video and gives the key that the server asks for."""
+    """Pick a video and give the key that the server asks for."""
     page.set_input_files("#file", video)
     give_key(page, key)
 
 
 def give_key(page, key=KEY):
-    """Gives the key when the server asks for it."""
+    """Give the key when the server asks for it."""
     expect(page.locator("#problem")).to_have_text("This server asks for an API key.")
     page.fill("#key", key)
     page.press("#key", "Enter")
 
 
 def begin(page, video):
-    """Picks a video; returns when the session is open."""
+    """Pick a video; return when the session is open."""
     page.evaluate(NOTE_WHAT_IS_SHOWN)
     pick(page, video)
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
@@ -131,7 +131,7 @@ def ask(page, question):
 
 
 def wait_until(page, condition, timeout_s=20):
-    """Waits for an expression of JavaScript; the page's own policy forbids Playwright's way of polling one."""
+    """Wait for an expression of JavaScript; the page's own policy forbids Playwright's way of polling one."""
     deadline = time.monotonic() + timeout_s
     while not page.evaluate(condition):
         assert time.monotonic() < deadline, f"{condition} did not come true in {timeout_s} s"
@@ -173,22 +173,22 @@ class Line:
         page.route_web_socket("**/v1/live", self._relay)
 
     def hold(self, kind):
-        """Holds the server's messages whose type begins so."""
+        """Hold the server's messages whose type begins so."""
         self._holding = f'"type":"{kind}'
 
     def release(self):
-        """Passes on what was held, and what comes from now on."""
+        """Pass on what was held, and what comes from now on."""
         self._holding = None
         for socket, message in self._held:
             socket.send(message)
         self._held.clear()
 
     def cut(self):
-        """Breaks the connection."""
+        """Break the connection."""
         self.sockets[-1].close(code=1011, reason="cut")
 
     def say(self, **event):
-        """Sends the page an event in the server's name."""
+        """Send the page an event in the server's name."""
         self.sockets[-1].send(json.dumps(event))
 
     def created(self):
@@ -205,7 +205,7 @@ class Line:
         return [message for message in self.sent[newest:] if isinstance(message, float)]
 
     def wait_for(self, condition, timeout_s=20):
-        """Waits for something that the page sends."""
+        """Wait for something that the page sends."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, self.sent[-10:]

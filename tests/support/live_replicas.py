@@ -31,12 +31,12 @@ class Replica:
     replica_shutdowns: list = field(default_factory=list)
 
     def leave(self):
-        """Does what Ray does to a replica that is to stop: routers hear of it, each from a thread of its own."""
+        """Do what Ray does to a replica that is to stop: routers hear of it, each from a thread of its own."""
         for replica_shutdown in self.replica_shutdowns:
             replica_shutdown.notify()
 
     def die(self):
-        """Does what SIGKILL does to its sockets."""
+        """Do what SIGKILL does to its sockets."""
         for server in self.server._server.servers:
             server.close()
         for connection in list(self.server._server.server_state.connections):
@@ -79,7 +79,7 @@ class Ingress:
 
 @asynccontextmanager
 async def ingress_over(*names, **options):
-    """Runs replicas of these names behind an ingress; options are `LiveOptions`' without `live_`."""
+    """Run replicas of these names behind an ingress; options are `LiveOptions`' without `live_`."""
     async with AsyncExitStack() as running:
         replicas = []
         for name in names:

@@ -5,5 +5,5 @@ from pathlib import Path
 
 
 def prose(page: Path) -> str:
-    """Returns a page without its blocks of code."""
+    """Return a page without its blocks of code."""
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)

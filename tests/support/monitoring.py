@@ -14,17 +14,17 @@ SERVER_BOARD, CLUSTER_BOARD = "grafana-server.json", "grafana.json"
 
 
 def board(name: str) -> dict[str, Any]:
-    """Returns a board as Grafana reads it."""
+    """Return a board as Grafana reads it."""
     return json.loads((DEPLOY / name).read_text())
 
 
 def panels(name: str) -> list[dict[str, Any]]:
-    """Returns a board's panels that draw something; rows are only headings."""
+    """Return a board's panels that draw something; rows are only headings."""
     return [panel for panel in board(name)["panels"] if panel["type"] != "row"]
 
 
 def nodes(query: str) -> list[Expr]:
-    """Returns a PromQL expression and every expression inside it.
+    """Return a PromQL expression and every expression inside it.
 
     Raises:
         ValueError: It is not PromQL.
@@ -36,12 +36,12 @@ def nodes(query: str) -> list[Expr]:
 
 
 def metric_names(query: str) -> set[str]:
-    """Returns the names of the metrics in a PromQL expression."""
+    """Return the names of the metrics in a PromQL expression."""
     return {node.name for node in nodes(query) if isinstance(node, VectorSelector)}
 
 
 def queries(name: str) -> Iterator[str]:
-    """Yields every PromQL expression of a board: those of the panels, and what the variables list the labels of."""
+    """Yield every PromQL expression of a board: those of the panels, and what the variables list the labels of."""
     for panel in panels(name):
         yield from (target["expr"] for target in panel["targets"])
     for variable in board(name)["templating"]["list"]:
@@ -50,12 +50,12 @@ def queries(name: str) -> Iterator[str]:
 
 
 def board_metrics(name: str) -> set[str]:
-    """Returns every name of a metric that a board asks for, as it stands at the start of a line at the endpoint."""
+    """Return every name of a metric that a board asks for, as it stands at the start of a line at the endpoint."""
     return set().union(*map(metric_names, queries(name)))
 
 
 def alert_rules(group: str) -> list[dict[str, Any]]:
-    """Returns the alert rules of a group."""
+    """Return the alert rules of a group."""
     (found,) = (
         part for part in yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"] if part["name"] == group
     )
@@ -63,5 +63,5 @@ def alert_rules(group: str) -> list[dict[str, Any]]:
 
 
 def alert_metrics(group: str) -> set[str]:
-    """Returns every name of a metric that a group of alert rules asks for."""
+    """Return every name of a metric that a group of alert rules asks for."""
     return set().union(*(metric_names(rule["expr"]) for rule in alert_rules(group)))

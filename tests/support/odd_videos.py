@@ -53,7 +53,7 @@ RECIPES = {
 
 
 def ffmpeg(*words):
-    """Runs ffmpeg, which must succeed."""
+    """Run ffmpeg, which must succeed."""
     subprocess.run([find_ffmpeg(), "-loglevel", "error", "-y", *map(str, words)], check=True)
 
 
@@ -74,7 +74,7 @@ class OddVideos:
         ffmpeg("-i", parts["v"], "-frames:v", 1, parts["j"])
 
     def make(self, name, recipe=None):
-        """Returns a video by its name in `RECIPES`, or by words of its own."""
+        """Return a video by its name in `RECIPES`, or by words of its own."""
         words = (recipe or RECIPES[name]).split()
         ffmpeg(*(word.format(**self._parts) for word in words), self._folder / name)
         return self._folder / name

@@ -15,7 +15,7 @@ ENDLESS = {"max_tokens": 3900, "ignore_eos": True}
 
 
 def chat(*parts, **options):
-    """Returns the body of a chat."""
+    """Return the body of a chat."""
     content = [{"type": "text", "text": "Say."}, *parts]
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **ENDLESS, **options}
 
@@ -37,7 +37,7 @@ STREAMS = {
 
 
 def stream(url, path, begun):
-    """Reads a stream to its end; returns the last events."""
+    """Read a stream to its end; return the last events."""
     with httpx.stream("POST", url + path, json=STREAMS[path], timeout=120) as answer:
         assert answer.status_code == 200
         lines = []
@@ -48,12 +48,12 @@ def stream(url, path, begun):
 
 
 def post(url, body):
-    """Returns the answer to a chat that is no stream."""
+    """Return the answer to a chat that is no stream."""
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
 
 
 def watch(url, begun):
-    """Holds a live session until the server ends it; returns the last message and the close code."""
+    """Hold a live session until the server ends it; return the last message and the close code."""
 
     async def hold():
         async with connect(url) as client:

@@ -84,7 +84,7 @@ def original_model(family: str, seed: int = 0, **fields) -> CasaForConditionalGe
 def write_original(
     model: CasaForConditionalGeneration, family: str, folder: Path, names: Names, shards: int = 3
 ) -> Path:
-    """Writes a model as an original: its own config, its own names, bfloat16 shards with an index, remote code."""
+    """Write a model as an original: its own config, its own names, bfloat16 shards with an index, remote code."""
     folder.mkdir(parents=True)
     tensors = {names(name): tensor for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -172,7 +172,7 @@ def logits(model) -> torch.Tensor:
 
 
 def _forget_marker(path: Path) -> None:
-    """Takes our marker of an image out of a tokenizer: Helium's own has none."""
+    """Take our marker of an image out of a tokenizer: Helium's own has none."""
     content = json.loads(path.read_text())
     content["model"]["vocab"].pop(IMAGE, None)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]

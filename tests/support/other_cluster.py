@@ -37,13 +37,13 @@ class OtherCluster:
         return json.loads(self.process.stdout.readline())
 
     def applications(self) -> dict[str, list[Any]]:
-        """Returns status and route of each application, and how often its replica was started, by name."""
+        """Return status and route of each application, and how often its replica was started, by name."""
         return self.do("applications")
 
 
 @contextmanager
 def other_cluster(http_port: int, num_cpus: int = 2) -> Iterator[OtherCluster]:
-    """Runs a cluster until the body is done.
+    """Run a cluster until the body is done.
 
     Args:
         http_port: For Serve's proxies.
@@ -65,7 +65,7 @@ def other_cluster(http_port: int, num_cpus: int = 2) -> Iterator[OtherCluster]:
 
 
 def main() -> None:
-    """Does what is read from standard input, until it ends."""
+    """Do what is read from standard input, until it ends."""
     # What Ray prints must not stand between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def send(answers: Any, value: Any) -> None:
-    """Writes an answer."""
+    """Write an answer."""
     answers.write(json.dumps(value, default=str) + "\n")
     answers.flush()
 

@@ -36,7 +36,7 @@ def exif(orientation):
 
 
 def behind_the_pixels(data):
-    """Moves a PNG's EXIF to the end of the file."""
+    """Move a PNG's EXIF to the end of the file."""
     start, end = data.index(b"eXIf") - 4, data.index(b"IEND") - 4
     after = start + 12 + int.from_bytes(data[start : start + 4])
     return data[:start] + data[after:end] + data[start:after] + data[end:]

@@ -8,7 +8,7 @@ from serving_process import Server
 
 
 def post(server: Server, path: str, body: object, **headers: str) -> tuple[int, str]:
-    """Returns status and body of an answer."""
+    """Return status and body of an answer."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **headers})
     answer = connection.getresponse()

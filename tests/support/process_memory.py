@@ -9,7 +9,7 @@ def start_peak(process: int) -> None:
 
 
 def peak_bytes(process: int) -> int:
-    """Returns the largest resident size of a process; 0 for one that has ended and is not waited for yet."""
+    """Return the largest resident size of a process; 0 for one that has ended and is not waited for yet."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     peak = next((line for line in lines if line.startswith("VmHWM:")), "VmHWM: 0 kB")
     return int(peak.split()[1]) * 1024

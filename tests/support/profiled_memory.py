@@ -79,7 +79,7 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
 
 
 def peak_bytes(run: Callable[[], Any], after: torch.nn.Module | None = None) -> int:
-    """Returns the peak of a call, or of what it does once a module has run."""
+    """Return the peak of a call, or of what it does once a module has run."""
     memory, call = PeakMemory(), GridExecutor.__call__
 
     def launch(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
@@ -145,7 +145,7 @@ def dummy_images(budget: MultiModalBudget) -> list[Any]:
 
 
 def prefill(layer: Any) -> Any:
-    """Returns the metadata of one prompt that follows an image."""
+    """Return the metadata of one prompt that follows an image."""
     from dataclasses import replace
 
     metadata = kernel_counts.decode_metadata(layer.sees_text)

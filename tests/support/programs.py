@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def output_of(*command: str | Path, folder: Path, timeout_s: float = 400, **environment: str) -> str:
-    """Runs a command, which must succeed; returns what it prints.
+    """Run a command, which must succeed; return what it prints.
 
     Args:
         *command: Its command line.

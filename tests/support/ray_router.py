@@ -23,14 +23,14 @@ class Replica:
         self.node_id, self.availability_zone, self.actor_id = "node", None, name
 
     def update_replica_info(self, info: object) -> None:
-        """Does nothing: what Ray tells a replica is not used."""
+        """Do nothing: what Ray tells a replica is not used."""
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
         return 0
 
 
 def make_router(max_waiting: int = 64) -> CasaRequestRouter:
-    """Returns a router over the replicas a and b, each with room for two requests; to be called in an event loop."""
+    """Return a router over the replicas a and b, each with room for two requests; to be called in an event loop."""
     router = CasaRequestRouter(
         deployment_id=DEPLOYMENT,
         handle_source=DeploymentHandleSource.REPLICA,
@@ -45,7 +45,7 @@ def make_router(max_waiting: int = 64) -> CasaRequestRouter:
 
 
 def pending(context: RoutingContext, session: str = "") -> PendingRequest:
-    """Returns a request that waits for a replica."""
+    """Return a request that waits for a replica."""
     metadata = RequestMetadata(request_id="r", internal_request_id=str(id(context)), session_id=session)
     return PendingRequest(args=[context], kwargs={}, metadata=metadata)
 

@@ -8,7 +8,7 @@ from casa_serving.engine_defaults import environment, set_environment
 
 
 def build_real_app(*arguments, live=True):
-    """Returns the FastAPI application of `casa-serve ARGUMENTS`.
+    """Return the FastAPI application of `casa-serve ARGUMENTS`.
 
     Its routes are those of the server. Whatever passes the guard fails, since nothing behind it is set up.
     """

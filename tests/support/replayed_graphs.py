@@ -27,7 +27,7 @@ def _capture(manager, create_forward_fn, progress_bar_desc=""):
 
 
 def use_graphs(runner, sizes, patch):
-    """Gives a runner graphs of these numbers of tokens; returns the batches that they replay, as they come.
+    """Give a runner graphs of these numbers of tokens; return the batches that they replay, as they come.
 
     Args:
         runner: vLLM's second runner, on a CPU.

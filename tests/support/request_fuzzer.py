@@ -99,7 +99,7 @@ class Fuzzer:
         ]
 
     def cases(self, count: int) -> Iterator[Case]:
-        """Yields `count` cases, each path in turn."""
+        """Yield `count` cases, each path in turn."""
         for number in range(count):
             method, path, schema = self.operations[number % len(self.operations)]
             path = path.replace("{", "").replace("}", "")
@@ -152,7 +152,7 @@ class Fuzzer:
         return self._chance.choice(plain.get(kind, WEIRD))
 
     def _damage(self, value: Any) -> None:
-        """Changes something somewhere in a value. Mutates `value`."""
+        """Change something somewhere in a value. Mutates `value`."""
         while isinstance(value, dict | list) and value:
             key = self._chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
             if isinstance(value[key], dict | list) and value[key] and self._chance.random() < 0.6:
@@ -171,7 +171,7 @@ class Fuzzer:
 
 
 def body_schema(operation: dict[str, Any]) -> dict[str, Any]:
-    """Returns the schema of an operation's body; one that says nothing for what takes any."""
+    """Return the schema of an operation's body; one that says nothing for what takes any."""
     content = operation.get("requestBody", {}).get("content", {})
     return next(iter(content.values()), {}).get("schema", {}) or {
         "type": "object",
@@ -180,7 +180,7 @@ def body_schema(operation: dict[str, Any]) -> dict[str, Any]:
 
 
 def fault_of(status: int, body: bytes) -> str | None:
-    """Returns what is wrong with an answer, or None."""
+    """Return what is wrong with an answer, or None."""
     if status >= 500:
         return f"status {status}: {body[:300]!r}"
     if status < 400:
@@ -196,7 +196,7 @@ def fault_of(status: int, body: bytes) -> str | None:
 
 
 async def fuzz(url: str, *, cases: int, seed: int, parallel: int = 8, key: str | None = None) -> list[str]:
-    """Sends cases to a server.
+    """Send cases to a server.
 
     Args:
         url: Its address without a path.
@@ -231,7 +231,7 @@ async def fuzz(url: str, *, cases: int, seed: int, parallel: int = 8, key: str |
 
 
 async def send(session: aiohttp.ClientSession, case: Case) -> str | None:
-    """Sends a case; returns what is wrong with its answer, or None."""
+    """Send a case; return what is wrong with its answer, or None."""
     try:
         async with session.request(
             case.method, case.path, data=case.body or None, headers=case.headers, allow_redirects=False

@@ -51,36 +51,36 @@ class Case:
     status: int = 0
 
     def send(self, client: httpx.Client) -> httpx.Response:
-        """Sends it."""
+        """Send it."""
         return client.request(self.method, self.path, content=self.body, headers=self.headers)
 
 
 def post(name: str, path: str, body: Any, status: int = 0, **headers: str) -> Case:
-    """Returns a POST of a JSON body."""
+    """Return a POST of a JSON body."""
     return Case(name, "POST", path, json.dumps(body).encode(), {**JSON, **headers}, status)
 
 
 def chat(name: str, *parts: Any, status: int = 0, **options: Any) -> Case:
-    """Returns a chat request whose one message has these parts; options of None take a field away."""
+    """Return a chat request whose one message has these parts; options of None take a field away."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
     return post(name, CHAT, without_none({**body, **options}), status)
 
 
 def completion(name: str, status: int = 0, **options: Any) -> Case:
-    """Returns a request for a completion."""
+    """Return a request for a completion."""
     body = {"model": MODEL, "prompt": "Read the digits.", "max_tokens": 4, "temperature": 0}
     return post(name, COMPLETIONS, without_none({**body, **options}), status)
 
 
 def responses(name: str, status: int = 0, **options: Any) -> Case:
-    """Returns a request of the Responses API."""
+    """Return a request of the Responses API."""
     body = {"model": MODEL, "input": "Read the digits.", "max_output_tokens": 4, "temperature": 0}
     return post(name, RESPONSES, without_none({**body, **options}), status)
 
 
 def without_none(body: dict[str, Any]) -> dict[str, Any]:
-    """Returns a body without the fields that are None; `NULL` stands for JSON's null."""
+    """Return a body without the fields that are None; `NULL` stands for JSON's null."""
     return {name: None if value is NULL else value for name, value in body.items() if value is not None}
 
 
@@ -88,39 +88,39 @@ NULL = object()
 
 
 def image(url: str, **fields: Any) -> dict[str, Any]:
-    """Returns an image part."""
+    """Return an image part."""
     return {"type": "image_url", "image_url": {"url": url}, **fields}
 
 
 def message(role: str, content: Any, **fields: Any) -> dict[str, Any]:
-    """Returns a message."""
+    """Return a message."""
     return {"role": role, "content": content, **fields}
 
 
 def picture(color: str = "orange", format: str = "PNG") -> str:
-    """Returns the data URL of a plain picture."""
+    """Return the data URL of a plain picture."""
     return data_url(encoded(plain(84, 56, color), format))
 
 
 def large_picture() -> str:
-    """Returns the data URL of an image of some 400 kB, which Ray passes by another way than small values."""
+    """Return the data URL of an image of some 400 kB, which Ray passes by another way than small values."""
     pixels = np.random.default_rng(1005).integers(0, 256, (320, 320, 3), dtype=np.uint8)
     return data_url(encoded(Image.fromarray(pixels)))
 
 
 def schema(**fields: Any) -> dict[str, Any]:
-    """Returns a `response_format` with a JSON schema."""
+    """Return a `response_format` with a JSON schema."""
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": fields}}
 
 
 def tool(name: str = "look") -> dict[str, Any]:
-    """Returns a tool."""
+    """Return a tool."""
     parameters = {"type": "object", "properties": {"what": {"type": "string"}}}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 def good_cases() -> list[Case]:
-    """Returns requests that are answered."""
+    """Return requests that are answered."""
     red, blue, large = picture("red"), picture("blue", "JPEG"), large_picture()
     read = "Read the digits."
     return [
@@ -230,7 +230,7 @@ def good_cases() -> list[Case]:
 
 
 def conversation() -> list[dict[str, Any]]:
-    """Returns messages of three roles."""
+    """Return messages of three roles."""
     return [
         message("system", "Be short."),
         message("user", "Read the digits."),
@@ -240,12 +240,12 @@ def conversation() -> list[dict[str, Any]]:
 
 
 def response_parts(url: str) -> list[dict[str, Any]]:
-    """Returns parts of the Responses API."""
+    """Return parts of the Responses API."""
     return [{"type": "input_image", "image_url": url, "detail": "auto"}, {"type": "input_text", "text": "Read."}]
 
 
 def bad_cases() -> list[Case]:
-    """Returns requests that are refused."""
+    """Return requests that are refused."""
     red, read = picture("red"), "Read the digits."
     fields = {
         "temperature -1": {"temperature": -1},
@@ -369,7 +369,7 @@ def bad_cases() -> list[Case]:
 
 
 def bad_completions() -> dict[str, dict[str, Any]]:
-    """Returns what is wrong with a completion, by name."""
+    """Return what is wrong with a completion, by name."""
     return {
         "no prompt": {"prompt": NULL},
         "prompt missing": {"prompt": None},
@@ -390,7 +390,7 @@ def bad_completions() -> dict[str, dict[str, Any]]:
 
 
 def bad_responses() -> dict[str, dict[str, Any]]:
-    """Returns what is wrong with a request of the Responses API, by name."""
+    """Return what is wrong with a request of the Responses API, by name."""
     return {
         "no input": {"input": None},
         "input number": {"input": 5},
@@ -404,7 +404,7 @@ def bad_responses() -> dict[str, dict[str, Any]]:
 
 
 def bad_token_bodies(name: str) -> dict[str, Any]:
-    """Returns bodies of /tokenize or /detokenize, whose field is `name`."""
+    """Return bodies of /tokenize or /detokenize, whose field is `name`."""
     return {
         "nothing": {},
         "null": {name: None},
@@ -418,7 +418,7 @@ def bad_token_bodies(name: str) -> dict[str, Any]:
 
 
 def bad_bodies() -> list[Case]:
-    """Returns bodies that are not what they should be, whatever they say."""
+    """Return bodies that are not what they should be, whatever they say."""
     good = json.dumps({"model": MODEL, "messages": [message("user", "x")], "max_tokens": 1}).encode()
     return [
         Case("no body", status=400),
@@ -441,7 +441,7 @@ def bad_bodies() -> list[Case]:
 
 
 def bad_paths() -> list[Case]:
-    """Returns paths and methods that are not there."""
+    """Return paths and methods that are not there."""
     return [
         Case("nowhere", "GET", "/nowhere", status=404),
         Case("nowhere in v1", "POST", "/v1/nowhere", b"{}", status=404),
@@ -482,14 +482,14 @@ def bad_paths() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Returns every request of the table."""
+    """Return every request of the table."""
     cases = [*good_cases(), *bad_cases()]
     assert len({case.name for case in cases}) == len(cases)
     return cases
 
 
 def comparable(answer: httpx.Response) -> dict[str, Any]:
-    """Returns what two servers must agree in."""
+    """Return what two servers must agree in."""
     origin = str(answer.url.copy_with(raw_path=b""))
     headers = {
         name: value.replace(origin, "")
@@ -510,13 +510,13 @@ def comparable(answer: httpx.Response) -> dict[str, Any]:
 
 
 def event(line: str) -> Any:
-    """Returns one line of a stream of events."""
+    """Return one line of a stream of events."""
     text = line.removeprefix("data: ")
     return stable(json.loads(text)) if text.startswith("{") else text
 
 
 def merged(events: list[Any]) -> list[Any]:
-    """Returns the events of a stream with the tokens of each choice in one: how many come at once is chance.
+    """Return the events of a stream with the tokens of each choice in one: how many come at once is chance.
 
     Args:
         events: Chunks, or events of another kind, which stay as they are.
@@ -547,7 +547,7 @@ def merged(events: list[Any]) -> list[Any]:
 
 
 def stable(value: Any) -> Any:
-    """Returns JSON without what changes from answer to answer."""
+    """Return JSON without what changes from answer to answer."""
     if isinstance(value, dict):
         return {name: stable(inner) for name, inner in value.items() if name not in VOLATILE}
     if isinstance(value, list):

@@ -296,7 +296,7 @@ class Simulation:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def open(self, chunks: list[Chunk], *, is_session: bool = False, closes: bool = True, **options: Any) -> Client:
-        """Sends a request, or a session's first chunk."""
+        """Send a request, or a session's first chunk."""
         self._count += 1
         defaults = {"priority": 0, "salt": None}
         client = Client(f"{self._count}", list(chunks), is_session, closes, **(defaults | options))
@@ -305,7 +305,7 @@ class Simulation:
         return client
 
     def send_next(self, client: Client) -> None:
-        """Sends the next chunk, or the end of the session."""
+        """Send the next chunk, or the end of the session."""
         if client.chunks:
             chunk = client.chunks.pop(0)
             client.pending.append(chunk)
@@ -314,7 +314,7 @@ class Simulation:
             self.close(client)
 
     def close(self, client: Client) -> None:
-        """Ends a session the way `AsyncLLM` does when no more chunks come."""
+        """End a session the way `AsyncLLM` does when no more chunks come."""
         client.is_done = True
         self.scheduler.add_request(self._request(client, Chunk([0]), resumable=False))
 

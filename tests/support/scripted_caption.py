@@ -7,12 +7,12 @@ from casa_serving.live.results import FrameResult
 
 
 def frame_result(timestamp, caption) -> FrameResult:
-    """Returns the result of a frame of which the caption alone matters."""
+    """Return the result of a frame of which the caption alone matters."""
     return FrameResult(timestamp, caption, 2, False, False, False, 0.0, 1.0, 2.0, 2.0, 3, 4, 1, 8192, 1024)
 
 
 def scripted(monkeypatch, caption) -> None:
-    """Puts a function of the sample in the place of the model."""
+    """Put a function of the sample in the place of the model."""
 
     @asynccontextmanager
     async def open_scripted(*args):

@@ -23,7 +23,7 @@ class Asked:
 
 @contextmanager
 def scripted_endpoint(replies: dict[str, tuple | Callable[[], tuple]]) -> Iterator[tuple[str, list[Asked]]]:
-    """Serves `replies` by path: status and body, or what returns both; a body behind which more is announced is cut.
+    """Serve `replies` by path: status and body, or what returns both; a body behind which more is announced is cut.
 
     Yields:
         Its address, and what was asked.
@@ -63,7 +63,7 @@ def scripted_endpoint(replies: dict[str, tuple | Callable[[], tuple]]) -> Iterat
 
 @contextmanager
 def answering(*messages: dict[str, Any]) -> Iterator[tuple[str, list[Asked]]]:
-    """Serves one model, which says these messages one after the other; see `scripted_endpoint`."""
+    """Serve one model, which says these messages one after the other; see `scripted_endpoint`."""
     rest = iter(messages)
     chat = {CHAT_PATH: lambda: (200, {"choices": [{"message": next(rest)}]})}
     with scripted_endpoint({MODELS_PATH: (200, MODELS), **chat}) as served:

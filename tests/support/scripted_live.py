@@ -113,7 +113,7 @@ class ScriptedServer:
 
 @asynccontextmanager
 async def scripted_server(**options) -> AsyncIterator[ScriptedServer]:
-    """Serves the protocol in this very event loop; options are `LiveOptions`' without `live_`."""
+    """Serve the protocol in this very event loop; options are `LiveOptions`' without `live_`."""
     prometheus = CollectorRegistry()
     metrics = LiveMetrics(LABELS.values(), prometheus)
     chosen = LiveOptions(**{f"live_{name}": value for name, value in options.items()})

@@ -48,7 +48,7 @@ class Server:
     process: subprocess.Popen
 
     def client(self) -> OpenAI:
-        """Returns OpenAI's own client for it, without retries that would hide an error."""
+        """Return OpenAI's own client for it, without retries that would hide an error."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     @property
@@ -57,18 +57,18 @@ class Server:
         return f"{self.url.replace('http', 'ws', 1)}/v1/live"
 
     def get(self, path: str) -> str:
-        """Returns the body of a GET request that must succeed."""
+        """Return the body of a GET request that must succeed."""
         with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
             return answer.read().decode()
 
     def metric(self, name: str) -> float:
-        """Returns a figure of its metrics; 0 where it has none yet."""
+        """Return a figure of its metrics; 0 where it has none yet."""
         found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
         return float(found[1]) if found else 0.0
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on now."""
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -76,7 +76,7 @@ def free_port() -> int:
 
 @contextmanager
 def casa_serve(log: Path, *arguments: str | Path) -> Iterator[Server]:
-    """Runs `casa-serve` until the body is done; its whole process group ends with it.
+    """Run `casa-serve` until the body is done; its whole process group ends with it.
 
     Args:
         log: Where its output goes.
@@ -89,7 +89,7 @@ def casa_serve(log: Path, *arguments: str | Path) -> Iterator[Server]:
 
 @contextmanager
 def running(log: Path, command: list[str | Path | int], port: int, folder: Path | None = None) -> Iterator[Server]:
-    """Runs a server until the body is done, as `casa_serve` does.
+    """Run a server until the body is done, as `casa_serve` does.
 
     Args:
         log: Where its output goes.
@@ -116,7 +116,7 @@ def running(log: Path, command: list[str | Path | int], port: int, folder: Path 
 
 
 def wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
-    """Waits for `/health`; fails with the end of the log if the server ends or hangs."""
+    """Wait for `/health`; fail with the end of the log if the server ends or hangs."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:

@@ -25,13 +25,13 @@ class TcpRelay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def silence(self) -> None:
-        """Stops what passes on the connections so far; those that come later are as `is_silent` says."""
+        """Stop what passes on the connections so far; those that come later are as `is_silent` says."""
         self._passing.clear()
         self._passing = threading.Event()
         self._passing.set()
 
     def close(self) -> None:
-        """Closes everything."""
+        """Close everything."""
         for each in [self._listener, *self._sockets]:
             # What waits for it in a thread ends.
             with contextlib.suppress(OSError):
@@ -66,7 +66,7 @@ class TcpRelay:
 
 @contextlib.contextmanager
 def tcp_relay(server_port: int) -> Iterator[TcpRelay]:
-    """Runs a relay until the body is done."""
+    """Run a relay until the body is done."""
     relay = TcpRelay(server_port)
     try:
         yield relay

@@ -32,12 +32,12 @@ class TraceReceiver:
     spans: list[Span] = field(default_factory=list)
 
     def named(self, name: str) -> list[Span]:
-        """Returns the spans of a name."""
+        """Return the spans of a name."""
         return [span for span in self.spans if span.name == name]
 
 
 def read_spans(body: bytes) -> list[Span]:
-    """Returns the spans of a request's body."""
+    """Return the spans of a request's body."""
     request = ExportTraceServiceRequest.FromString(body)
     found = []
     for resource in request.resource_spans:
@@ -51,7 +51,7 @@ def read_spans(body: bytes) -> list[Span]:
 
 @contextmanager
 def trace_receiver() -> Iterator[TraceReceiver]:
-    """Listens on a port of this machine until the body is done."""
+    """Listen on a port of this machine until the body is done."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -32,7 +32,7 @@ class Graph:
     """What `torch.cuda.CUDAGraph` is to vLLM's manager."""
 
     def replay(self) -> None:
-        """Runs the encoder over the buffers, up to the last patch of the batch: attention on GPUs goes no further."""
+        """Run the encoder over the buffers, up to the last patch of the batch: attention on GPUs goes no further."""
         buffers = dict(self.metadata.input_buffers)
         num_patches = int(buffers["cu_seqlens"][-1])
         num_tokens = num_patches // self.model.merge_size**2
@@ -53,14 +53,14 @@ def stub_torchvision() -> None:
 
 
 def empty_class(name: str) -> type:
-    """Returns what a module of `stub_torchvision` has under a name."""
+    """Return what a module of `stub_torchvision` has under a name."""
     if name.startswith("__"):
         raise AttributeError(name)
     return type(name, (), {})
 
 
 def graph_manager(model: torch.nn.Module, vllm_config: object) -> object:
-    """Returns vLLM's manager with its graphs captured."""
+    """Return vLLM's manager with its graphs captured."""
     from vllm.v1.worker import encoder_cudagraph
 
     options = vllm_config.compilation_config

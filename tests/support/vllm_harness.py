@@ -66,7 +66,7 @@ class Answer:
 
 
 def answer_of(completion: Any) -> Answer:
-    """Reads one of vLLM's completions."""
+    """Read one of vLLM's completions."""
     tokens = list(completion.token_ids)
     steps = zip(tokens, completion.logprobs or (), strict=True)
     return Answer(tokens, [step[token].logprob for token, step in steps])
@@ -195,7 +195,7 @@ class Engine:
         self.engine.engine_core.add_request(request)
 
     def answer_chunk(self, session: str) -> tuple[Answer, Any]:
-        """Steps until the session's chunk has ended; its answer and the last output's completion."""
+        """Step until the session's chunk has ended; its answer and the last output's completion."""
         answer = Answer()
         for _ in range(200):
             for output in self._step():
@@ -216,13 +216,13 @@ class Engine:
         return renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)[0]
 
     def run(self, each_step: Callable[[], None] | None = None) -> dict[str, Answer]:
-        """Steps until nothing is left to do; answers by request id."""
+        """Step until nothing is left to do; answers by request id."""
         return self.run_until(lambda _: not self.engine.has_unfinished_requests(), each_step)
 
     def run_until(
         self, is_done: Callable[[dict[str, Answer]], bool], each_step: Callable[[], None] | None = None
     ) -> dict[str, Answer]:
-        """Steps until the answers, by request id, are what is waited for."""
+        """Step until the answers, by request id, are what is waited for."""
         for _ in range(MAX_STEPS):
             if is_done(self._answers):
                 answers, self._answers = self._answers, {}
@@ -247,7 +247,7 @@ class Engine:
         return [answers[name] for name in names]
 
     def _poison_taken_pages(self) -> None:
-        """Fills pages in the step that takes them, before its worker runs: NaN for images, for text what spoils it."""
+        """Fill pages in the step that takes them, before its worker runs: NaN for images, for text what spoils it."""
         pool, scheduler = self.scheduler.kv_cache_manager.block_pool, self.scheduler
         layers = self.engine.vllm_config.compilation_config.static_forward_context.values()
         caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers if hasattr(layer, "kv_cache")}
@@ -274,7 +274,7 @@ class Engine:
         pool.get_new_blocks, scheduler.schedule = note_new_blocks, schedule_and_poison
 
     def forget_text(self) -> None:
-        """Drops what is cached of finished requests."""
+        """Drop what is cached of finished requests."""
         assert self.scheduler.reset_prefix_cache()
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ import time
 
 
 def until(condition, timeout_s=60.0):
-    """Waits until a condition holds; fails if it does not in time."""
+    """Wait until a condition holds; fail if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not in {timeout_s} s"
@@ -13,7 +13,7 @@ def until(condition, timeout_s=60.0):
 
 
 async def soon(condition, timeout_s=10.0):
-    """Waits in an event loop until a condition holds; fails if it does not in time."""
+    """Wait in an event loop until a condition holds; fail if it does not in time."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)

@@ -27,7 +27,7 @@ class Site(ThreadingHTTPServer):
         self.asked: list[str] = []
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
-        """Returns the address of a path under one of this machine's names."""
+        """Return the address of a path under one of this machine's names."""
         return f"http://{host}:{self.server_port}{path}"
 
 
@@ -58,12 +58,12 @@ class Handler(BaseHTTPRequestHandler):
             return
 
     def log_message(self, *args: object) -> None:
-        """Keeps the tests' output clean."""
+        """Keep the tests' output clean."""
 
 
 @contextmanager
 def site() -> Iterator[Site]:
-    """Runs a `Site` on a free port."""
+    """Run a `Site` on a free port."""
     server = Site()
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.vllm
 
 
 def engine_config(quant_config=None, load_format="auto", linear_backend="auto"):
-    """Returns what the rules read of vLLM's configuration."""
+    """Return what the rules read of vLLM's configuration."""
     return SimpleNamespace(
         quant_config=quant_config,
         load_config=LoadConfig(load_format=load_format),

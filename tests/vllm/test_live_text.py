@@ -73,7 +73,7 @@ class Driver:
 
 
 def play(engine, drivers, chunks, images):
-    """Sends a chunk to each session and steps until all have ended."""
+    """Send a chunk to each session and step until all have ended."""
     generated = [[] for _ in drivers]
     for driver, chunk, image in zip(drivers, chunks, images, strict=True):
         driver.send(chunk, image)

@@ -114,7 +114,7 @@ def finish(simulation):
 
 
 def open_bystander(simulation):
-    """Opens a request that answers, and needs no other page, while the test goes on.
+    """Open a request that answers, and needs no other page, while the test goes on.
 
     vLLM 0.32 applies the threshold of long prompts to none that has the engine to itself.
     """

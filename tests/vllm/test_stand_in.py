@@ -49,7 +49,7 @@ def environment(**variables):
 
 
 def run_benchmark(script, *arguments):
-    """Runs a script of benchmarks/gpu under the stand-ins; returns the objects that it printed."""
+    """Run a script of benchmarks/gpu under the stand-ins; return the objects that it printed."""
     done = subprocess.run(
         [STAND_IN, "python3", str(ROOT / "benchmarks/gpu" / script), *arguments],
         cwd=ROOT,

@@ -66,7 +66,7 @@ class _Step:
     new_ids: np.ndarray
 
     def where(self, chosen: np.ndarray) -> "_Step":
-        """Returns the rows for which `chosen`, (R,) bool, is true."""
+        """Return the rows for which `chosen`, (R,) bool, is true."""
         if chosen.all():
             return self
         return replace(self, starts=self.starts[chosen], rows=self.rows[chosen], new_ids=self.new_ids[chosen])
@@ -78,12 +78,12 @@ class _Step:
         return self.table.stop_ids[self.rows, :width]
 
     def has_logit(self, ids: np.ndarray) -> np.ndarray:
-        """Returns whether ids, int32, are of a row's logits; -1 is not."""
+        """Return whether ids, int32, are of a row's logits; -1 is not."""
         return ids.view(np.uint32) < self.width
 
 
 def _penalise(step: _Step) -> None:
-    """Counts the new tokens and applies the repetition penalty."""
+    """Count the new tokens and apply the repetition penalty."""
     table, rows, new_ids = step.table, step.rows, step.new_ids
     if not len(rows):
         return
@@ -121,7 +121,7 @@ def _penalise(step: _Step) -> None:
 
 
 def _factors(counts: np.ndarray | float, strengths: np.ndarray, clamps: np.ndarray) -> np.ndarray:
-    """Returns what logits are multiplied or divided by, float32, of float64 counts."""
+    """Return what logits are multiplied or divided by, float32, of float64 counts."""
     penalties = np.minimum(counts, clamps)
     penalties *= strengths
     np.clip(penalties, -MAX_LOG_PENALTY, MAX_LOG_PENALTY, out=penalties)
@@ -135,7 +135,7 @@ def _scale(logits: np.ndarray, places: np.ndarray, factors: np.ndarray) -> None:
 
 
 def _remember(step: _Step, first: np.ndarray, num_ids: np.ndarray) -> None:
-    """Adds the new tokens of rows `first`, which have `num_ids` already, to their pages."""
+    """Add the new tokens of rows `first`, which have `num_ids` already, to their pages."""
     table, rows = step.table, step.rows[first]
     pages, places = table.page_table[rows, num_ids // PAGE], num_ids % PAGE
     table.ids[pages, places] = step.new_ids[first]
@@ -144,7 +144,7 @@ def _remember(step: _Step, first: np.ndarray, num_ids: np.ndarray) -> None:
 
 
 def _bias_stops(step: _Step) -> None:
-    """Applies the bias to the logits of stop tokens."""
+    """Apply the bias to the logits of stop tokens."""
     stop_ids = step.stop_ids
     owners, columns = step.has_logit(stop_ids).nonzero()
     places = step.starts[owners] + stop_ids[owners, columns]
@@ -153,7 +153,7 @@ def _bias_stops(step: _Step) -> None:
 
 
 def _ban_ngrams(step: _Step) -> None:
-    """Reads the new tokens and bans those that would complete an n-gram of the window a second time."""
+    """Read the new tokens and ban those that would complete an n-gram of the window a second time."""
     table, rows, new_ids = step.table, step.rows, step.new_ids
     if not len(rows):
         return

@@ -32,13 +32,13 @@ class RememberedRow:
 
     @classmethod
     def neutral(cls) -> "RememberedRow":
-        """Returns a row without rules."""
+        """Return a row without rules."""
         nothing = np.empty(0, np.int32)
         return cls(nothing, np.empty(0), nothing, nothing, (0, 0), NEUTRAL_NUMBERS)
 
     @classmethod
     def of_chunk(cls, state: CaptionState, rules: CaptionRules, output_ids: Sequence[int]) -> "RememberedRow":
-        """Returns the row of a chunk that has generated `output_ids` so far (a resumed request has some).
+        """Return the row of a chunk that has generated `output_ids` so far (a resumed request has some).
 
         Equal to `state.decay_counts(rules)` and, for each output, `read` and `decay_counts`.
         """
@@ -60,7 +60,7 @@ class RememberedRow:
 
 
 def _decayed(state: CaptionState, rules: CaptionRules, output_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and counts, without stop tokens, whose counts no rule reads."""
+    """Return ids and counts, without stop tokens, whose counts no rule reads."""
     ids, counts = count_tokens(state.counts, [*state.recent[-1:], *output_ids], rules.penalty_decay)
     kept = np.flatnonzero(~np.isin(ids, rules.stop_ids))
     # In ascending order a row's logits are read from one end to the other: fewer pages of memory at once.

@@ -10,7 +10,7 @@ ALIGNMENT = 8
 
 
 def copy_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Copies arrays to the device through one pinned buffer, without waiting for it.
+    """Copy arrays to the device through one pinned buffer, without waiting for it.
 
     Returns:
         Tensors of the same shapes and dtypes, in order; views of one allocation.

@@ -35,7 +35,7 @@ class CaptionTable:
         self._capacity = np.zeros(num_rows, np.int64)
 
     def write(self, row: int, remembered: RememberedRow) -> None:
-        """Replaces a row."""
+        """Replace a row."""
         self._free_pages += self._pages[row]
         self._pages[row] = self._take_pages(-(-len(remembered.ids) // PAGE))
         self._staged[row] = remembered
@@ -51,11 +51,11 @@ class CaptionTable:
             self._is_used[row] = False
 
     def has_rules(self, rows: np.ndarray) -> bool:
-        """Returns whether any of these rows has rules; rows are (B,), -1 for none."""
+        """Return whether any of these rows has rules; rows are (B,), -1 for none."""
         return bool(self._is_used[rows[rows >= 0]].any())
 
     def apply(self, logits: torch.Tensor, rows: torch.Tensor, new_ids: torch.Tensor, host_rows: np.ndarray) -> None:
-        """Counts the tokens sampled last and applies the rules to the next choice of every row.
+        """Count the tokens sampled last and apply the rules to the next choice of every row.
 
         Args:
             logits: (B, V), the elements of a row side by side; on a CPU float32.
@@ -80,7 +80,7 @@ class CaptionTable:
             numpy_apply_rules(logits, rows, new_ids, self._tensors)
 
     def _take_pages(self, count: int) -> list[int]:
-        """Returns free pages, of a larger pool if there are too few."""
+        """Return free pages, of a larger pool if there are too few."""
         if count > len(self._free_pages):
             num_pages = len(self._tensors.ids)
             self._tensors.reserve(num_pages + count - len(self._free_pages), 0)
@@ -88,7 +88,7 @@ class CaptionTable:
         return [self._free_pages.pop() for _ in range(count)]
 
     def _grow(self, host_rows: np.ndarray) -> None:
-        """Gives a page to each row whose next token may need one."""
+        """Give a page to each row whose next token may need one."""
         rows = host_rows[host_rows >= 0]
         rows = rows[self._is_counting[rows]]
         self._max_ids[rows] += 1
@@ -105,7 +105,7 @@ class CaptionTable:
         self._tensors.ids.index_fill_(0, pages, -1)
 
     def _write_staged(self) -> None:
-        """Writes the staged rows to the device: one copy, and one scatter for each tensor."""
+        """Write the staged rows to the device: one copy, and one scatter for each tensor."""
         tensors, rows, staged = self._tensors, np.array(list(self._staged)), list(self._staged.values())
         pages = [np.array(self._pages[row], np.int64) for row in self._staged]
         num_pages = [len(own) for own in pages]
@@ -135,7 +135,7 @@ class CaptionTable:
 
 
 def _padded(values: list[np.ndarray], filler: int, width: int | None = None) -> np.ndarray:
-    """Returns int32 (rows, width), by default as wide as the longest."""
+    """Return int32 (rows, width), by default as wide as the longest."""
     padded = np.full((len(values), width or max(map(len, values))), filler, np.int32)
     for row, value in zip(padded, values, strict=True):
         row[: len(value)] = value
@@ -143,7 +143,7 @@ def _padded(values: list[np.ndarray], filler: int, width: int | None = None) -> 
 
 
 def _paged(values: list[np.ndarray], num_pages: list[int], filler: int, dtype: type) -> np.ndarray:
-    """Returns (pages, PAGE): each value's elements in pages of its own."""
+    """Return (pages, PAGE): each value's elements in pages of its own."""
     paged, first = np.full((sum(num_pages), PAGE), filler, dtype), 0
     for value, count in zip(values, num_pages, strict=True):
         paged[first : first + count].reshape(-1)[: len(value)] = value

@@ -54,7 +54,7 @@ class RuleTensors:
 
     @classmethod
     def neutral(cls, num_rows: int, device: torch.device) -> "RuleTensors":
-        """Returns rows without rules."""
+        """Return rows without rules."""
         num_pages = num_rows * FIRST_PAGES
         int32 = {"dtype": torch.int32, "device": device}
         numbers = torch.tensor(NEUTRAL_NUMBERS, dtype=torch.float64).repeat(num_rows, 1)

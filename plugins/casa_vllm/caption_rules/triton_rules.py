@@ -54,7 +54,7 @@ def _penalty_kernel(
     num_logits, logits_stride, page_table_stride,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Counts the new token, applies the repetition penalty, then the stop bias."""
+    """Count the new token, apply the repetition penalty, then the stop bias."""
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + index).to(tl.int64)
     if row < 0:
@@ -116,7 +116,7 @@ def _ngram_kernel(
     logits_ptr, rows_ptr, new_ids_ptr, recent_ptr, sizes_ptr, stop_ids_ptr, num_logits, logits_stride,
     RING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Reads the new token, bans what would complete an n-gram of the window a second time."""
+    """Read the new token, ban what would complete an n-gram of the window a second time."""
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + index).to(tl.int64)
     if row < 0:

@@ -23,7 +23,7 @@ def build_segments(
     padded: tuple[torch.Tensor, int] | None = None,
     use_triton: bool,
 ) -> None:
-    """Builds the segments of a step.
+    """Build the segments of a step.
 
     Args:
         out: Where to; its `query_start_loc` is read, unless `padded` is given.

@@ -73,7 +73,7 @@ class WindowAttentionMetadata:
         return self.query_start_loc.shape[0] - 1
 
     def tokens_with_image(self, num_tokens: int) -> torch.Tensor:
-        """Returns (num_tokens,) bool, whether each token's window has an image; of padding rows anything."""
+        """Return (num_tokens,) bool, whether each token's window has an image; of padding rows anything."""
         if self.max_query_len == 1 and self.num_segments == num_tokens:
             return self.num_image_pages > 0
         tokens = torch.arange(num_tokens, dtype=torch.int32, device=self.query_start_loc.device)
@@ -102,7 +102,7 @@ class SegmentTensors:
 
     @classmethod
     def empty(cls, query_start_loc: torch.Tensor, num_pages: int, num_tokens: int | None) -> "SegmentTensors":
-        """Returns tensors that nothing is in, for the segments of `query_start_loc`.
+        """Return tensors that nothing is in, for the segments of `query_start_loc`.
 
         Args:
             query_start_loc: (V + 1,) int32.
@@ -122,7 +122,7 @@ class SegmentTensors:
         )
 
     def first(self, query_start_loc: torch.Tensor) -> "SegmentTensors":
-        """Returns the first V segments of V tokens, as views, with other `query_start_loc` (V + 1,)."""
+        """Return the first V segments of V tokens, as views, with other `query_start_loc` (V + 1,)."""
         num_segments = len(query_start_loc) - 1
         positions = self.relative_positions
         return SegmentTensors(

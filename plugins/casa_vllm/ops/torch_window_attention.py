@@ -95,7 +95,7 @@ def plan_buckets(
     text_cache: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> list[SegmentBucket]:
-    """Groups the segments that have a key to read; the others are left out."""
+    """Group the segments that have a key to read; the others are left out."""
     starts = metadata.query_start_loc[:-1].long()
     lengths = metadata.query_start_loc[1:].long() - starts
     if metadata.text_block_table is None:
@@ -191,7 +191,7 @@ def _pages(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor | None:
 
 
 def _gather(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """Copies keys and values (B, Hkv, P * block_size, 2 * D) of `pages` (B, Hkv, P)."""
+    """Copy keys and values (B, Hkv, P * block_size, 2 * D) of `pages` (B, Hkv, P)."""
     num_heads = cache.shape[1]
     if cache.is_contiguous():  # whole pages of a head, a plain memory copy each
         copied = cache.flatten(0, 1).index_select(0, pages.flatten()).view(*pages.shape, *cache.shape[2:])

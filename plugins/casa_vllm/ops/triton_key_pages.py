@@ -153,7 +153,7 @@ def prepare_text_heads(
 
 
 def normalize_heads(query: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Returns (T, H, D) queries, each head of them normalised; see `prepare_text_heads`."""
+    """Return (T, H, D) queries, each head of them normalised; see `prepare_text_heads`."""
     num_tokens, num_heads, head_dim = query.shape
     normed = torch.empty_like(query, memory_format=torch.contiguous_format)
     # What belongs to keys and positions is not read.

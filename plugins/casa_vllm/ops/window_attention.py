@@ -76,7 +76,7 @@ def write_pages(
     *,
     use_triton: bool,
 ) -> None:
-    """Writes keys and values (T, Hkv, D) to their cache slots.
+    """Write keys and values (T, Hkv, D) to their cache slots.
 
     Args:
         key: (T or more, Hkv, D); rows beyond `slots` are padding.

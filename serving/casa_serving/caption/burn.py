@@ -22,7 +22,7 @@ MAX_MESSAGE_CHARACTERS = 300
 
 
 def find_ffmpeg() -> str:
-    """Returns the ffmpeg of the PATH, or else the one in the package imageio-ffmpeg.
+    """Return the ffmpeg of the PATH, or else the one in the package imageio-ffmpeg.
 
     Raises:
         InputError: Neither is installed.
@@ -41,7 +41,7 @@ def find_ffmpeg() -> str:
 
 
 def burn(info: VideoInfo, captions: pysubs2.SSAFile, output: Path) -> None:
-    """Writes a copy of a video with its sound and the captions in the picture.
+    """Write a copy of a video with its sound and the captions in the picture.
 
     Args:
         info: The video.
@@ -71,7 +71,7 @@ def burn(info: VideoInfo, captions: pysubs2.SSAFile, output: Path) -> None:
 
 
 def command(ffmpeg: str, info: VideoInfo, output: Path) -> list[str]:
-    """Returns the ffmpeg command: it opens only real containers, keeps all sound, and its result plays in browsers."""
+    """Return the ffmpeg command: it opens only real containers, keeps all sound, and its result plays in browsers."""
     guards = [word for name, value in OPEN_OPTIONS.items() for word in (f"-{name}", value)]
     # Text is drawn on square pixels; 4:2:0 requires even sides.
     square = "scale=max(iw\\,iw*sar):max(ih\\,ih/sar),setsar=1"
@@ -84,7 +84,7 @@ def command(ffmpeg: str, info: VideoInfo, output: Path) -> list[str]:
 
 
 def check(run: subprocess.CompletedProcess[str], *, has_captions: bool) -> None:
-    """Raises InputError if ffmpeg failed, or found no font."""
+    """Raise InputError if ffmpeg failed, or found no font."""
     if run.returncode:
         last = run.stderr.strip()[-MAX_MESSAGE_CHARACTERS:] or "no reason given"
         raise InputError(f"ffmpeg could not burn the captions in (status {run.returncode}): {last}")

@@ -40,7 +40,7 @@ class Camera:
         self._closing = False
 
     def __enter__(self) -> Self:
-        """Opens the device.
+        """Open the device.
 
         Raises:
             InputError: It does not exist, is no camera, is in use, or access is denied.
@@ -56,14 +56,14 @@ class Camera:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Closes the device."""
+        """Close the device."""
         self._closing = True
         self._thread.join(MAX_SILENCE_S)
         if not self._thread.is_alive():  # The thread is a daemon: a device that hangs ends with the process.
             self._container.close()
 
     def samples(self, fps: float, max_seconds: float | None = None) -> Iterator[Sample]:
-        """Yields the latest frame at 0, 1/fps, 2/fps, ... seconds; times that pass meanwhile are skipped.
+        """Yield the latest frame at 0, 1/fps, 2/fps, ... seconds; times that pass meanwhile are skipped.
 
         The timestamps are those of the frames' arrival, so they are not exact multiples of 1/fps.
 
@@ -79,7 +79,7 @@ class Camera:
             number = max(number + 1, math.ceil((time.monotonic() - begin) * fps))
 
     def _newer_than(self, moment: float) -> tuple[float, av.VideoFrame]:
-        """Waits for a frame that arrived after `moment`."""
+        """Wait for a frame that arrived after `moment`."""
         with self._changed:
             arrived = self._changed.wait_for(
                 lambda: self._error is not None or (self._latest is not None and self._latest[0] > moment),

@@ -33,7 +33,7 @@ JPEG_QUALITY = 95
 
 @asynccontextmanager
 async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIterator[Captioner]:
-    """Opens a session in its own engine, which is shut down with the session."""
+    """Open a session in its own engine, which is shut down with the session."""
     from casa_serving.engine_defaults import runs_on_cpu
     from casa_serving.live.session import LiveEngine, start_engine
 
@@ -76,7 +76,7 @@ async def caption_in_engine(session: LiveSession, sample: Sample) -> FrameResult
 
 @asynccontextmanager
 async def server_captioner(server: str, api_key: str | None, settings: dict[str, Any]) -> AsyncIterator[Captioner]:
-    """Opens a session at a running server.
+    """Open a session at a running server.
 
     Args:
         server: Its address, see `live_url`.
@@ -103,7 +103,7 @@ async def server_captioner(server: str, api_key: str | None, settings: dict[str,
 
 
 async def caption_by_server(client: LiveClient, sample: Sample) -> FrameResult:
-    """Sends one frame and waits until its caption is complete."""
+    """Send one frame and wait until its caption is complete."""
     from casa_serving.live.protocol import ErrorEvent, FrameDone, LiveError
 
     limits = client.created.limits if client.created else None
@@ -118,14 +118,14 @@ async def caption_by_server(client: LiveClient, sample: Sample) -> FrameResult:
 
 
 def fit(image: Image.Image, limits: Limits) -> bytes:
-    """Returns a frame as a file, scaled down to the server's limits, which are above the model's resolution."""
+    """Return a frame as a file, scaled down to the server's limits, which are above the model's resolution."""
     scale = min(1.0, math.sqrt(limits.max_frame_pixels / (image.width * image.height)))
     scale = min(scale, limits.max_frame_side / max(image.size))
     return encode(image if scale == 1 else scaled(image, scale), limits.max_frame_bytes)
 
 
 def encode(image: Image.Image, max_bytes: int | None) -> bytes:
-    """Returns a frame as a file: lossless if that is small enough, and scaled down if necessary."""
+    """Return a frame as a file: lossless if that is small enough, and scaled down if necessary."""
     file = saved(image, "PNG", compress_level=1)
     while max_bytes is not None and len(file) > max_bytes:
         file = saved(image, "JPEG", quality=JPEG_QUALITY)
@@ -136,20 +136,20 @@ def encode(image: Image.Image, max_bytes: int | None) -> bytes:
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """Returns an image as a file of the format `kind`."""
+    """Return an image as a file of the format `kind`."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def scaled(image: Image.Image, scale: float) -> Image.Image:
-    """Returns a smaller copy."""
+    """Return a smaller copy."""
     size = [max(1, int(side * scale)) for side in image.size]
     return image.resize(tuple(size), Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def live_url(server: str) -> str:
-    """Returns the URL of a server's WebSocket, from any of its addresses.
+    """Return the URL of a server's WebSocket, from any of its addresses.
 
     Raises:
         InputError: It is no valid address.

@@ -57,7 +57,7 @@ class Source:
 
 @contextmanager
 def open_source(options: argparse.Namespace) -> Iterator[Source]:
-    """Opens the source that the command line names; a download is removed afterwards.
+    """Open the source that the command line names; a download is removed afterwards.
 
     Raises:
         InputError: It cannot be opened, or is no video.
@@ -78,7 +78,7 @@ def open_source(options: argparse.Namespace) -> Iterator[Source]:
 
 
 async def fetch(options: argparse.Namespace, folder: Path) -> Path:
-    """Downloads the video that the command line names."""
+    """Download the video that the command line names."""
     from casa_serving.caption.download import download  # Slow: imports vLLM.
 
     return await download(
@@ -91,7 +91,7 @@ async def fetch(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def open_captioner(options: argparse.Namespace) -> AbstractAsyncContextManager[Captioner]:
-    """Returns the captioner, of an engine or a server; nothing is started yet.
+    """Return the captioner, of an engine or a server; nothing is started yet.
 
     Raises:
         CasaError: Checkpoint or settings are invalid.
@@ -145,7 +145,7 @@ async def caption_into(
     outputs: Outputs,
     options: argparse.Namespace,
 ) -> None:
-    """Starts the captioner and captions all frames.
+    """Start the captioner and caption all frames.
 
     Mutates:
         records: Each frame is appended.
@@ -159,14 +159,14 @@ async def caption_into(
 
 
 def report(progress: tqdm, record: FrameResult) -> None:
-    """Shows a caption above the progress bar."""
+    """Show a caption above the progress bar."""
     if record.caption and not progress.disable:
         progress.write(f"{record.timestamp:9.2f} s  {record.caption}")
     progress.update()
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     check_options(options)
     import_pysubs2()
     if options.burn is not None:

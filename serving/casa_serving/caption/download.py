@@ -21,7 +21,7 @@ MAX_DOWNLOAD_S = 3600.0
 async def download(
     url: str, allowed_domains: list[str], folder: Path, *, max_bytes: int, allow_loopback: bool = False
 ) -> Path:
-    """Downloads a video.
+    """Download a video.
 
     Args:
         url: http(s) address.
@@ -58,7 +58,7 @@ async def download(
 
 
 async def save(response: aiohttp.ClientResponse, file: IO[bytes], max_bytes: int) -> None:
-    """Writes a response's body to a file, and no more than `max_bytes` of it."""
+    """Write a response's body to a file, and no more than `max_bytes` of it."""
     received = 0
     async for chunk in response.content.iter_chunked(CHUNK_BYTES):
         received += len(chunk)
@@ -68,5 +68,5 @@ async def save(response: aiohttp.ClientResponse, file: IO[bytes], max_bytes: int
 
 
 def failed(url: str, reason: str) -> InputError:
-    """Returns the error for an allowed URL whose download failed."""
+    """Return the error for an allowed URL whose download failed."""
     return InputError(f"The video could not be downloaded from {url!r}: {reason}.")

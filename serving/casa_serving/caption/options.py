@@ -67,13 +67,13 @@ def build_parser(program: str = "casa-caption") -> argparse.ArgumentParser:
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the session's settings that the command line sets."""
+    """Return the session's settings that the command line sets."""
     given = {name: value for name, value in vars(options).items() if name in SETTINGS_HELP}
     return {"fps": options.fps, **given}
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Checks the options before anything is read, downloaded or started.
+    """Check the options before anything is read, downloaded or started.
 
     Raises:
         InputError: Names the invalid option.
@@ -97,7 +97,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_burn(options: argparse.Namespace) -> None:
-    """Raises InputError if captions cannot be burned into the video or the output."""
+    """Raise InputError if captions cannot be burned into the video or the output."""
     if is_camera(options.video):
         raise InputError("--burn needs a file or a URL: what a camera shows is not kept.")
     if options.burn.suffix not in SUFFIXES:
@@ -107,7 +107,7 @@ def check_burn(options: argparse.Namespace) -> None:
 
 
 def chosen_formats(options: argparse.Namespace) -> list[str]:
-    """Returns the formats of the files to write."""
+    """Return the formats of the files to write."""
     formats = [word.strip() for word in options.formats.split(",") if word.strip()]
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
@@ -116,12 +116,12 @@ def chosen_formats(options: argparse.Namespace) -> list[str]:
 
 
 def is_url(text: str) -> bool:
-    """Returns whether a source is a URL rather than a file."""
+    """Return whether a source is a URL rather than a file."""
     return "://" in text
 
 
 def output_path(options: argparse.Namespace, suffix: str) -> Path:
-    """Returns the path of a caption file: PREFIX.suffix, by default beside the video, or in the current folder."""
+    """Return the path of a caption file: PREFIX.suffix, by default beside the video, or in the current folder."""
     if options.output is not None:
         return Path(f"{options.output}.{suffix}")
     if is_camera(options.video):

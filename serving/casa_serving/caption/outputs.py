@@ -28,7 +28,7 @@ JSONL = "jsonl"
 
 @contextmanager
 def building(options: argparse.Namespace) -> Iterator[Outputs]:
-    """Creates the temporary files; those that are not published are removed afterwards.
+    """Create the temporary files; those that are not published are removed afterwards.
 
     Raises:
         OSError: They cannot be written.
@@ -58,17 +58,17 @@ class Outputs:
         self._lines = JsonLines(parts[JSONL]) if JSONL in parts else None
 
     def write(self, record: FrameResult) -> None:
-        """Appends a frame to the JSON lines, if requested."""
+        """Append a frame to the JSON lines, if requested."""
         if self._lines is not None:
             self._lines.write(record)
 
     def close(self) -> None:
-        """Closes the JSON lines."""
+        """Close the JSON lines."""
         if self._lines is not None:
             self._lines.close()
 
     def publish(self, records: list[FrameResult], *, complete: bool) -> SSAFile:
-        """Moves all files to their final paths; returns the captions.
+        """Move all files to their final paths; return the captions.
 
         Args:
             records: All frames, at least one.

@@ -46,12 +46,12 @@ class Look:
 
     @classmethod
     def of(cls, video: av.VideoStream, frame: av.VideoFrame) -> Look:
-        """Returns the properties of a stream and its first frame, which is freed only by Python's cycle collector."""
+        """Return the properties of a stream and its first frame, which is freed only by Python's cycle collector."""
         return cls(video.sample_aspect_ratio, turn_of(frame))
 
 
 def as_shown(frame: av.VideoFrame, look: Look) -> Image.Image:
-    """Returns a frame as RGB with square pixels, oriented as its file says, over white where it is transparent."""
+    """Return a frame as RGB with square pixels, oriented as its file says, over white where it is transparent."""
     image = rgb(frame)
     size = square_pixels(image.width, image.height, look.pixel_aspect)
     if size != image.size:
@@ -60,7 +60,7 @@ def as_shown(frame: av.VideoFrame, look: Look) -> Image.Image:
 
 
 def rgb(frame: av.VideoFrame) -> Image.Image:
-    """Returns a frame's pixels as RGB."""
+    """Return a frame's pixels as RGB."""
     is_guess = frame.colorspace == UNSPECIFIED and frame.height >= HD_HEIGHT and not frame.format.is_rgb
     matrix = {"src_colorspace": BT709} if is_guess else {}
     # A palette has transparent colours too.
@@ -71,7 +71,7 @@ def rgb(frame: av.VideoFrame) -> Image.Image:
 
 
 def square_pixels(width: int, height: int, pixel_aspect: Fraction | None) -> tuple[int, int]:
-    """Returns the size of a picture with square pixels: the side that is too short is stretched."""
+    """Return the size of a picture with square pixels: the side that is too short is stretched."""
     if not pixel_aspect or pixel_aspect == 1:
         return width, height
     if pixel_aspect > 1:
@@ -80,7 +80,7 @@ def square_pixels(width: int, height: int, pixel_aspect: Fraction | None) -> tup
 
 
 def turn_of(frame: av.VideoFrame) -> Image.Transpose | None:
-    """Returns how a frame's display matrix rotates and mirrors it, to the nearest quarter turn, or None."""
+    """Return how a frame's display matrix rotates and mirrors it, to the nearest quarter turn, or None."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             a, b, _, c, d, *_ = MATRIX.unpack(bytes(data)[: MATRIX.size])
@@ -91,5 +91,5 @@ def turn_of(frame: av.VideoFrame) -> Image.Transpose | None:
 
 
 def sign(number: int) -> int:
-    """Returns -1 for negative numbers, otherwise 1."""
+    """Return -1 for negative numbers, otherwise 1."""
     return -1 if number < 0 else 1

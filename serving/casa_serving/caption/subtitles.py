@@ -24,7 +24,7 @@ HARMLESS = str.maketrans({"{": "(", "}": ")", "<": "\u2039", ">": "\u203a", "\\"
 
 
 def import_pysubs2() -> ModuleType:
-    """Returns the library for subtitle formats.
+    """Return the library for subtitle formats.
 
     Raises:
         InputError: It is not installed.
@@ -39,7 +39,7 @@ def import_pysubs2() -> ModuleType:
 
 
 def subtitles(records: list[FrameResult], end_s: float) -> pysubs2.SSAFile:
-    """Returns timed captions.
+    """Return timed captions.
 
     Args:
         records: Frames in order.
@@ -58,12 +58,12 @@ def subtitles(records: list[FrameResult], end_s: float) -> pysubs2.SSAFile:
 
 
 def write_subtitles(file: pysubs2.SSAFile, path: Path) -> None:
-    """Writes SRT, WebVTT or ASS, by the suffix."""
+    """Write SRT, WebVTT or ASS, by the suffix."""
     path.write_text(file.to_string(path.suffix[1:]), encoding="utf-8")
 
 
 def styled(file: pysubs2.SSAFile, width: int, height: int) -> pysubs2.SSAFile:
-    """Returns the captions in the burned-in style: white on a dark box at the bottom, in proportion to the picture.
+    """Return the captions in the burned-in style: white on a dark box at the bottom, in proportion to the picture.
 
     Mutates:
         file: its style and size.
@@ -85,12 +85,12 @@ def styled(file: pysubs2.SSAFile, width: int, height: int) -> pysubs2.SSAFile:
 
 
 def rounded_timestamp(record: FrameResult) -> float:
-    """Returns a frame's time as all files have it: what is far below a microsecond is the arithmetic's."""
+    """Return a frame's time as all files have it: what is far below a microsecond is the arithmetic's."""
     return round(record.timestamp, 6)
 
 
 def line(record: FrameResult) -> dict[str, Any]:
-    """Returns a frame's fields in the JSON lines, by their names there."""
+    """Return a frame's fields in the JSON lines, by their names there."""
     return {
         "timestamp": rounded_timestamp(record),
         "caption": record.caption,
@@ -113,10 +113,10 @@ class JsonLines:
         self._file: IO[str] = path.open("w", encoding="utf-8")
 
     def write(self, record: FrameResult) -> None:
-        """Appends a frame and flushes it."""
+        """Append a frame and flush it."""
         self._file.write(json.dumps(line(record), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()

@@ -115,7 +115,7 @@ def import_av() -> ModuleType:
 
 
 def open_video(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """Opens a file and finds its video.
+    """Open a file and find its video.
 
     Raises:
         InputError: it does not exist, is no video, has only sound, or its frames are beyond all measure.
@@ -159,7 +159,7 @@ def video_stream(container: av.container.InputContainer, path: Path) -> av.Video
 
 
 def is_of(container: av.container.InputContainer, formats: set[str]) -> bool:
-    """Returns whether a file is of one of these formats; FFmpeg gives some formats several names."""
+    """Return whether a file is of one of these formats; FFmpeg gives some formats several names."""
     return bool(formats & set(container.format.name.split(",")))
 
 
@@ -259,7 +259,7 @@ def time_of(frame: av.VideoFrame, video: av.VideoStream, info: VideoInfo) -> flo
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what FFmpeg says about damage into a sentence."""
+    """Turn what FFmpeg says about damage into a sentence."""
     av = import_av()
     try:
         yield

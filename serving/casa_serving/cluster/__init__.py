@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def build_app(args: dict[str, Any]) -> Application:
-    """Builds the application from a cluster configuration (`ClusterConfig`, docs/cluster.md).
+    """Build the application from a cluster configuration (`ClusterConfig`, docs/cluster.md).
 
     Args:
         args: The configuration as a mapping; empty for the embedded model on one replica.

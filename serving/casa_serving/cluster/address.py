@@ -12,17 +12,17 @@ REACH_TIMEOUT_S = 10.0
 
 
 def local(host: str) -> str:
-    """Returns the address by which this machine reaches a server that listens on `host`."""
+    """Return the address by which this machine reaches a server that listens on `host`."""
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def url_host(host: str) -> str:
-    """Returns a host as part of a URL: IPv6 addresses in brackets."""
+    """Return a host as part of a URL: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def port_number(text: str) -> int:
-    """Reads a port from the command line."""
+    """Read a port from the command line."""
     port = whole_number(text)
     if port > MAX_PORT:
         raise argparse.ArgumentTypeError(f"expected a port from 0 to {MAX_PORT}, got {text!r}")
@@ -30,7 +30,7 @@ def port_number(text: str) -> int:
 
 
 def whole_number(text: str) -> int:
-    """Reads a number of at least 0 from the command line."""
+    """Read a number of at least 0 from the command line."""
     if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
@@ -60,7 +60,7 @@ def check_port(host: str, port: int) -> int:
 
 
 def reach(address: str) -> None:
-    """Connects to HOST:PORT and closes: Ray would retry for minutes. Other forms are checked by Ray.
+    """Connect to HOST:PORT and close: Ray would retry for minutes. Other forms are checked by Ray.
 
     Raises:
         OSError: Nothing listens there.

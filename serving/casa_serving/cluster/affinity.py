@@ -26,16 +26,16 @@ class Affinity:
         self._images: dict[str, OrderedDict[str, None]] = {}
 
     def session_replica(self, session: str) -> str | None:
-        """Returns the last replica of the session, whether it still exists or not."""
+        """Return the last replica of the session, whether it still exists or not."""
         return self._sessions.get(session)
 
     def num_images_on(self, replica: str, images: Iterable[str]) -> int:
-        """Returns how many of `images` the replica has seen."""
+        """Return how many of `images` the replica has seen."""
         seen = self._images.get(replica, {})
         return sum(image in seen for image in images)
 
     def record(self, replica: str, session: str | None, images: Iterable[str]) -> None:
-        """Records that a request went to the replica."""
+        """Record that a request went to the replica."""
         if session:
             self._sessions[session] = replica
             self._sessions.move_to_end(session)
@@ -49,7 +49,7 @@ class Affinity:
                 seen.popitem(last=False)
 
     def keep_only(self, replicas: Iterable[str]) -> None:
-        """Drops the images of replicas that are gone; their sessions get `moved` with their next request."""
+        """Drop the images of replicas that are gone; their sessions get `moved` with their next request."""
         alive = set(replicas)
         self._images = {replica: seen for replica, seen in self._images.items() if replica in alive}
 

@@ -53,7 +53,7 @@ INGRESS_DRAIN_S = 600.0
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Builds the application; see `casa_serving.cluster.build_app`.
+    """Build the application; see `casa_serving.cluster.build_app`.
 
     Raises:
         InputError: See there; or Ray Serve LLM rejects it, such as an unknown kind of GPU.
@@ -87,7 +87,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def check_config(args: dict[str, Any]) -> ClusterConfig:
-    """Checks all of a configuration that can be checked without a cluster.
+    """Check all of a configuration that can be checked without a cluster.
 
     Raises:
         InputError: A key is unknown, or a value is invalid.
@@ -100,12 +100,12 @@ def check_config(args: dict[str, Any]) -> ClusterConfig:
 
 
 def checkpoint_folder(config: ClusterConfig) -> Path:
-    """Returns the folder of the model that is served; of an original, its view."""
+    """Return the folder of the model that is served; of an original, its view."""
     return embedded_checkpoint() if config.checkpoint is None else resolve_checkpoint(config.checkpoint)
 
 
 def max_prompt_chars(config: ClusterConfig, llm_config: LLMConfig) -> int:
-    """Returns the characters of the longest text that can fit into the model's context."""
+    """Return the characters of the longest text that can fit into the model's context."""
     from vllm.tokenizers import get_tokenizer
 
     tokenizer = get_tokenizer(str(checkpoint_folder(config)))
@@ -113,7 +113,7 @@ def max_prompt_chars(config: ClusterConfig, llm_config: LLMConfig) -> int:
 
 
 def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMConfig:
-    """Returns Ray Serve LLM's configuration of the replicas.
+    """Return Ray Serve LLM's configuration of the replicas.
 
     Args:
         config: The cluster configuration.
@@ -156,23 +156,23 @@ def llm_config_of(config: ClusterConfig, *, on_gpu: bool, surge: bool) -> LLMCon
 
 
 def media_limits(config: ClusterConfig) -> dict[str, Any]:
-    """Returns the limits on images as the media connector takes them."""
+    """Return the limits on images as the media connector takes them."""
     return {**config.images.limits().as_options(), ALLOW_LOOPBACK: False}
 
 
 def bundle(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
-    """Returns the resources of one worker of a replica."""
+    """Return the resources of one worker of a replica."""
     return {"CPU": config.cpus, "GPU": 1} if on_gpu else {"CPU": config.cpus}
 
 
 def worker_needs(config: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
-    """Returns the resources of a node for one worker: its bundle, and a trace of Ray's resource for the kind of GPU."""
+    """Return the resources of a node for one worker: its bundle, and a trace of Ray's resource for the kind of GPU."""
     kind = {f"accelerator_type:{config.accelerator_type}": 0.001} if on_gpu and config.accelerator_type else {}
     return {**bundle(config, on_gpu=on_gpu), **kind}
 
 
 def deployment_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
-    """Returns Ray Serve's options of the deployment of replicas.
+    """Return Ray Serve's options of the deployment of replicas.
 
     Args:
         config: The cluster configuration.
@@ -220,7 +220,7 @@ def deployment_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
 
 
 def ingress_options(config: ClusterConfig, *, surge: bool) -> dict[str, Any]:
-    """Returns Ray Serve's options of the ingress; a session always gets the same one, which records it.
+    """Return Ray Serve's options of the ingress; a session always gets the same one, which records it.
 
     Args:
         config: The cluster configuration.

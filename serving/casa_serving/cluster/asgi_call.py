@@ -14,7 +14,7 @@ DISCONNECT_TIMEOUT_S = 10.0
 
 
 async def call_app(app: ASGIApp, request: ForwardedRequest) -> AsyncGenerator[ResponseHead | bytes, None]:
-    """Runs an application for one request.
+    """Run an application for one request.
 
     Closing the generator early is a disconnect of the client: the application gets `http.disconnect`.
 

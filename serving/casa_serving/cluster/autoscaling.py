@@ -33,7 +33,7 @@ class LoadPolicy:
         self._target_late_frames = target_late_frames
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Returns the target number of replicas, which Ray Serve rounds, and no state."""
+        """Return the target number of replicas, which Ray Serve rounds, and no state."""
         sessions, frames, late = (total(ctx, name) for name in (LIVE_SESSIONS, LIVE_FRAMES, LIVE_LATE_FRAMES))
         # A live session is one of Ray's requests for its whole duration.
         requests = max(0.0, ctx.total_num_requests - sessions)
@@ -48,5 +48,5 @@ class LoadPolicy:
 
 
 def total(ctx: AutoscalingContext, name: str) -> float:
-    """Returns the sum of a metric over the replicas; 0 before any has reported it."""
+    """Return the sum of a metric over the replicas; 0 before any has reported it."""
     return sum((ctx.aggregated_metrics or {}).get(name, {}).values())

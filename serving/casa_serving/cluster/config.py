@@ -136,7 +136,7 @@ class IngressBase(Section):
         return self
 
     def request_limits(self) -> RequestLimits:
-        """Returns the limits on requests as `RequestLimits`."""
+        """Return the limits on requests as `RequestLimits`."""
         return RequestLimits.from_options(self.model_dump())
 
 
@@ -157,7 +157,7 @@ class ImagesBase(Section):
     allowed_media_domains: tuple[str, ...] = ()
 
     def limits(self) -> ImageLimits:
-        """Returns the limits as `ImageLimits`."""
+        """Return the limits as `ImageLimits`."""
         return ImageLimits.from_options(self.model_dump())
 
 
@@ -177,13 +177,13 @@ class LiveBase(Section):
     """Live sessions of one replica; casa-serve's options `--live-...` (docs/limits.md)."""
 
     def options(self, max_image_bytes: int) -> LiveOptions:
-        """Returns them as `LiveOptions`."""
+        """Return them as `LiveOptions`."""
         given = {option: getattr(self, key) for key, option in LIVE_OPTIONS.items()}
         return LiveOptions.from_arguments({**given, "max_image_bytes": max_image_bytes})
 
 
 def live_type(option: str) -> Any:
-    """Returns the type of a key under `live`, by its option."""
+    """Return the type of a key under `live`, by its option."""
     default = getattr(LiveOptions, option)
     if isinstance(default, float):
         return PositiveNumber
@@ -239,7 +239,7 @@ class ClusterConfig(Section):
 
 
 def parse_config(args: dict[str, Any]) -> ClusterConfig:
-    """Validates a mapping.
+    """Validate a mapping.
 
     Raises:
         InputError: Names the first invalid key.
@@ -251,7 +251,7 @@ def parse_config(args: dict[str, Any]) -> ClusterConfig:
 
 
 def sentence(problem: dict[str, Any]) -> str:
-    """Returns one problem that pydantic found as `key: what is wrong, got what`."""
+    """Return one problem that pydantic found as `key: what is wrong, got what`."""
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"there is no key {key!r}"

@@ -38,7 +38,7 @@ class ConfigFile:
 
 
 def read_file(path: Path) -> ConfigFile:
-    """Reads a YAML file.
+    """Read a YAML file.
 
     Raises:
         InputError: It cannot be read, or is neither.
@@ -53,7 +53,7 @@ def read_file(path: Path) -> ConfigFile:
 
 
 def of_serve(loaded: dict[str, Any], path: Path) -> ConfigFile:
-    """Returns the contents of a Serve config file.
+    """Return the contents of a Serve config file.
 
     Args:
         loaded: Its content.

@@ -15,7 +15,7 @@ REPLICA_LOST = "The replica that was answering has died. Send the request again;
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:
-    """Returns the header Retry-After; empty for None."""
+    """Return the header Retry-After; empty for None."""
     return {"Retry-After": str(max(1, math.ceil(seconds or 1)))}
 
 
@@ -37,7 +37,7 @@ class UnavailableError(Exception):
 
 
 def overloaded(error: BackPressureError) -> UnavailableError:
-    """Returns the error for full replicas and a full queue."""
+    """Return the error for full replicas and a full queue."""
     # Ray's exception has no attribute for it.
     _, max_queued_requests, *_ = error.args
     message = (
@@ -48,18 +48,18 @@ def overloaded(error: BackPressureError) -> UnavailableError:
 
 
 def unavailable(error: Exception) -> UnavailableError:
-    """Returns the error for replicas that died one after the other, or a deployment that is being deleted."""
+    """Return the error for replicas that died one after the other, or a deployment that is being deleted."""
     message = REPLICA_LOST if isinstance(error, RayError) else "No replica is available. Try again in a moment."
     return UnavailableError(message, "ServiceUnavailableError", 503, 1)
 
 
 async def handle_unavailable(request: Request, error: UnavailableError) -> JSONResponse:
-    """Returns the response for `UnavailableError`."""
+    """Return the response for `UnavailableError`."""
     return error_response(error.status, str(error), error.kind, headers=retry_after(error.retry_after_s))
 
 
 def add_cluster_error_handlers(app: FastAPI) -> None:
-    """Registers the handlers of this module, and those that all our servers share. Mutates `app`."""
+    """Register the handlers of this module, and those that all our servers share. Mutates `app`."""
     add_error_handlers(app)
     app.add_exception_handler(UnavailableError, handle_unavailable)
     app.add_exception_handler(RayError, handle_internal_error)

@@ -36,7 +36,7 @@ class ForwardedRequest:
 
     @classmethod
     def from_scope(cls, scope: dict[str, Any], body: bytes) -> ForwardedRequest:
-        """Returns the request that an ASGI scope describes.
+        """Return the request that an ASGI scope describes.
 
         Args:
             scope: Of type "http".
@@ -54,7 +54,7 @@ class ForwardedRequest:
         )
 
     def scope(self) -> dict[str, Any]:
-        """Returns the ASGI scope for the application in the replica."""
+        """Return the ASGI scope for the application in the replica."""
         length = (b"content-length", str(len(self.body)).encode())
         return {
             "type": "http",

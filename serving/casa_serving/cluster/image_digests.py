@@ -16,7 +16,7 @@ DIGEST_BYTES = 16
 
 
 def request_image_keys(headers: Mapping[str, str], body: bytes) -> tuple[str, ...]:
-    """Returns the digests of all images in a request, on any path; none if its body cannot be parsed.
+    """Return the digests of all images in a request, on any path; none if its body cannot be parsed.
 
     Args:
         headers: Of the request.
@@ -36,7 +36,7 @@ def request_image_keys(headers: Mapping[str, str], body: bytes) -> tuple[str, ..
 
 
 def digest_images(messages: Any) -> tuple[str, ...]:
-    """Returns the digests of all images in OpenAI chat messages, each once, in order.
+    """Return the digests of all images in OpenAI chat messages, each once, in order.
 
     Args:
         messages: The messages as mappings, or the items of `/v1/responses`; anything that is not an image
@@ -53,7 +53,7 @@ def _parts(message: Any) -> Iterator[dict[str, Any]]:
 
 
 def _keys(part: dict[str, Any]) -> Iterator[str]:
-    """Yields the image's digest if the part is an image."""
+    """Yield the image's digest if the part is an image."""
     if "image_url" not in part:
         return
     if isinstance(part.get("uuid"), str):
@@ -66,5 +66,5 @@ def _keys(part: dict[str, Any]) -> Iterator[str]:
 
 
 def digest(text: str) -> str:
-    """Returns the digest of a text; "" for an empty one."""
+    """Return the digest of a text; "" for an empty one."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest() if text else ""

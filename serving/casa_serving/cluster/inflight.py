@@ -21,19 +21,19 @@ class InflightTracker:
         self._contexts: dict[str, WeakValueDictionary[int, RoutingContext]] = {}
 
     def add(self, context: RoutingContext) -> None:
-        """Records that `context.replica` has accepted the request."""
+        """Record that `context.replica` has accepted the request."""
         self._contexts.setdefault(context.replica, WeakValueDictionary())[id(context)] = context
 
     def num_requests(self, replica: str) -> int:
-        """Returns the requests in flight at the replica, without live sessions."""
+        """Return the requests in flight at the replica, without live sessions."""
         return sum(not context.is_live for context in self._at(replica))
 
     def num_sessions(self, replica: str) -> int:
-        """Returns how many live sessions the replica has."""
+        """Return how many live sessions the replica has."""
         return sum(context.is_live for context in self._at(replica))
 
     def keep_only(self, replicas: Iterable[str]) -> list[RoutingContext]:
-        """Drops replicas that are gone; returns the contexts that were in flight at them."""
+        """Drop replicas that are gone; return the contexts that were in flight at them."""
         gone = self._contexts.keys() - set(replicas)
         left = [context for replica in gone for context in self._at(replica)]
         for replica in gone:

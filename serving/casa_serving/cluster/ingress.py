@@ -72,7 +72,7 @@ class CasaIngress:
         self._live = LiveProxy()
 
     async def health(self) -> Response:
-        """Returns 200 while this ingress runs; Ray Serve checks the replicas itself."""
+        """Return 200 while this ingress runs; Ray Serve checks the replicas itself."""
         return Response()
 
     async def end(self, finish_s: float) -> None:
@@ -88,7 +88,7 @@ class CasaIngress:
         return Response()
 
     async def forward(self, request: Request) -> Response:
-        """Returns a replica's response to any other request; its headers name the replica.
+        """Return a replica's response to any other request; its headers name the replica.
 
         Raises:
             UnavailableError: No replica accepts the request, or every one that was tried died.
@@ -109,7 +109,7 @@ class CasaIngress:
         return response
 
     async def live(self, websocket: WebSocket) -> None:
-        """Handles the WebSocket of a live session (docs/live.md)."""
+        """Handle the WebSocket of a live session (docs/live.md)."""
         handle = self._handle_for(websocket.headers)
 
         async def reserve(context: RoutingContext) -> AsyncGenerator[Any, None]:
@@ -124,14 +124,14 @@ class CasaIngress:
         await self._live.serve(websocket, reserve)
 
     def _handle_for(self, headers: Any) -> DeploymentHandle:
-        """Returns a handle with the session of the request's headers, if they name one."""
+        """Return a handle with the session of the request's headers, if they name one."""
         session = session_id_from_headers(headers)
         return self._replicas.options(session_id=session) if session else self._replicas
 
     async def _call_replica(
         self, request: ForwardedRequest, context: RoutingContext, headers: Any
     ) -> AsyncGenerator[ResponseHead | bytes, None]:
-        """Calls a replica; tries another one if it dies before its response has begun.
+        """Call a replica; try another one if it dies before its response has begun.
 
         Yields:
             What the replica yields; after its death in the middle of a stream, an error event.
@@ -170,7 +170,7 @@ class CasaIngress:
 
 
 def stream_error(path: str, head: ResponseHead, last: bytes, message: str, kind: str, status: int) -> bytes:
-    """Returns the error event that ends a response whose replica has failed, in the format of the path's API.
+    """Return the error event that ends a response whose replica has failed, in the format of the path's API.
 
     Raises:
         UnavailableError: The response is no stream of events, which cannot carry an error; the connection is aborted.
@@ -181,7 +181,7 @@ def stream_error(path: str, head: ResponseHead, last: bytes, message: str, kind:
 
 
 async def body_of(head: ResponseHead, parts: AsyncIterator[ResponseHead | bytes]) -> AsyncIterator[bytes]:
-    """Yields the whole body of a response whose head has been read."""
+    """Yield the whole body of a response whose head has been read."""
     yield head.body
     async with contextlib.aclosing(parts):
         async for part in parts:
@@ -191,7 +191,7 @@ async def body_of(head: ResponseHead, parts: AsyncIterator[ResponseHead | bytes]
 def ingress_class(
     limits: RequestLimits, max_prompt_chars: int, *, page_model: dict[str, str | list[str]] | None
 ) -> type:
-    """Returns the deployment class of the ingress, with its routes and its limits on requests.
+    """Return the deployment class of the ingress, with its routes and its limits on requests.
 
     Args:
         limits: Limits on requests.

@@ -50,7 +50,7 @@ ENVIRONMENT = {
 
 
 def set_environment() -> None:
-    """Sets defaults of environment variables that Ray reads at import and its processes inherit."""
+    """Set defaults of environment variables that Ray reads at import and its processes inherit."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -77,7 +77,7 @@ def build_parser(program: str = "casa-serve") -> argparse.ArgumentParser:
 
 
 def run(argv: list[str], program: str) -> int:
-    """Runs the application until it is stopped; returns the exit status.
+    """Run the application until it is stopped; return the exit status.
 
     Args:
         argv: The command line after `--ray`.
@@ -107,7 +107,7 @@ def run(argv: list[str], program: str) -> int:
 
 
 def start(file: ConfigFile, options: argparse.Namespace, program: str) -> None:
-    """Starts Ray and the application, and waits for a signal.
+    """Start Ray and the application, and wait for a signal.
 
     Raises:
         InputError: The address cannot be listened on, the configuration does not fit the cluster, the application
@@ -154,7 +154,7 @@ def start(file: ConfigFile, options: argparse.Namespace, program: str) -> None:
 
 
 def is_attached() -> bool:
-    """Returns whether the application is deployed to a running cluster."""
+    """Return whether the application is deployed to a running cluster."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
@@ -179,7 +179,7 @@ def check_tenants(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_serve(file: ConfigFile, address: dict[str, Any]) -> None:
-    """Starts Ray Serve with its proxies, unless it is running."""
+    """Start Ray Serve with its proxies, unless it is running."""
     from ray import serve
 
     if tenancy.serve_client() is None:
@@ -187,7 +187,7 @@ def start_serve(file: ConfigFile, address: dict[str, Any]) -> None:
 
 
 def deploy(application: serve.Application) -> None:
-    """Runs the application and waits until it is ready.
+    """Run the application and wait until it is ready.
 
     Raises:
         InputError: Its replicas do not start and Ray Serve has given up, or it was deleted or replaced.
@@ -214,7 +214,7 @@ def deploy(application: serve.Application) -> None:
 
 
 def submit(target: serve.RunTarget) -> None:
-    """Submits an application to Ray Serve; returns when one of its name exists, with deployments.
+    """Submit an application to Ray Serve; return when one of its name exists, with deployments.
 
     Ray Serve's own call waits for the deployments without a timeout, forever if they have been replaced meanwhile: so
     it runs in a thread that may be abandoned.
@@ -286,7 +286,7 @@ def drain_ingresses(finish_s: float, program: str) -> None:
 
 
 def clean_up(program: str) -> None:
-    """Stops what this process has started: only its application on a cluster that was running before."""
+    """Stop what this process has started: only its application on a cluster that was running before."""
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -305,7 +305,7 @@ def clean_up(program: str) -> None:
 
 
 def delete_application(client: ServeControllerClient, program: str) -> None:
-    """Makes Ray Serve delete the application, and waits for it up to `DELETE_TIMEOUT_S`.
+    """Make Ray Serve delete the application, and wait for it up to `DELETE_TIMEOUT_S`.
 
     Ray Serve gives a replica that is still waiting for a node the same time as one with requests, and its own wait ends
     in a TimeoutError; the deletion goes on without this process.
@@ -336,7 +336,7 @@ def check_reachable() -> None:
 
 
 def no_cluster(error: Exception) -> InputError:
-    """Returns the error for an address where no cluster answers."""
+    """Return the error for an address where no cluster answers."""
     # Ray does not mention its token to a client that sends none.
     return InputError(
         f"No Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {error}. One that has a token "
@@ -345,7 +345,7 @@ def no_cluster(error: Exception) -> InputError:
 
 
 def connect(options: argparse.Namespace) -> None:
-    """Connects to the cluster in RAY_ADDRESS, or starts one on this machine.
+    """Connect to the cluster in RAY_ADDRESS, or start one on this machine.
 
     Raises:
         InputError: No cluster answers there.

@@ -63,7 +63,7 @@ class CasaServer(LLMServer):
         await super().__init__(llm_config, **kwargs)
 
     async def start(self) -> None:
-        """Starts the engine and warms it up with one request of each kind."""
+        """Start the engine and warm it up with one request of each kind."""
         self._metrics = ReplicaMetrics(serve.get_replica_context().replica_id.unique_id)
         await super().start()
         # The application of casa-serve without its request guard, which runs in the ingress.
@@ -94,7 +94,7 @@ class CasaServer(LLMServer):
     async def http(
         self, request: ForwardedRequest, context: RoutingContext
     ) -> AsyncGenerator[ResponseHead | bytes, None]:
-        """Runs an HTTP request; called by the ingress.
+        """Run an HTTP request; called by the ingress.
 
         Args:
             request: The client's request.
@@ -113,7 +113,7 @@ class CasaServer(LLMServer):
             self._exit_if_engine_died()
 
     async def check_health(self) -> None:
-        """Checks the engine, and generates one token unless it has run a step recently.
+        """Check the engine, and generate one token unless it has run a step recently.
 
         Raises:
             UnhealthyError: The request path does not return a completion.
@@ -142,7 +142,7 @@ class CasaServer(LLMServer):
         await self._live.start(ray.util.get_node_ip_address())
 
     def _exit_if_engine_died(self) -> None:
-        """Exits this process if the engine has died, so that Ray Serve and the ingress detect it immediately.
+        """Exit this process if the engine has died, so that Ray Serve and the ingress detect it immediately.
 
         Failed health checks would take most of a minute, during which a replica that fails every request immediately is
         always the least loaded one.
@@ -152,7 +152,7 @@ class CasaServer(LLMServer):
             os._exit(1)
 
     async def _probe(self, body: dict[str, Any]) -> None:
-        """Runs a chat request.
+        """Run a chat request.
 
         Raises:
             UnhealthyError: It fails.
@@ -185,7 +185,7 @@ async def caption_one(service: LiveService) -> None:
 
 
 def chat_body(model: str, text: str, *images: str, **options: Any) -> dict[str, Any]:
-    """Returns the body of a request for one token.
+    """Return the body of a request for one token.
 
     Args:
         model: The model's name.
@@ -199,7 +199,7 @@ def chat_body(model: str, text: str, *images: str, **options: Any) -> dict[str, 
 
 
 def warm_up_requests(model: str) -> dict[str, dict[str, Any]]:
-    """Returns warm-up requests by name: a text, an image and a stream, which use different code."""
+    """Return warm-up requests by name: a text, an image and a stream, which use different code."""
     picture = BytesIO()
     Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE), "gray").save(picture, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"

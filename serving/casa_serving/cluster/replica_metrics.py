@@ -22,12 +22,12 @@ REPLICA_TAG = "replica"
 
 
 def name_in_ray(name: str) -> str:
-    """Returns a metric's name in Ray, whose metrics have no colons."""
+    """Return a metric's name in Ray, whose metrics have no colons."""
     return name.replace(":", "_")
 
 
 def casa_samples(registry: CollectorRegistry = REGISTRY) -> dict[str, list[Sample]]:
-    """Returns the current value of every series of CASA's, by the metric's name in Ray."""
+    """Return the current value of every series of CASA's, by the metric's name in Ray."""
     found: dict[str, list[Sample]] = {}
     for metric in registry.collect():
         for sample in metric.samples:
@@ -37,7 +37,7 @@ def casa_samples(registry: CollectorRegistry = REGISTRY) -> dict[str, list[Sampl
 
 
 def last_step_s(registry: CollectorRegistry = REGISTRY) -> float:
-    """Returns the Unix time of the engine's last step; 0 before the first."""
+    """Return the Unix time of the engine's last step; 0 before the first."""
     samples = casa_samples(registry).get(name_in_ray(PREFIX + LAST_STEP), [])
     return max((sample.value for sample in samples), default=0.0)
 
@@ -54,7 +54,7 @@ class ReplicaMetrics:
         self._gauges: dict[str, Gauge] = {}
 
     def export(self, registry: CollectorRegistry = REGISTRY) -> None:
-        """Copies the current values."""
+        """Copy the current values."""
         for name, samples in casa_samples(registry).items():
             if name not in self._gauges:
                 names = (REPLICA_TAG, *samples[0].labels)

@@ -10,7 +10,7 @@ from casa_engine.errors import InputError
 
 
 def cluster_has_gpu() -> bool:
-    """Returns whether a node of the cluster has a GPU; of this machine if no cluster runs."""
+    """Return whether a node of the cluster has a GPU; of this machine if no cluster runs."""
     if ray.is_initialized():
         return ray.cluster_resources().get("GPU", 0) > 0
     import torch
@@ -41,7 +41,7 @@ def check_capacity(worker: Mapping[str, float], num_workers: int, min_replicas: 
 
 
 def count_fitting(worker: Mapping[str, float], num_workers: int) -> int:
-    """Returns how many replicas fit on the cluster's nodes while these run nothing else; 0 if no cluster runs."""
+    """Return how many replicas fit on the cluster's nodes while these run nothing else; 0 if no cluster runs."""
     if not ray.is_initialized():
         return 0
     need = replica_needs(worker, num_workers)
@@ -49,20 +49,20 @@ def count_fitting(worker: Mapping[str, float], num_workers: int) -> int:
 
 
 def replica_needs(worker: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """Returns the resources of a replica."""
+    """Return the resources of a replica."""
     return {name: amount * num_workers for name, amount in worker.items()}
 
 
 def node_resources() -> list[Mapping[str, float]]:
-    """Returns the resources of each running node."""
+    """Return the resources of each running node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def replicas_on(node: Mapping[str, float], need: Mapping[str, float]) -> int:
-    """Returns how many replicas fit on a node that runs nothing else."""
+    """Return how many replicas fit on a node that runs nothing else."""
     return min(int(node.get(name, 0) / amount + 1e-9) for name, amount in need.items())
 
 
 def describe(resources: Mapping[str, float]) -> str:
-    """Returns resources as text, such as `2 CPU + 1 GPU`."""
+    """Return resources as text, such as `2 CPU + 1 GPU`."""
     return " + ".join(f"{amount:g} {name}" for name, amount in resources.items())

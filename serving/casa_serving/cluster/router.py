@@ -72,7 +72,7 @@ class CasaRequestRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
-        """Returns replicas in groups, best first; Ray Serve takes the first that is not full."""
+        """Return replicas in groups, best first; Ray Serve takes the first that is not full."""
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
@@ -124,7 +124,7 @@ class CasaRequestRouter(RequestRouter):
                 context.replica_shutdown.notify()
 
     def _load(self, replica: Any) -> int:
-        """Returns a replica's requests and sessions: its last report, or those in flight from here if more."""
+        """Return a replica's requests and sessions: its last report, or those in flight from here if more."""
         name = replica.replica_id.unique_id
         own = self._inflight.num_requests(name) + self._inflight.num_sessions(name)
         return max(own, self.replica_queue_len_cache.get(replica.replica_id) or 0)
@@ -139,7 +139,7 @@ class CasaRequestRouter(RequestRouter):
 
 
 def session_state(session: str, assigned: str | None, replicas: dict[str, Any]) -> str:
-    """Returns the value of the session header; "" for a request without a session."""
+    """Return the value of the session header; "" for a request without a session."""
     if not session:
         return ""
     if assigned is None:

@@ -48,7 +48,7 @@ class RoutingContext:
         return self.replica_shutdown is not None
 
     def reset_for_retry(self) -> None:
-        """Resets the decision after the replica has died, for another one. Mutates this context.
+        """Reset the decision after the replica has died, for another one. Mutates this context.
 
         The session counts as moved, whatever the router has recorded.
         """
@@ -58,19 +58,19 @@ class RoutingContext:
         self.replica = self.affinity = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what is sent to the replica: an event loop's event cannot be pickled."""
+        """Return what is sent to the replica: an event loop's event cannot be pickled."""
         return {**self.__dict__, "replica_shutdown": None}
 
     def response_headers(self) -> dict[str, str]:
-        """Returns the response headers; empty values are omitted."""
+        """Return the response headers; empty values are omitted."""
         headers = {REPLICA_HEADER: self.replica, SESSION_HEADER: self.session, IMAGES_HEADER: self.affinity}
         return {name: value for name, value in headers.items() if value}
 
     def response_header_pairs(self) -> list[tuple[bytes, bytes]]:
-        """Returns the response headers in ASGI's format."""
+        """Return the response headers in ASGI's format."""
         return [(name.encode(), value.encode("latin-1")) for name, value in self.response_headers().items()]
 
 
 def find_context(arguments: list) -> RoutingContext | None:
-    """Returns the context among a call's arguments, or None."""
+    """Return the context among a call's arguments, or None."""
     return next((argument for argument in arguments if isinstance(argument, RoutingContext)), None)

@@ -26,7 +26,7 @@ KEYS = {
 
 
 def name_keys(message: str) -> str:
-    """Returns a message with options of casa-serve replaced by the cluster's keys; other options are unchanged."""
+    """Return a message with options of casa-serve replaced by the cluster's keys; other options are unchanged."""
     return OPTION.sub(lambda found: KEYS.get(found[1].replace("-", "_"), found[0]), message)
 
 
@@ -37,7 +37,7 @@ class SettingNames:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forwards everything; translates errors that are one JSON body."""
+        """Forward everything; translate errors that are one JSON body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -63,7 +63,7 @@ class SettingNames:
 
 
 def translated(body: bytes) -> bytes:
-    """Returns the body of an error with a translated message; other bodies unchanged."""
+    """Return the body of an error with a translated message; other bodies unchanged."""
     if b"--" not in body:
         return body
     try:

@@ -22,7 +22,7 @@ class RequestDrain:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a request; WebSockets pass, live sessions are closed by `LiveProxy`."""
+        """Serve a request; WebSockets pass, live sessions are closed by `LiveProxy`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -22,7 +22,7 @@ ADDRESS = ("host", "port")
 
 
 def serve_client() -> ServeControllerClient | None:
-    """Returns a client of this cluster's Ray Serve; None if it is not running."""
+    """Return a client of this cluster's Ray Serve; None if it is not running."""
     from ray.serve.context import _get_global_client
 
     return _get_global_client(raise_if_no_controller_running=False)
@@ -71,12 +71,12 @@ def check_address(running: HTTPOptions, asked: Mapping[str, Any]) -> None:
 
 
 def deployments(client: ServeControllerClient, name: str) -> Mapping[str, Any]:
-    """Returns the existing deployments of an application; empty if there is no such application."""
+    """Return the existing deployments of an application; empty if there is no such application."""
     return client.get_serve_details()["applications"].get(name, {}).get("deployments", {})
 
 
 def is_own(client: ServeControllerClient, name: str) -> bool:
-    """Returns whether the application of this name was deployed by this process and not replaced since."""
+    """Return whether the application of this name was deployed by this process and not replaced since."""
     import ray
 
     # Deployments of a replaced application are listed under its name for a while.

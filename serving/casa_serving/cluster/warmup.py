@@ -11,7 +11,7 @@ TIMEOUT_S = 120.0
 
 
 def warm_up(url: str) -> None:
-    """Sends one request through proxy, ingress and a replica.
+    """Send one request through proxy, ingress and a replica.
 
     Args:
         url: The server's address without a path.

@@ -42,7 +42,7 @@ class EngineWatch:
         return self._engine_client.errored or not all(map(is_alive, self._engines))
 
     def close(self) -> None:
-        """Stops polling."""
+        """Stop polling."""
         self._task.cancel()
 
     async def _run(self) -> None:
@@ -55,14 +55,14 @@ class EngineWatch:
 
 
 def engine_processes() -> list[psutil.Process]:
-    """Returns the engine's processes: children of this process, or of its parent if there are several API servers."""
+    """Return the engine's processes: children of this process, or of its parent if there are several API servers."""
     is_alone = multiprocessing.parent_process() is None
     starter = psutil.Process() if is_alone else psutil.Process(os.getppid())
     return [process for process in starter.children() if TITLE in " ".join(process.cmdline())]
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Returns whether a process is running; a zombie, not yet reaped, is not."""
+    """Return whether a process is running; a zombie, not yet reaped, is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

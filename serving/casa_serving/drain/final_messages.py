@@ -21,7 +21,7 @@ SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
 
 def unavailable_response(path: str, message: str) -> list[Message]:
-    """Returns the ASGI messages of a complete 503 response that closes the connection.
+    """Return the ASGI messages of a complete 503 response that closes the connection.
 
     Args:
         path: Path of the request, which determines the API.
@@ -41,7 +41,7 @@ def unavailable_response(path: str, message: str) -> list[Message]:
 
 
 def end_of_stream(path: str, message: str, last_event: bytes, status: int = STATUS, kind: str | None = None) -> Message:
-    """Returns the last ASGI message of a stream of server-sent events: the API's error event.
+    """Return the last ASGI message of a stream of server-sent events: the API's error event.
 
     Args:
         path: Path of the request, which determines the API.
@@ -69,7 +69,7 @@ def end_of_stream(path: str, message: str, last_event: bytes, status: int = STAT
 
 
 def status_and_message(error: BaseException) -> tuple[int, str]:
-    """Returns status and message for an exception that ended a stream: a `RequestError`'s own, otherwise 500."""
+    """Return status and message for an exception that ended a stream: a `RequestError`'s own, otherwise 500."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RequestError):
         cause = cause.__cause__ or cause.__context__
@@ -77,7 +77,7 @@ def status_and_message(error: BaseException) -> tuple[int, str]:
 
 
 def body_for(path: str, message: str, status: int) -> dict[str, Any]:
-    """Returns the error body of the API: Anthropic's for its own path, OpenAI's for all others."""
+    """Return the error body of the API: Anthropic's for its own path, OpenAI's for all others."""
     if path.endswith("/messages"):
         return {
             "type": "error",
@@ -87,5 +87,5 @@ def body_for(path: str, message: str, status: int) -> dict[str, Any]:
 
 
 def named_event(name: str, data: dict[str, Any]) -> bytes:
-    """Returns one named server-sent event."""
+    """Return one named server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()

@@ -22,7 +22,7 @@ class Drain:
         self._shutdown: ServerShutdown | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a request, or the lifespan of the application."""
+        """Serve a request, or the lifespan of the application."""
         if scope["type"] == "lifespan":
             await self._run_lifespan(scope, receive, send)
         elif scope["type"] != "http" or self._shutdown is None:

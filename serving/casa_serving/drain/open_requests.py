@@ -39,16 +39,16 @@ class OpenRequests:
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def __len__(self) -> int:
-        """Returns the number of open requests."""
+        """Return the number of open requests."""
         return len(self._open)
 
     def end(self, reason: str) -> None:
-        """Ends all open requests, and every later one, with this error message."""
+        """End all open requests, and every later one, with this error message."""
         if not self._ended.done():
             self._ended.set_result(reason)
 
     async def wait(self, timeout_s: float) -> bool:
-        """Waits until no request is open; returns False after `timeout_s` seconds."""
+        """Wait until no request is open; return False after `timeout_s` seconds."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._none_open.wait()
@@ -57,7 +57,7 @@ class OpenRequests:
         return True
 
     async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs an application for one request until it completes or `end` is called."""
+        """Run an application for one request until it completes or `end` is called."""
         response = ForwardedResponse(send, scope["path"], self._fatal_error)
         task = asyncio.ensure_future(app(scope, receive, response.forward))
         self._open.add(task)
@@ -111,7 +111,7 @@ class StreamErrors:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the application for one request."""
+        """Run the application for one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -142,7 +142,7 @@ class ForwardedResponse:
         self.is_ended = False
 
     async def forward(self, message: Message) -> None:
-        """Forwards what the application sends, until the response is ended."""
+        """Forward what the application sends, until the response is ended."""
         is_start = message["type"] == "http.response.start"
         if is_start and message["status"] >= INTERNAL_ERROR and self._fatal_error() is not None:
             self.is_ended = True
@@ -163,7 +163,7 @@ class ForwardedResponse:
         return self._has_begun and self._is_stream and not self._is_complete
 
     async def send_final_message(self, reason: str, status: int = STATUS) -> bool:
-        """Sends the error that ends the response; returns False if the response has begun and is no stream."""
+        """Send the error that ends the response; return False if the response has begun and is no stream."""
         if self._is_complete:
             return True
         if not self._has_begun:

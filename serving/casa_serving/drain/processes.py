@@ -28,7 +28,7 @@ COMPILER = re.compile(r"(.*-)?(c\+\+|g\+\+|clang|clang\+\+|cc1plus|as|collect2|l
 
 
 def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
-    """Returns all descendants of a process, by default of this one."""
+    """Return all descendants of a process, by default of this one."""
     import psutil  # Comes with vLLM; casa-serve reports its absence with an error message.
 
     return (process or psutil.Process()).children(recursive=True)
@@ -45,7 +45,7 @@ def kill(processes: Iterable[psutil.Process]) -> None:
 
 
 def exit_immediately(status: int, others: Iterable[psutil.Process] = ()) -> NoReturn:
-    """Exits immediately, without cleanup, and kills all descendants.
+    """Exit immediately, without cleanup, and kill all descendants.
 
     Args:
         status: Exit status.
@@ -100,12 +100,12 @@ class SignalCounter(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops counting: a process forked later would share the socket, and its signals would be counted here."""
+        """Stop counting: a process forked later would share the socket, and its signals would be counted here."""
         signal.set_wakeup_fd(-1)
         self._writer.close()
 
     def run(self) -> None:
-        """Reads signal numbers until the second SIGINT or SIGTERM."""
+        """Read signal numbers until the second SIGINT or SIGTERM."""
         num_signals = 0
         while numbers := self._reader.recv(64):
             for number in filter(ENDING_SIGNALS.__contains__, numbers):

@@ -59,7 +59,7 @@ class ServerShutdown:
             self._loop.add_signal_handler(number, self._on_signal, number)
 
     def close(self) -> None:
-        """Stops watching the engine. The signal handlers stay: the process is about to exit."""
+        """Stop watching the engine. The signal handlers stay: the process is about to exit."""
         self._watch.close()
 
     def _on_signal(self, number: int) -> None:

@@ -19,7 +19,7 @@ REPLACED = "signal.signal(signal.SIGTERM, _interrupt_init)"
 
 
 def replace_run_server(on_signal: Callable[[], None]) -> None:
-    """Makes SIGINT and SIGTERM call `on_signal` until the server is ready; then `ServerShutdown` handles them.
+    """Make SIGINT and SIGTERM call `on_signal` until the server is ready; then `ServerShutdown` handles them.
 
     Raises:
         RuntimeError: vLLM's function is not the one that this was written for.

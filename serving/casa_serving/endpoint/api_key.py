@@ -20,7 +20,7 @@ OPEN_FOLDERS = ("/web/",)
 
 
 def is_open(path: str) -> bool:
-    """Returns whether a path (as the router sees it) needs no key."""
+    """Return whether a path (as the router sees it) needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
@@ -42,7 +42,7 @@ class KeyCheck:
             self._verify = AuthenticationMiddleware(None, keys).verify_token
 
     def check(self, path: str, headers: Headers) -> None:
-        """Checks the key of a request.
+        """Check the key of a request.
 
         Raises:
             RequestError: 401: a key is required, and none or a wrong one was sent.
@@ -57,6 +57,6 @@ class KeyCheck:
 
 
 def key_header() -> dict[str, str]:
-    """Returns the authorization header with this environment's key; empty if there is none."""
+    """Return the authorization header with this environment's key; empty if there is none."""
     key = os.environ.get(VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}

@@ -13,12 +13,12 @@ BLANKS = b"\t\n\f\r "
 
 
 def is_data_url(url: str) -> bool:
-    """Returns whether a URL is a data URL."""
+    """Return whether a URL is a data URL."""
     return url.lstrip()[: len(SCHEME)].lower() == SCHEME
 
 
 def base64_text(url: str) -> str | None:
-    """Returns the data of a base64 data URL, still encoded; None for every other URL."""
+    """Return the data of a base64 data URL, still encoded; None for every other URL."""
     kind, comma, text = url.lstrip()[len(SCHEME) :].partition(",")
     _, semicolon, encoding = kind.rpartition(";")
     if not (comma and semicolon) or encoding.strip(" ").lower() != "base64":
@@ -27,7 +27,7 @@ def base64_text(url: str) -> str | None:
 
 
 def compact(text: str) -> bytes:
-    """Returns base64 without blanks, line breaks, percent-encoding and padding.
+    """Return base64 without blanks, line breaks, percent-encoding and padding.
 
     Raises:
         binascii.Error: It is not ASCII.
@@ -45,7 +45,7 @@ def compact(text: str) -> bytes:
 
 
 def decoded(data: bytes) -> bytes:
-    """Returns the decoded bytes of compact base64.
+    """Return the decoded bytes of compact base64.
 
     Raises:
         binascii.Error: It is no valid base64.

@@ -31,7 +31,7 @@ class ErrorShape:
         self._body = bytearray()
 
     async def __call__(self, message: Message) -> None:
-        """Forwards a message, or buffers it until the error response is complete."""
+        """Forward a message, or buffer it until the error response is complete."""
         if message["type"] == "http.response.start" and message["status"] >= 400:
             self._start = message
         elif self._start is None:
@@ -52,7 +52,7 @@ class ErrorShape:
 
 
 def shape(status: int, body: bytes) -> dict[str, object]:
-    """Returns the body of an error response in OpenAI's format."""
+    """Return the body of an error response in OpenAI's format."""
     try:
         content = json.loads(body)
     except ValueError:

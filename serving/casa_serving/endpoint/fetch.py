@@ -58,7 +58,7 @@ class DownloadError(VLLMUnprocessableEntityError):
 
 
 def is_public(text: str, *, allow_loopback: bool = False) -> bool:
-    """Returns whether an address may be connected to for a client.
+    """Return whether an address may be connected to for a client.
 
     Args:
         text: An IPv4 or IPv6 address.
@@ -88,7 +88,7 @@ class PublicResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Returns the addresses of `host`.
+        """Return the addresses of `host`.
 
         Raises:
             UrlRefusedError: One of them is not public.
@@ -99,7 +99,7 @@ class PublicResolver(AbstractResolver):
         return answers
 
     async def close(self) -> None:
-        """Closes the system's resolver."""
+        """Close the system's resolver."""
         await self._system.close()
 
 
@@ -138,7 +138,7 @@ def check_host(url: URL, allowed_domains: list[str], *, allow_loopback: bool) ->
 
 
 def is_literal_address(host: str) -> bool:
-    """Returns whether aiohttp connects to `host` without calling the resolver.
+    """Return whether aiohttp connects to `host` without calling the resolver.
 
     It treats every host of digits and dots as an address, and every one with a colon: also
     forms like "127.1" and "2130706433", which the system's own functions accept.
@@ -162,7 +162,7 @@ class GuardedConnection(HTTPConnection):
         allow_redirects: bool = True,
         max_bytes: int | None = None,
     ) -> bytes:
-        """Downloads `url`.
+        """Download `url`.
 
         Args:
             url: The address the client gave.
@@ -218,7 +218,7 @@ async def guarded_get(
     headers: dict[str, str] | None = None,
     max_seconds: float = 300.0,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Requests `url`, checks every hop, and yields the response of status 200, whose body is not read yet.
+    """Request `url`, check every hop, and yield the response of status 200, whose body is not read yet.
 
     Raises:
         UrlRefusedError: the URL or one it redirects to is not allowed.
@@ -251,7 +251,7 @@ async def guarded_get(
 
 
 async def read_body(response: aiohttp.ClientResponse, url: URL, max_bytes: int | None) -> bytes:
-    """Returns a response's body, and reads no more than `max_bytes` of it."""
+    """Return a response's body, and read no more than `max_bytes` of it."""
     chunks: list[bytes] = []
     received = 0
     async for chunk in response.content.iter_chunked(CHUNK_BYTES):

@@ -36,7 +36,7 @@ class FailedGrammarError(RequestError, VLLMValidationError):
 
 
 def reject_failed_grammars(engine_client: EngineClient) -> None:
-    """Makes `generate` raise a client error if a request with a grammar has failed. Idempotent.
+    """Make `generate` raise a client error if a request with a grammar has failed. Idempotent.
 
     Mutates:
         engine_client: Its `generate`.
@@ -62,7 +62,7 @@ def reject_failed_grammars(engine_client: EngineClient) -> None:
 
 
 async def raise_on_failure(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
-    """Yields the outputs of a request with a grammar.
+    """Yield the outputs of a request with a grammar.
 
     Raises:
         FailedGrammarError: The grammar failed in the engine.

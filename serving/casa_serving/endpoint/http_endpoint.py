@@ -28,13 +28,13 @@ class HttpEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds a route and stores the app. Mutates `app`; see `http_metrics`."""
+        """Add a route and store the app. Mutates `app`; see `http_metrics`."""
         self._app = app
         keep_metrics(app)
         app.add_api_route("/v1/models/{model_id:path}", show_model, methods=["GET"])
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Registers the error handlers, after vLLM's own, and sets what the guard reads.
+        """Register the error handlers, after vLLM's own, and set what the guard reads.
 
         Mutates:
             state: `max_model_len`, `max_prompt_chars`, the models' `root`, which names the server's folder, and how
@@ -57,7 +57,7 @@ class HttpEndpoint:
 
 
 async def show_model(request: Request, model_id: str) -> JSONResponse:
-    """Returns one model in the format of OpenAI's API."""
+    """Return one model in the format of OpenAI's API."""
     models = await request.app.state.openai_serving_models.show_available_models()
     for model in models.data:
         if model.id == model_id:

@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 
 
 def keep_metrics(app: FastAPI) -> None:
-    """Registers the metrics now, for every later instance of their middleware; call it before the first is built.
+    """Register the metrics now, for every later instance of their middleware; call it before the first is built.
 
     An instance registers metrics of its own and counts nothing where they are registered already, and the stack is
     built twice: by SageMaker's standards, which vLLM puts around the app, and by `HttpEndpoint`.
@@ -25,7 +25,7 @@ def keep_metrics(app: FastAPI) -> None:
 
 
 def count_every_request(app: FastAPI) -> None:
-    """Moves the metrics' middleware outside the guard and the drain; call it before the last stack is built.
+    """Move the metrics' middleware outside the guard and the drain; call it before the last stack is built.
 
     Mutates:
         app: Order of its middleware.

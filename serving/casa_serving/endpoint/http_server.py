@@ -15,7 +15,7 @@ from casa_serving.options.live_options import LiveOptions
 
 
 def configure_server(server: uvicorn.Server, args: Namespace) -> None:
-    """Sets the limits of HTTP and WebSocket connections.
+    """Set the limits of HTTP and WebSocket connections.
 
     Mutates:
         server: its configuration.

@@ -17,7 +17,7 @@ class ImageOwner:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sets the context variable, which is per request because each request has its own task, and calls the app."""
+        """Set the context variable, which is per request because each request has its own task, and call the app."""
         if scope["type"] == "http":
             key = Headers(scope=scope).get("authorization", "")
             OWNER.set(hashlib.sha256(key.encode("latin-1")).hexdigest() if key else "")

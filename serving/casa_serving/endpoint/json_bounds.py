@@ -45,7 +45,7 @@ class StructureCounter:
         self._in_string = self._escaped = False
 
     def feed(self, piece: bytes) -> None:
-        """Counts the next chunk.
+        """Count the next chunk.
 
         Raises:
             RequestError: 400: a limit is exceeded.
@@ -99,13 +99,13 @@ class StructureCounter:
 
 
 def over_limit(what: str, most: int, option: str, param: str | None = None) -> RequestError:
-    """Returns the error for a count over its limit."""
+    """Return the error for a count over its limit."""
     message = f"The request {what}: at most {most} are taken (--{option.replace('_', '-')}). Send less in one request."
     return RequestError(400, message, param=param)
 
 
 def parse_json(body: bytes) -> Any:
-    """Parses a body whose structure has been counted.
+    """Parse a body whose structure has been counted.
 
     Stricter than Python's own parser: rejects numbers that JSON does not have (NaN, Infinity) or that no
     field can represent, duplicate names, lone surrogates, and encodings other than UTF-8.
@@ -129,7 +129,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object; rejects duplicate names, of which parsers take different values."""
+    """Return an object; reject duplicate names, of which parsers take different values."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise RequestError(400, "The body is ambiguous: an object has the same name twice. Send each field once.")

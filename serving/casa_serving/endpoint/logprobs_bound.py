@@ -82,7 +82,7 @@ def bound_logprobs(
 
 
 def count_token_ids(prompt: Any) -> int:
-    """Returns how many token ids a prompt, or a list of prompts, has."""
+    """Return how many token ids a prompt, or a list of prompts, has."""
     if not isinstance(prompt, list):
         return 0
     return sum(len(item) if isinstance(item, list) else 1 for item in prompt)

@@ -53,11 +53,11 @@ class GuardedImageIO(ImageMediaIO):
         return dict(default_kwargs or {})
 
     def get_max_bytes(self) -> int:
-        """Returns the size limit of a download."""
+        """Return the size limit of a download."""
         return self.limits.max_image_bytes
 
     def load_base64(self, media_type: str, data: str) -> Any:
-        """Loads an image from base64; the media type that the client declares is ignored."""
+        """Load an image from base64; the media type that the client declares is ignored."""
         try:
             packed = compact(data)
             check_size(len(packed) * 3 // 4, self.limits)
@@ -69,7 +69,7 @@ class GuardedImageIO(ImageMediaIO):
         return self.load_bytes(file)
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
-        """Checks the header and decodes.
+        """Check the header and decode.
 
         Args:
             data: The encoded file.
@@ -80,7 +80,7 @@ class GuardedImageIO(ImageMediaIO):
         return MediaWithBytes(self.decode(data), data)
 
     def decode(self, data: bytes) -> Image.Image:
-        """Returns the image alone; acquires its pixels from the process's budget. Otherwise like `load_bytes`."""
+        """Return the image alone; acquire its pixels from the process's budget. Otherwise like `load_bytes`."""
         width, height = check_image(data, self.limits)
         num_pixels = width * height
         if not PIXELS.acquire(num_pixels, self.limits.max_pixels_in_flight):
@@ -103,7 +103,7 @@ class GuardedImageIO(ImageMediaIO):
         return image
 
     def load_file(self, filepath: Path) -> Any:
-        """Loads a local file; vLLM has checked its folder."""
+        """Load a local file; vLLM has checked its folder."""
         try:
             check_size(filepath.stat().st_size, self.limits)
             return self.load_bytes(filepath.read_bytes())
@@ -136,7 +136,7 @@ class GuardedFileIO(GuardedImageIO):
     """Checks an image's header and defers decoding."""
 
     def load_bytes(self, data: bytes) -> GuardedImage:
-        """Returns the checked file."""
+        """Return the checked file."""
         return GuardedImage(data, self)
 
 
@@ -162,7 +162,7 @@ class GuardedMediaConnector(MediaConnector):
         )
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> GuardedImage:
-        """Loads an image; `image_mode` is vLLM's and ignored: CASA takes RGB only."""
+        """Load an image; `image_mode` is vLLM's and ignored: CASA takes RGB only."""
         return self.load_from_url(image_url, self._image_io, fetch_timeout=fetch_timeout_s())
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> GuardedImage:
@@ -170,7 +170,7 @@ class GuardedMediaConnector(MediaConnector):
         return await self.load_from_url_async(image_url, self._image_io, fetch_timeout=fetch_timeout_s())
 
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
-        """Loads one image from a URL after checking it."""
+        """Load one image from a URL after checking it."""
         try:
             if self._is_data(url, media_io):
                 return load_data_url(url, media_io)
@@ -200,7 +200,7 @@ class GuardedMediaConnector(MediaConnector):
     fetch_audio_embedding_async = fetch_video_embedding_async = fetch_image_embedding_async
 
     def _is_data(self, url: object, media_io: MediaIO) -> bool:
-        """Returns whether a URL is a data URL; rejects all others but those that may be fetched."""
+        """Return whether a URL is a data URL; reject all others but those that may be fetched."""
         if not isinstance(media_io, GuardedImageIO):
             raise unsupported_media()
         if not isinstance(url, str):
@@ -224,7 +224,7 @@ class GuardedMediaConnector(MediaConnector):
 
 
 def load_data_url(url: str, media_io: GuardedImageIO) -> Any:
-    """Loads an image from a data URL."""
+    """Load an image from a data URL."""
     text = base64_text(url)
     if text is None:
         raise VLLMValidationError(
@@ -235,12 +235,12 @@ def load_data_url(url: str, media_io: GuardedImageIO) -> Any:
 
 
 def unsupported_media() -> VLLMValidationError:
-    """Returns the HTTP 400 for media other than images."""
+    """Return the HTTP 400 for media other than images."""
     return VLLMValidationError("Only images and text are taken, no audio, no video and no embeddings.")
 
 
 def parse(url: str) -> URL:
-    """Parses an http(s) URL of a client."""
+    """Parse an http(s) URL of a client."""
     try:
         return URL(url)
     except ValueError as error:
@@ -250,12 +250,12 @@ def parse(url: str) -> URL:
 
 
 def invalid_image(error: InputError) -> VLLMValidationError:
-    """Returns the HTTP 400 for an invalid image."""
+    """Return the HTTP 400 for an invalid image."""
     return VLLMValidationError(str(error), parameter="image_url")
 
 
 def fetch_timeout_s() -> int:
-    """Returns vLLM's own time limit for the download of an image."""
+    """Return vLLM's own time limit for the download of an image."""
     from vllm import envs
 
     return envs.VLLM_IMAGE_FETCH_TIMEOUT

@@ -19,7 +19,7 @@ PATH = "/v1/messages"
 
 
 def preserve_stream_errors(messages: Any) -> None:
-    """Makes the converter end with Anthropic's error event if the chat ends with an error. Idempotent.
+    """Make the converter end with Anthropic's error event if the chat ends with an error. Idempotent.
 
     Args:
         messages: vLLM's `AnthropicServingMessages`.
@@ -50,7 +50,7 @@ def preserve_stream_errors(messages: Any) -> None:
 
 
 async def until_error(pieces: AsyncGenerator[str, None], errors: list[dict[str, Any]]) -> AsyncGenerator[str, None]:
-    """Yields the pieces of a chat's stream before an error.
+    """Yield the pieces of a chat's stream before an error.
 
     Mutates:
         errors: The error's object is added.

@@ -12,7 +12,7 @@ from casa_serving.engine_environment import CONNECTOR
 
 
 def register() -> None:
-    """Registers the connector and the loader of images. Idempotent."""
+    """Register the connector and the loader of images. Idempotent."""
     if os.environ.get("VLLM_MEDIA_CONNECTOR") != CONNECTOR:
         return
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY

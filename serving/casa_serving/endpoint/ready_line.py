@@ -16,7 +16,7 @@ POLL_S = 0.05
 
 
 async def announce(server: uvicorn.Server, args: Namespace) -> None:
-    """Logs one line as soon as the server accepts connections; nothing if it never does.
+    """Log one line as soon as the server accepts connections; nothing if it never does.
 
     Args:
         server: vLLM's, which has no hook for that moment.
@@ -31,7 +31,7 @@ async def announce(server: uvicorn.Server, args: Namespace) -> None:
 
 
 def address(listening: socket.socket, is_encrypted: bool) -> str:
-    """Returns the address of a listening socket, as a client on this machine writes it."""
+    """Return the address of a listening socket, as a client on this machine writes it."""
     name = listening.getsockname()
     if isinstance(name, (str, bytes)):
         return f"unix:{name if isinstance(name, str) else name.decode()}"

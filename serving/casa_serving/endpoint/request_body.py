@@ -19,7 +19,7 @@ class ClientDisconnectedError(Exception):
 
 
 async def discard(receive: Receive) -> None:
-    """Reads and discards the rest of a body, if it is short.
+    """Read and discard the rest of a body, if it is short.
 
     A connection that is closed with bytes unread is reset, and the client may never see the response.
     """
@@ -45,7 +45,7 @@ class BytesInFlight:
         self.limit, self.held = limit, 0
 
     def acquire(self, num_bytes: int) -> None:
-        """Adds bytes to the count.
+        """Add bytes to the count.
 
         Raises:
             RequestError: 429: the limit is reached.
@@ -80,7 +80,7 @@ class BodyReader:
         self.is_complete = False
 
     async def read(self, receive: Receive, on_chunk: Callable[[bytes], None]) -> bytes:
-        """Reads the body.
+        """Read the body.
 
         Args:
             receive: ASGI's.
@@ -124,7 +124,7 @@ class BodyReader:
 
 
 def too_large(got: str, limit: int) -> RequestError:
-    """Returns the error for a body over the limit."""
+    """Return the error for a body over the limit."""
     message = (
         f"The request is too large: got {got} bytes, at most {limit} are taken "
         "(--max-request-bytes). Send fewer or smaller images in one request."
@@ -133,7 +133,7 @@ def too_large(got: str, limit: int) -> RequestError:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Returns a `receive` that yields the body that was read, then the client's further messages."""
+    """Return a `receive` that yields the body that was read, then the client's further messages."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:

@@ -37,7 +37,7 @@ class FieldChecker:
         self._limits, self._max_prompt_chars = limits, max_prompt_chars
 
     def check(self, body: dict[str, Any]) -> int:
-        """Checks a body; returns the characters of its texts.
+        """Check a body; return the characters of its texts.
 
         Raises:
             RequestError: 400: a field is over a limit, or cannot be represented.
@@ -61,7 +61,7 @@ class FieldChecker:
         return text_chars
 
     def _walk(self, path: str, value: Any, root: str) -> Iterator[tuple[str, str, bool]]:
-        """Yields every text in `value`, names of fields too; checks everything else.
+        """Yield every text in `value`, names of fields too; check everything else.
 
         Yields:
             The text, its path, and whether it may become part of the prompt.
@@ -92,7 +92,7 @@ class FieldChecker:
                 check_scalar(value, path)
 
     def _check_text(self, text: str, path: str, is_prompt: bool = True) -> int:
-        """Checks a text; returns its length."""
+        """Check a text; return its length."""
         check_scalar(text, path)
         if is_prompt and self._max_prompt_chars is not None and len(text) > self._max_prompt_chars:
             raise RequestError(
@@ -104,7 +104,7 @@ class FieldChecker:
         return len(text)
 
     def _check_answers(self, body: dict[str, Any]) -> None:
-        """Checks the number of sequences that a request starts in the engine."""
+        """Check the number of sequences that a request starts in the engine."""
         most = self._limits.max_n
         num_prompts = max(count_prompts(body), 1)
         for name in ("n", "best_of"):
@@ -149,13 +149,13 @@ def check_extra_args(body: dict[str, Any]) -> None:
 
 
 def is_image_name(name: str, item: Any, parent: dict[str, Any]) -> bool:
-    """Returns whether a field in a conversation is the name of an image."""
+    """Return whether a field in a conversation is the name of an image."""
     kind = parent.get("type")
     return name == IMAGE_NAME and isinstance(item, str) and isinstance(kind, str) and "image" in kind
 
 
 def is_image(name: str, item: Any, parent: dict[str, Any]) -> bool:
-    """Returns whether a field in a conversation is an image, whose size the image guard bounds.
+    """Return whether a field in a conversation is an image, whose size the image guard bounds.
 
     Anthropic's API has bare base64 in `data`, beside `media_type`.
     """
@@ -165,12 +165,12 @@ def is_image(name: str, item: Any, parent: dict[str, Any]) -> bool:
 
 
 def are_token_ids(value: list[Any]) -> bool:
-    """Returns whether a list contains token ids only; they are cheap, and may be many."""
+    """Return whether a list contains token ids only; they are cheap, and may be many."""
     return bool(value) and all(type(item) is int and 0 <= item <= MAX_TOKEN_ID for item in value)
 
 
 def count_prompts(body: dict[str, Any]) -> int:
-    """Returns how many prompts a request has: texts, lists of token ids, or conversations."""
+    """Return how many prompts a request has: texts, lists of token ids, or conversations."""
     for name in ("prompt", "messages", "items"):
         value = body.get(name)
         if isinstance(value, list) and (name == "items" or any(isinstance(item, str | list) for item in value)):

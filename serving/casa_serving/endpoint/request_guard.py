@@ -58,7 +58,7 @@ class RequestGuard:
         self._checks: Checks | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forwards valid requests and rejects the others."""
+        """Forward valid requests and reject the others."""
         if scope["type"] == "lifespan":
             state = scope["app"].state
             # A cluster's ingress runs in Ray Serve's server and has none.
@@ -142,7 +142,7 @@ class Checks:
             self.key.check(path, Headers(scope=scope))
 
     async def read(self, scope: Scope, receive: Receive, reader: BodyReader) -> bytes:
-        """Returns the body after checking it, changed where vLLM needs it.
+        """Return the body after checking it, changed where vLLM needs it.
 
         Raises:
             RequestError: 4xx: it is over a limit or no valid JSON.
@@ -170,23 +170,23 @@ class Checks:
 
 
 def route_path(scope: Scope) -> str:
-    """Returns the path as Starlette's router sees it, so that both agree on every path."""
+    """Return the path as Starlette's router sees it, so that both agree on every path."""
     path, root_path = scope["path"], scope.get("root_path", "")
     return path[len(root_path) :] if path == root_path or path.startswith(f"{root_path}/") else path
 
 
 def has_body(scope: Scope) -> bool:
-    """Returns whether a request has a body."""
+    """Return whether a request has a body."""
     return (declared_length(scope) or 0) > 0 or any(name == b"transfer-encoding" for name, _ in scope["headers"])
 
 
 def expects_continue(scope: Scope) -> bool:
-    """Returns whether a client waits for `100 Continue` before it sends its body."""
+    """Return whether a client waits for `100 Continue` before it sends its body."""
     return Headers(scope=scope).get("expect", "").lower() == "100-continue"
 
 
 def declared_length(scope: Scope) -> int | None:
-    """Returns the request's Content-Length; the HTTP server has checked that it is a number."""
+    """Return the request's Content-Length; the HTTP server has checked that it is a number."""
     for name, value in scope["headers"]:
         if name == b"content-length":
             return int(value)
@@ -214,7 +214,7 @@ def check_content_type(headers: Headers) -> None:
 
 
 def is_allowed_origin(headers: Headers, allowed: list[str]) -> bool:
-    """Returns whether a WebSocket comes from this server's page, an allowed origin, or no page at all.
+    """Return whether a WebSocket comes from this server's page, an allowed origin, or no page at all.
 
     Browsers do not apply CORS to WebSockets, but send the page's origin in `Origin`. Other clients send
     no such header.
@@ -229,7 +229,7 @@ def is_allowed_origin(headers: Headers, allowed: list[str]) -> bool:
 
 
 def move_key_to_header(scope: Scope) -> None:
-    """Moves an API key from the offered subprotocols to the Authorization header, which vLLM reads.
+    """Move an API key from the offered subprotocols to the Authorization header, which vLLM reads.
 
     A page cannot set headers on a WebSocket, only subprotocols.
 

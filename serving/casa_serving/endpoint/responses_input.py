@@ -22,7 +22,7 @@ ITEMS_AT_ONCE = 16
 
 
 def set_image_detail(body: dict[str, Any]) -> bool:
-    """Sets `detail` of every `input_image` that has none to "auto", as OpenAI does.
+    """Set `detail` of every `input_image` that has none to "auto", as OpenAI does.
 
     Mutates:
         body: its images.
@@ -45,7 +45,7 @@ def set_image_detail(body: dict[str, Any]) -> bool:
 
 
 async def check_items(body: dict[str, Any]) -> None:
-    """Validates each item of `input` with vLLM's own model.
+    """Validate each item of `input` with vLLM's own model.
 
     Raises:
         RequestError: 400: an item is invalid.

@@ -23,7 +23,7 @@ MAX_NAMES = 4096
 
 
 def check_schemas(body: dict[str, Any], limits: RequestLimits) -> None:
-    """Checks every field of a request that may contain a schema.
+    """Check every field of a request that may contain a schema.
 
     Raises:
         RequestError: 400: one is too large, or refers to itself alone.
@@ -47,7 +47,7 @@ class SchemaCounter:
         self._chars = self._literal_chars = self._names = 0
 
     def check(self, value: Any) -> None:
-        """Checks a value, whose depth is bounded already.
+        """Check a value, whose depth is bounded already.
 
         Raises:
             RequestError: 400: see `check_schemas`.
@@ -119,7 +119,7 @@ def follow(schema: Any, root: dict[str, Any], field: str) -> None:
 
 
 def resolve(reference: str, root: dict[str, Any]) -> Any:
-    """Returns what a reference such as `#/$defs/name` points to, or None."""
+    """Return what a reference such as `#/$defs/name` points to, or None."""
     found: Any = root
     for step in reference.removeprefix("#").split("/")[1:]:
         found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None

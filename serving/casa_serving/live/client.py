@@ -74,17 +74,17 @@ class LiveClient:
         self._num_frames = 0
 
     async def __aenter__(self) -> Self:
-        """Connects."""
+        """Connect."""
         await self._connect()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        """Closes the connection, which also ends a session that was not stopped."""
+        """Close the connection, which also ends a session that was not stopped."""
         await self._socket.close()
         await self._reader
 
     async def create(self, **settings: Any) -> Created:
-        """Creates the session and waits until it is ready.
+        """Create the session and wait until it is ready.
 
         Args:
             **settings: Any of `LiveSettings`' fields, and `history`; the server has defaults for the others.
@@ -109,7 +109,7 @@ class LiveClient:
         raise ConnectionLostError("The server closed the connection before it created a session.")
 
     async def send_frame(self, image: bytes, timestamp: float) -> int:
-        """Sends a frame and does not wait for its caption.
+        """Send a frame and do not wait for its caption.
 
         Args:
             image: A JPEG, PNG or WebP file.
@@ -131,7 +131,7 @@ class LiveClient:
         return id
 
     async def events(self) -> AsyncIterator[ServerEvent]:
-        """Yields the server's events in order; ends after `session.closed`.
+        """Yield the server's events in order; end after `session.closed`.
 
         Raises:
             ConnectionLostError: The connection was lost.
@@ -146,7 +146,7 @@ class LiveClient:
             yield event
 
     async def stop(self) -> Statistics:
-        """Ends the session after the frame and questions that are in progress or queued; returns its statistics.
+        """End the session after the frame and questions that are in progress or queued; return its statistics.
 
         Events that were not read yet can still be iterated afterwards.
 
@@ -161,7 +161,7 @@ class LiveClient:
         return self.statistics
 
     async def reconnect(self) -> Created:
-        """Opens a new session with the same settings and the recorded history; frames are numbered from 0 again."""
+        """Open a new session with the same settings and the recorded history; frames are numbered from 0 again."""
         await self._socket.close()
         await self._reader
         await self._connect()
@@ -178,7 +178,7 @@ class LiveClient:
         self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        """Reads events until the connection ends; types of a later protocol version are ignored."""
+        """Read events until the connection ends; types of a later protocol version are ignored."""
         end = ConnectionClosed(None, None)
         try:
             while True:

@@ -116,7 +116,7 @@ class Connection:
         self.unfinished: Frame | PendingQuestion | None = None
 
     async def run(self) -> None:
-        """Runs the connection to its end; raises nothing."""
+        """Run the connection to its end; raise nothing."""
         offered = self.socket.scope["subprotocols"]
         try:
             await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
@@ -146,7 +146,7 @@ class Connection:
             self._record_end(reason, failure)
 
     def _record_end(self, reason: str, failure: str) -> None:
-        """Logs the session's end, and ends its span and those of what was in work or waiting."""
+        """Log the session's end, and end its span and those of what was in work or waiting."""
         counts = self.statistics.summary()
         if self.trace is not None:
             for item in [*([self.unfinished] if self.unfinished else []), *self.queue.waiting()]:
@@ -199,7 +199,7 @@ class Connection:
             raise SessionEnd("no session was created", IDLE, error) from timeout
 
     async def _read_create(self) -> tuple[Create, LiveSettings] | None:
-        """Reads one message; returns it and its settings if it is a valid `session.create`."""
+        """Read one message; return it and its settings if it is a valid `session.create`."""
         try:
             message = await self._receive()
             if isinstance(message, bytes):
@@ -250,7 +250,7 @@ class Connection:
     # Incoming messages.
 
     async def _read(self, session: LiveSession) -> None:
-        """Handles messages until the client disconnects or is idle for too long."""
+        """Handle messages until the client disconnects or is idle for too long."""
         while True:
             try:
                 async with asyncio.timeout(self.service.options.live_idle_timeout):
@@ -379,7 +379,7 @@ class Connection:
         await self._send(ErrorEvent(code=error.code, message=str(error), frame=frame, question=question, id=error.id))
 
     async def _send(self, event: Event) -> None:
-        """Sends one message and waits until the socket's buffer accepts it."""
+        """Send one message and wait until the socket's buffer accepts it."""
         try:
             async with asyncio.timeout(self.service.options.live_send_timeout):
                 await self.socket.send_text(event.model_dump_json())
@@ -388,7 +388,7 @@ class Connection:
             raise SessionEnd("slow client", SLOW_CLIENT, error) from timeout
 
     async def _send_error_and_close(self, end: SessionEnd) -> None:
-        """Sends the error and `session.closed`, and closes; aborts the connection if the client does not read."""
+        """Send the error and `session.closed`, and close; abort the connection if the client does not read."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 if end.error is not None:
@@ -405,7 +405,7 @@ class Connection:
 
 
 async def run_until_first_completes(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Runs coroutines until one of them ends or raises, then cancels the others and waits for them.
+    """Run coroutines until one of them ends or raises, then cancel the others and wait for them.
 
     Raises:
         BaseException: Whatever the first one raised.

@@ -41,12 +41,12 @@ class LiveEndpoint:
             raise ConfigError("casa_live needs the guards of casa-serve: start the server with casa-serve.")
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the routes. Mutates `app`."""
+        """Add the routes. Mutates `app`."""
         app.add_api_websocket_route(PATH, live)
         web_files.attach(app)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Sets what the routes read, and the hook that closes sessions at shutdown.
+        """Set what the routes read, and the hook that closes sessions at shutdown.
 
         Mutates:
             state: `live`, `page_model`, `shutdown_hooks`.
@@ -62,14 +62,14 @@ class LiveEndpoint:
 
 
 async def live(websocket: WebSocket) -> None:
-    """Handles the WebSocket route `/v1/live`."""
+    """Handle the WebSocket route `/v1/live`."""
     await Connection(websocket, websocket.app.state.live).run()
 
 
 def open_service(
     engine_client: EngineClient, checkpoint: Path, options: LiveOptions, limits: ImageLimits
 ) -> LiveService:
-    """Returns what all sessions of this process share; once per process, since it registers metrics.
+    """Return what all sessions of this process share; once per process, since it registers metrics.
 
     Args:
         engine_client: vLLM's, of the model that it serves.
@@ -88,7 +88,7 @@ def open_service(
 
 
 def open_engine(engine_client: EngineClient, checkpoint: Path, options: LiveOptions) -> LiveEngine:
-    """Returns the engine, with a default text budget within the model's context and the operator's limit."""
+    """Return the engine, with a default text budget within the model's context and the operator's limit."""
     engine = LiveEngine(engine_client, checkpoint)
     longest = options.live_text_budget or engine.defaults.text_budget
     budget = min(engine.defaults.text_budget, longest, engine_client.model_config.max_model_len)

@@ -38,7 +38,7 @@ class EngineRequest:
         self._task = asyncio.create_task(self._run())
 
     async def generate(self, prompt: Any, params: SamplingParams) -> AsyncIterator[CompletionOutput]:
-        """Sends a rendered chunk to the engine; yields its outputs until the chunk's answer is complete.
+        """Send a rendered chunk to the engine; yield its outputs until the chunk's answer is complete.
 
         Raises:
             RequestLostError: The engine ended the request.

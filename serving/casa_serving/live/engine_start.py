@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 async def start_engine(checkpoint: Path, **options: Any) -> AsyncLLM:
-    """Starts an engine in processes of its own, with the defaults of `casa-serve`.
+    """Start an engine in processes of its own, with the defaults of `casa-serve`.
 
     Args:
         checkpoint: Folder of the model.

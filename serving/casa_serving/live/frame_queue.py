@@ -45,13 +45,13 @@ class LatestFrameQueue:
         self._changed = asyncio.Event()
 
     def put_frame(self, frame: Frame) -> Frame | None:
-        """Stores a frame; returns the waiting one that it replaces, or None."""
+        """Store a frame; return the waiting one that it replaces, or None."""
         replaced, self._frame = self._frame, frame
         self._changed.set()
         return replaced
 
     def put_question(self, question: PendingQuestion) -> None:
-        """Adds a question.
+        """Add a question.
 
         Raises:
             LiveError: Too many are waiting (`bad_message`).
@@ -66,16 +66,16 @@ class LatestFrameQueue:
         self._changed.set()
 
     def end(self) -> None:
-        """Marks the end: nothing will be added."""
+        """Mark the end: nothing will be added."""
         self.ended = True
         self._changed.set()
 
     def waiting(self) -> list[Frame | PendingQuestion]:
-        """Returns what nobody has taken."""
+        """Return what nobody has taken."""
         return [*self._questions, *([self._frame] if self._frame else [])]
 
     async def get(self) -> Frame | PendingQuestion | None:
-        """Waits for the next item, questions first; returns None at the end."""
+        """Wait for the next item, questions first; return None at the end."""
         while True:
             if self._questions:
                 return self._questions.popleft()

@@ -82,12 +82,12 @@ class SessionStatistics:
     longest_delay_ms: float | None = None
 
     def count(self, result: Result) -> None:
-        """Counts a frame by its result."""
+        """Count a frame by its result."""
         self.counts[result] += 1
         self.metrics.frames[result].inc()
 
     def add_frame(self, frame: FrameResult) -> None:
-        """Adds a captioned or silent frame."""
+        """Add a captioned or silent frame."""
         self.count("captioned" if frame.caption else "silent")
         self.tokens += frame.num_tokens
         is_late = frame.delay_ms > self.frame_interval_ms
@@ -102,7 +102,7 @@ class SessionStatistics:
         self.metrics.restarts.inc(frame.restarted)
 
     def summary(self) -> Statistics:
-        """Returns the statistics for `session.closed`."""
+        """Return the statistics for `session.closed`."""
         p50, p95 = (round(float(value), 1) for value in np.percentile(self.delays_ms or [0.0], [50, 95]))
         delays = Delays(p50=p50, p95=p95, max=round(self.longest_delay_ms or 0.0, 2))
         return Statistics(

@@ -89,7 +89,7 @@ class CreateBase(ClientMessage):
     history: list[CaptionItem | AnswerItem] = Field(default=[], max_length=MAX_HISTORY_ITEMS)
 
     def settings(self, defaults: LiveSettings) -> LiveSettings:
-        """Returns the server's defaults, overridden by the client's settings.
+        """Return the server's defaults, overridden by the client's settings.
 
         Raises:
             LiveError: A value is invalid (`bad_settings`).
@@ -142,7 +142,7 @@ class Frame:
 
 
 def read_text(text: str) -> ClientMessage:
-    """Parses a text message.
+    """Parse a text message.
 
     Raises:
         LiveError: It is no valid message (`bad_message`, or `bad_settings` in a create).
@@ -168,7 +168,7 @@ def read_text(text: str) -> ClientMessage:
 
 
 def given_id(message: dict[str, Any]) -> str | None:
-    """Returns the `id` of an otherwise invalid question; None if it has no valid one."""
+    """Return the `id` of an otherwise invalid question; None if it has no valid one."""
     if message["type"] != "question":
         return None
     try:
@@ -178,7 +178,7 @@ def given_id(message: dict[str, Any]) -> str | None:
 
 
 def describe(error: ValidationError) -> str:
-    """Returns the error message, one sentence for each invalid field, without pydantic's links."""
+    """Return the error message, one sentence for each invalid field, without pydantic's links."""
     found = []
     for fault in error.errors(include_url=False)[:4]:
         name = ".".join(str(part) for part in fault["loc"])
@@ -192,7 +192,7 @@ def describe(error: ValidationError) -> str:
 
 
 def read_frame(message: bytes, number: int, arrived_s: float, max_bytes: int) -> Frame:
-    """Parses a binary message; the image itself is decoded when it is processed.
+    """Parse a binary message; the image itself is decoded when it is processed.
 
     Raises:
         LiveError: Too short, too large, or an invalid timestamp (`bad_frame`, `frame_too_large`).
@@ -257,7 +257,7 @@ class FrameDoneBase(Event):
 
     @classmethod
     def of(cls, frame: int, result: FrameResult) -> FrameDone:
-        """Returns the event of a frame's number and result; times are rounded."""
+        """Return the event of a frame's number and result; times are rounded."""
         values = {name: round(value, 2) if name.endswith("_ms") else value for name, value in asdict(result).items()}
         return FrameDone(frame=frame, **values)
 
@@ -352,7 +352,7 @@ _EVENTS: TypeAdapter[ServerEvent] = TypeAdapter(Annotated[ServerEvent, Field(dis
 
 
 def read_event(text: str | bytes) -> ServerEvent | None:
-    """Parses a server's message (for clients); returns None for a type that this version does not know."""
+    """Parse a server's message (for clients); return None for a type that this version does not know."""
     try:
         return _EVENTS.validate_json(text)
     except ValidationError as error:

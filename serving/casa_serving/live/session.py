@@ -70,7 +70,7 @@ class LiveEngine:
         self.model_name = str(engine.model_config.served_model_name)
 
     def capacity(self, settings: LiveSettings) -> int:
-        """Returns how many sessions with these settings fit into the engine's KV cache."""
+        """Return how many sessions with these settings fit into the engine's KV cache."""
         max_image_tokens = self.format.processor.max_image_tokens
         per_session = self.pages.session_pages(settings.text_budget, max_image_tokens)
         # One page is vLLM's null page.
@@ -78,7 +78,7 @@ class LiveEngine:
         return min(num_pages // per_session, self.engine.vllm_config.scheduler_config.max_num_seqs)
 
     async def open(self, settings: LiveSettings, history: Sequence[HistoryItem] = ()) -> LiveSession:
-        """Opens a session; the engine is idle before its first frame.
+        """Open a session; the engine is idle before its first frame.
 
         Raises:
             InputError: The settings or the history are invalid.
@@ -109,7 +109,7 @@ class LiveEngine:
         return is_v2 or CAPTION_PROCESSOR in (self.engine.model_config.logits_processors or ())
 
     async def render(self, chunk: Chunk, images: list[Image.Image]) -> Any:
-        """Renders a chunk with vLLM's renderer, which resizes images in threads.
+        """Render a chunk with vLLM's renderer, which resizes images in threads.
 
         Raises:
             InputError: vLLM refuses the chunk, in most cases for its image.
@@ -145,13 +145,13 @@ class Progress:
     entry: Entry | None = None
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """Appends tokens."""
+        """Append tokens."""
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         self.token_ids += token_ids
 
     def delta(self, text: str) -> str:
-        """Returns the part of the text that was not sent yet; "" while a character is incomplete.
+        """Return the part of the text that was not sent yet; "" while a character is incomplete.
 
         After a restart the text may differ from what was sent; the final result has the correct one.
         """
@@ -161,7 +161,7 @@ class Progress:
         return text[len(before) :]
 
     def common_fields(self, stop_ids: Sequence[int]) -> dict[str, Any]:
-        """Returns the fields that results of frames and answers share."""
+        """Return the fields that results of frames and answers share."""
         ended_s = time.monotonic()
         return {
             "num_tokens": len(self.token_ids),
@@ -257,7 +257,7 @@ class LiveSession:
         timestamp: float | None,
         progress: Progress,
     ) -> AsyncIterator[str]:
-        """Yields pieces of the answer; if the engine loses the session, prefills the text again and goes on."""
+        """Yield pieces of the answer; if the engine loses the session, prefill the text again and go on."""
         if self._is_closed:
             raise InputError("the session is closed; expected an open one: open another with its history.")
         if self._is_unfinished:

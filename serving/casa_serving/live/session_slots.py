@@ -74,7 +74,7 @@ class SessionSlots:
             self._shares -= share
 
     async def close(self, timeout_s: float) -> None:
-        """Closes every session and waits until all slots are released, at most `timeout_s` seconds."""
+        """Close every session and wait until all slots are released, at most `timeout_s` seconds."""
         self.closing.set()
         try:
             async with asyncio.timeout(timeout_s):

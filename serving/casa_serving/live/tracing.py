@@ -45,7 +45,7 @@ class SessionTrace:
         self._context = trace.set_span_in_context(self._span)
 
     def add_frame(self, number: int, arrived_s: float, result: FrameResult) -> None:
-        """Adds the span of a frame that has been captioned, or for which the model stayed silent.
+        """Add the span of a frame that has been captioned, or for which the model stayed silent.
 
         Args:
             number: The frame's.
@@ -57,11 +57,11 @@ class SessionTrace:
         self._add("live_frame", number, arrived_s, result, result_name, result.delay_ms, latencies)
 
     def add_answer(self, number: int, begun_s: float, result: AnswerResult) -> None:
-        """Adds the span of a question that has been answered; `begun_s` is when its turn came."""
+        """Add the span of a question that has been answered; `begun_s` is when its turn came."""
         self._add("live_question", number, begun_s, result, "answered", result.total_ms, {})
 
     def add_failure(self, name: str, number: int | None, begun_s: float, result: str, message: str) -> None:
-        """Adds the span of a frame or question that came to nothing.
+        """Add the span of a frame or question that came to nothing.
 
         Args:
             name: "live_frame" or "live_question".
@@ -76,7 +76,7 @@ class SessionTrace:
         span.end()
 
     def end(self, reason: str, statistics: Statistics, failure: str) -> None:
-        """Ends the session's span.
+        """End the session's span.
 
         Args:
             reason: Why the session ended.

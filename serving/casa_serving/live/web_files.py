@@ -64,7 +64,7 @@ class WebFiles(StaticFiles):
         super().__init__(packages=[("casa_serving", "web")])
 
     async def serve(self, request: Request) -> Response:
-        """Returns the file that the path names, or 304 to a browser that has it, or `FIELDS`, or `MODEL`.
+        """Return the file that the path names, or 304 to a browser that has it, or `FIELDS`, or `MODEL`.
 
         Raises:
             HTTPException: 404, there is no such file, or none of the page's kinds.
@@ -79,7 +79,7 @@ class WebFiles(StaticFiles):
         return await self.get_response(name, request.scope)
 
     def file_response(self, full_path: str, *args: object, **kwargs: object) -> Response:
-        """Adds the headers to starlette's response."""
+        """Add the headers to starlette's response."""
         response = super().file_response(full_path, *args, **kwargs)
         response.headers.update(HEADERS)
         if response.status_code != 304:
@@ -88,7 +88,7 @@ class WebFiles(StaticFiles):
 
 
 def field_attributes() -> dict[str, dict[str, float | str]]:
-    """Returns the HTML attributes that bound the page's fields, by the fields' names."""
+    """Return the HTML attributes that bound the page's fields, by the fields' names."""
     texts = {"instruction": MAX_TEXT_CHARACTERS, "question": MAX_QUESTION_CHARACTERS}
     return {
         **{name: {"min": low, "max": high, "step": 1} for name, (low, high) in INTEGER_RANGES.items()},
@@ -98,7 +98,7 @@ def field_attributes() -> dict[str, dict[str, float | str]]:
 
 
 def page_model(name: str, checkpoint: Path) -> dict[str, str | list[str]]:
-    """Returns what the page says about a model: `name`, `reads` and `questions`, see `Demonstration`.
+    """Return what the page says about a model: `name`, `reads` and `questions`, see `Demonstration`.
 
     Raises:
         CheckpointError: the checkpoint's description of itself is invalid.
@@ -108,7 +108,7 @@ def page_model(name: str, checkpoint: Path) -> dict[str, str | list[str]]:
 
 
 def attach(app: Starlette) -> None:
-    """Adds the page's routes after all others, so that none of them is shadowed.
+    """Add the page's routes after all others, so that none of them is shadowed.
 
     Mutates:
         app: its routes; whoever attaches them sets `app.state.page_model` before the first request.

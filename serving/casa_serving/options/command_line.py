@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def add_options(group: argparse._ArgumentGroup, defaults: Mapping[str, float | None], texts: Mapping[str, str]) -> None:
-    """Adds an option for each limit, with its default in the help.
+    """Add an option for each limit, with its default in the help.
 
     Args:
         group: Where they are added.

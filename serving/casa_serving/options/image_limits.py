@@ -30,7 +30,7 @@ class ImageLimits(ImageFileLimits):
     max_pixels_in_flight: int = 512 * 1024 * 1024
 
     def __post_init__(self) -> None:
-        """Checks the values themselves.
+        """Check the values themselves.
 
         Raises:
             InputError: a limit that no image could meet.
@@ -41,7 +41,7 @@ class ImageLimits(ImageFileLimits):
 
     @classmethod
     def from_options(cls, options: dict[str, object]) -> ImageLimits:
-        """Returns the limits among `options` (a namespace's or a modality's), others default."""
+        """Return the limits among `options` (a namespace's or a modality's), others default."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in options.items() if name in names})
 
@@ -50,7 +50,7 @@ class ImageLimits(ImageFileLimits):
         return f" (--{name.replace('_', '-')})"
 
     def as_options(self) -> dict[str, int]:
-        """Returns the limits as plain integers by name."""
+        """Return the limits as plain integers by name."""
         return asdict(self)
 
 
@@ -64,5 +64,5 @@ HELP = {
 
 
 def add_limit_options(group: argparse._ArgumentGroup) -> None:
-    """Adds an option for every limit, each with its default in the help."""
+    """Add an option for every limit, each with its default in the help."""
     add_options(group, ImageLimits().as_options(), HELP)

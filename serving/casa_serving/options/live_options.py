@@ -40,7 +40,7 @@ class LiveOptions:
     live_text_budget: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the values themselves.
+        """Check the values themselves.
 
         Raises:
             InputError: an option that no session could meet.
@@ -57,7 +57,7 @@ class LiveOptions:
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> LiveOptions:
-        """Returns the options among a command line's; a frame is never larger than any other image."""
+        """Return the options among a command line's; a frame is never larger than any other image."""
         known = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
         image_bytes = arguments.get("max_image_bytes", MAX_FRAME_BYTES)
         known["live_max_frame_bytes"] = min(known["live_max_frame_bytes"], image_bytes, MAX_FRAME_BYTES)
@@ -83,5 +83,5 @@ HELP = {
 
 
 def add_live_options(group: argparse._ArgumentGroup) -> None:
-    """Adds an option for each, with its default in the help."""
+    """Add an option for each, with its default in the help."""
     add_options(group, asdict(LiveOptions()), HELP)

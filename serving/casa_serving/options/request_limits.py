@@ -52,7 +52,7 @@ class RequestLimits:
     max_logprobs_values: int = 40_000
 
     def __post_init__(self) -> None:
-        """Checks the values themselves.
+        """Check the values themselves.
 
         Raises:
             InputError: a limit that no request could meet.
@@ -73,7 +73,7 @@ class RequestLimits:
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> RequestLimits:
-        """Returns the limits among `options`, others default."""
+        """Return the limits among `options`, others default."""
         return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
 
 
@@ -93,5 +93,5 @@ HELP = {
 
 
 def add_request_options(group: argparse._ArgumentGroup) -> None:
-    """Adds an option for every limit, each with its default in the help."""
+    """Add an option for every limit, each with its default in the help."""
     add_options(group, asdict(RequestLimits()), HELP)

@@ -19,7 +19,7 @@ NORM = "model.norm.weight"
 
 
 def edit_tensors(folder: Path, change) -> None:
-    """Changes the last shard, and the index with it."""
+    """Change the last shard, and the index with it."""
     file = sorted(folder.glob("model-*.safetensors"))[-1]
     before = load_file(file)
     tensors = dict(before)
@@ -68,7 +68,7 @@ def nest(folder: Path) -> None:
 
 
 def link_to_blobs(folder: Path, cache: str) -> None:
-    """Puts a shard into a folder of blobs, as the hub's cache does."""
+    """Put a shard into a folder of blobs, as the hub's cache does."""
     blob = folder.parent / cache / "blobs" / "0123"
     blob.parent.mkdir(parents=True)
     shard = first_shard(folder)

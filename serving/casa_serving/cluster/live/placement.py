@@ -47,7 +47,7 @@ class PlacedSession:
 
 
 async def place_session(websocket: WebSocket, reserve: Callable[[RoutingContext], ReservationCall]) -> PlacedSession:
-    """Tries one replica after the other, and connects to the first with a free slot.
+    """Try one replica after the other, and connect to the first with a free slot.
 
     Args:
         websocket: The client's.
@@ -80,7 +80,7 @@ async def place_session(websocket: WebSocket, reserve: Callable[[RoutingContext]
 async def try_replica(
     call: ReservationCall, context: RoutingContext, websocket: WebSocket
 ) -> PlacedSession | SessionRejection:
-    """Tries one replica; the call stays open if it has a free slot, and is closed otherwise.
+    """Try one replica; the call stays open if it has a free slot, and is closed otherwise.
 
     Args:
         call: The Ray call that reserves a slot.
@@ -110,7 +110,7 @@ async def try_replica(
 
 
 async def open_upstream(ticket: SessionTicket, websocket: WebSocket) -> ClientConnection:
-    """Connects to a replica, with the client's subprotocol and trace.
+    """Connect to a replica, with the client's subprotocol and trace.
 
     Raises:
         OSError: It is gone, or does not respond in time.
@@ -132,7 +132,7 @@ async def open_upstream(ticket: SessionTicket, websocket: WebSocket) -> ClientCo
 
 
 def no_free_slot(reason: str) -> LiveError:
-    """Returns the protocol's error for a session that no replica has a slot for."""
+    """Return the protocol's error for a session that no replica has a slot for."""
     return LiveError(
         "too_many_sessions",
         f"No replica has a place for one more live session ({reason}; live.max_sessions). Try again later.",

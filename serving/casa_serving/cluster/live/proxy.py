@@ -52,7 +52,7 @@ class LiveProxy:
         self._is_ending = False
 
     async def end(self) -> None:
-        """Makes the replicas close all sessions and waits for it; new sessions are rejected."""
+        """Make the replicas close all sessions and wait for it; new sessions are rejected."""
         self._is_ending = True
         for replica_shutdown in self._replica_shutdowns:
             replica_shutdown.notify()
@@ -62,7 +62,7 @@ class LiveProxy:
                     await asyncio.sleep(POLL_S)
 
     async def serve(self, websocket: WebSocket, reserve: Callable[[RoutingContext], ReservationCall]) -> None:
-        """Serves a client from the handshake to the close frame.
+        """Serve a client from the handshake to the close frame.
 
         Args:
             websocket: Not accepted yet.
@@ -107,7 +107,7 @@ class LiveProxy:
             closing.cancel()
 
     async def _close_with_replica(self, placed: PlacedSession) -> None:
-        """Makes the replica close the session when it shuts down; aborts the connection if it does not."""
+        """Make the replica close the session when it shuts down; abort the connection if it does not."""
         await placed.context.replica_shutdown.wait()
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
@@ -118,7 +118,7 @@ class LiveProxy:
             placed.upstream.transport.abort()
 
     async def _drain(self, ticket: SessionTicket) -> None:
-        """Makes a replica close its sessions; one request for all sessions of this ingress."""
+        """Make a replica close its sessions; one request for all sessions of this ingress."""
         task = self._drains.get(ticket.drain_url)
         if task is None:
             task = self._drains[ticket.drain_url] = asyncio.create_task(post_drain(ticket))
@@ -127,7 +127,7 @@ class LiveProxy:
 
 
 async def post_drain(ticket: SessionTicket) -> None:
-    """Requests a replica to close its sessions; returns when it has.
+    """Request a replica to close its sessions; return when it has.
 
     Raises:
         aiohttp.ClientError: It is gone, or rejects the request.
@@ -141,7 +141,7 @@ async def post_drain(ticket: SessionTicket) -> None:
 
 
 async def drain_call(call: ReservationCall) -> None:
-    """Waits until the replica ends the call after the end of the session; cancels the call after a timeout."""
+    """Wait until the replica ends the call after the end of the session; cancel the call after a timeout."""
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             async for _ in call:
@@ -165,7 +165,7 @@ class BoundedMessageBuffer:
         self._has_some = asyncio.Event()
 
     def put(self, message: str | bytes) -> None:
-        """Adds a message.
+        """Add a message.
 
         Raises:
             LiveError: The buffer is over its limit.
@@ -182,7 +182,7 @@ class BoundedMessageBuffer:
             )
 
     async def get(self) -> str | bytes:
-        """Waits for the next message."""
+        """Wait for the next message."""
         while not self._messages:
             self._has_some.clear()
             await self._has_some.wait()
@@ -228,13 +228,13 @@ async def relay_to_client(upstream: ClientConnection, websocket: WebSocket) -> N
 
 
 async def close_after_grace(upstream: ClientConnection) -> None:
-    """Returns some time after the replica has closed, in case the client does not read the final messages."""
+    """Return some time after the replica has closed, in case the client does not read the final messages."""
     await upstream.wait_closed()
     await asyncio.sleep(CLOSE_TIMEOUT_S)
 
 
 async def mirror_close(websocket: WebSocket, upstream: ClientConnection) -> None:
-    """Closes the client's side with the replica's code and reason, or with an error if the replica was lost.
+    """Close the client's side with the replica's code and reason, or with an error if the replica was lost.
 
     Raises:
         WebSocketDisconnect: The client disconnected first.
@@ -249,7 +249,7 @@ async def mirror_close(websocket: WebSocket, upstream: ClientConnection) -> None
 
 
 async def reject(websocket: WebSocket, error: LiveError) -> None:
-    """Accepts the handshake, sends the error and closes."""
+    """Accept the handshake, send the error and close."""
     subprotocol = SUBPROTOCOL if SUBPROTOCOL in websocket.scope["subprotocols"] else None
     full = error.code == "too_many_sessions"
     with contextlib.suppress(WebSocketDisconnect):
@@ -260,7 +260,7 @@ async def reject(websocket: WebSocket, error: LiveError) -> None:
 
 
 async def send_error_and_close(websocket: WebSocket, error: LiveError, code: int, reason: str) -> None:
-    """Sends a fatal error event and closes; a client that does not read it is left to Serve's proxy.
+    """Send a fatal error event and close; a client that does not read it is left to Serve's proxy.
 
     Raises:
         WebSocketDisconnect: The client disconnected first.
@@ -273,5 +273,5 @@ async def send_error_and_close(websocket: WebSocket, error: LiveError, code: int
 
 
 def may_be_sent(code: int) -> bool:
-    """Returns whether a close code is allowed in a close frame: some are for local use only."""
+    """Return whether a close code is allowed in a close frame: some are for local use only."""
     return 1000 <= code < 1004 or 1007 <= code < 1015 or 3000 <= code < 5000

@@ -99,7 +99,7 @@ class LiveServer:
         return len(self._reservations)
 
     async def start(self, host: str) -> None:
-        """Listens on a free port.
+        """Listen on a free port.
 
         Args:
             host: This node's address in the cluster.
@@ -117,7 +117,7 @@ class LiveServer:
                 raise RuntimeError(f"The server of live sessions on {self._address} ended at its start.")
 
     async def stop(self) -> None:
-        """Closes all sessions and stops listening."""
+        """Close all sessions and stop listening."""
         await self._service.slots.close(DRAIN_TIMEOUT_S)
         self._server.should_exit = True
         await self._task
@@ -157,7 +157,7 @@ class LiveServer:
                 abort_connection(reservation.websocket.scope)
 
     async def _live(self, websocket: WebSocket) -> None:
-        """Handles the WebSocket of a reserved slot."""
+        """Handle the WebSocket of a reserved slot."""
         token = websocket.headers.get(TOKEN_HEADER, "")
         reservation = self._reservations.get(token)
         if reservation is None or reservation.begun.is_set():
@@ -173,7 +173,7 @@ class LiveServer:
             reservation.ended.set()
 
     async def _drain(self, request: Request) -> Response:
-        """Closes all sessions; responds when they have ended.
+        """Close all sessions; respond when they have ended.
 
         Afterwards sessions are accepted again: the router sends none to a replica that really shuts down, and one that
         the controller has only lost track of, such as after its own restart, must not reject them forever.
@@ -201,7 +201,7 @@ class FrameWindow:
         self._samples: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)])
 
     def sample(self) -> tuple[float, float]:
-        """Returns frames and late frames since the sample before the window; to be called every few seconds."""
+        """Return frames and late frames since the sample before the window; to be called every few seconds."""
         now = time.monotonic()
         seen, late = self._totals()
         while len(self._samples) > 1 and now - self._samples[1][0] >= WINDOW_S:
@@ -217,7 +217,7 @@ class FrameWindow:
 
 
 def total(counter: Counter) -> float:
-    """Returns the value of a counter that has no labels, or all of them."""
+    """Return the value of a counter that has no labels, or all of them."""
     return sum(
         sample.value for metric in counter.collect() for sample in metric.samples if sample.name.endswith("_total")
     )

@@ -45,10 +45,10 @@ class ReplicaShutdown:
         self._notified = asyncio.Event()
 
     def notify(self) -> None:
-        """Sets the event; does nothing if the loop is closed."""
+        """Set the event; do nothing if the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._notified.set)
 
     async def wait(self) -> None:
-        """Waits until the event is set."""
+        """Wait until the event is set."""
         await self._notified.wait()
