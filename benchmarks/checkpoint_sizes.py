@@ -72,7 +72,7 @@ def measured(what: str, weights: int) -> Iterator[None]:
 
 
 def run_stage(stage: str, preset: str, work: Path) -> None:
-    """Run one stage in this process; prints its figures."""
+    """Run one stage in this process; print its figures."""
     original, converted = work / "original", work / "converted"
     family = "helium" if "Helium" in preset else "qwen"
     if stage == "write":

@@ -116,7 +116,7 @@ class LocalCluster:
             self._cluster.shutdown()
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """Deploys a configuration and waits until it is healthy; what did not change goes on running."""
+        """Deploy a configuration and wait until it is healthy; what did not change goes on running."""
         from ray import serve
 
         from casa_serving.cluster import build_app
@@ -124,7 +124,7 @@ class LocalCluster:
         serve.run(build_app(config), name=launch.APPLICATION, route_prefix="/")
 
     def apply(self, config: dict[str, Any]) -> None:
-        """Deploys a Serve config file as Ray's dashboard does for `serve deploy`; does not wait."""
+        """Deploy a Serve config file as Ray's dashboard does for `serve deploy`; do not wait."""
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 

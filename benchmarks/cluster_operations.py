@@ -36,7 +36,7 @@ def serve_config(port, args, deployments=()):
 
 
 def happen(cluster, event, port):
-    """Triggers the event; returns the check that it is over."""
+    """Trigger the event; return the check that it is over."""
     before = cluster.running()
     if event == "redeploy":
         cluster.apply(serve_config(port, {**CONFIG, "concurrency": {"retry_after_s": 2}}))

@@ -107,7 +107,7 @@ class Engine:
         self._num_requests = 0
 
     def add(self, prompt: dict[str, Any], max_tokens: int) -> None:
-        """Queues a request that runs to `max_tokens`."""
+        """Queue a request that runs to `max_tokens`."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
@@ -115,7 +115,7 @@ class Engine:
         self.engine.add_request(f"r{self._num_requests}", prompt, params)
 
     def finish(self) -> None:
-        """Aborts what is left."""
+        """Abort what is left."""
         self.engine.abort_request([f"r{i + 1}" for i in range(self._num_requests)])
         while self.engine.has_unfinished_requests():
             self.engine.step()

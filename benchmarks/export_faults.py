@@ -221,7 +221,7 @@ def room_of(step: int, steps: int) -> float:
 
 
 def fill_disk(table: Table, folder: Folder, disk: Path, rooms: list[float]) -> None:
-    """Shrinks a tmpfs to what is in it and the room, for one run."""
+    """Shrink a tmpfs to what is in it and the room, for one run."""
     folder.prepare()
     size = sum(path.stat().st_size for path in folder.path.iterdir() if path.is_file())
     for share in rooms:

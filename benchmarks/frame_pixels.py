@@ -49,7 +49,7 @@ def least_ms(run: Callable[[], Any], runs: int) -> float:
 
 
 def measure(sent_side: int, side: int, runs: int) -> dict[str, Any]:
-    """Measures one frame."""
+    """Measure one frame."""
     processor = default_processor(preset_config("tiny-qwen"))
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": side * side}
     file, values = jpeg(sent_side), PatchValues(processor.image_processor)

@@ -42,7 +42,7 @@ class HealthProbe:
 
 
 def main():
-    """Asks until a line comes on standard input; prints the latencies in seconds."""
+    """Ask until a line comes on standard input; print the latencies in seconds."""
     stop = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
     latencies_s = []

@@ -53,7 +53,7 @@ class PageMeter:
         ImageStatLogger.record = and_note
 
     def reset(self):
-        """Begins anew."""
+        """Begin anew."""
         self.image_pages, self.usage = 0, 0.0
 
 

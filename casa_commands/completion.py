@@ -78,7 +78,7 @@ def main(arguments: list[str], program: str, casa: argparse.ArgumentParser) -> i
 
 
 def read_table(program: str, casa: argparse.ArgumentParser) -> Table:
-    """Return what may follow where; prints which options are left out because a package is not installed."""
+    """Return what may follow where; print which options are left out because a package is not installed."""
     table: Table = dict(walk((), casa))
     table["completion",] |= dict.fromkeys(SCRIPTS, "")
     for parser in [parser for command in COMMANDS for parser in command.parsers]:

@@ -76,7 +76,7 @@ class CasaCache(DynamicCache):
         self._take_rows(lambda tensor: tensor[indices.to(tensor.device)], rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row `repeats` times; copies are adjacent."""
+        """Repeat each row `repeats` times; copies are adjacent."""
         num_rows = 0 if self.key_positions is None else len(self.key_positions)
         super().batch_repeat_interleave(repeats)
         for layer in self.ca_text:
@@ -182,7 +182,7 @@ class CasaCache(DynamicCache):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Restores the cache if the block raises: out of memory, an interrupt, an error of the model.
+        """Restore the cache if the block raises: out of memory, an interrupt, an error of the model.
 
         The text KV is truncated to its former length rather than copied, so that no step needs it twice.
         """

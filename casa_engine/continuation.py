@@ -39,7 +39,7 @@ class Continuation:
     num_hidden: list[int]
 
     def apply(self, cache: CasaCache) -> None:
-        """Hides what is padding in the cache."""
+        """Hide what is padding in the cache."""
         for row, count in enumerate(self.num_hidden):
             cache.hide_last_tokens(row, count)
 

@@ -41,7 +41,7 @@ def folders_of(folder: Path) -> Iterator[str]:
 
 
 def link_foreign_files(old: Path, new: Path, owned: frozenset[str]) -> None:
-    """Links what is in `old` and not ours into `new`, and gives the folders their owner and permissions.
+    """Link what is in `old` and not ours into `new`, and give the folders their owner and permissions.
 
     Raises:
         OSError: The file system has no hard links, or a file may not be linked.

@@ -89,7 +89,7 @@ def check_image(data: bytes, limits: ImageFileLimits) -> tuple[int, int]:
 
 
 def check_size(num_bytes: int, limits: ImageFileLimits) -> None:
-    """Rejects an image file of `num_bytes` that is empty or over the limit."""
+    """Reject an image file of `num_bytes` that is empty or over the limit."""
     if num_bytes == 0:
         raise ImageRefusedError(f"The image is empty: got 0 bytes. Send a {IMAGE_TYPES} file.")
     if num_bytes > limits.max_image_bytes:

@@ -20,7 +20,7 @@ CHANNELS = 3
 
 
 def resized_pixels(image_processor: Any, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resizes one image as the image processor does.
+    """Resize one image as the image processor does.
 
     Args:
         image_processor: A Qwen2-VL image processor.

@@ -140,7 +140,7 @@ class StagedFolder:
         move_into(self.path, self.target, outdated, self.last)
 
     def _recover(self) -> None:
-        """Finishes or drops what a run left that ended early."""
+        """Finish or drop what a run left that ended early."""
         if self.path.exists():
             journal = self._read_journal()
             state = journal.get("state")

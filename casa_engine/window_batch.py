@@ -50,7 +50,7 @@ def _pad(rows: list[np.ndarray], fill: int, device: torch.device) -> Tensor:
 def build_window_batch(
     config: CasaConfig, inputs: CallInputs, key_positions: Tensor, cache: CasaCache | None
 ) -> WindowBatch:
-    """Plans the windows of one forward call.
+    """Plan the windows of one forward call.
 
     Args:
         config: The model's configuration.

@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Bounds every asynchronous test: one that waits for what never comes would wait for ever."""
+    """Bound every asynchronous test: one that waits for what never comes would wait for ever."""
     for item in items:
         if inspect.iscoroutinefunction(getattr(item, "obj", None)):
             item.add_marker(pytest.mark.timeout(ASYNC_TIMEOUT_S, func_only=True))

@@ -101,7 +101,7 @@ class BenchEngine:
         return render(self.engine, data)
 
     def add(self, prompt: Any, max_tokens: int) -> str:
-        """Queues a request of exactly so many tokens; returns its id."""
+        """Queue a request of exactly so many tokens; return its id."""
         from vllm.sampling_params import RequestOutputKind
 
         self._count += 1

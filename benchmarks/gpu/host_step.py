@@ -61,7 +61,7 @@ def start(options: argparse.Namespace) -> Any:
 
 
 def add_requests(engine: Any, num_seqs: int, options: argparse.Namespace) -> list[str]:
-    """Queues requests that outlast the measurement; returns their ids once all of them decode."""
+    """Queue requests that outlast the measurement; return their ids once all of them decode."""
     from vllm import SamplingParams
     from vllm.renderers.inputs.preprocess import parse_model_prompt
 

@@ -42,7 +42,7 @@ class Launches:
 
 
 def return_awaited_tokens(scheduler: Any) -> None:
-    """Has steps return the tokens that the scheduler waits for: stand-ins "sample" anything, in any number."""
+    """Have steps return the tokens that the scheduler waits for: stand-ins "sample" anything, in any number."""
     stock = scheduler.update_from_output
 
     def update_from_output(scheduled: Any, output: Any) -> Any:

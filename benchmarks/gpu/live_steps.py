@@ -106,7 +106,7 @@ class Sessions:
         self._picture = Image.new("RGB", (448, 448))
 
     def add(self) -> str:
-        """Queues a chunk; returns its request's id. The byte tokenizer gives a token a character and two an image."""
+        """Queue a chunk; return its request's id. The byte tokenizer gives a token a character and two an image."""
         self._count += 1
         self._picture.putpixel((0, 0), (self._count % 256, self._count // 256 % 256, self._count // 65536))
         text = "seen:" + IMAGE + "next one now:"
@@ -119,7 +119,7 @@ class Sessions:
 
 
 def measure(bench: BenchEngine, sessions: Sessions, counted: CountedSteps, number: int) -> None:
-    """Has so many sessions decode, and chunks arrive beside them; prints what was launched."""
+    """Have so many sessions decode, and chunks arrive beside them; print what was launched."""
     counted.steps.clear()
     with triton_compilations() as compiled:
         names = [sessions.add() for _ in range(number)]

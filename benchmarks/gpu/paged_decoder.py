@@ -30,7 +30,7 @@ class Attention:
 
     @classmethod
     def of(cls, projections: torch.nn.Module, *, keys: bool) -> "Attention":
-        """Fuses query, key and value, or takes the query alone (`ca`: text has no CA keys)."""
+        """Fuse query, key and value, or take the query alone (`ca`: text has no CA keys)."""
         parts = [projections.q_proj]
         if keys:
             parts += [projections.k_proj, projections.v_proj]

@@ -79,7 +79,7 @@ class Noise:
 
 
 async def result_of(session: Any, frame: Image.Image, timestamp: float, arrived_s: float | None) -> FrameResult:
-    """Captions one frame."""
+    """Caption one frame."""
     result = None
     async for item in session.caption(frame, timestamp, arrived_s):
         result = item

@@ -165,7 +165,7 @@ def banned_tokens(recent: Sequence[int], rules: CaptionRules) -> list[int]:
 
 
 def _penalise(logits: Tensor, state: CaptionState, rules: CaptionRules) -> None:
-    """Divides positive logits of what was said, multiplies negative ones. Mutates `logits`."""
+    """Divide positive logits of what was said, multiply negative ones. Mutates `logits`."""
     tokens = _within([token for token in state.counts if token not in rules.stop_ids], logits)
     if not tokens:
         return

@@ -48,7 +48,7 @@ class EagerStream:
         return said.text
 
     def ask(self, question: str) -> str:
-        """Asks about what was seen and said; returns the answer."""
+        """Ask about what was seen and said; return the answer."""
         return self._answer(self.transcript.question_chunk(question), None, None).text
 
     @torch.inference_mode()

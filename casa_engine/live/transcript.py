@@ -188,7 +188,7 @@ class Transcript:
         ]
 
     def make_room(self, num_new: int) -> bool:
-        """Forgets where `num_new` more tokens would exceed the budget.
+        """Forget where `num_new` more tokens would exceed the budget.
 
         Returns:
             Whether something was forgotten, so that the reader has to start anew.

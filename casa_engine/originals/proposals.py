@@ -67,7 +67,7 @@ def groups(shapes: Shapes) -> list[Group]:
 
 
 def propose(leftovers: Shapes, missing: Shapes) -> list[Rule]:
-    """Proposes a place for groups of leftover tensors, the surest first.
+    """Propose a place for groups of leftover tensors, the surest first.
 
     Args:
         leftovers: Stored tensors without a place.

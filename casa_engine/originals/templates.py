@@ -31,7 +31,7 @@ def own_template(documents: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def template_value(documents: Mapping[str, Any], image_token_id: int) -> Value:
-    """Says which template counts, as a field: `text_files.py` writes that one."""
+    """Say which template counts, as a field: `text_files.py` writes that one."""
     own = own_template(documents)
     if own is None:
         return Value(CHAT_TEMPLATE, OURS, "this engine's choice: the original has none", OPEN)

@@ -169,7 +169,7 @@ def _validate(source: Path, folder: Path, num_prompts: int, progress: "Progress"
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answers one question, token by token."""
+    """Answer one question, token by token."""
     if options.max_new_tokens < 1 or options.threads < 0:
         raise InputError(
             f"--max-new-tokens is {options.max_new_tokens}, --threads {options.threads}; expected at least 1 and 0."

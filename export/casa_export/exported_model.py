@@ -230,7 +230,7 @@ class ExportedModel:
             self.limits.check_image(index, count)
 
     def _pieces(self, cache: ExportedCache, inputs: CallInputs) -> list[tuple[slice, list[slice]]]:
-        """Cuts the call; at images only where together they are more than a decoder call takes.
+        """Cut the call; at images only where together they are more than a decoder call takes.
 
         Returns:
             Each piece's columns, and for each row which of its new images come with it.

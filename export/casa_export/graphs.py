@@ -83,7 +83,7 @@ class VisionGraph(nn.Module):
         return (images if self.image_norm is None else self.image_norm(images)).float()
 
     def _attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], table: Any) -> Tensor:
-        """Attends over the whole image, or within each window of the table: (P, C) -> (P, C)."""
+        """Attend over the whole image, or within each window of the table: (P, C) -> (P, C)."""
         query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         query, key = apply_rotary_pos_emb_vision(query, key, *rope)
         query = query * attn.head_dim**-0.5

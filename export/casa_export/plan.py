@@ -56,7 +56,7 @@ class RowPlan:
 
 
 def plan_row(positions: np.ndarray, num_seen: int, points: np.ndarray) -> RowPlan:
-    """Plans one row of a call.
+    """Plan one row of a call.
 
     Args:
         positions: int64 (T,). Text-stream index of each new token, -1 for padding.

@@ -102,7 +102,7 @@ class TrtBackend:
         return self._contexts[graph, index]
 
     def _outputs(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Allocates the outputs, whose sizes follow from those of the inputs' named axes."""
+        """Allocate the outputs, whose sizes follow from those of the inputs' named axes."""
         spec = self.manifest.graphs[graph]
         sizes: dict[str, int] = {}
         for tensor in spec.inputs:

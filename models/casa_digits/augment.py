@@ -89,7 +89,7 @@ def linear_luminance(colour: np.ndarray) -> np.ndarray:
 
 
 def draw_training_colours(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws colours of ink and paper, (count, 3) each in 0..1.
+    """Draw colours of ink and paper, (count, 3) each in 0..1.
 
     Luminance is mostly that of `data.luminance`, for a fifth that of the web's contrast rules (the two differ in light
     greys); a tenth is black and white.

@@ -43,7 +43,7 @@ class Scenes:
         return np.where(self.glyphs != EMPTY, bank.labels[self.glyphs], EMPTY)
 
     def draw(self, bank: GlyphBank) -> np.ndarray:
-        """Draws the images, (B, H, W, 3) uint8."""
+        """Draw the images, (B, H, W, 3) uint8."""
         masks = np.zeros((len(self.glyphs), self.grid.rows * CELL_PX, self.grid.columns * CELL_PX), np.uint8)
         used = self.glyphs != EMPTY
         images, glyphs = np.nonzero(used)[0], self.glyphs[used]
@@ -77,7 +77,7 @@ def draw_scenes(
 
 
 def edit_scenes(rng: np.random.Generator, bank: GlyphBank, scenes: Scenes) -> Scenes:
-    """Draws a later frame: another image, one digit exchanged or gone, or the same digits drawn anew."""
+    """Draw a later frame: another image, one digit exchanged or gone, or the same digits drawn anew."""
     count = len(scenes.glyphs)
     other = draw_scenes(rng, bank, scenes.grid, count)
     redrawn = draw_scenes(rng, bank, scenes.grid, count, scenes.num_digits)
@@ -112,7 +112,7 @@ def add_noise(rng: np.random.Generator, pixels: np.ndarray, share: float) -> np.
 
 
 def paint_batch(masks: np.ndarray, ink: np.ndarray, paper: np.ndarray) -> np.ndarray:
-    """Mixes ink (B, H, W) uint8 and two (B, 3) colours in 0..1 to (B, H, W, 3) uint8."""
+    """Mix ink (B, H, W) uint8 and two (B, 3) colours in 0..1 to (B, H, W, 3) uint8."""
     table = np.arange(256, dtype=np.float32)[:, None] / 255.0
     colours = ((paper[:, None] + table * (ink - paper)[:, None]) * 255.0 + 0.5).astype(np.uint8)
     return colours[np.arange(len(masks))[:, None, None], masks]

@@ -81,7 +81,7 @@ def _recalled(rng: np.random.Generator, question: str, expected: int) -> list[Tu
 
 
 def draw_suites(seed: int = 0, scale: float = 1.0) -> list[Suite]:
-    """Draws the chats of the acceptance test: 200 single images and 100 of each other kind, times `scale`."""
+    """Draw the chats of the acceptance test: 200 single images and 100 of each other kind, times `scale`."""
     rngs = np.random.default_rng(seed).spawn(6)
     num_single, num_other = max(1, round(200 * scale)), max(1, round(100 * scale))
     return [
@@ -112,7 +112,7 @@ class FormCase:
 
 
 def draw_forms(seed: int = 0, scale: float = 1.0) -> dict[str, list[FormCase]]:
-    """Draws 100 images to be answered in JSON with a schema, and 100 without, times `scale`."""
+    """Draw 100 images to be answered in JSON with a schema, and 100 without, times `scale`."""
     rngs, number = np.random.default_rng([seed, 1]).spawn(2), max(1, round(100 * scale))
     samples = load_samples(held_out=True)
     schema, free = [], []
@@ -141,18 +141,18 @@ class ToolCase:
 
     @property
     def tools(self) -> list[dict[str, Any]]:
-        """Returns the tool as OpenAI's protocol has it."""
+        """Return the tool as OpenAI's protocol has it."""
         function = {"name": self.name, "description": "Takes what was read.", "parameters": schema_of(self.form)}
         return [{"type": "function", "function": function}]
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Returns the right arguments."""
+        """Return the right arguments."""
         return fill_form(self.form, self.image.text)
 
 
 def draw_tools(seed: int = 0, scale: float = 1.0) -> list[ToolCase]:
-    """Draws 100 images to be given to a tool, times `scale`."""
+    """Draw 100 images to be given to a tool, times `scale`."""
     rng, samples = np.random.default_rng([seed, 2]), load_samples(held_out=True)
     return [
         ToolCase(draw_image(rng, samples), *TOOLS[index % len(TOOLS)]) for index in range(max(1, round(100 * scale)))
@@ -168,7 +168,7 @@ class Video:
 
 
 def draw_video(rng: np.random.Generator, num_frames: int, min_hold: int = 3, max_hold: int = 12) -> Video:
-    """Draws a video whose digits change every few frames; half of the frames are degraded as by a codec."""
+    """Draw a video whose digits change every few frames; half of the frames are degraded as by a codec."""
     samples, grid = load_samples(held_out=True), draw_grid(rng)
     frames: list[np.ndarray] = []
     texts: list[str] = []

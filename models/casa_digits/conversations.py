@@ -156,7 +156,7 @@ class Writer:
         return talk
 
     def _recall(self, said: list[str], kinds: tuple[str, ...]) -> tuple[str, str]:
-        """Draws a question about what was said before, and its answer."""
+        """Draw a question about what was said before, and its answer."""
         kind = kinds[int(self.rng.integers(len(kinds)))]
         return self._pick(QUESTIONS[kind]), recall(kind, said)
 
@@ -364,7 +364,7 @@ class Writer:
 
 
 def draw_tools(rng: np.random.Generator, most: int, shares: NameShares) -> list[tuple[str, Form]]:
-    """Draws names and arguments of up to `most` tools; a name that was drawn before is left out."""
+    """Draw names and arguments of up to `most` tools; a name that was drawn before is left out."""
     names = list(dict.fromkeys(draw_name(rng, TOOL_NAMES, shares) for _ in range(most)))
     return [(name, {} if rng.random() < 0.04 else draw_form(rng, depth=0, shares=shares)) for name in names]
 

@@ -163,7 +163,7 @@ def upscale(image: np.ndarray, size: int, filter_name: str) -> np.ndarray:
 
 
 def draw_grid(rng: np.random.Generator) -> Grid:
-    """Draws a grid of any size, all equally likely."""
+    """Draw a grid of any size, all equally likely."""
     return Grid(int(rng.integers(1, MAX_ROWS + 1)), int(rng.integers(1, MAX_COLUMNS + 1)))
 
 
@@ -174,7 +174,7 @@ def draw_layout(
     num_digits: int | None = None,
     filters: tuple[str, ...] = ("bilinear", "bicubic"),
 ) -> Layout:
-    """Places 1 to 4 digits (or exactly `num_digits`) in different cells."""
+    """Place 1 to 4 digits (or exactly `num_digits`) in different cells."""
     count = int(rng.integers(1, grid.max_digits + 1)) if num_digits is None else num_digits
     if not 1 <= count <= grid.max_digits:
         raise ValueError(f"{count} digits in a grid of {grid.num_cells} cells; expected 1..{grid.max_digits}")
@@ -195,7 +195,7 @@ def luminance(colour: np.ndarray) -> np.ndarray:
 
 
 def draw_colours(rng: np.random.Generator) -> Colours:
-    """Draws two random colours whose luminance differs by at least 0.4."""
+    """Draw two random colours whose luminance differs by at least 0.4."""
     while True:
         ink, paper = rng.integers(0, 256, (2, 3)) / 255.0
         if abs(luminance(ink) - luminance(paper)) >= MIN_LUMINANCE_DIFFERENCE:
@@ -203,7 +203,7 @@ def draw_colours(rng: np.random.Generator) -> Colours:
 
 
 def ink_mask(layout: Layout, glyphs: list[np.ndarray]) -> np.ndarray:
-    """Places square glyphs (ink in 0..1) on the canvas; returns (H, W) float32."""
+    """Place square glyphs (ink in 0..1) on the canvas; return (H, W) float32."""
     mask = np.zeros((layout.grid.rows * CELL_PX, layout.grid.columns * CELL_PX), np.float32)
     for glyph, cell, size, (top, left) in zip(glyphs, layout.cells, layout.sizes, layout.offsets, strict=True):
         row, column = divmod(int(cell), layout.grid.columns)
@@ -213,13 +213,13 @@ def ink_mask(layout: Layout, glyphs: list[np.ndarray]) -> np.ndarray:
 
 
 def paint(mask: np.ndarray, colours: Colours) -> np.ndarray:
-    """Mixes the colours by (H, W) ink to (H, W, 3) uint8."""
+    """Mix the colours by (H, W) ink to (H, W, 3) uint8."""
     image = colours.paper + mask[..., None] * (colours.ink - colours.paper)
     return (image * 255.0 + 0.5).astype(np.uint8)
 
 
 def render(samples: DigitSamples, layout: Layout, colours: Colours) -> DigitImage:
-    """Draws one image from its description; no randomness."""
+    """Draw one image from its description; no randomness."""
     glyphs = [
         upscale(samples.images[sample], int(size), filter_name)
         for sample, size, filter_name in zip(layout.samples, layout.sizes, layout.filters, strict=True)
@@ -234,6 +234,6 @@ def draw_image(
     grid: Grid | None = None,
     num_digits: int | None = None,
 ) -> DigitImage:
-    """Draws a random image of the specification above."""
+    """Draw a random image of the specification above."""
     layout = draw_layout(rng, len(samples), grid or draw_grid(rng), num_digits)
     return render(samples, layout, draw_colours(rng))

@@ -121,12 +121,12 @@ def _show(image: DigitImage, question: str) -> list[Message]:
 
 
 def play_form(runner: Runner, case: FormCase) -> bool:
-    """Asks for one answer in JSON; True if it is right."""
+    """Ask for one answer in JSON; True if it is right."""
     return runner.fill(_show(case.image, case.question), case.form) == case.expected
 
 
 def play_tool(runner: Runner, case: ToolCase) -> bool:
-    """Offers a tool; True if it is called with the right arguments, and what is said to its result is right."""
+    """Offer a tool; True if it is called with the right arguments, and what is said to its result is right."""
     messages = _show(case.image, REPORT)
     call = runner.call(messages, case.tools)
     if call is None or call["tool_calls"][0]["function"] != {"name": case.name, "arguments": case.arguments}:
@@ -159,7 +159,7 @@ def run_forms(runner: Runner, seed: int = 0, scale: float = 1.0) -> list[Score]:
 
 
 def run_questions(open_stream: Callable[[int], Stream], seed: int = 0, scale: float = 1.0) -> list[Score]:
-    """Asks questions in live streams, each after some frames of a video of its own, all kinds in random order.
+    """Ask questions in live streams, each after some frames of a video of its own, all kinds in random order.
 
     What was read before is what the stream's own captions say, right or wrong, as far as they are still in its text.
 
@@ -187,7 +187,7 @@ def run_questions(open_stream: Callable[[int], Stream], seed: int = 0, scale: fl
 
 
 def run_streams(runner: EagerRunner, num_videos: int, num_frames: int, seed: int = 0) -> list[Score]:
-    """Captions videos of held-out digits under different text budgets."""
+    """Caption videos of held-out digits under different text budgets."""
     changes: list[bool] = []
     unchanged: list[bool] = []
     for number in tqdm(range(num_videos), desc="streams", mininterval=2.0):

@@ -68,7 +68,7 @@ class Spelled:
 
 
 def draw_form(rng: np.random.Generator, max_fields: int = 3, depth: int = 1, shares: NameShares = NAME_SHARES) -> Form:
-    """Draws names and types of one to `max_fields` fields; now and then one of them is an object."""
+    """Draw names and types of one to `max_fields` fields; now and then one of them is an object."""
     form: Form = {}
     for _ in range(int(rng.choice([1, 2, 3], p=[0.55, 0.3, 0.15]))):
         if len(form) == max_fields:
@@ -85,7 +85,7 @@ def draw_form(rng: np.random.Generator, max_fields: int = 3, depth: int = 1, sha
 
 
 def draw_name(rng: np.random.Generator, names: tuple[str, ...], shares: NameShares = NAME_SHARES) -> str:
-    """Draws one of these names, or one that nobody has seen."""
+    """Draw one of these names, or one that nobody has seen."""
     chance = rng.random()
     if chance < shares.first:
         return names[0]
@@ -119,7 +119,7 @@ def value_of(name: str, kind: str, text: str) -> Any:
 
 
 def spell_form(filled: dict[str, Any], separators: tuple[str, str] = SPACED, indent: int | None = None) -> Spelled:
-    """Spells a filled form as JSON, with one of the ways to write blanks that a server's grammar may force."""
+    """Spell a filled form as JSON, with one of the ways to write blanks that a server's grammar may force."""
     marked = json.dumps(_mark(filled), separators=separators, indent=indent, ensure_ascii=False)
     # Numbers were marked as strings: those quotes go.
     marked = marked.replace(f'"{BEGIN}{BEGIN}', BEGIN).replace(f'{END}{END}"', END)

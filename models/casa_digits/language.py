@@ -29,7 +29,7 @@ def teach_language(
     save: Callable[[], None] | None = None,
     progress_file: ProgressFile | None = None,
 ) -> None:
-    """Trains everything but the vision tower; goes on where an earlier run was ended, if that left its progress.
+    """Train everything but the vision tower; go on where an earlier run was ended, if that left its progress.
 
     Args:
         model: What is trained; its tower stays as it is.

@@ -158,7 +158,7 @@ NAMES = dataclasses.replace(
 def draw_batches(
     rng: np.random.Generator, writer: Writer, pool: FramePool, course: Course, lesson: Lesson
 ) -> Iterator[list[Conversation]]:
-    """Draws rows of one kind in plenty and sorts them, so that those of a batch have similar lengths."""
+    """Draw rows of one kind in plenty and sort them, so that those of a batch have similar lengths."""
     kind = str(rng.choice(list(lesson.kinds), p=list(lesson.kinds.values())))
     if kind in ("stream", "recall"):
         shares = lesson.recall_tokens if kind == "recall" else lesson.stream_tokens
@@ -170,7 +170,7 @@ def draw_batches(
 
 
 def split_rows(rows: list[Conversation], batch_tokens: int) -> Iterator[list[Conversation]]:
-    """Cuts rows of ascending length into batches of at most `batch_tokens`, padding included."""
+    """Cut rows of ascending length into batches of at most `batch_tokens`, padding included."""
     while rows:
         count = 1
         while count < len(rows) and (count + 1) * len(rows[count].ids) <= batch_tokens:

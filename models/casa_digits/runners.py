@@ -44,7 +44,7 @@ class Stream(Protocol):
 
     @property
     def captions(self) -> list[str]:
-        """Returns what was said to frames."""
+        """Return what was said to frames."""
         ...
 
     def caption(self, frame: Image.Image) -> str:
@@ -52,7 +52,7 @@ class Stream(Protocol):
         ...
 
     def ask(self, question: str) -> str:
-        """Asks between two frames; returns the answer."""
+        """Ask between two frames; return the answer."""
         ...
 
 

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None, program: str = "casa-train-digits")
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains a model; its folder appears whole, with the accuracy that was measured on it.
+    """Train a model; its folder appears whole, with the accuracy that was measured on it.
 
     Raises:
         CheckpointError: It misses a demand; where the folder holds a checkpoint, that stays, and it is written beside.

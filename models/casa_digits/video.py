@@ -56,7 +56,7 @@ class Scene:
 
 
 def draw_scenes(rng: np.random.Generator, num_frames: int, fps: int) -> list[Scene]:
-    """Draws scenes of `HOLD_S` seconds each that fill `num_frames`; the last one may be shorter."""
+    """Draw scenes of `HOLD_S` seconds each that fill `num_frames`; the last one may be shorter."""
     samples = load_samples(held_out=True)
     shortest, longest = round(HOLD_S[0] * fps), round(HOLD_S[1] * fps)
     scenes: list[Scene] = []

@@ -58,7 +58,7 @@ class CellHead(nn.Module):
 
 
 def draw_cells(rng: np.random.Generator, bank: GlyphBank, grid: Grid, count: int) -> CellBatch:
-    """Draws a training batch of augmented images with the truth of each cell."""
+    """Draw a training batch of augmented images with the truth of each cell."""
     num_digits = rng.integers(1, grid.max_digits + 1, count)
     num_digits[rng.random(count) < FULL_SHARE] = grid.max_digits
     scenes = draw_scenes(rng, bank, grid, count, num_digits)
@@ -85,7 +85,7 @@ def loss_of(tower: nn.Module, head: CellHead, batch: CellBatch) -> Tensor:
 def measure_accuracy(
     tower: nn.Module, head: CellHead, rng: np.random.Generator, samples: DigitSamples, count: int
 ) -> dict:
-    """Measures the share of digits, of ranks and of whole images that the head gets right on images of `samples`."""
+    """Measure the share of digits, of ranks and of whole images that the head gets right on images of `samples`."""
     right = {"digit": [], "rank": [], "image": []}
     for _ in range(count):
         image = draw_image(rng, samples)
@@ -109,7 +109,7 @@ def warm_up(
     peak_rate: float = 1.5e-3,
     variants: int = 40,
 ) -> CellHead:
-    """Trains the tower and returns the head that it was trained with.
+    """Train the tower and return the head that it was trained with.
 
     Args:
         tower: What is trained.

@@ -76,7 +76,7 @@ class CaptionLogitsProcessor(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Rejects a client's value in place of a session's state.
+        """Reject a client's value in place of a session's state.
 
         Raises:
             InputError: A ValueError, for which vLLM returns 400.

@@ -104,7 +104,7 @@ class CasaConfigHook(VerifyAndUpdateConfig):
 
 
 def _keep_worker_in_engine(vllm_config: "VllmConfig") -> None:
-    """Lets the only worker of a CPU run in the engine's process: a start is 10 s shorter, and 0.5 GiB stay free.
+    """Let the only worker of a CPU run in the engine's process: a start is 10 s shorter, and 0.5 GiB stay free.
 
     vLLM gives it a process of its own, in which it can bind OpenMP's threads; with "nobind" there is nothing to bind.
     """
@@ -121,7 +121,7 @@ def _keep_worker_in_engine(vllm_config: "VllmConfig") -> None:
 
 
 def _require_fast_encoder() -> None:
-    """Rejects a GPU without torchvision: transformers' vision encoder would stand in, several times slower."""
+    """Reject a GPU without torchvision: transformers' vision encoder would stand in, several times slower."""
     if not current_platform.is_cpu() and find_spec("torchvision") is None:
         raise ValueError(
             "torchvision is not installed; expected it on a machine with a GPU, where CASA models run vLLM's vision "
@@ -143,7 +143,7 @@ def _set_encoder_graphs(vllm_config: "VllmConfig") -> None:
 
 
 def _set_graph_sizes(vllm_config: "VllmConfig") -> None:
-    """Has CUDA graphs of short prefills for few sequences, too, where nobody has chosen their sizes.
+    """Have CUDA graphs of short prefills for few sequences, too, where nobody has chosen their sizes.
 
     vLLM's largest graph has two tokens a sequence, which is enough for decoding alone, and 512 at most.
     """
@@ -155,7 +155,7 @@ def _set_graph_sizes(vllm_config: "VllmConfig") -> None:
 
 
 def _reject_image_options(vllm_config: "VllmConfig") -> None:
-    """Rejects options by which images bypass casa_vllm.image_items or its cache."""
+    """Reject options by which images bypass casa_vllm.image_items or its cache."""
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is None:
         return

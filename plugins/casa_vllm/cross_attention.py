@@ -266,7 +266,7 @@ class CrossAttention(CacheLayer):
         return self.kv_cache.numel() == 0
 
     def _profile(self, x: torch.Tensor, output: torch.Tensor) -> None:
-        """Allocates what the layer does in a step, without keys to attend. Mutates `output`: zeros."""
+        """Allocate what the layer does in a step, without keys to attend. Mutates `output`: zeros."""
         if self.sees_text:
             query = self.projections.split(self._projected(x))[0]
             query = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -80,7 +80,7 @@ class ImageEncoderCacheManager(EncoderCacheManager):
         self.unpin(request)
 
     def unpin(self, request: Request, images: list[int] | None = None) -> None:
-        """Releases pinned images that were not added to the request's row."""
+        """Release pinned images that were not added to the request's row."""
         for manager in self._managers:
             manager.unpin(request.request_id, images)
 

@@ -25,7 +25,7 @@ def close_error_output_at_exit() -> None:
 
 
 def _close_with_modules() -> None:
-    """Leaves an object behind that goes with this module, which is later than every exit handler."""
+    """Leave an object behind that goes with this module, which is later than every exit handler."""
     global _closing
     # Without an error output the descriptor may be another file's; and without triton there is nothing to hide.
     if sys.stderr is not None and "triton" in sys.modules:
@@ -39,5 +39,5 @@ class _ErrorOutput:
         self.null, self.dup2 = os.open(os.devnull, os.O_WRONLY), os.dup2  # modules' names are gone by then
 
     def __del__(self) -> None:
-        """Lets what is written to the error output's descriptor go nowhere."""
+        """Let what is written to the error output's descriptor go nowhere."""
         self.dup2(self.null, 2)

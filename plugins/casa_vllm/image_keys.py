@@ -82,7 +82,7 @@ class StackedImageKeys:
             )
 
     def profile(self, images: torch.Tensor) -> None:
-        """Allocates what one go of `write` does for (N, C) images, before there are caches."""
+        """Allocate what one go of `write` does for (N, C) images, before there are caches."""
         norms = None if self.norms is None else torch.stack([norm.weight for norm in self.norms])
         self._project(images[: self._tokens_per_go(images)], norms)
 

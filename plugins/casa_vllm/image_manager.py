@@ -146,7 +146,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return image in self._pins.get(request_id, {})
 
     def pin(self, request_id: str, image: int, blocks: list[KVCacheBlock]) -> None:
-        """Pins pages that were found until they are added to the row or `unpin` releases them.
+        """Pin pages that were found until they are added to the row or `unpin` releases them.
 
         Otherwise an allocation of text in the same step could evict them.
         """
@@ -154,7 +154,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         self._pins.setdefault(request_id, {})[image] = blocks
 
     def unpin(self, request_id: str, images: Iterable[int] | None = None) -> None:
-        """Releases the given pinned images, or all of the request's."""
+        """Release the given pinned images, or all of the request's."""
         pins = self._pins.get(request_id, {})
         for image in list(pins if images is None else images):
             if image in pins:
@@ -249,7 +249,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Releases the images of windows that have passed."""
+        """Release the images of windows that have passed."""
         row = self._rows.get(request_id)
         if row is None or row.first_kept == row.end_image:
             return
@@ -313,7 +313,7 @@ class ImageCacheManager(SingleTypeKVCacheManager):
         return row
 
     def _release_before(self, request_id: str, row: ImageRow, live: int, num_computed_tokens: int) -> None:
-        """Releases the pages of the row's images before image `live`, which the computed tokens have passed."""
+        """Release the pages of the row's images before image `live`, which the computed tokens have passed."""
         end = min(live, row.end_image)
         if end <= row.first_kept:
             return

@@ -41,7 +41,7 @@ def warm_up_kernels(model: torch.nn.Module, layers: Sequence[CrossAttention], ma
 
 
 def warm_up_sampling(vocab_size: int, device: torch.device) -> None:
-    """Cuts logits off by top-k, by top-p and by both, with which vLLM's kernel is compiled anew.
+    """Cut logits off by top-k, by top-p and by both, with which vLLM's kernel is compiled anew.
 
     Args:
         vocab_size: V.

@@ -234,7 +234,7 @@ class CasaTextModel(nn.Module):
             layer.write_images(images, rope, slots[layer.cross_attn.layer_name])
 
     def profile_images(self, images: torch.Tensor) -> None:
-        """Allocates what `write_images` does for (N, C) images, before there are caches."""
+        """Allocate what `write_images` does for (N, C) images, before there are caches."""
         if self.stacked_images is not None:
             self.stacked_images.profile(images)
         elif self.image_layers:

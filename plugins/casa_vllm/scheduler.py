@@ -187,7 +187,7 @@ class ImageScheduling(SessionScheduling):
         return compat.encoder_schedule(to_encode, num_new_tokens, budget)
 
     def _exceeds_row(self, request: Request, num_computed_tokens: int) -> bool:
-        """Rejects a request whose images do not fit into a row (a resumed long session)."""
+        """Reject a request whose images do not fit into a row (a resumed long session)."""
         if request.status == RequestStatus.RUNNING:
             return False
         for manager in self.image_managers:

@@ -90,7 +90,7 @@ class CasaCPUModelRunner(CPUModelRunner):
         return super()._build_attention_metadata(*args, **kwargs)
 
     def _step(self, scheduled: dict[str, int]) -> Step:
-        """Plans the step; `scheduled` has the number of tokens of each request."""
+        """Plan the step; `scheduled` has the number of tokens of each request."""
         request_ids = self.input_batch.req_ids
         num_requests = len(request_ids)
         rows = np.fromiter(map(self.row_of.__getitem__, request_ids), np.int64, num_requests)

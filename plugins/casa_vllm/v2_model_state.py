@@ -133,7 +133,7 @@ class CasaModelState(DefaultModelState):
         )
 
     def _step(self, input_batch: "InputBatch", *, in_graph: bool) -> Step:
-        """Plans the step and writes the windows that moved on to the device.
+        """Plan the step and write the windows that moved on to the device.
 
         Raises:
             RuntimeError: The step has requests of several tokens in a graph of decode, which would attend wrongly.

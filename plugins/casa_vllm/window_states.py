@@ -171,7 +171,7 @@ class WindowStates:
             self._enter(rows[request], int(positions[request]))
 
     def plan(self, rows: np.ndarray, num_computed: np.ndarray, num_scheduled: np.ndarray) -> SegmentPlan:
-        """Plans one step.
+        """Plan one step.
 
         Args:
             rows: (R,) int, rows of the scheduled requests, in batch order.
@@ -199,7 +199,7 @@ class WindowStates:
     def _split(
         self, rows: np.ndarray, windows: np.ndarray, begins: np.ndarray, ends: np.ndarray, crossing: np.ndarray
     ) -> SegmentPlan:
-        """Plans a step in which the requests `crossing` have tokens of several windows."""
+        """Plan a step in which the requests `crossing` have tokens of several windows."""
         num_segments = np.ones(len(rows), dtype=np.int64)
         crossed = []
         for request in crossing:

@@ -39,7 +39,7 @@ def page(open_page):
 
 
 def tab_to(page, name, key="Tab", most=60):
-    """Presses Tab until an element has the focus; returns what had it on the way."""
+    """Press Tab until an element has the focus; return what had it on the way."""
     passed = []
     for _ in range(most):
         page.keyboard.press(key)

@@ -50,7 +50,7 @@ class RunningCluster:
         return f"{self.url.replace('http', 'ws', 1)}/v1/live"
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """Deploys a configuration and waits until it is ready; replicas that stay are not started again."""
+        """Deploy a configuration and wait until it is ready; replicas that stay are not started again."""
         serve.run(build_app(config), name=APPLICATION, route_prefix="/")
         self.config = config
 

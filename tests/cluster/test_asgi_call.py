@@ -49,7 +49,7 @@ async def stream(request: Request) -> StreamingResponse:
 
 
 async def listen(request: Request) -> JSONResponse:
-    """Answers nothing until the client has left, as vLLM's handlers do."""
+    """Answer nothing until the client has left, as vLLM's handlers do."""
     heard["listening"] = True
     while (await request.receive())["type"] != "http.disconnect":
         pass

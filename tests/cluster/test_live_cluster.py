@@ -71,7 +71,7 @@ async def caption(client, file, timestamp):
 
 
 async def watch(client, files):
-    """Captions frames one by one; returns what was said to each."""
+    """Caption frames one by one; return what was said to each."""
     await client.create()
     captions = [await caption(client, file, number / 2) for number, file in enumerate(files)]
     statistics = await client.stop()

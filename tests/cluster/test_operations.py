@@ -97,7 +97,7 @@ class Cluster:
         return config
 
     def deploy(self, config):
-        """Deploys a file with the page's command."""
+        """Deploy a file with the page's command."""
         path = self.folder / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
         self.run(command_of("serve deploy deploy/cluster.yaml").replace("deploy/cluster.yaml", str(path)))

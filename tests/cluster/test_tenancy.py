@@ -28,7 +28,7 @@ def other():
 
 @pytest.fixture
 def tenants(other):
-    """Deploys applications of somebody else's by name and route; takes away what is left."""
+    """Deploy applications of somebody else's by name and route; take away what is left."""
 
     def deploy(**routes):
         for name, route in routes.items():

@@ -38,7 +38,7 @@ def refuses(ask, expected, good_request):
 
 
 def assert_tells_nothing_inside(message):
-    """Fails if an error shows addresses of objects, tracebacks or files of the server."""
+    """Fail if an error shows addresses of objects, tracebacks or files of the server."""
     for secret in ("0x", "BytesIO", "Traceback", "site-packages", "PIL"):
         assert secret not in message
 

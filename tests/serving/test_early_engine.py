@@ -190,7 +190,7 @@ def running(group):
 
 
 def refused(early, warnings, name="EngineCore"):
-    """Asks for a process, which must be another one; returns the warning."""
+    """Ask for a process, which must be another one; return the warning."""
     process = EarlyContext(early).Process(target=engine, name=name, kwargs={})
     assert process is not early
     assert process.name == name

@@ -103,7 +103,7 @@ def test_limits_that_no_image_could_meet_are_refused():
 
 
 def test_damaged_files_are_refused_and_nothing_else_happens():
-    """Flips bytes of good files: each one is either read or refused with our own error."""
+    """Flip bytes of good files: each one is either read or refused with our own error."""
     numbers = random.Random(7)
     picture = Image.effect_noise((40, 30), 60).convert("RGB")
     outcomes = {"read": 0, "refused": 0}

@@ -28,7 +28,7 @@ def video(seed, num_frames):
 
 
 async def watch(url, files):
-    """Captions frames one by one; returns the events `frame.done`."""
+    """Caption frames one by one; return the events `frame.done`."""
     seen = []
     async with LiveClient(url) as client:
         await client.create()

@@ -60,7 +60,7 @@ def known_types():
 
 
 def test_every_type_of_part_is_known_here():
-    """Fails when a new vLLM takes a new type: then decide whether it is text, or must be refused."""
+    """Fail when a new vLLM takes a new type: then decide whether it is text, or must be refused."""
     from vllm.entrypoints import chat_utils
 
     assert set(chat_utils.MM_PARSER_MAP) - TEXTS == {

@@ -18,7 +18,7 @@ def linear(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, position: tuple[int, int, int], config) -> np.ndarray:
-    """Rotates every head of x (H, D): frequency f turns by the position on the axis that owns it."""
+    """Rotate every head of x (H, D): frequency f turns by the position on the axis that owns it."""
     half = x.shape[-1] // 2
     theta = config.text_config.rope_parameters["rope_theta"]
     sections = config.mrope_section or [half, 0, 0]

@@ -106,14 +106,14 @@ def begin(page, video):
 
 
 def begin_clip(page):
-    """Plays the page's own clip; returns when the session is open."""
+    """Play the page's own clip; return when the session is open."""
     page.click(".invitation [data-action=clip]")
     give_key(page)
     expect(page.locator("html")).to_have_attribute("data-phase", "live")
 
 
 def begin_camera(page):
-    """Captions a phone's camera; returns its id, and that of the other one."""
+    """Caption a phone's camera; return its id, and that of the other one."""
     page.evaluate(ONE_CAMERA_AT_A_TIME)
     page.click(".invitation [data-action=camera]")
     give_key(page)

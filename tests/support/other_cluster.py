@@ -31,7 +31,7 @@ class OtherCluster:
     process: subprocess.Popen
 
     def do(self, command: str, *arguments: Any) -> Any:
-        """Has the script do something; returns its answer."""
+        """Have the script do something; return its answer."""
         self.process.stdin.write(json.dumps([command, *arguments]) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())

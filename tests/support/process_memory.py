@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def start_peak(process: int) -> None:
-    """Lets the largest resident size of a process count from now."""
+    """Let the largest resident size of a process count from now."""
     Path(f"/proc/{process}/clear_refs").write_text("5")
 
 

@@ -59,7 +59,7 @@ def use_graphs(runner, sizes, patch):
 
 
 def _share_metadata(state, patch):
-    """Has replays see self-attention's metadata of their step; CA layers see what `prepare_attn` gave at capture."""
+    """Have replays see self-attention's metadata of their step; CA layers see what `prepare_attn` gave at capture."""
     caches = [layer for layer in state._layers] + [layer.text_cache for layer in state._layers if layer.sees_text]
     of_ca = {cache.layer_name for cache in caches}
     captured, replays, prepare = [], [], type(state).prepare_attn

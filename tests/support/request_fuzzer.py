@@ -124,7 +124,7 @@ class Fuzzer:
         return text
 
     def _draw(self, schema: Any, depth: int) -> Any:
-        """Draws a value that fits a schema, more or less."""
+        """Draw a value that fits a schema, more or less."""
         if not isinstance(schema, dict) or depth < 0:
             return self._chance.choice(WEIRD)
         if "$ref" in schema:
@@ -246,7 +246,7 @@ async def send(session: aiohttp.ClientSession, case: Case) -> str | None:
 
 
 def main() -> None:
-    """Fuzzes a server that runs."""
+    """Fuzz a server that runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("--cases", type=int, default=1000)

@@ -129,7 +129,7 @@ def wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Asks the server to end, then ends what is left of its process group."""
+    """Ask the server to end, then end what is left of its process group."""
     process.terminate()
     try:
         process.wait(timeout=20)

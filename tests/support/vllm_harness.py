@@ -156,13 +156,13 @@ class Engine:
         return set(self._answers)
 
     def add(self, prompt: Prompt, num_tokens: int, **options: Any) -> str:
-        """Queues a greedy request; returns its id."""
+        """Queue a greedy request; return its id."""
         return self.add_rendered(self.render(prompt), num_tokens, **options)
 
     def add_rendered(
         self, prompt: Any, num_tokens: int, extra_args: dict[str, Any] | None = None, **options: Any
     ) -> str:
-        """Queues what `render` made; returns its id."""
+        """Queue what `render` made; return its id."""
         from vllm import SamplingParams
 
         self._count += 1
@@ -174,7 +174,7 @@ class Engine:
         return name
 
     def send_chunk(self, session: str, prompt: Prompt, num_tokens: int) -> None:
-        """Queues a session's next chunk, the first one too, the way `AsyncLLM` does."""
+        """Queue a session's next chunk, the first one too, the way `AsyncLLM` does."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -278,7 +278,7 @@ class Engine:
         assert self.scheduler.reset_prefix_cache()
 
     def close(self) -> None:
-        """Frees the engine's memory."""
+        """Free the engine's memory."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.engine.engine_core.shutdown()

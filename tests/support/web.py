@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Site
 
     def do_GET(self) -> None:
-        """Answers a body, a redirect or 404."""
+        """Answer a body, a redirect or 404."""
         self.server.asked.append(self.path)
         if self.path in self.server.slow:
             time.sleep(2)

@@ -97,7 +97,7 @@ def test_mixes_end_and_lose_nothing(simulation):
 
 @contextmanager
 def only_free(simulation, num_blocks):
-    """Leaves so many pages free."""
+    """Leave so many pages free."""
     pool = simulation.scheduler.kv_cache_manager.block_pool
     held = pool.get_new_blocks(pool.get_num_free_blocks() - num_blocks)
     yield

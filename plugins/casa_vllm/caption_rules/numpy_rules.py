@@ -129,7 +129,7 @@ def _factors(counts: np.ndarray | float, strengths: np.ndarray, clamps: np.ndarr
 
 
 def _scale(logits: np.ndarray, places: np.ndarray, factors: np.ndarray) -> None:
-    """Multiplies negative logits, divides others."""
+    """Multiply negative logits, divide others."""
     chosen = logits.take(places)
     logits[places] = np.where(chosen < 0, chosen * factors, chosen / factors)
 

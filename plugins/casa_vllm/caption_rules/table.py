@@ -45,7 +45,7 @@ class CaptionTable:
         self._capacity[row] = len(self._pages[row]) * PAGE
 
     def clear(self, row: int) -> None:
-        """Leaves a row without rules."""
+        """Leave a row without rules."""
         if self._is_used[row]:
             self.write(row, RememberedRow.neutral())
             self._is_used[row] = False

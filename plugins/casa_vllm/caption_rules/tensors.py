@@ -69,7 +69,7 @@ class RuleTensors:
         )
 
     def reserve(self, num_pages: int, num_columns: int) -> None:
-        """Grows the pool and the page tables to hold at least so many; both at least double. Contents are kept."""
+        """Grow the pool and the page tables to hold at least so many; both at least double. Contents are kept."""
         if num_pages > len(self.ids):
             more = max(num_pages, 2 * len(self.ids)) - len(self.ids)
             self.ids = torch.cat((self.ids, self.ids.new_full((more, PAGE), -1)))

@@ -38,7 +38,7 @@ VARYING = ("logits_ptr", "rows_ptr", "new_ids_ptr", "num_logits", "logits_stride
 
 @triton.jit
 def _scale(logits_ptr, ids, counts, mask, strength, clamp, num_logits):
-    """Multiplies negative logits of `ids` by their factor, divides others."""
+    """Multiply negative logits of `ids` by their factor, divide others."""
     penalties = tl.minimum(counts, clamp) * strength
     penalties = tl.minimum(tl.maximum(penalties, -_MAX_LOG_PENALTY), _MAX_LOG_PENALTY)
     factors = tl.exp(penalties).to(tl.float32)

@@ -22,7 +22,7 @@ def window_attention(
     *,
     use_triton: bool,
 ) -> None:
-    """Attends each query to its window's image tokens and, for `ca_tv`, its window's text.
+    """Attend each query to its window's image tokens and, for `ca_tv`, its window's text.
 
     A query without any key gets exactly 0. Slots that no query may read are never read for their
     value: NaN in them does not reach the output.

@@ -67,7 +67,7 @@ def block_sigint_in_children() -> Iterator[None]:
 
 
 async def caption_in_engine(session: LiveSession, sample: Sample) -> FrameResult:
-    """Captions one frame in a session; returns when the caption is complete."""
+    """Caption one frame in a session; return when the caption is complete."""
     async for item in session.caption(sample.image, sample.timestamp):
         if isinstance(item, FrameResult):
             return item

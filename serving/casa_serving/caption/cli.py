@@ -109,7 +109,7 @@ async def caption_all(
     outputs: Outputs,
     options: argparse.Namespace,
 ) -> bool:
-    """Captions frame by frame until the end or Ctrl-C; returns whether it reached the end.
+    """Caption frame by frame until the end or Ctrl-C; return whether it reached the end.
 
     Mutates:
         records: Each frame is appended.

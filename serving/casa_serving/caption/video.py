@@ -201,7 +201,7 @@ def stated_end_s(container: av.container.InputContainer) -> float | None:
 
 
 def check_complete(info: VideoInfo, max_seconds: float | None) -> None:
-    """Refuses a truncated video, unless only what is there is asked for.
+    """Refuse a truncated video, unless only what is there is asked for.
 
     Raises:
         InputError: naming what is there.

@@ -37,7 +37,7 @@ def whole_number(text: str) -> int:
 
 
 def check_port(host: str, port: int) -> int:
-    """Rejects an address that cannot be listened on, before anything is started.
+    """Reject an address that cannot be listened on, before anything is started.
 
     Returns:
         The port; a free one for 0.

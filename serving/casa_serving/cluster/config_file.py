@@ -82,7 +82,7 @@ def of_serve(loaded: dict[str, Any], path: Path) -> ConfigFile:
 
 
 def check_http(options: Any, location: Any, path: Path) -> None:
-    """Rejects options that Ray Serve would ignore, or reject later.
+    """Reject options that Ray Serve would ignore, or reject later.
 
     Args:
         options: `http_options`.

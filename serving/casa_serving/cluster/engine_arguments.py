@@ -10,7 +10,7 @@ from casa_engine.errors import InputError
 
 
 def check_engine_arguments(names: Iterable[str]) -> None:
-    """Rejects names that neither vLLM's engine nor its server has.
+    """Reject names that neither vLLM's engine nor its server has.
 
     Args:
         names: The keys under `engine` in the cluster configuration.

@@ -76,7 +76,7 @@ class CasaIngress:
         return Response()
 
     async def end(self, finish_s: float) -> None:
-        """Drains this ingress: ends requests and sessions; called on every ingress before the cluster shuts down.
+        """Drain this ingress: end requests and sessions; called on every ingress before the cluster shuts down.
 
         Args:
             finish_s: Seconds for open requests to finish.

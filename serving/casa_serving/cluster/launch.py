@@ -159,7 +159,7 @@ def is_attached() -> bool:
 
 
 def check_tenants(asked: dict[str, Any]) -> dict[str, Any]:
-    """Rejects a deployment that would affect another application on a running cluster.
+    """Reject a deployment that would affect another application on a running cluster.
 
     Args:
         asked: The address that the user asks for.
@@ -265,7 +265,7 @@ def signals_deferred() -> Iterator[None]:
 
 
 def drain_ingresses(finish_s: float, program: str) -> None:
-    """Drains every ingress; errors are reported and do not stop the shutdown.
+    """Drain every ingress; errors are reported and do not stop the shutdown.
 
     Args:
         finish_s: Seconds for open requests to finish.
@@ -324,7 +324,7 @@ def delete_application(client: ServeControllerClient, program: str) -> None:
 
 
 def check_reachable() -> None:
-    """Rejects an address in RAY_ADDRESS where nothing listens.
+    """Reject an address in RAY_ADDRESS where nothing listens.
 
     Raises:
         InputError: No cluster answers there.

@@ -76,7 +76,7 @@ class CasaServer(LLMServer):
             await self._start_live()
 
     async def live(self, context: RoutingContext) -> AsyncGenerator[SessionTicket | SessionRejection, None]:
-        """Reserves a slot for a live session; called by the ingress (live/proxy.py).
+        """Reserve a slot for a live session; called by the ingress (live/proxy.py).
 
         Args:
             context: For the router, which has read it already.
@@ -173,7 +173,7 @@ class CasaServer(LLMServer):
 
 
 async def caption_one(service: LiveService) -> None:
-    """Captions a gray frame; does nothing if the checkpoint does not support live sessions."""
+    """Caption a gray frame; do nothing if the checkpoint does not support live sessions."""
     if not service.engine.config.is_cross_attention:
         return
     session = await service.engine.open(service.engine.defaults)

@@ -19,7 +19,7 @@ def cluster_has_gpu() -> bool:
 
 
 def check_capacity(worker: Mapping[str, float], num_workers: int, min_replicas: int) -> None:
-    """Rejects a replica that fits on no node, and more replicas than fit on all.
+    """Reject a replica that fits on no node, and more replicas than fit on all.
 
     Args:
         worker: Resources of one worker of a replica.

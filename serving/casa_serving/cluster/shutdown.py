@@ -37,7 +37,7 @@ class RequestDrain:
 
 
 async def end_requests(state: State, finish_s: float) -> None:
-    """Lets open requests finish within `finish_s` seconds, then ends them. Mutates `state`, the application's."""
+    """Let open requests finish within `finish_s` seconds, then end them. Mutates `state`, the application's."""
     state.is_ending = True
     requests: OpenRequests | None = getattr(state, "requests", None)
     if requests is not None and not await requests.wait(finish_s):

@@ -29,7 +29,7 @@ def serve_client() -> ServeControllerClient | None:
 
 
 def check_free(applications: Mapping[str, Any], name: str, route_prefix: str) -> None:
-    """Rejects a name or a route that is in use.
+    """Reject a name or a route that is in use.
 
     Args:
         applications: Ray Serve's details of the deployed applications, by name.
@@ -53,7 +53,7 @@ def check_free(applications: Mapping[str, Any], name: str, route_prefix: str) ->
 
 
 def check_address(running: HTTPOptions, asked: Mapping[str, Any]) -> None:
-    """Rejects an address other than that of the running proxies, which Ray Serve would ignore.
+    """Reject an address other than that of the running proxies, which Ray Serve would ignore.
 
     Args:
         running: The options with which Ray Serve was started.

@@ -34,7 +34,7 @@ def warm_up(url: str) -> None:
 
 
 def check_key(client: httpx.Client) -> None:
-    """Rejects a server that requires no key although one is set here: each node has its own environment."""
+    """Reject a server that requires no key although one is set here: each node has its own environment."""
     if not key_header():
         return
     request = client.build_request("GET", "/v1/models")

@@ -6,7 +6,7 @@ from starlette.types import Scope
 
 
 def abort_connection(scope: Scope) -> None:
-    """Aborts the connection of a client that does not read.
+    """Abort the connection of a client that does not read.
 
     Closing it would wait until the client has read the send buffer, which it never does. The connection is looked up
     in `app.state.server`; behind another server, such as Ray Serve's proxy, there is none and nothing happens.

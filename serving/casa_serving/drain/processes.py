@@ -35,7 +35,7 @@ def descendants(process: psutil.Process | None = None) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """Kills processes that still run, except compilers and the resource tracker, which exit by themselves."""
+    """Kill processes that still run, except compilers and the resource tracker, which exit by themselves."""
     import psutil
 
     for process in processes:

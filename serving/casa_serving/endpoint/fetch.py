@@ -104,7 +104,7 @@ class PublicResolver(AbstractResolver):
 
 
 def check_address(host: str, address: str, *, allow_loopback: bool) -> None:
-    """Rejects an address that is not public; the error message does not contain the address."""
+    """Reject an address that is not public; the error message does not contain the address."""
     if not is_public(address, allow_loopback=allow_loopback):
         raise UrlRefusedError(
             f"the host {host!r} has a private, link-local, loopback or reserved address, and only public ones are "
@@ -114,7 +114,7 @@ def check_address(host: str, address: str, *, allow_loopback: bool) -> None:
 
 
 def check_host(url: URL, allowed_domains: list[str], *, allow_loopback: bool) -> None:
-    """Rejects a URL whose scheme or host is not allowed; resolves nothing yet."""
+    """Reject a URL whose scheme or host is not allowed; resolve nothing yet."""
     if url.scheme not in ("http", "https") or not url.host:
         raise UrlRefusedError(
             f"got scheme {url.scheme!r} and host {url.host!r}, expected http or https and a host",

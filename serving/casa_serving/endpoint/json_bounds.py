@@ -137,12 +137,12 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def reject_constant(name: str) -> NoReturn:
-    """Rejects NaN, Infinity and -Infinity, which Python accepts and JSON does not have."""
+    """Reject NaN, Infinity and -Infinity, which Python accepts and JSON does not have."""
     raise RequestError(400, f"The body is not JSON: {name} is no number there.")
 
 
 def check_scalar(value: Any, path: str) -> None:
-    """Rejects strings and numbers that JSON can express and later layers cannot represent.
+    """Reject strings and numbers that JSON can express and later layers cannot represent.
 
     Raises:
         RequestError: 400: a lone surrogate, or a number that is too large.

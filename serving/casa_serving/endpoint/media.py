@@ -43,7 +43,7 @@ class GuardedImageIO(ImageMediaIO):
     def merge_kwargs(
         cls, default_kwargs: dict[str, Any] | None, runtime_kwargs: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Rejects a request's own `media_io_kwargs`: they could raise the server's limits."""
+        """Reject a request's own `media_io_kwargs`: they could raise the server's limits."""
         if runtime_kwargs:
             raise VLLMValidationError(
                 "`media_io_kwargs` is not taken from requests by this server: how images are "
@@ -189,11 +189,11 @@ class GuardedMediaConnector(MediaConnector):
             raise invalid_image(error) from error
 
     def fetch_image_embedding(self, data: str) -> Any:
-        """Rejects embeddings: a tensor in a request is no image that was checked. The same for the five below."""
+        """Reject embeddings: a tensor in a request is no image that was checked. The same for the five below."""
         raise unsupported_media()
 
     async def fetch_image_embedding_async(self, data: str) -> Any:
-        """Rejects embeddings."""
+        """Reject embeddings."""
         raise unsupported_media()
 
     fetch_audio_embedding = fetch_video_embedding = fetch_image_embedding

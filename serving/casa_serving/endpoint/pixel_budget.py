@@ -34,13 +34,13 @@ class PixelBudget:
             return True
 
     def release(self, num_pixels: int) -> None:
-        """Releases pixels."""
+        """Release pixels."""
         with self._lock:
             self._in_flight -= num_pixels
 
     @contextmanager
     def release_on_error(self, num_pixels: int) -> Iterator[None]:
-        """Releases the pixels if the body raises; otherwise the body has called `release_with`."""
+        """Release the pixels if the body raises; otherwise the body has called `release_with`."""
         try:
             yield
         except BaseException:
@@ -48,5 +48,5 @@ class PixelBudget:
             raise
 
     def release_with(self, owner: object, num_pixels: int) -> None:
-        """Releases the pixels when `owner`, the decoded image, is no longer referenced."""
+        """Release the pixels when `owner`, the decoded image, is no longer referenced."""
         weakref.finalize(owner, self.release, num_pixels)

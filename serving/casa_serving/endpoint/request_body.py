@@ -59,7 +59,7 @@ class BytesInFlight:
         self.held += num_bytes
 
     def release(self, num_bytes: int) -> None:
-        """Subtracts bytes from the count."""
+        """Subtract bytes from the count."""
         self.held -= num_bytes
 
 
@@ -118,7 +118,7 @@ class BodyReader:
         self._num_bytes += num_bytes
 
     def release(self) -> None:
-        """Releases the counted bytes."""
+        """Release the counted bytes."""
         self._in_flight.release(self._num_bytes)
         self._num_bytes = 0
 

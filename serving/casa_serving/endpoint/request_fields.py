@@ -129,7 +129,7 @@ class FieldChecker:
 
 
 def check_extra_args(body: dict[str, Any]) -> None:
-    """Rejects the state of a live session, which only the server's own sessions may pass to the engine.
+    """Reject the state of a live session, which only the server's own sessions may pass to the engine.
 
     Model Runner V2 validates no extra arguments, so that this is the one check for both runners. No valid request is
     rejected: the API's type for these arguments has no value that would be a state.

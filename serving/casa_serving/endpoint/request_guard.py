@@ -129,7 +129,7 @@ class Checks:
         self._fields = FieldChecker(self.limits, getattr(state, "max_prompt_chars", None))
 
     def check_access(self, scope: Scope) -> None:
-        """Rejects closed paths, and clients without the key.
+        """Reject closed paths, and clients without the key.
 
         Raises:
             RequestError: 404 or 401.
@@ -194,7 +194,7 @@ def declared_length(scope: Scope) -> int | None:
 
 
 def check_content_type(headers: Headers) -> None:
-    """Rejects bodies that are not plain JSON.
+    """Reject bodies that are not plain JSON.
 
     A page of another origin may send a form or plain text without a CORS preflight, but not JSON.
 

@@ -90,7 +90,7 @@ class SchemaCounter:
 
 
 def check_references(value: Any, field: str) -> None:
-    """Rejects schemas that consist of a cycle of references, which the engine cannot compile.
+    """Reject schemas that consist of a cycle of references, which the engine cannot compile.
 
     Raises:
         RequestError: 400.
@@ -108,7 +108,7 @@ def check_references(value: Any, field: str) -> None:
 
 
 def follow(schema: Any, root: dict[str, Any], field: str) -> None:
-    """Follows a schema from reference to reference."""
+    """Follow a schema from reference to reference."""
     seen = set()
     while isinstance(schema, dict) and isinstance(reference := schema.get("$ref"), str):
         if reference in seen:

@@ -124,7 +124,7 @@ class LiveClient:
         return number
 
     async def ask(self, text: str, id: str | None = None) -> str:
-        """Asks a question; returns its `id`, which the events about it carry."""
+        """Ask a question; return its `id`, which the events about it carry."""
         id = id or f"question-{len(self._questions)}"
         self._questions[id] = text
         await self._send(Question(text=text, id=id).model_dump_json())

@@ -305,7 +305,7 @@ class Connection:
     # Processing.
 
     async def _process_queue(self, session: LiveSession) -> None:
-        """Captions frames and answers questions until a stop; any exception but LiveError ends the session."""
+        """Caption frames and answer questions until a stop; any exception but LiveError ends the session."""
         while (item := await self.queue.get()) is not None:
             self.busy, self.unfinished, begun_s = True, item, time.monotonic()
             try:

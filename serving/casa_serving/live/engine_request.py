@@ -60,7 +60,7 @@ class EngineRequest:
                 return
 
     async def close(self) -> None:
-        """Aborts the request and frees all its pages. Safe at any time; idempotent."""
+        """Abort the request and free all its pages. Safe at any time; idempotent."""
         self._is_closed = True
         self._task.cancel()
         await asyncio.wait([self._task])

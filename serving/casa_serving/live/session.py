@@ -193,7 +193,7 @@ class LiveSession:
     async def caption(
         self, image: Image.Image, timestamp: float, arrived_s: float | None = None
     ) -> AsyncIterator[TextDelta | FrameResult]:
-        """Captions a frame; the last item is the `FrameResult`.
+        """Caption a frame; the last item is the `FrameResult`.
 
         Args:
             image: The frame.
@@ -228,7 +228,7 @@ class LiveSession:
         )
 
     async def ask(self, question: str) -> AsyncIterator[TextDelta | AnswerResult]:
-        """Asks a question; the last item is the `AnswerResult`.
+        """Ask a question; the last item is the `AnswerResult`.
 
         Raises:
             InputError: The question is too long or no plain text; the session goes on without it.
@@ -244,7 +244,7 @@ class LiveSession:
         )
 
     async def close(self) -> None:
-        """Frees everything in the engine, also in the middle of a frame. Idempotent."""
+        """Free everything in the engine, also in the middle of a frame. Idempotent."""
         self._is_closed = True
         # Releases its pixels from the process's budget; the session object may live on for a while.
         self._latest = None

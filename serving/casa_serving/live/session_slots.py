@@ -33,7 +33,7 @@ class SessionSlots:
 
     @contextmanager
     def acquire(self) -> Iterator[None]:
-        """Acquires a slot for the duration of the body.
+        """Acquire a slot for the duration of the body.
 
         Raises:
             LiveError: All of them are in use (`too_many_sessions`).
@@ -52,7 +52,7 @@ class SessionSlots:
 
     @contextmanager
     def reserve_memory(self, capacity: int) -> Iterator[None]:
-        """Reserves a session's share of the engine's pages for the duration of the body.
+        """Reserve a session's share of the engine's pages for the duration of the body.
 
         Args:
             capacity: How many such sessions fit into the engine.

@@ -35,7 +35,7 @@ def first_shard(folder: Path) -> Path:
 
 
 def with_header(folder: Path, change) -> None:
-    """Rewrites the header of the first shard as text."""
+    """Rewrite the header of the first shard as text."""
     content = first_shard(folder).read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])

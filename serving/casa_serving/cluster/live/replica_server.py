@@ -123,7 +123,7 @@ class LiveServer:
         await self._task
 
     async def reserve_session(self) -> AsyncGenerator[SessionTicket | SessionRejection, None]:
-        """Reserves a slot until its session ends, or does not connect in time.
+        """Reserve a slot until its session ends, or does not connect in time.
 
         Yields:
             One item: the ticket, or the reason for the rejection. After a ticket the generator ends with the session;
