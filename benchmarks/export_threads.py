@@ -151,7 +151,7 @@ def row(checkpoint: Path, folder: Path, cores: list[int], busy: bool, seconds: f
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["embedded", "20m"])
     parser.add_argument("--seconds", type=float, default=1.5, help="of decoding for each number (%(default)s)")

@@ -98,7 +98,7 @@ def only_vllm_kernels() -> Any:
 
 
 def count_launches(engine: Engine) -> dict[str, int]:
-    """Counts in the preparation of one step on V2: `kernels`, and `copies` from the host."""
+    """Count in the preparation of one step on V2: `kernels`, and `copies` from the host."""
     from kernel_counts import LaunchCounter
     from vllm.utils import torch_utils
 

@@ -43,11 +43,11 @@ class CasaProjections(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def query(self, x: Tensor) -> Tensor:
-        """Projects (B, T, C) to queries (B, H, T, D)."""
+        """Project (B, T, C) to queries (B, H, T, D)."""
         return self.q_norm(self._heads(self.q_proj(x)))
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Projects (B, T, C) to keys and values, (B, Hkv, T, D) each."""
+        """Project (B, T, C) to keys and values, (B, Hkv, T, D) each."""
         return self.k_norm(self._heads(self.k_proj(x))), self._heads(self.v_proj(x))
 
 

@@ -64,7 +64,7 @@ def _copy_rights(old: Path, new: Path) -> None:
 
 
 def unlink_foreign_files(old: Path, new: Path) -> None:
-    """Undoes `link_foreign_files`: removes the links from `new`; the files stay in `old`."""
+    """Undo `link_foreign_files`: remove the links from `new`; the files stay in `old`."""
     for path in files_of(new):
         if _same_file(old / path, new / path):
             (new / path).unlink()

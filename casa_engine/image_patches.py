@@ -86,7 +86,7 @@ class PatchValues:
         self._channel_starts = torch.arange(0, CHANNELS * LEVELS, LEVELS, dtype=torch.int32).view(CHANNELS, 1, 1)
 
     def __call__(self, pixels: torch.Tensor, grids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Normalises and cuts pictures into patches, on the device where they are.
+        """Normalise and cut pictures into patches, on the device where they are.
 
         Args:
             pixels: uint8 (sum of P, 3 * S) of I pictures; see `resized_pixels`.

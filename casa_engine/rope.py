@@ -81,7 +81,7 @@ def _tables(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (..., T, D) by tables that broadcast to it, in float32, and returns x's dtype."""
+    """Rotate (..., T, D) by tables that broadcast to it, in float32, and return x's dtype."""
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 

@@ -115,7 +115,7 @@ class Environment:
         return not self.newest and self.stamped().get("digest") == self.digest()
 
     def set_up(self) -> None:
-        """Brings the environment to what it should be, and stamps it.
+        """Bring the environment to what it should be, and stamp it.
 
         Raises:
             SetupError: A step failed.
@@ -136,7 +136,7 @@ class Environment:
             run(sys.executable, "-m", "venv", "--clear", self.folder).check_returncode()
 
     def _install(self) -> None:
-        """Installs uv, then the locked versions, or the newest that fit; then the checkout itself."""
+        """Install uv, then the locked versions, or the newest that fit; then the checkout itself."""
         installer = Installer(self.python)
         torch = torch_build(self.device)
         installer.get_uv(lock_path(self.device))
@@ -155,7 +155,7 @@ class Environment:
             raise SetupError(f"`{error}` failed (see above). {advice}") from error
 
     def _remove_broken_media_packages(self) -> None:
-        """Uninstalls each media package that is there but cannot be imported with this torch."""
+        """Uninstall each media package that is there but cannot be imported with this torch."""
         pip = (self.python, "-m", "pip")
         for name in MEDIA_PACKAGES:
             installed = run(*pip, "show", "--quiet", name, capture_output=True)
@@ -176,7 +176,7 @@ class Environment:
 
 
 def set_up_browser() -> None:
-    """Installs Debian's Chromium if there is none and this user may; prints what to do otherwise."""
+    """Install Debian's Chromium if there is none and this user may; print what to do otherwise."""
     if shutil.which(BROWSER):
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:

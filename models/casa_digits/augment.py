@@ -37,7 +37,7 @@ class GlyphBank:
 
 
 def _affine(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws (count, 2, 3) maps from output to input coordinates in -1..1; about a third are the identity."""
+    """Draw (count, 2, 3) maps from output to input coordinates in -1..1; about a third are the identity."""
     angle = rng.normal(0.0, 0.12, count)
     shear = rng.normal(0.0, 0.10, count)
     scale_x, scale_y = rng.uniform(0.92, 1.15, (2, count))
@@ -55,7 +55,7 @@ def _affine(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def make_bank(rng: np.random.Generator, samples: DigitSamples, variants: int) -> GlyphBank:
-    """Draws `variants` augmented glyphs of every sample, each with its own size and filter."""
+    """Draw `variants` augmented glyphs of every sample, each with its own size and filter."""
     count = len(samples) * variants
     source = np.tile(np.arange(len(samples)), variants)
     sizes = rng.choice(DIGIT_SIZES_PX, count)
@@ -106,7 +106,7 @@ def draw_training_colours(rng: np.random.Generator, count: int) -> tuple[np.ndar
 
 
 def camera_noise(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Degrades (H, W, 3) uint8 as a codec or a sensor does: JPEG blocks, grain, a change of brightness."""
+    """Degrade (H, W, 3) uint8 as a codec or a sensor does: JPEG blocks, grain, a change of brightness."""
     kind = rng.random()
     if kind < 0.5:
         buffer = BytesIO()

@@ -58,7 +58,7 @@ class Scenes:
 def draw_scenes(
     rng: np.random.Generator, bank: GlyphBank, grid: Grid, count: int, num_digits: np.ndarray | None = None
 ) -> Scenes:
-    """Draws `count` random scenes, each with 1 to 4 digits (or `num_digits`, (count,))."""
+    """Draw `count` random scenes, each with 1 to 4 digits (or `num_digits`, (count,))."""
     if num_digits is None:
         num_digits = rng.integers(1, grid.max_digits + 1, count)
     used = np.arange(MAX_DIGITS) < num_digits[:, None]

@@ -157,7 +157,7 @@ def upscaling_matrix(size: int, filter_name: str) -> np.ndarray:
 
 
 def upscale(image: np.ndarray, size: int, filter_name: str) -> np.ndarray:
-    """Resizes (8, 8) ink to (size, size), clipped to 0..1."""
+    """Resize (8, 8) ink to (size, size), clipped to 0..1."""
     matrix = upscaling_matrix(size, filter_name)
     return np.clip(matrix @ image @ matrix.T, 0.0, 1.0)
 

@@ -57,7 +57,7 @@ class FramePool:
 def fill_pool(
     rng: np.random.Generator, tower: Qwen2_5_VisionTransformerPretrainedModel, bank: GlyphBank, num_families: int
 ) -> FramePool:
-    """Draws and encodes `num_families` families (rounded up to a multiple of 16)."""
+    """Draw and encode `num_families` families (rounded up to a multiple of 16)."""
     pool = FramePool([], [], [])
     for _ in tqdm(range(-(-num_families // FAMILIES_AT_ONCE)), desc="frames", mininterval=5.0):
         grid = draw_grid(rng)

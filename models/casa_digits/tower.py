@@ -23,7 +23,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def patchify(images: np.ndarray) -> Tensor:
-    """Cuts (B, H, W, 3) uint8, sides multiples of 28, into (B, P, 588) float32 patches, the 4 of a cell together.
+    """Cut (B, H, W, 3) uint8, sides multiples of 28, into (B, P, 588) float32 patches, the 4 of a cell together.
 
     One temporal tap of what the Qwen2-VL image processor gives (it holds every value twice).
     """

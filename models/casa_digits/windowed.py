@@ -226,5 +226,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 
 
 def _flat(heads: Tensor) -> Tensor:
-    """Flattens (B, H, T, D) to (B * T, H, D)."""
+    """Flatten (B, H, T, D) to (B * T, H, D)."""
     return heads.transpose(1, 2).flatten(0, 1)

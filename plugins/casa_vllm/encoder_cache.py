@@ -72,11 +72,11 @@ class ImageEncoderCacheManager(EncoderCacheManager):
         return None
 
     def free_encoder_input(self, request: Request, input_id: int) -> None:
-        """Unpins one image."""
+        """Unpin one image."""
         self.unpin(request, [input_id])
 
     def free(self, request: Request) -> None:
-        """Unpins all images of the request."""
+        """Unpin all images of the request."""
         self.unpin(request)
 
     def unpin(self, request: Request, images: list[int] | None = None) -> None:

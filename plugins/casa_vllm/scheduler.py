@@ -130,7 +130,7 @@ class ImageScheduling(SessionScheduling):
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> tuple[Any, ...]:
-        """Chooses the images to encode in this step, and the number of tokens that they allow.
+        """Choose the images to encode in this step, and the number of tokens that they allow.
 
         Goes through the images that tokens num_computed.. need and the row lacks. If one does not
         fit into the step (encoder budget, pages), the step ends before its window; images that

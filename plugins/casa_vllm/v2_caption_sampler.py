@@ -45,7 +45,7 @@ class CaptionSampler:
         return CaptionTable(self._states.max_num_reqs, self._states.device, use_triton=HAS_TRITON)
 
     def warm_up(self) -> None:
-        """Compiles the kernels, with nobody's row, and those that sample: not in the first session's request."""
+        """Compile the kernels, with nobody's row, and those that sample: not in the first session's request."""
         device = self._states.device
         nobody = torch.full((1,), -1, device=device)
         self._table.apply(torch.zeros(1, 2, device=device), nobody, nobody.int(), np.array([-1]))

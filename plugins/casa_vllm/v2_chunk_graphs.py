@@ -72,7 +72,7 @@ class ChunkGraphManager(ModelCudaGraphManager):
         return self.chunks.dispatch(num_reqs, num_tokens, *args, **{**kwargs, "max_query_len": num_tokens})
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> Any:
-        """Replays a graph; returns hidden states."""
+        """Replay a graph; return hidden states."""
         if desc in self.chunks.graphs:
             return self.chunks.run_fullgraph(desc)
         return super().run_fullgraph(desc)

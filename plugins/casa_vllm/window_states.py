@@ -127,7 +127,7 @@ class WindowStates:
         self._rows: list[RowWindows | None] = [None] * num_rows
 
     def grow(self) -> None:
-        """Doubles the number of rows. Mutates `table`, which is another array afterwards."""
+        """Double the number of rows. Mutates `table`, which is another array afterwards."""
         self._rows += [None] * len(self._rows)
         self.table = np.concatenate((self.table, np.zeros_like(self.table)))
         self._ends = np.concatenate((self._ends, np.full_like(self._ends, NO_END)))

@@ -75,7 +75,7 @@ def test_run_prints_the_answer(tmp_path, capsys):
 
 
 def test_example_of_the_page_needs_only_onnxruntime_and_numpy(tmp_path):
-    """Runs the page's program where importing torch, transformers or anything of ours is an error."""
+    """Run the page's program where importing torch, transformers or anything of ours is an error."""
     program = re.search(r"^```python example\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
     forbidden = (
         "import sys\nfor name in ('torch', 'transformers', 'tokenizers', 'casa_engine', 'casa_export', 'PIL'):\n"

@@ -149,7 +149,7 @@ def test_places_that_cannot_be(source, tmp_path, capsys):
 
 
 def fail(error: BaseException):
-    """Stands in for an operation that meets this error."""
+    """Stand in for an operation that meets this error."""
 
     def operation(*arguments, **options):
         raise error

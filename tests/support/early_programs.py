@@ -15,7 +15,7 @@ class QuickEngine(EarlyEngine):
     """Imports nothing."""
 
     def prepare(self):
-        """Says in the output that it could."""
+        """Say in the output that it could."""
         print("prepared", os.environ["TORCHDYNAMO_DISABLE"], flush=True)
 
 
@@ -23,7 +23,7 @@ class SlowEngine(EarlyEngine):
     """Imports for ever."""
 
     def prepare(self):
-        """Says in the output that it has begun."""
+        """Say in the output that it has begun."""
         print("begun", flush=True)
         time.sleep(600)
 
@@ -32,7 +32,7 @@ class BrokenEngine(EarlyEngine):
     """Cannot import."""
 
     def prepare(self):
-        """Says in the output that it has begun."""
+        """Say in the output that it has begun."""
         print("begun", flush=True)
         raise ImportError("no such library")
 

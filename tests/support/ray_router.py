@@ -51,7 +51,7 @@ def pending(context: RoutingContext, session: str = "") -> PendingRequest:
 
 
 async def route(router: CasaRequestRouter, context: RoutingContext, session: str = "") -> str:
-    """Routes a request as Ray does, and has its replica accept it; returns the replica's name."""
+    """Route a request as Ray does, and have its replica accept it; return the replica's name."""
     request = pending(context, session)
     replica = await router._choose_replica_for_request(request)
     router.on_request_routed(request, replica.replica_id, None)

@@ -17,7 +17,7 @@ from casa_vllm.v2_chunk_graphs import CasaGPUModelRunner, ChunkGraphManager
 
 
 def _capture(manager, create_forward_fn, progress_bar_desc=""):
-    """Stands in for `CudaGraphManager.capture`."""
+    """Stand in for `CudaGraphManager.capture`."""
     for descs in manager._capture_descs.values():
         for desc in descs:
             forward = create_forward_fn(desc, warmup=False)

@@ -44,7 +44,7 @@ class Graph:
 
 
 def stub_torchvision() -> None:
-    """Lets `import torchvision...` succeed."""
+    """Let `import torchvision...` succeed."""
     for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.io"):
         module = ModuleType(name)
         module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []

@@ -79,7 +79,7 @@ class Worker:
         self.state = torch.zeros(self.windows.table.shape, dtype=torch.int32, device=DEVICE)
 
     def step(self, num_padding=0, num_graph_padding=0):
-        """Plans and builds a step of some of the requests; yields what it was built of."""
+        """Plan and build a step of some of the requests; yield what it was built of."""
         for row in range(len(self.windows.table)):
             if row not in self.requests or self.rng.random() < 0.1:
                 request = self.requests[row] = Request(self.rng, row)

@@ -122,7 +122,7 @@ def prepare_text_heads(
     norms: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
 ) -> torch.Tensor:
-    """Normalises and rotates queries and keys of text, and writes keys and values to their cache slots.
+    """Normalise and rotate queries and keys of text, and write keys and values to their cache slots.
 
     Args:
         query: (T, H, D), heads contiguous, as of `key` and `value`.
@@ -175,7 +175,7 @@ def write_image_heads(
     norms: torch.Tensor | None,
     eps: float,
 ) -> None:
-    """Normalises and rotates keys of image tokens, and writes keys and values of L layers to their cache slots.
+    """Normalise and rotate keys of image tokens, and write keys and values of L layers to their cache slots.
 
     Args:
         projected: (L, N, 2 * Hkv * D), keys before values, contiguous.

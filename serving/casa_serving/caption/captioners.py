@@ -53,7 +53,7 @@ async def engine_captioner(checkpoint: Path, settings: LiveSettings) -> AsyncIte
 
 @contextmanager
 def block_sigint_in_children() -> Iterator[None]:
-    """Blocks Ctrl-C in processes started within the body; a terminal sends it to all processes of a command.
+    """Block Ctrl-C in processes started within the body; a terminal sends it to all processes of a command.
 
     It would kill them before the session is closed. In this process it is delivered after the body.
     """

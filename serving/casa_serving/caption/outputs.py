@@ -86,7 +86,7 @@ class Outputs:
         return captions
 
     def publish_burned(self, info: VideoInfo, captions: SSAFile) -> None:
-        """Burns the captions into a copy of the video, if requested, and moves it to its final path.
+        """Burn the captions into a copy of the video, if requested, and move it to its final path.
 
         Mutates:
             captions: Their times and styles.

@@ -55,7 +55,7 @@ class Affinity:
 
 
 def preference(hits: Mapping[str, int], loads: Mapping[str, int], max_imbalance: int, tie_key: str) -> list[str]:
-    """Orders replicas for a request that is not bound to one, best first.
+    """Order replicas for a request that is not bound to one, best first.
 
     Args:
         hits: Images of the request that each replica has seen.

@@ -248,7 +248,7 @@ def submit(target: serve.RunTarget) -> None:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Defers SIGINT and SIGTERM until the body is complete.
+    """Defer SIGINT and SIGTERM until the body is complete.
 
     Raises:
         KeyboardInterrupt: One was received.

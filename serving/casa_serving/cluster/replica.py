@@ -131,7 +131,7 @@ class CasaServer(LLMServer):
         return {LIVE_SESSIONS: float(self._live.num_sessions), LIVE_FRAMES: frames, LIVE_LATE_FRAMES: late}
 
     async def _start_live(self) -> None:
-        """Warms up with one frame, then starts the server of live sessions."""
+        """Warm up with one frame, then start the server of live sessions."""
         limits = ImageLimits.from_options(self._llm_config.engine_kwargs["media_io_kwargs"]["image"])
         checkpoint = Path(self._llm_config.model_loading_config.model_source)
         service = open_service(self.engine._engine_client, checkpoint, self._live_options, limits)

@@ -22,7 +22,7 @@ MAX_TOKENS_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 def bound_logprobs(
     body: dict[str, Any], text_chars: int, limits: RequestLimits, max_model_len: int | None = None
 ) -> bool:
-    """Limits the log probabilities that a request asks for.
+    """Limit the log probabilities that a request asks for.
 
     A conversation without a maximum length gets the largest that fits; a text has at most as many
     tokens as characters.

@@ -26,7 +26,7 @@ class PixelBudget:
         return self._in_flight
 
     def acquire(self, num_pixels: int, limit: int) -> bool:
-        """Acquires `num_pixels`; returns False, and acquires nothing, if that would exceed `limit`."""
+        """Acquire `num_pixels`; return False, and acquire nothing, if that would exceed `limit`."""
         with self._lock:
             if self._in_flight + num_pixels > limit:
                 return False

@@ -192,7 +192,7 @@ class BoundedMessageBuffer:
 
 
 async def buffer_client_messages(websocket: WebSocket, buffer: BoundedMessageBuffer) -> None:
-    """Receives the client's messages into the buffer.
+    """Receive the client's messages into the buffer.
 
     Raises:
         WebSocketDisconnect: The client disconnected.
@@ -207,7 +207,7 @@ async def buffer_client_messages(websocket: WebSocket, buffer: BoundedMessageBuf
 
 
 async def relay_to_replica(buffer: BoundedMessageBuffer, upstream: ClientConnection) -> None:
-    """Relays the client's messages."""
+    """Relay the client's messages."""
     while True:
         message = await buffer.get()
         # After the replica has closed, its final messages may still be on their way to the client.
@@ -216,7 +216,7 @@ async def relay_to_replica(buffer: BoundedMessageBuffer, upstream: ClientConnect
 
 
 async def relay_to_client(upstream: ClientConnection, websocket: WebSocket) -> None:
-    """Relays the replica's messages until it has closed the connection."""
+    """Relay the replica's messages until it has closed the connection."""
     with contextlib.suppress(ConnectionClosed):
         while True:
             message = await upstream.recv()

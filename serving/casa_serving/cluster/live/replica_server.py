@@ -47,7 +47,7 @@ class EmbeddedUvicornServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Installs no signal handlers."""
+        """Install no signal handlers."""
         yield
 
 
