@@ -236,4 +236,4 @@ def test_a_killed_replica_costs_no_answer(cluster, http):
     assert all(answer.headers["x-casa-session"] == "moved" for answer in answers)
     assert json.loads(events[-2])["error"]["type"] == "ReplicaLostError"
     assert events[-1] == "[DONE]"
-    until(lambda: len(set(cluster.replicas()) - {victim["replica_id"]}) == 2, 180)
+    until(lambda: len(set(cluster.replicas()) - {victim["replica_id"]}) == 2, 300)

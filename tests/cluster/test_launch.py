@@ -19,7 +19,7 @@ from open_clients import chat, post, stream, watch
 from serving_process import CASA_SERVE, START_TIMEOUT_S, casa_serve
 from waiting import until
 
-REFUSAL_S = 120
+REFUSAL_S = 240
 
 
 def refused(capsys, tmp_path, text):
