@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar over the steps of a job, and a line for each with its time when it is done."""
+"""Progress on the terminal: the step under way, and a line for each with its time when it is done."""
 
 import sys
 import time
@@ -21,29 +21,22 @@ class Progress:
     """
 
     def __init__(self, num_steps: int, stream: TextIO | None = sys.stderr) -> None:
+        self.num_steps, self.stream = num_steps, stream
         self.seconds: dict[str, float] = {}
-        self._stream = stream
-        # Without rates and times to come: no two steps take equally long.
-        layout = "[{n_fmt}/{total_fmt}] {desc}"
-        self._bar = tqdm(total=num_steps, file=stream, disable=stream is None, bar_format=layout, leave=False)
+        self._step = 0
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Run one step; its name stands in the bar until it is done."""
-        self._bar.set_description_str(f"{name} ...")
-        started = time.perf_counter()
+        """Run one step; its name stands on the terminal until a line with its time takes its place."""
+        self._step += 1
+        # Without rates and times to come: no two steps take equally long.
+        layout = {"bar_format": "[{n_fmt}/{total_fmt}] {desc} ...", "file": self.stream, "leave": False}
+        started, outcome = time.perf_counter(), "failed"
         try:
-            yield
-        except BaseException:
-            self._end(f"{name}: failed")
-            self._bar.close()
-            raise
-        self.seconds[name] = time.perf_counter() - started
-        self._end(f"{name}: {self.seconds[name]:.1f} s")
-        if self._bar.n == self._bar.total:
-            self._bar.close()
-
-    def _end(self, line: str) -> None:
-        self._bar.update()
-        if self._stream is not None:
-            tqdm.write(f"[{self._bar.n}/{self._bar.total}] {line}", file=self._stream)
+            with tqdm(total=self.num_steps, initial=self._step, desc=name, disable=self.stream is None, **layout):
+                yield
+            self.seconds[name] = time.perf_counter() - started
+            outcome = f"{self.seconds[name]:.1f} s"
+        finally:
+            if self.stream is not None:
+                tqdm.write(f"[{self._step}/{self.num_steps}] {name}: {outcome}", file=self.stream)

@@ -26,7 +26,7 @@ def test_each_step_has_a_line_with_its_seconds():
     run(progress, "export decoder")
     assert list(progress.seconds) == ["load", "export decoder"]
     said = lines(stream)
-    assert said.index("[0/2] load ...") < said.index("[1/2] load: 0.0 s") < said.index("[1/2] export decoder ...")
+    assert said.index("[1/2] load ...") < said.index("[1/2] load: 0.0 s") < said.index("[2/2] export decoder ...")
     assert "[2/2] export decoder: 0.0 s" in said
 
 
