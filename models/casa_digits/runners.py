@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from casa_digits.forms import CALL_END, CALL_START, INTEGERS, STRING, Form
+from casa_digits.forms import CALL_END, CALL_START, INTEGER, INTEGERS, STRING, Form
 from casa_engine.checkpoints import load_model
 from casa_engine.live import LiveSettings, eager_stream
 from casa_engine.live.stream_format import StreamFormat
@@ -16,6 +16,8 @@ MAX_ANSWER_TOKENS = 16
 MAX_CALL_TOKENS = 96
 # What a grammar forces before a value of this type.
 BEGINNINGS = {STRING: ' "', INTEGERS: " ["}
+# What it allows nowhere in an integer.
+OPENINGS = frozenset('"[{')
 Message = dict[str, Any]
 
 
@@ -67,13 +69,15 @@ class EagerRunner:
         self.checkpoint = checkpoint
         self.model, self.format = load_model(checkpoint), StreamFormat.from_checkpoint(checkpoint)
         self.processor = self.format.processor
+        tokenizer = self.processor.tokenizer
+        self._openings = [token for token in range(len(tokenizer)) if OPENINGS & set(tokenizer.decode([token]))]
 
     def answer(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """Return the model's answer; see `Runner`."""
         return self._continue(messages, tools=tools)
 
     def fill(self, messages: list[Message], form: Form | None) -> Any:
-        """Return the model's JSON; see `Runner`. Names are given and values cut at their ends, as by a grammar."""
+        """Return the model's JSON; see `Runner`. Names, types and a value's end are given, as by a grammar."""
         if form is None:
             return read_json(self._continue(messages, max_tokens=MAX_CALL_TOKENS))
         return read_json(self._fill(messages, form, ""))
@@ -96,7 +100,8 @@ class EagerRunner:
                 text = self._fill(messages, kind, f"{text} ")
                 continue
             begun = BEGINNINGS.get(kind, "")
-            said = begun + self._continue(messages, text + begun)
+            forbidden = self._openings if kind == INTEGER else None
+            said = begun + self._continue(messages, text + begun, forbidden=forbidden)
             try:
                 _, end = json.JSONDecoder().raw_decode(said.lstrip())
             except json.JSONDecodeError:
@@ -111,12 +116,21 @@ class EagerRunner:
         begun: str = "",
         tools: list[dict[str, Any]] | None = None,
         max_tokens: int = MAX_ANSWER_TOKENS,
+        forbidden: list[int] | None = None,
     ) -> str:
-        """Return what the model says after `begun`, which is given as the beginning of its answer."""
+        """Return what the model says after `begun`, which is given as the beginning of its answer.
+
+        Args:
+            messages: The conversation.
+            begun: See above.
+            tools: Tools that are offered.
+            max_tokens: Most tokens that it says.
+            forbidden: Tokens that it does not say.
+        """
         text = self.processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True) + begun
         images = [item["image"] for message in messages for item in content_items(message) if item["type"] == "image"]
         inputs = self.processor(images=images, text=text)
-        output = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        output = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, suppress_tokens=forbidden)
         return self.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -3,10 +3,14 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from casa_digits.data import draw_image, load_samples
 from casa_digits.evaluate import evaluate_eager
+from casa_digits.forms import INTEGER
+from casa_digits.runners import EagerRunner
 from casa_engine.digits import checkpoint_path
 
 MAX_BYTES = 10_000_000
@@ -55,6 +59,16 @@ def test_every_score_is_demanded_and_recorded(report):
     assert [*record["held_out"]] == [score.name for score in report.scores] == [*CHATS, *STREAMS, *ASKED]
     for score, share in zip(report.scores, record["held_out"].values(), strict=True):
         assert share <= score.limit if score.at_most else share >= score.limit, score.name
+
+
+def test_an_integer_is_one_whatever_its_name_suggests():
+    """As a server's grammar has it, which allows no list under a name that the model knows as one."""
+    picture = draw_image(np.random.default_rng(0), load_samples(held_out=True), num_digits=3).to_pil()
+    words = {"type": "text", "text": "Read the digits as JSON."}
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, words]}]
+    runner = EagerRunner(checkpoint_path())
+    assert isinstance(runner.fill(messages, None)["digits"], list)
+    assert isinstance(runner.fill(messages, {"digits": INTEGER})["digits"], int)
 
 
 def test_weights_are_small():
