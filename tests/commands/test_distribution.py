@@ -83,12 +83,11 @@ def test_an_installed_wheel_serves_and_captions(wheel, environment, requirements
         assert answer.choices[0].message.content == drawn.text
         assert "<html" in server.get("/")
 
-    run(bin_folder / "casa", "digits", "video", "digits.mp4", "--seconds", "8", "--scale", "1")
+    # The model reads 98 scenes of 100; of video 0 it misreads one, and of this one none.
+    run(bin_folder / "casa", "digits", "video", "digits.mp4", "--seconds", "8", "--scale", "1", "--seed", "1")
     run(bin_folder / "casa", "caption", "digits.mp4", "--quiet")
     shown = [span["text"] for span in json.loads((folder / "digits.json").read_text())]
     captions = [json.loads(line)["caption"] for line in (folder / "digits.jsonl").read_text().splitlines()]
-    said = [caption for caption in captions if caption]
-    assert len(said) == len(shown) >= 2
-    # The model reads 98 scenes of 100, and which ones differs from weights to weights.
-    assert sum(caption != text for caption, text in zip(said, shown, strict=True)) <= 1
+    assert len(shown) >= 2
+    assert [caption for caption in captions if caption] == shown
     assert (folder / "digits.srt").read_text().count("-->") == len(shown)
