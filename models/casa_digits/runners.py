@@ -130,7 +130,8 @@ class EagerRunner:
         text = self.processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True) + begun
         images = [item["image"] for message in messages for item in content_items(message) if item["type"] == "image"]
         inputs = self.processor(images=images, text=text)
-        output = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, suppress_tokens=forbidden)
+        limits = {} if forbidden is None else {"suppress_tokens": forbidden}  # An exported model's `generate` has none.
+        output = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, **limits)
         return self.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
