@@ -188,7 +188,8 @@ def chosen_stages(options: argparse.Namespace) -> list[Stage]:
 def load_weights(module: torch.nn.Module, path: Path, stage: str) -> None:
     """Read a file that `--keep-STAGE` wrote."""
     try:
-        module.load_state_dict(torch.load(path, weights_only=True))
+        with path.open("rb") as file:  # Given a path, torch goes by its ending, which the user chose.
+            module.load_state_dict(torch.load(file, weights_only=True))
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError) as error:
         raise InputError(f"{path} is no file of --keep-{stage}: {error}. Leave --{stage}-weights out.") from error
 

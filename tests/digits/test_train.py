@@ -56,12 +56,12 @@ def test_run_replaces_the_checkpoint_at_its_end(output, tmp_path):
     assert after["model.safetensors"] != before["model.safetensors"]
     assert json.loads(after["accuracy.json"])["command"].startswith("casa-train-digits --vision-steps=1")
     load_model(output)
-    kept = [f"--keep-language={tmp_path / 'language.pt'}", *SHORT, f"--output={output}"]
+    kept = [f"--keep-language={tmp_path / 'language.safetensors'}", *SHORT, f"--output={output}"]
     assert train.main([f"--vision-weights={tmp_path / 'vision.pt'}", *kept]) == 0
     assert tree(output)["model.safetensors"] == after["model.safetensors"]
-    assert train.main([f"--language-weights={tmp_path / 'language.pt'}", *kept]) == 0
+    assert train.main([f"--language-weights={tmp_path / 'language.safetensors'}", *kept]) == 0
     assert tree(output)["model.safetensors"] == after["model.safetensors"]
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "vision.pt", "language.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "vision.pt", "language.safetensors"}
 
 
 def test_run_goes_on_where_it_was_ended(output, tmp_path, monkeypatch):
