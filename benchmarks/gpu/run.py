@@ -1,21 +1,22 @@
 """What wants a GPU, in stages that each stand alone, the most important first: `python benchmarks/gpu/run.py`.
 
-    run.py                       all stages in order, within 15 minutes; needs no network
+    run.py                       all stages in order, within 12 minutes; needs no network
     run.py kernels parity decode, then
-    run.py live flat             the same on a lent machine, where a command has 10 minutes and leaves 8 files
+    run.py live                  the same on a lent machine, where a command has 10 minutes and leaves 8 files
     run.py kernels decode        some of them
     run.py alone                 the fall-back without vLLM
     run.py --tiny [STAGE ...]    the same code on a CPU with tiny models: its times mean nothing
 
 A stage has a limit of its own, prints what it measures at once, and leaves STAGE.jsonl and STAGE.log in the folder of
 `--output` (default: $OUT, else a new one). One that fails or is cut off is named and the others go on. The table of all
-stages: `python benchmarks/gpu/report.py FOLDER`; it is also printed at the end.
+stages: `python benchmarks/gpu/report.py FOLDER [FOLDER ...]`; that of a command's own is printed at its end.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -54,32 +55,38 @@ class Stage:
 
 
 STAGES = {
-    "kernels": Stage(120, ("kernel_checks.py", "speed.py LARGEST --measure load")),
-    "parity": Stage(150, ("parity.py",)),
-    "decode": Stage(210, ("speed.py PRESET --measure first_token decode", "speed.py plain:PRESET --measure decode")),
-    "live": Stage(150, ("sessions.py LARGEST --measure sessions",)),
-    "flat": Stage(150, ("sessions.py LARGEST --measure flat",)),
+    "kernels": Stage(110, ("kernel_checks.py", "speed.py LARGEST --measure load")),
+    "parity": Stage(130, ("parity.py",)),
+    "decode": Stage(180, ("speed.py PRESET --measure first_token decode", "speed.py plain:PRESET --measure decode")),
+    "live": Stage(290, ("sessions.py LARGEST --measure sessions flat",)),
+    "flat": Stage(210, ("sessions.py LARGEST --measure flat",), is_default=False),
     "alone": Stage(150, ("alone.py",), is_default=False),
     "compiled": Stage(240, ("speed.py PRESET --mode compile --measure first_token decode",), is_default=False),
 }
+# Stages whose steps are watched: what waits for the device is an error, or a warning that is counted. Not where time is
+# measured: watching costs some, and each warning is printed.
+SYNC_CHECKS = {"kernels": "error", "parity": "warn"}
+# What vLLM and PyTorch say of such a step.
+WAIT = re.compile("GPU<->CPU sync detected|called a synchronizing CUDA operation")
+# What explains a run afterwards, and bars of progress: for the log alone.
+FOR_THE_LOG = re.compile(r"^(\([^)]*\) )?(INFO|DEBUG) \d|it/s\]|s/it\]")
 
 
 def environment(stage: str, *, is_tiny: bool) -> dict[str, str]:
     """Return the environment of a stage's scripts."""
-    inherited = os.environ.get("PYTHONPATH")
+    path = os.environ.get("PYTHONPATH")
     variables = {
-        "PYTHONPATH": os.pathsep.join([*map(str, PYTHONPATH), *([inherited] if inherited else [])]),
+        "PYTHONPATH": os.pathsep.join([*map(str, PYTHONPATH), *([path] if path else [])]),
         "PYTHONUNBUFFERED": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engines in the scripts' own processes
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        # A step that waits for the device: vLLM checks it once an engine has started. Only where nothing else is
-        # lost is it an error; elsewhere it is a warning in the log.
-        "VLLM_GPU_SYNC_CHECK": "error" if stage == "kernels" else "warn",
+        "VLLM_LOGGING_LEVEL": "INFO",
         # vLLM asks FlashInfer's sampler first, which may not be there.
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
+    if stage in SYNC_CHECKS:
+        variables["VLLM_GPU_SYNC_CHECK"] = SYNC_CHECKS[stage]
     if is_tiny:
         variables |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -87,7 +94,8 @@ def environment(stage: str, *, is_tiny: bool) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
         }
-    return {**os.environ, **variables}
+    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_GPU_SYNC_CHECK"}
+    return {**inherited, **variables}
 
 
 def commands_of(stage: Stage, presets: Sequence[str]) -> list[list[str]]:
@@ -113,7 +121,18 @@ def run_stage(name: str, folder: Path, *, is_tiny: bool, patience: float) -> boo
             took = f"{' '.join([script, *arguments])}: {time.monotonic() - begun_s:.0f} s"
             print(f"-- {took}, {status}", flush=True)
             all_well &= status == "done"
+    if name in SYNC_CHECKS:
+        add_waits(name, folder)
     return all_well
+
+
+def add_waits(name: str, folder: Path) -> None:
+    """Add to a stage's figures how often its log says that a step has waited for the device."""
+    waits = sum(bool(WAIT.search(line)) for line in (folder / f"{name}.log").read_text().splitlines())
+    row = {"what": "steps that waited for the device", "case": "lines of the log", "value": waits, "unit": ""}
+    with (folder / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"floor": None, "bound": 0}) + "\n")
+    print(f"{row['what']}, {row['case']}: {waits}", flush=True)
 
 
 def run(command: list[str], deadline: float, log: IO[str], variables: dict[str, str]) -> str:
@@ -151,10 +170,10 @@ def run(command: list[str], deadline: float, log: IO[str], variables: dict[str, 
 
 
 def show(lines: IO[str], log: IO[str]) -> None:
-    """Copy lines to here and to the log as they come; bars of progress to the log alone."""
+    """Copy lines to the log as they come, and to here those that are of use at once."""
     for line in lines:
         log.write(line)
-        if "it/s]" not in line and "s/it]" not in line:
+        if not FOR_THE_LOG.search(line):
             print(line.rstrip()[:300], flush=True)
 
 

@@ -1,11 +1,12 @@
-"""Live sessions in an engine of a preset's size: `python sessions.py RESULTS PRESET --measure sessions|flat [--tiny]`.
+"""Live sessions in an engine of a preset's size: `sessions.py RESULTS PRESET [--measure sessions flat] [--tiny]`.
 
 sessions    how many are captioned at 2 frames a second before the delay of a frame passes 500 ms at p95
 flat        one session as fast as it goes: a frame's time at frame 100 and at frame 10,000
 
-The engine has the defaults of `casa serve` and random weights, and the sessions are those of /v1/live with the
-published captioner's rules; they are opened in this process, without HTTP, WebSockets and JPEG (`casa bench live` has
-these). Frames are noise, none is shown twice. A random model never stops by itself: each caption has its 20 tokens.
+Both in one engine, whose start takes a minute. It has the defaults of `casa serve` and random weights, and sessions are
+those of /v1/live with the published captioner's rules. They are opened in this process, without HTTP, WebSockets and
+JPEG (`casa bench live` has these), and whatever the engine has room for: for how many it has is a row beside them.
+Frames are noise, none is shown twice. A random model never stops by itself: each caption has its 20 tokens.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from bench_engine import write_checkpoint
+from live_ramp import FPS, GOLDEN, Ramp
 from PIL import Image
 from rows import Rows, leave
 
@@ -31,12 +33,8 @@ from casa_engine.presets import preset_config
 from casa_serving.engine_defaults import engine_arguments, runs_on_cpu, set_environment
 from casa_serving.live.session import FrameResult, LiveEngine
 
-FPS, BOUND_MS = 2.0, 500.0
-WARMUP_FRAMES = 4
 # Text tokens of a frame beside its caption.
 FRAME_TOKENS = 4
-# Phases of trims are spread by it, whatever the number of sessions and whenever each begins.
-GOLDEN = 0.618
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,31 @@ class Load:
 
     Attributes:
         side: Pixels of a square frame.
-        numbers: Sessions at once, in order.
-        seconds: For each number.
-        frames: Of the flat session, and how many are compared at both ends.
+        numbers: Sessions at once, ascending.
+        fewer: Those that are tried where the first number is too many.
+        first_s: Before the first number is counted, for whatever happens once.
+        spread_s: In which a number's new sessions open.
+        settle_s: From then until frames are counted.
+        seconds: In which they are.
+        frames: Of the flat session.
+        window: How many of them are compared at both ends.
         seconds_flat: After which the flat session ends, wherever it is.
     """
 
     side: int
     numbers: tuple[int, ...]
+    fewer: tuple[int, ...]
+    first_s: float
+    spread_s: float
+    settle_s: float
     seconds: float
     frames: int
     window: int
     seconds_flat: float
 
 
-FULL = Load(448, (16, 64, 128, 192, 256, 320, 384, 448, 512), 12.0, 10_000, 100, 75.0)
-TINY = Load(56, (1, 2), 4.0, 60, 10, 60.0)
+FULL = Load(448, (64, 128, 192, 256, 320, 384), (8, 16, 32), 4.0, 3.0, 1.5, 8.0, 10_000, 100, 100.0)
+TINY = Load(56, (1, 2), (1,), 2.0, 1.0, 0.5, 4.0, 60, 10, 60.0)
 
 
 class Noise:
@@ -98,57 +105,48 @@ def said_before(settings: LiveSettings, phase: float) -> list[HistoryItem]:
     return [HistoryItem(caption=caption, timestamp=index / FPS) for index in range(number)]
 
 
-async def show(
-    live: LiveEngine, noise: Noise, load: Load, delay_s: float, history: Sequence[HistoryItem] = ()
-) -> tuple[list[float], int, int, int]:
-    """Show frames by the clock; return delays in ms, how many were dropped, tokens and trims, after the warm-up."""
-    session = await live.open(replace(live.defaults, fps=FPS), history)
-    trims = 0
-    delays, dropped, tokens = [], 0, 0
-    await asyncio.sleep(delay_s)
-    begun_s = time.monotonic()
-    for number in range(WARMUP_FRAMES + round(load.seconds * FPS)):
-        due_s = begun_s + number / FPS
-        if time.monotonic() > due_s + 1 / FPS:
-            dropped += number >= WARMUP_FRAMES
-            continue
-        await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-        result = await result_of(session, noise.next(), number / FPS, due_s)
-        if number >= WARMUP_FRAMES:
-            delays.append(result.delay_ms)
-            tokens += result.num_tokens
-            trims += result.trimmed
-    await session.close()
-    return delays, dropped, tokens, trims
+async def count_sessions(live: LiveEngine, load: Load, rows: Rows, name: str, numbers: Sequence[int]) -> int:
+    """Have more and more sessions; return the most of these numbers within the bound, 0 where none is."""
+    noise, most = Noise(load.side), 0
+
+    async def open_session(place: int) -> Any:
+        history = said_before(live.defaults, place * GOLDEN % 1)
+        return await live.open(replace(live.defaults, fps=FPS), history)
+
+    async def caption(session: Any, timestamp: float, due_s: float) -> FrameResult:
+        return await result_of(session, noise.next(), timestamp, due_s)
+
+    ramp = Ramp(open_session, caption)
+    for number in numbers:
+        await ramp.grow(number, load.spread_s)
+        await asyncio.sleep(load.settle_s + (load.first_s if number == numbers[0] else 0.0))
+        count = await ramp.count(load.seconds)
+        case = f"{name}, {number} sessions at {FPS:g} fps, {load.side} px"
+        if count.frames:
+            delays = [frame.delay_ms for frame in count.frames]
+            rows.add("frame's delay, p95", case, percentile(delays, 95))
+            rows.add("frame's delay, p50", case, percentile(delays, 50))
+        num_tokens = sum(frame.num_tokens for frame in count.frames)
+        rows.add("tokens a second of all", case, num_tokens / load.seconds, "tokens/s")
+        rows.add("trims of all", case, sum(frame.is_trimmed for frame in count.frames), "")
+        rows.add("late or dropped", case, 100 * count.late_share, "%")
+        if count.late_share > MAX_LATE_SHARE:
+            break
+        most = number
+        rows.add("sessions within the bound, so far", name, most, "")
+    if num_failed := await ramp.close():
+        rows.add("sessions that failed, see the log", name, num_failed, "")
+    return most
 
 
 async def measure_sessions(live: LiveEngine, load: Load, rows: Rows, name: str) -> None:
-    """More and more sessions until p95 passes the bound."""
-    noise = Noise(load.side)
-    # Not counted: what is compiled for the first batches of this size.
-    warm_up = replace(load, seconds=2.0)
-    await asyncio.gather(*(show(live, noise, warm_up, 0.0) for _ in range(load.numbers[0])))
-    for number in load.numbers:
-        shown = await asyncio.gather(
-            *(
-                show(live, noise, load, place / number / FPS, said_before(live.defaults, place * GOLDEN % 1))
-                for place in range(number)
-            ),
-        )
-        delays = [delay for result in shown for delay in result[0]]
-        dropped, tokens, trims = (sum(result[index] for result in shown) for index in (1, 2, 3))
-        # A frame that was never shown to the model is later than any.
-        late = sum(delay > BOUND_MS for delay in delays) + dropped
-        case = f"{name}, {number} sessions at {FPS:g} fps, {load.side} px"
-        if delays:
-            rows.add("frame's delay, p95", case, percentile(delays, 95))
-            rows.add("frame's delay, p50", case, percentile(delays, 50))
-        rows.add("tokens a second of all", case, tokens / load.seconds, "tokens/s")
-        rows.add("trims of all", case, trims, "")
-        rows.add("late or dropped", case, 100 * late / (len(delays) + dropped), "%")
-        if late > MAX_LATE_SHARE * (len(delays) + dropped):
-            return
-        rows.add("sessions within the bound, so far", name, number, "")
+    """More and more sessions until more frames are late than may be."""
+    # By its pages and its number of sequences; `casa serve` takes 8 unless --live-max-sessions says more.
+    rows.add("sessions that fit into the engine", name, live.capacity(live.defaults), "")
+    most = await count_sessions(live, load, rows, name, load.numbers)
+    if not most:
+        most = await count_sessions(live, load, rows, name, load.fewer)
+    rows.add("sessions within the bound", name, most, "")
 
 
 async def measure_flat(live: LiveEngine, load: Load, rows: Rows, name: str) -> None:
@@ -164,6 +162,7 @@ async def measure_flat(live: LiveEngine, load: Load, rows: Rows, name: str) -> N
     await session.close()
     window = min(load.window, len(times) // 2)
     first, last = (statistics.median(part) for part in (times[window : 2 * window] or times, times[-window:]))
+    rows.add("frames of one session", f"{name}, of {load.frames:,} in at most {load.seconds_flat:g} s", len(times), "")
     rows.add("a frame's time", f"{name}, frames {window} to {2 * window}", first)
     rows.add("a frame's time", f"{name}, the last {window} before frame {len(times):,}", last)
     rows.add("ratio of both", name, last / first, "")
@@ -194,13 +193,13 @@ async def measure(options: argparse.Namespace) -> None:
         "dtype": "float32" if options.tiny else "bfloat16",
         "enforce_eager": options.tiny,
         "mm_processor_cache_gb": 0,
-        "max_num_seqs": max(load.numbers) if options.measure == "sessions" else 4,
     }
     start, rows = time.perf_counter(), Rows(options.results)
     engine = start_engine(folder, config, given)
     rows.add("start of the engine", options.preset, time.perf_counter() - start, "s")
     try:
-        await MEASUREMENTS[options.measure](LiveEngine(engine, folder), load, rows, options.preset)
+        for measurement in options.measure:
+            await MEASUREMENTS[measurement](LiveEngine(engine, folder), load, rows, options.preset)
     finally:
         engine.shutdown()
 
@@ -209,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("preset")
-    parser.add_argument("--measure", choices=MEASUREMENTS, required=True)
+    parser.add_argument("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--tiny", action="store_true", help="on a CPU")
     asyncio.run(measure(parser.parse_args()))
     leave()
