@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from interpreter_process import IS_V2, V2, check_under_interpreter
 from vllm_harness import BLOCK_SIZE, IMAGE, Prompt, assert_same, picture
 
 pytestmark = pytest.mark.vllm
@@ -177,6 +178,13 @@ def test_pages_run_out_while_answers_grow(checkpoints, eager, engine):
     assert max(preemptions) > 0
     expected = [eager(folder)(prompt, grown) for prompt in prompts]
     assert_same([answers[name] for name in names], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(IS_V2, reason="this is that process")
+def test_the_two_above_on_model_runner_v2():
+    """The tests of resets and of pages that run out, in a process of their own; some 25 minutes."""
+    check_under_interpreter(__file__, *V2, "-k", "resets or run_out", timeout_s=5400)
 
 
 def test_aborts_leave_no_pages(checkpoints, engine):

@@ -5,19 +5,14 @@ switched on before vLLM is imported, so the tests run in a pytest of their own t
 starts; there are few of them, because that decodes some 45 tokens a second.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from casa_engine.live.caption_logits import CaptionRules, CaptionState, caption_logits, to_dict
+from interpreter_process import IS_V2, V2, check_under_interpreter
 from vllm_fuzz import FEW_PAGES, fuzz
 from vllm_harness import BARE_IMAGE, IMAGE, Prompt, assert_same, picture
 
-IS_V2 = "interpreted_triton" in sys.modules
 NUM_TOKENS = 4
 # Prompts longer than this are cut into chunks.
 STEP_TOKENS = 64
@@ -41,20 +36,9 @@ in_v2 = pytest.mark.skipif(not IS_V2, reason="runs in the process that test_in_a
 
 @pytest.mark.vllm
 @pytest.mark.skipif(IS_V2, reason="this is that process")
-def test_in_a_process_of_their_own(request):
-    support = str(Path(__file__).parents[1] / "support")
-    environment = {**os.environ, "PYTHONPATH": support, "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-x", "-p", "interpreted_triton", "-p", "no:cacheprovider"]
-    options += ["-m", request.config.getoption("markexpr")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout
+@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_a_process_of_their_own(tier):
+    check_under_interpreter(__file__, *V2, "-m", tier, timeout_s=900 if tier == "not slow" else 3600)
 
 
 @pytest.fixture(scope="module", params=MODELS)
