@@ -81,7 +81,8 @@ class CasaConfigHook(VerifyAndUpdateConfig):
             grammars.backend = "xgrammar"
         if current_platform.is_cpu():
             _keep_worker_in_engine(vllm_config)
-        _set_encoder_graphs(vllm_config)
+        else:
+            _set_vision_encoder(vllm_config)
         if not config.is_cross_attention:
             return
         _reject_options(vllm_config)
@@ -129,10 +130,16 @@ def _require_fast_encoder() -> None:
         )
 
 
-def _set_encoder_graphs(vllm_config: "VllmConfig") -> None:
-    """Set the sizes of the vision encoder's graphs, where they are wanted and nobody has chosen other sizes."""
+def _set_vision_encoder(vllm_config: "VllmConfig") -> None:
+    """Set the sizes of the vision encoder's graphs where nobody has chosen others, and compile one without graphs.
+
+    vLLM does neither unless told; an engine that compiles nothing (`--enforce-eager`) does not compile the encoder.
+    """
     compilation = vllm_config.compilation_config
-    if not compilation.cudagraph_mm_encoder or compilation.encoder_cudagraph_token_budgets:
+    if not compilation.cudagraph_mm_encoder:
+        compilation.compile_mm_encoder = True
+        return
+    if compilation.encoder_cudagraph_token_budgets:
         return
     from casa_vllm.encoder_graphs import graph_tokens
 

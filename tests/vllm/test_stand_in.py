@@ -31,13 +31,12 @@ CHUNK_TOKENS = 20
 FOLDERS = ("", "plugins", "serving", "models", "benchmarks", "benchmarks/gpu", "tests/support")
 # What the tests' engines on CPUs set (vllm_harness.py; the last one vLLM); with the first, nothing is compiled.
 OF_CPUS = ("TORCH_COMPILE_DISABLE", "OMP_NUM_THREADS", "PYTORCH_NVML_BASED_CUDA_CHECK")
+MODES = ("eager", "graphs", "compile")
 STARTS = [
     ("tiny-llama", "eager"),
     ("tiny-qwen", "graphs"),
     ("tiny-llama", "compile"),
-    ("CASA-Helium1-VL-2B", "graphs"),
-    ("CASA-Helium1-VL-2B", "compile"),
-    ("CASA-Qwen2_5-VL-3B-LiveCC", "graphs"),
+    *((preset, mode) for preset in ("CASA-Helium1-VL-2B", "CASA-Qwen2_5-VL-3B-LiveCC") for mode in MODES),
 ]
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm.compilation.decorators import should_torch_compile_mm_encoder
+from vllm.config import CompilationConfig, VllmConfig
 
 from casa_vllm import config_hook
 from casa_vllm.encoder_graphs import graph_tokens
@@ -86,5 +88,13 @@ def test_sizes_of_graphs_are_set_unless_somebody_chose_them(given, items, expect
         encoder_cudagraph_max_vision_items_per_batch=items,
     )
     scheduler = SimpleNamespace(max_num_encoder_input_tokens=200)
-    config_hook._set_encoder_graphs(SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler))
+    config_hook._set_vision_encoder(SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler))
     assert compilation.encoder_cudagraph_token_budgets == expected
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_encoder_without_graphs_is_compiled(graphs):
+    """By vLLM's own option, which its encoder asks when it is made."""
+    config = VllmConfig(compilation_config=CompilationConfig(cudagraph_mm_encoder=graphs))
+    config_hook._set_vision_encoder(config)
+    assert should_torch_compile_mm_encoder(config) is not graphs
