@@ -92,12 +92,15 @@ class BenchEngine:
         self._rng = np.random.default_rng(0)
         self._count = 0
 
+    def frame(self, side: int) -> Image.Image:
+        """Return another random picture."""
+        return Image.fromarray(self._rng.integers(0, 255, (side, side, 3), dtype=np.uint8))
+
     def prompt(self, side: int) -> Any:
         """Return a rendered prompt with a new random frame; for a plain model random text as long as the CASA text."""
         if self.is_plain:
             return {"prompt_token_ids": self._rng.integers(5, 250, PREFILL_TOKENS).tolist()}
-        pixels = self._rng.integers(0, 255, (side, side, 3), dtype=np.uint8)
-        data = {"prompt": IMAGE + QUESTION, "multi_modal_data": {"image": Image.fromarray(pixels)}}
+        data = {"prompt": IMAGE + QUESTION, "multi_modal_data": {"image": self.frame(side)}}
         return render(self.engine, data)
 
     def add(self, prompt: Any, max_tokens: int) -> str:

@@ -15,18 +15,16 @@ from typing import Any
 
 from bench_engine import IMAGE, MODES, BenchEngine, triton_compilations
 from host_time import Launches, return_awaited_tokens
+from live_request import FRAME_TEXT, caption_params
 from PIL import Image
 from rows import leave
 from sizes import FULL
 
 from casa_bench.engine_backend import render
-from casa_engine.live.caption_logits import EXTRA_ARG, CaptionRules, CaptionState, to_dict
-from casa_engine.live.settings import LiveSettings
 
 DECODE_STEPS, WAVES, MAX_TOKENS = 12, 3, 1500
 # Of the chunks that arrive in one step, and the tokens of one.
 CHUNKS, CHUNK_TOKENS = (1, 8, 16), 20
-STOP_ID = 5
 
 
 class CountedSteps:
@@ -82,36 +80,15 @@ class Sessions:
     """
 
     def __init__(self, bench: BenchEngine) -> None:
-        from vllm import SamplingParams
-
-        settings, self._bench, self._count = LiveSettings(), bench, 0
-        rules = CaptionRules(
-            (STOP_ID,),
-            settings.repetition_penalty,
-            settings.penalty_decay,
-            settings.penalty_clamp,
-            settings.stop_bias,
-            settings.ngram_size,
-            settings.ngram_window,
-        )
-        state = CaptionState().read(list(range(40, 60)), rules)
-        self._params = SamplingParams(
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            max_tokens=MAX_TOKENS,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={EXTRA_ARG: to_dict(state, rules)},
-        )
+        self._bench, self._count, self._params = bench, 0, caption_params(MAX_TOKENS)
         self._picture = Image.new("RGB", (448, 448))
 
     def add(self) -> str:
-        """Queue a chunk; return its request's id. The byte tokenizer gives a token a character and two an image."""
+        """Queue a chunk; return its request's id."""
         self._count += 1
         self._picture.putpixel((0, 0), (self._count % 256, self._count // 256 % 256, self._count // 65536))
-        text = "seen:" + IMAGE + "next one now:"
-        assert len(text.replace(IMAGE, "")) + 2 == CHUNK_TOKENS
-        data = {"prompt": text, "multi_modal_data": {"image": self._picture.copy()}}
+        assert len(FRAME_TEXT.replace(IMAGE, "")) + 2 == CHUNK_TOKENS
+        data = {"prompt": FRAME_TEXT, "multi_modal_data": {"image": self._picture.copy()}}
         prompt = render(self._bench.engine, data)
         name = f"session-{self._count}"
         self._bench.engine.add_request(name, prompt, self._params)

@@ -55,13 +55,14 @@ class Stage:
 
 
 STAGES = {
-    "kernels": Stage(110, ("kernel_checks.py", "speed.py LARGEST --measure load")),
+    "kernels": Stage(110, ("speed.py LARGEST --measure load", "kernel_checks.py")),
     "parity": Stage(130, ("parity.py",)),
     "decode": Stage(180, ("speed.py PRESET --measure first_token decode", "speed.py plain:PRESET --measure decode")),
     "live": Stage(290, ("sessions.py LARGEST --measure sessions flat",)),
     "flat": Stage(210, ("sessions.py LARGEST --measure flat",), is_default=False),
     "alone": Stage(150, ("alone.py",), is_default=False),
     "compiled": Stage(240, ("speed.py PRESET --mode compile --measure first_token decode",), is_default=False),
+    "profile": Stage(150, ("speed.py PRESET --measure kernels",), is_default=False),
 }
 # Stages whose steps are watched: what waits for the device is an error, or a warning that is counted. Not where time is
 # measured: watching costs some, and each warning is printed.
@@ -173,7 +174,7 @@ def show(lines: IO[str], log: IO[str]) -> None:
     """Copy lines to the log as they come, and to here those that are of use at once."""
     for line in lines:
         log.write(line)
-        if not FOR_THE_LOG.search(line):
+        if line.strip() and not FOR_THE_LOG.search(line):
             print(line.rstrip()[:300], flush=True)
 
 

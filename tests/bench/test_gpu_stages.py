@@ -22,7 +22,7 @@ def module(name):
     return loaded
 
 
-run, report = module("run"), module("report")
+run, goals = module("run"), module("goals")
 
 
 def test_each_command_names_a_script_and_all_default_stages_leave_room_in_fifteen_minutes():
@@ -36,7 +36,9 @@ def test_each_command_names_a_script_and_all_default_stages_leave_room_in_fiftee
 
 @pytest.mark.parametrize("names", [("kernels", "parity", "decode"), ("live",)])
 def test_the_commands_for_a_lent_machine(names):
-    assert f"run.py {' '.join(names)}" in (ROOT / "docs" / "gpu.md").read_text()
+    lines = (ROOT / "docs" / "gpu.md").read_text().splitlines()
+    (command,) = [line for line in lines if "/tmp/kit" in line and line.endswith(f"run.py {' '.join(names)}")]
+    assert "test -d /tmp/kit/site/vllm && " in command, "with a piece of the kit missing it would run without vLLM"
     assert sum(run.STAGES[name].limit_s for name in names) <= 560, "unpacking comes beside"
     # Each leaves its figures and its log; the machine's description comes with them.
     assert 2 * len(names) + 1 <= 8
@@ -105,26 +107,128 @@ def test_how_a_command_ended(code, status, tmp_path):
         assert run.run(command, time.monotonic(), file, ENVIRONMENT).startswith("not started")
 
 
-def test_one_table_of_all_stages(tmp_path):
-    step = {"what": "decode step", "case": "2B, 32 sequences", "value": 2.0, "unit": "ms", "floor": 1.6}
-    wrong = {
-        "what": "logprobs differ",
-        "case": "llama-ca",
-        "value": float("nan"),
-        "unit": "",
-        "floor": None,
-        "bound": 0.1,
-    }
-    (tmp_path / "decode.jsonl").write_text(json.dumps(step) + "\n")
-    (tmp_path / "parity.jsonl").write_text(json.dumps(wrong) + "\n")
-    (tmp_path / "machine.json").write_text(json.dumps({"GPU": "NVIDIA H200"}))
-    done = subprocess.run([sys.executable, str(GPU / "report.py"), str(tmp_path)], capture_output=True, text=True)
+def test_one_kernel_that_does_not_compile_hides_no_other():
+    """Triton's errors are plain Exceptions."""
+    code = """
+from kernel_checks import outcome
+
+class OutOfResources(Exception):
+    pass
+
+def differs():
+    assert False
+
+def does_not_compile():
+    raise OutOfResources("shared memory")
+
+print(*map(outcome, (lambda: None, lambda: 0.25, differs, does_not_compile)))
+"""
+    assert run_python(code).stdout.splitlines()[-1] == "0.0 0.25 1.0 nan"
+
+
+def test_one_engine_that_fails_hides_no_other():
+    """It is closed, and counts as a difference."""
+    code = """
+import parity
+
+class Engine:
+    def __init__(self, fails, **options):
+        if fails == "start":
+            raise TypeError("unknown option")
+        self.fails = fails
+
+    def ask(self, *request):
+        if self.fails == "answer":
+            raise KeyError("request")
+
+    def close(self):
+        print("closed")
+        if self.fails == "end":
+            raise OSError("cannot end")
+
+parity.Engine, parity.greatest_difference = Engine, lambda *answers: 0.5
+for fails in ("start", "answer", "end", "nowhere"):
+    print(parity.difference_of(fails, None, "bfloat16", {}))
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["nan", "closed", "nan", "closed", "nan", "closed", "0.5"], done.stderr
+    assert all(error in done.stderr for error in ("TypeError", "KeyError", "OSError"))
+
+
+def run_python(code):
+    """Run code where a stage's scripts run."""
+    variables = run.environment("parity", is_tiny=True)
+    variables["PYTHONPATH"] = f"{GPU}:{variables['PYTHONPATH']}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
+
+
+def row(what, case, value, unit="ms", floor=None, **fields):
+    return {"what": what, "case": case, "value": value, "unit": unit, "floor": floor, **fields}
+
+
+def write_stages(folder, machine, **stages):
+    folder.mkdir()
+    (folder / "machine.json").write_text(json.dumps(machine))
+    for name, rows in stages.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return str(folder)
+
+
+def report(*folders):
+    return subprocess.run([sys.executable, str(GPU / "report.py"), *folders], capture_output=True, text=True)
+
+
+def test_one_table_of_all_stages_and_commands(tmp_path):
+    """In the order of the stages, whichever file was copied back first."""
+    live = write_stages(
+        tmp_path / "second",
+        {"GPU": "NVIDIA H100"},
+        live=[row("sessions within the bound", "CASA-Helium1-VL-2B", 128, "")],
+    )
+    first = write_stages(
+        tmp_path / "first",
+        {"GPU": "NVIDIA H200"},
+        decode=[row("decode step", "CASA-Helium1-VL-2B, 128 sequences, 896 px image each", 4.0, floor=3.0)],
+        parity=[row("logprobs differ", "llama-ca", float("nan"), "", bound=0.1)],
+    )
+    done = report(live, first)
     lines = done.stdout.splitlines()
-    assert lines[0] == "GPU NVIDIA H200"
-    assert "| decode | decode step | 2B, 32 sequences | 2 ms | 1.600 | 1.25 | 16000 |" in lines
-    assert "| parity | logprobs differ | llama-ca | nan (TOO MUCH) |  |  |  |" in lines
+    assert [line for line in lines if line.startswith("GPU")] == [
+        "GPU NVIDIA H100 (live)",
+        "GPU NVIDIA H200 (parity, decode)",
+    ]
+    case = "CASA-Helium1-VL-2B, 128 sequences, 896 px image each"
+    assert lines[-3:] == [
+        "| parity | logprobs differ | llama-ca | nan (TOO MUCH) |  |  |  |  |",
+        f"| decode | decode step | {case} | 4 ms | <= 5 | 3.000 | 1.33 | 32000 |",
+        "| live | sessions within the bound | CASA-Helium1-VL-2B | 128 | >= 192 MISSED |  |  |  |",
+    ]
+
+
+def test_a_tiny_run_has_no_goals(tmp_path):
+    case = "CASA-Helium1-VL-2B, 1 sequences, 896 px image each"
+    done = report(write_stages(tmp_path / "tiny", {"tiny": True}, decode=[row("decode step", case, 9.0, floor=1.0)]))
+    assert done.stdout.splitlines()[-1] == f"| decode | decode step | {case} | 9 ms |  |  |  | 111 |"
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (row("decode step", "CASA-Helium1-VL-2B, 1 sequences, 896 px image each", 1.4, floor=1.0), "<= 1.429"),
+        (row("decode step", "CASA-Qwen2_5-VL-3B-LiveCC, 1 sequences, 896 px", 2.2, floor=1.6), "<= 2.128 MISSED"),
+        (row("decode step", "CASA-Helium1-VL-2B (compile), 1 sequences, 896 px", 1.5, floor=1.0), "<= 1.429 MISSED"),
+        (row("decode step", "plain:CASA-Helium1-VL-2B, 1 sequences", 1.4, floor=1.0), ""),
+        (row("decode step", "CASA-Helium1-VL-2B, 32 sequences, 896 px image each", 1.4, floor=1.0), ""),
+        (row("first token", "CASA-Qwen2_5-VL-3B-LiveCC, 896 px", 17.0, floor=8.8), "<= 16 MISSED"),
+        (row("first token", "CASA-Helium1-VL-2B, 448 px", 17.0, floor=2.8), ""),
+        (row("sessions within the bound", "CASA-Helium1-VL-2B", 192, ""), ">= 192"),
+        (row("ratio of both", "CASA-Helium1-VL-2B", float("nan"), ""), "<= 1.05 MISSED"),
+    ],
+)
+def test_goals(measured, expected):
+    assert goals.goal(measured) == expected
 
 
 def test_no_results_are_an_error(tmp_path):
-    done = subprocess.run([sys.executable, str(GPU / "report.py"), str(tmp_path)], capture_output=True, text=True)
+    done = report(str(tmp_path))
     assert done.returncode == 1 and "no results" in done.stderr

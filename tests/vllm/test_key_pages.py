@@ -102,18 +102,20 @@ def test_text_heads(heads, kv_heads, head_dim, rotary_dim, has_norm, dtype):
 
 @with_triton
 @dtypes
-def test_queries_normed_alone(dtype):
+def test_queries_normed_alone(dtype, heads=4, head_dim=64):
     from casa_vllm.ops.triton_key_pages import normalize_heads
 
-    query = random(3, 4, 64, dtype=dtype)
-    weight = random(64, dtype=dtype, seed=1)
+    query = random(3, heads, head_dim, dtype=dtype)
+    weight = random(head_dim, dtype=dtype, seed=1)
     assert_close(normalize_heads(query, weight, EPS), normed(query, weight))
 
 
 ROPES = {
     "no-rotation": None,
     "one-axis": lambda positions, inv_freq: rotary_tables(positions[0], inv_freq),
-    "three-axes": lambda positions, inv_freq: axes_rotary_tables(positions, inv_freq, [8, 12, 12]),
+    "three-axes": lambda positions, inv_freq: axes_rotary_tables(
+        positions, inv_freq, [len(inv_freq) * eighths // 8 for eighths in (2, 3, 3)]
+    ),
 }
 
 
@@ -121,10 +123,10 @@ ROPES = {
 @dtypes
 @pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "norms"])
 @pytest.mark.parametrize("rope", ROPES)
-def test_image_heads(rope, has_norm, dtype):
+def test_image_heads(rope, has_norm, dtype, kv_heads=2, head_dim=64):
     from casa_vllm.ops.triton_key_pages import write_image_heads
 
-    num_layers, num_tokens, kv_heads, head_dim = 3, 7, 2, 64
+    num_layers, num_tokens = 3, 7
     projected = random(num_layers, num_tokens, 2 * kv_heads * head_dim, dtype=dtype)
     slots = torch.arange(num_layers * num_tokens, device=DEVICE).view(num_layers, num_tokens) + 20
     slots[1, 2] = -1
