@@ -9,11 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 
+from casa_engine.live.settings import LiveSettings
+
 pytestmark = pytest.mark.unit
-FILE = Path(__file__).parents[2] / "benchmarks" / "gpu" / "live_ramp.py"
-SPEC = importlib.util.spec_from_file_location("gpu_live_ramp", FILE)
-live_ramp = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(live_ramp)
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
+
+
+def module(name, alias):
+    spec = importlib.util.spec_from_file_location(alias, FOLDER / f"{name}.py")
+    loaded = sys.modules[alias] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+live_ramp = module("live_ramp", "gpu_live_ramp")
 
 
 class Sessions:
@@ -132,3 +141,50 @@ def test_a_session_that_fails_is_late_from_then_on(capsys):
     assert count.late_share == 0.5 and num_failed == 1
     assert "the engine lost a session" in capsys.readouterr().err
     assert sorted(sessions.closed) == [0, 1]
+
+
+class Live:
+    """An engine that is fast enough for so many sessions at once."""
+
+    def __init__(self, most):
+        self.most, self.num_open, self.opened = most, 0, []
+        self.defaults = LiveSettings()
+
+    def capacity(self, settings):
+        return 77
+
+    async def open(self, settings, history):
+        self.num_open += 1
+        self.opened.append(len(history))
+        return self
+
+    async def close(self):
+        self.num_open -= 1
+
+
+@pytest.mark.parametrize(
+    ("most", "expected", "counted"), [(5, 4, [2, 4, 6]), (9, 8, [2, 4, 6, 8]), (1, 1, [2, 1]), (0, 0, [2, 1])]
+)
+def test_sessions_are_added_until_frames_are_late(most, expected, counted, monkeypatch):
+    """Fewer are tried where the first number is too many."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setitem(sys.modules, "live_ramp", live_ramp)
+    sessions = module("sessions", "gpu_sessions")
+    live, rows = Live(most), []
+
+    async def result_of(session, frame, timestamp, due_s):
+        await asyncio.sleep(0.1 if live.num_open <= most else 0.8)
+        delay_ms = 1e3 * (asyncio.get_running_loop().time() - due_s)
+        return SimpleNamespace(delay_ms=delay_ms, num_tokens=20, trimmed=False)
+
+    monkeypatch.setattr(sessions, "result_of", result_of)
+    load = sessions.Load(8, (2, 4, 6, 8), (1,), 2.0, 1.0, 1.0, 2.0, 60, 10, 60.0)
+    table = SimpleNamespace(add=lambda *row: rows.append(row))
+    run(sessions.measure_sessions(live, load, table, "model"))
+    values = {row[:2]: row[2] for row in rows}
+    assert values["sessions that fit into the engine", "model"] == 77
+    assert values["sessions within the bound", "model"] == expected
+    late = [row for row in rows if row[0] == "late or dropped"]
+    assert [int(row[1].split(", ")[1].split()[0]) for row in late] == counted
+    assert live.num_open == 0
+    assert len(set(live.opened)) == len(live.opened) or expected < 2, "texts begin in all phases"
