@@ -1,9 +1,9 @@
 """Full CUDA graphs for steps with short prefills: the text of live sessions' frames is one replay.
 
 vLLM has full graphs for steps in which every request decodes one token, and piecewise ones for all others, whose
-attention runs between the pieces: of the 2B model 57 replays and some 120 launches. It also knows full graphs for
-requests of any length, which it captures for speculative decoding alone (`varlen_decode`). Attention that can run in
-them (FlashAttention 3, Triton's, CA) is planned for the longest query that a graph may get, at capture as in a step:
+attention runs between the pieces: of the 2B model 57 replays and 140 launches between them. It also knows full graphs
+for requests of any length, which it captures for speculative decoding alone (`varlen_decode`). Attention that can run
+in them (FlashAttention 3, Triton's, CA) is planned for the longest query that a graph may get, at capture as in a step:
 
     tokens of a step           1 each, all decode        any, up to N              more than N
     vLLM alone                 full graph                piecewise graphs          no graph
