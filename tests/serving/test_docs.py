@@ -123,6 +123,15 @@ def test_the_readmes_table_is_what_the_script_prints():
     assert shown.strip().splitlines() == module.table()
 
 
+def test_the_tables_of_bytes_are_what_the_script_prints(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    import step_bytes
+
+    shown = (ROOT / "docs" / "benchmarks.md").read_text()
+    for table in (step_bytes.weight_table(), step_bytes.cache_table()):
+        assert "\n".join(["", *table, ""]) in shown
+
+
 def anchors(page):
     """Return what links may name in a page: its headings, as Markdown makes anchors of them."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
