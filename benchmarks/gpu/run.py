@@ -69,8 +69,8 @@ STAGES = {
 SYNC_CHECKS = {"kernels": "error", "parity": "warn"}
 # What vLLM and PyTorch say of such a step.
 WAIT = re.compile("GPU<->CPU sync detected|called a synchronizing CUDA operation")
-# What explains a run afterwards, and bars of progress: for the log alone.
-FOR_THE_LOG = re.compile(r"^(\([^)]*\) )?(INFO|DEBUG) \d|it/s\]|s/it\]")
+# What explains a run afterwards, bars of progress and what they leave: for the log alone.
+FOR_THE_LOG = re.compile(r"^(\([^)]*\) ?)?((INFO|DEBUG) \d|$)|it/s\]|s/it\]")
 
 
 def environment(stage: str, *, is_tiny: bool) -> dict[str, str]:
@@ -174,7 +174,7 @@ def show(lines: IO[str], log: IO[str]) -> None:
     """Copy lines to the log as they come, and to here those that are of use at once."""
     for line in lines:
         log.write(line)
-        if line.strip() and not FOR_THE_LOG.search(line):
+        if not FOR_THE_LOG.search(line.rstrip()):
             print(line.rstrip()[:300], flush=True)
 
 

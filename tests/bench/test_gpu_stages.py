@@ -74,13 +74,15 @@ def test_what_explains_a_run_is_for_the_log_alone(tmp_path, capsys):
         "INFO 11-27 18:21:11 [core.py:101] Initializing a V1 LLM engine\n",
         "(EngineCore pid=603) INFO 11-27 18:21:11 [gpu_worker.py:9] memory\n",
         "Capturing CUDA graphs:  50%|#####     | 4/8 [00:01<00:01,  3.10it/s]\n",
+        "(EngineCore pid=603) \n",
+        "\n",
         "WARNING 11-27 18:21:12 [envs.py:1] unknown variable\n",
         "decode step, 1 sequences: 1.2 ms\n",
     ]
     with (tmp_path / "log").open("w") as file:
         run.show(lines, file)
     assert (tmp_path / "log").read_text() == "".join(lines)
-    assert capsys.readouterr().out == "".join(lines[3:])
+    assert capsys.readouterr().out == "".join(lines[5:])
 
 
 def test_both_published_sizes_come_before_what_they_stand_beside():
