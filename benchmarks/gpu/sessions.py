@@ -94,13 +94,14 @@ async def result_of(session: Any, frame: Image.Image, timestamp: float, arrived_
     return result
 
 
-def said_before(settings: LiveSettings, phase: float) -> list[HistoryItem]:
-    """Return captions that fill a session's text from half of its budget (phase 0) to all of it (1).
+def said_before(settings: LiveSettings, place: int) -> list[HistoryItem]:
+    """Return captions that fill a session's text from half of its budget to all of it, as its place has it.
 
     A trim leaves half. Of sessions that began together all would be trimmed together, and none in a short measurement.
+    Each has words of its own: the engine finds text again that another session has read, and a trim would cost nothing.
     """
-    caption = "and so it goes on and on and on and on and on"[: settings.max_frame_tokens]  # a token a character
-    num_tokens = settings.text_budget * (1 + phase) / 2
+    caption = f"{place} says: and so it goes on and on and on"[: settings.max_frame_tokens]  # a token a character
+    num_tokens = settings.text_budget * (1 + place * GOLDEN % 1) / 2
     number = int(num_tokens / (settings.max_frame_tokens + FRAME_TOKENS)) - 1
     return [HistoryItem(caption=caption, timestamp=index / FPS) for index in range(number)]
 
@@ -110,8 +111,7 @@ async def count_sessions(live: LiveEngine, load: Load, rows: Rows, name: str, nu
     noise, most = Noise(load.side), 0
 
     async def open_session(place: int) -> Any:
-        history = said_before(live.defaults, place * GOLDEN % 1)
-        return await live.open(replace(live.defaults, fps=FPS), history)
+        return await live.open(replace(live.defaults, fps=FPS), said_before(live.defaults, place))
 
     async def caption(session: Any, timestamp: float, due_s: float) -> FrameResult:
         return await result_of(session, noise.next(), timestamp, due_s)
