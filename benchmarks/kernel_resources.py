@@ -1,6 +1,7 @@
 """Compiles the plugin's Triton kernels ahead of time, and lists what each takes of a multiprocessor; no GPU is needed.
 
     python benchmarks/kernel_resources.py [--architectures 80 90 100] [--dtypes bf16 fp16 fp32] [--head-sizes 64 128]
+    python benchmarks/kernel_resources.py --ranges     # the table of docs/benchmarks.md: a row a kernel
 
 Down to machine code, with the constants that the launches use, at the heads of the 3B preset (16, 2 for keys and
 values). Registers are of a thread and at most 255; local memory is what did not fit into them. Shared memory is of a
@@ -11,7 +12,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from casa_vllm.caption_rules import tensors, triton_rules
 from casa_vllm.ops import triton_build_segments, triton_key_pages, triton_window_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,9 +34,11 @@ INT32 = {
     "query_start_loc_ptr", "image_table_ptr", "page_lens_ptr", "num_pages_ptr",
     "text_table_ptr", "text_rows_ptr", "text_starts_ptr", "first_positions_ptr",
     "state_ptr", "splits_ptr", "table_ptr", "fields_ptr", "pages_ptr", "padded_starts_ptr",
+    "new_ids_ptr", "page_table_ptr", "ids_ptr", "sizes_ptr", "stop_ids_ptr", "recent_ptr",
 }  # fmt: skip
 INT64 = {"slots_ptr", "positions_ptr", "caches_ptr", "rows_ptr", "relative_ptr"}
 FLOAT32 = {"partial_ptr", "max_ptr", "sum_ptr", "cos_ptr", "sin_ptr"}
+FLOAT64 = {"counts_ptr", "numbers_ptr"}
 SCALARS = {"scale", "eps"}
 
 
@@ -47,12 +51,14 @@ class Case:
         kernel: Triton's function.
         constants: Its `constexpr` arguments.
         num_warps: Of a program.
+        enable_fp_fusion: Whether a multiplication and an addition may be one instruction.
     """
 
     name: str
     kernel: Any
     constants: dict[str, Any]
     num_warps: int
+    enable_fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Resources:
 
 
 def cases(head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Yield every kernel that a decode step, a prefill or a frame launches."""
+    """Yield every kernel that a decode step, a prefill or a frame launches, and those of the captioner's rules."""
     attention, pages = triton_window_attention, triton_key_pages
     for has_text in (False, True):
         fusion = "ca_tv" if has_text else "ca"
@@ -103,6 +109,10 @@ def cases(head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(name, triton_build_segments._build_segments_kernel, constants, 4)
     alone = {"NUM_HEADS": NUM_HEADS, "BLOCK": 1, "ROTARY_DIM": 0, "HAS_NORM": True, "HAS_KEYS": False}
     yield Case("queries alone, norms", pages._text_heads_kernel, sizes | alone, 1)
+    penalty = {"PAGE": tensors.PAGE, "BLOCK": triton_rules.BLOCK}
+    yield Case("caption penalty", triton_rules._penalty_kernel, penalty, 8, enable_fp_fusion=False)
+    ngrams = {"RING": tensors.RING, "BLOCK": triton_rules.WINDOW_BLOCK}
+    yield Case("caption n-grams", triton_rules._ngram_kernel, ngrams, 1)
 
 
 def compile_case(case: Case, architecture: int, dtype: str) -> Any:
@@ -113,7 +123,7 @@ def compile_case(case: Case, architecture: int, dtype: str) -> Any:
             return "constexpr"
         if not argument.endswith("_ptr"):
             return "fp32" if argument in SCALARS else "i32"
-        names = {"*i32": INT32, "*i64": INT64, "*fp32": FLOAT32}
+        names = {"*i32": INT32, "*i64": INT64, "*fp32": FLOAT32, "*fp64": FLOAT64}
         return next((type_ for type_, arguments in names.items() if argument in arguments), f"*{dtype}")
 
     signature = {name: type_of(name) for name in case.kernel.arg_names}
@@ -130,7 +140,8 @@ def compile_case(case: Case, architecture: int, dtype: str) -> Any:
         attrs={(index,): [["tt.divisibility", 16]] for index in specialised},
     )
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.enable_fp_fusion}
+    return triton.compile(source, target=target, options=options)
 
 
 def resources_of(compiled: Any) -> Resources:
@@ -145,21 +156,52 @@ def resources_of(compiled: Any) -> Resources:
     return Resources(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared)
 
 
+def list_resources(options: argparse.Namespace) -> Iterator[tuple[int, str, int, str, Resources]]:
+    """Yield architecture, type, head size and name of every kernel, and what it takes."""
+    for architecture, dtype, head_dim in product(options.architectures, options.dtypes, options.head_sizes):
+        for case in cases(head_dim, DTYPES[dtype]):
+            yield architecture, dtype, head_dim, case.name, resources_of(compile_case(case, architecture, dtype))
+
+
+def print_all(options: argparse.Namespace) -> None:
+    """Print a row for each kernel, architecture, type and head size."""
+    print("| architecture | type | head size | kernel | registers | local memory, bytes | shared memory, bytes |")
+    print("|---|---|---:|---|---:|---:|---:|")
+    for architecture, *row, used in list_resources(options):
+        cells = (f"sm_{architecture}", *row, used.registers, used.local_bytes, used.shared_bytes)
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def span(numbers: Iterable[int]) -> str:
+    """Return the least and the most of the numbers, or the one that all are."""
+    different = sorted(set(numbers))
+    return " to ".join(f"{number:,}" for number in (different[0], different[-1])[: len(different)])
+
+
+def print_ranges(options: argparse.Namespace) -> None:
+    """Print a row for each kernel: registers by architecture, shared memory by the width of the type."""
+    taken: dict[str, list[tuple[int, int, Resources]]] = {}
+    for architecture, dtype, _, name, used in list_resources(options):
+        taken.setdefault(name, []).append((architecture, 8 * DTYPES[dtype].itemsize, used))
+    widths = sorted({8 * DTYPES[dtype].itemsize for dtype in options.dtypes})
+    heads = [f"registers, sm_{architecture}" for architecture in options.architectures]
+    heads += [f"shared memory, bytes, {width} bits" for width in widths]
+    print(f"| kernel | {' | '.join(heads)} | local memory, bytes |")
+    print(f"|---|{'---:|' * (len(heads) + 1)}")
+    for name, rows in taken.items():
+        cells = [span(used.registers for gpu, _, used in rows if gpu == each) for each in options.architectures]
+        cells += [span(used.shared_bytes for _, width, used in rows if width == each) for each in widths]
+        print(f"| {name} | {' | '.join(cells)} | {span(used.local_bytes for _, _, used in rows)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--head-sizes", type=int, nargs="+", default=HEAD_SIZES)
+    parser.add_argument("--ranges", action="store_true", help="least and most of each kernel over types and head sizes")
     options = parser.parse_args()
-    print("| architecture | type | head size | kernel | registers | local memory, bytes | shared memory, bytes |")
-    print("|---|---|---:|---|---:|---:|---:|")
-    for architecture in options.architectures:
-        for dtype in options.dtypes:
-            for head_dim in options.head_sizes:
-                for case in cases(head_dim, DTYPES[dtype]):
-                    used = resources_of(compile_case(case, architecture, dtype))
-                    row = f"sm_{architecture} | {dtype} | {head_dim} | {case.name} | {used.registers}"
-                    print(f"| {row} | {used.local_bytes} | {used.shared_bytes} |", flush=True)
+    (print_ranges if options.ranges else print_all)(options)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ interpreter has to be switched on before triton is imported and must not reach o
 
 import importlib.util
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -331,6 +332,16 @@ def load_resources():
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.skipif(USE_TRITON, reason="an interpreted kernel is no compiled one")
+def test_every_kernel_of_the_plugin_is_compiled_and_listed():
+    pytest.importorskip("triton", reason="Triton has no build for this machine")
+    folder = Path(__file__).parents[2] / "plugins" / "casa_vllm"
+    sources = [path.read_text() for path in folder.rglob("triton_*.py")]
+    kernels = {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE)}
+    resources = load_resources()
+    assert {case.kernel.__name__ for case in resources.cases(128, torch.bfloat16)} == kernels
 
 
 SOME = [(90, "bf16", 128)]
