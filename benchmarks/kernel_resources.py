@@ -1,7 +1,7 @@
 """Compiles the plugin's Triton kernels ahead of time, and lists what each takes of a multiprocessor; no GPU is needed.
 
     python benchmarks/kernel_resources.py [--architectures 80 90 100] [--dtypes bf16 fp16 fp32] [--head-sizes 64 128]
-    python benchmarks/kernel_resources.py --ranges     # the table of docs/benchmarks.md: a row a kernel
+    python benchmarks/kernel_resources.py --ranges     # the tables of docs/benchmarks.md: a row a kernel
 
 Down to machine code, with the constants that the launches use, at the heads of the 3B preset (16, 2 for keys and
 values). Registers are of a thread and at most 255; local memory is what did not fit into them. Shared memory is of a
@@ -179,19 +179,20 @@ def span(numbers: Iterable[int]) -> str:
 
 
 def print_ranges(options: argparse.Namespace) -> None:
-    """Print a row for each kernel: registers by architecture, shared memory by the width of the type."""
-    taken: dict[str, list[tuple[int, int, Resources]]] = {}
+    """Print a table for each width of types: a row a kernel, registers by architecture."""
+    taken: dict[int, dict[str, list[tuple[int, Resources]]]] = {}
     for architecture, dtype, _, name, used in list_resources(options):
-        taken.setdefault(name, []).append((architecture, 8 * DTYPES[dtype].itemsize, used))
-    widths = sorted({8 * DTYPES[dtype].itemsize for dtype in options.dtypes})
-    heads = [f"registers, sm_{architecture}" for architecture in options.architectures]
-    heads += [f"shared memory, bytes, {width} bits" for width in widths]
-    print(f"| kernel | {' | '.join(heads)} | local memory, bytes |")
-    print(f"|---|{'---:|' * (len(heads) + 1)}")
-    for name, rows in taken.items():
-        cells = [span(used.registers for gpu, _, used in rows if gpu == each) for each in options.architectures]
-        cells += [span(used.shared_bytes for _, width, used in rows if width == each) for each in widths]
-        print(f"| {name} | {' | '.join(cells)} | {span(used.local_bytes for _, _, used in rows)} |")
+        of_width = taken.setdefault(8 * DTYPES[dtype].itemsize, {})
+        of_width.setdefault(name, []).append((architecture, used))
+    registers = [f"registers, sm_{architecture}" for architecture in options.architectures]
+    for width, of_width in sorted(taken.items()):
+        heads = [f"{width} bits", *registers, "shared memory, bytes", "local memory, bytes"]
+        print(f"| {' | '.join(heads)} |\n|---|{'---:|' * (len(heads) - 1)}")
+        for name, rows in of_width.items():
+            cells = [span(used.registers for gpu, used in rows if gpu == each) for each in options.architectures]
+            cells += [span(used.shared_bytes for _, used in rows), span(used.local_bytes for _, used in rows)]
+            print(f"| {name} | {' | '.join(cells)} |")
+        print()
 
 
 def main() -> None:
