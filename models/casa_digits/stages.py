@@ -33,7 +33,7 @@ STAGES = (
     Stage(MEMORY, PracticeWriter, 11000),
     Stage(FINISH, FinishWriter, 6500),
     Stage(RESUME, ResumeWriter, 2600),
-    Stage(NAMES, NamesWriter, 9000),
+    Stage(NAMES, NamesWriter, 18000),
 )
 # The options that say how many steps each stage has, and their defaults; stage 1 teaches the vision tower alone.
 STEPS = {"vision_steps": 4000, **{stage.option: stage.num_steps for stage in STAGES}}

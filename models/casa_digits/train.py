@@ -9,7 +9,7 @@
     then      measured on held-out digits; accuracy.json beside the weights; the output folder is replaced last,
               by a model that meets every demand; another one is written beside it, and the exit status is 1
 
-With the defaults it takes about two hours of a core, and more on a busy machine. One thread is the
+With the defaults it takes two hours and a quarter of a core, and more on a busy machine. One thread is the
 default: the model is so small that a second one gains little, and loses a lot on a busy machine. The same seed gives
 the same weights on the same machine and versions.
 """
