@@ -36,21 +36,27 @@ def test_the_clip_shows_held_out_digits(clip):
         assert np.abs(np.asarray(item.image, int) - np.asarray(drawn, int)).mean() <= TOLERANCE
 
 
+def show_scenes(page):
+    """Yield each scene once the page, whose video is paused, has shown the model a frame of it."""
+    begin_clip(page)
+    page.evaluate("video.pause()")
+    for number, span in enumerate(clip_truth()):
+        # Questions are about the last frame that was taken: none may be on its way.
+        wait_until(page, f"{SENT} > 0 && {SENT} === {DONE} + {DROPPED}")
+        done = count(page, "captioned") + count(page, "silent")
+        page.evaluate(f"video.currentTime = {(span.start + span.end) / 2}")
+        if number > 0:
+            wait_until(page, f"{DONE} > {done}")
+        yield span
+
+
 @pytest.fixture(scope="module")
 def questioned(open_page):
     """The page with its clip, stopped in each scene, where every suggestion was chosen: `(scene's text, answers)`."""
     with open_page() as page:
         expect(page.locator("#suggestions button")).to_have_text(DEMONSTRATION["questions"])
-        begin_clip(page)
-        page.evaluate("video.pause()")
         found = []
-        for number, span in enumerate(clip_truth()):
-            # Questions are about the last frame that was taken: none may be on its way.
-            wait_until(page, f"{SENT} > 0 && {SENT} === {DONE} + {DROPPED}")
-            done = count(page, "captioned") + count(page, "silent")
-            page.evaluate(f"video.currentTime = {(span.start + span.end) / 2}")
-            if number > 0:
-                wait_until(page, f"{DONE} > {done}")
+        for span in show_scenes(page):
             asked = page.locator("#captions li.question").count()
             for button in page.locator("#suggestions button").all():
                 button.click()
@@ -79,11 +85,14 @@ def test_every_suggestion_is_answered_right(questioned):
 
 
 @pytest.mark.vllm
-def test_the_clip_is_captioned_right(questioned):
-    page, found = questioned
-    captions = [text for _, text in transcript(page)]
+def test_the_clip_is_captioned_right(open_page):
+    """Where nobody asks in between; after three questions about each scene one caption in ten is left out."""
+    with open_page() as page:
+        texts = [span.text for span in show_scenes(page)]
+        wait_until(page, f"{SENT} === {DONE} + {DROPPED}")
+        captions = [text for _, text in transcript(page)]
     # The model misreads one text in twenty.
-    assert sum(text in captions for text, _ in found) >= len(found) - 1, captions
+    assert sum(text in captions for text in texts) >= len(texts) - 1, captions
 
 
 @pytest.mark.vllm

@@ -119,7 +119,8 @@ def test_logprobs(ask):
 
 
 def test_structured_output(ask):
-    choice = ask("?", part(picture()), extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    choices = {"structured_outputs": {"choice": ["yes", "no"]}, "ignore_eos": False}
+    choice = ask("?", part(picture()), extra_body=choices)
     assert choice.choices[0].message.content in ("yes", "no")
     pattern = r"[0-9]( [0-9]){2}"
     regex = ask(
