@@ -142,12 +142,15 @@ class EngineStream:
 
     def turn(self, frame: Image.Image, num_tokens: int) -> Turn:
         """See `Stream`."""
+        from vllm.sampling_params import RequestOutputKind
+
         self._meter.start()
         begun_s = time.perf_counter()
         ids, _ = self._chunks.next(1)
         prompt = render(self._backend.engine, {"prompt_token_ids": ids, "multi_modal_data": {"image": [frame]}})
         prepared_s = time.perf_counter()
-        self._add(prompt, num_tokens)
+        params = sampling(num_tokens, RequestOutputKind.DELTA)
+        add_chunk(self._backend.engine, self._name, prompt, params)
         progress = _Progress()
         is_open = True
         while is_open:
@@ -177,20 +180,6 @@ class EngineStream:
         # Its pages are free; the runner learns it with the next step. Another stream may be open.
         self._backend.engine.step()
 
-    def _add(self, prompt: Any, num_tokens: int) -> None:
-        """Send a chunk of a request that stays open, as `AsyncLLM` does: the synchronous engine has no call for it."""
-        from vllm.sampling_params import RequestOutputKind
-
-        engine, params = self._backend.engine, sampling(num_tokens, RequestOutputKind.DELTA)
-        request = engine.input_processor.process_inputs(
-            self._name, prompt, params, supported_tasks=("generate",), resumable=True
-        )
-        request.external_req_id = self._name
-        engine.output_processor.add_request(request, None)
-        # In processes of their own the two do not share a list that both let grow.
-        request.prompt_token_ids = list(request.prompt_token_ids)
-        engine.engine_core.add_request(request)
-
 
 @dataclass
 class _Progress:
@@ -209,6 +198,16 @@ class _Progress:
     def answer(self, begun_s: float, format: StreamFormat) -> Answer:
         ttft_ms, total_ms = 1000 * (self.first_s - begun_s), 1000 * (self.last_s - begun_s)
         return Answer(format.text(self.token_ids), ttft_ms, total_ms, len(self.token_ids))
+
+
+def add_chunk(engine: Any, name: str, prompt: Any, params: Any) -> None:
+    """Send a chunk of a request that stays open, as `AsyncLLM` does: the synchronous engine has no call for it."""
+    request = engine.input_processor.process_inputs(name, prompt, params, supported_tasks=("generate",), resumable=True)
+    request.external_req_id = name
+    engine.output_processor.add_request(request, None)
+    # In processes of their own the two do not share a list that both let grow.
+    request.prompt_token_ids = list(request.prompt_token_ids)
+    engine.engine_core.add_request(request)
 
 
 def render(engine: Any, prompt: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from typing import Any
 
 from bench_engine import IMAGE, BenchEngine
 
-from casa_bench.engine_backend import render
+from casa_bench.engine_backend import add_chunk, render
 from casa_engine.live.caption_logits import EXTRA_ARG, CaptionRules, CaptionState, to_dict
 from casa_engine.live.settings import LiveSettings
 
@@ -58,15 +58,7 @@ class LiveRequest:
         engine = self._bench.engine
         prompt = render(engine, {"prompt": FRAME_TEXT, "multi_modal_data": {"image": frame}})
         params = caption_params(num_tokens, output_kind=RequestOutputKind.DELTA)
-        # As `AsyncLLM` does with each chunk of a streaming input.
-        request = engine.input_processor.process_inputs(
-            self._name, prompt, params, supported_tasks=("generate",), resumable=True
-        )
-        request.external_req_id = self._name
-        engine.output_processor.add_request(request, None)
-        # In processes of their own the two do not share a list that both let grow.
-        request.prompt_token_ids = list(request.prompt_token_ids)
-        engine.engine_core.add_request(request)
+        add_chunk(engine, self._name, prompt, params)
         for _ in range(MAX_STEPS):
             for output in engine.step():
                 if output.request_id == self._name and output.outputs[0].finish_reason is not None:
