@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from openai import OpenAI
 
 CASA_SERVE = Path(sys.executable).parent / "casa-serve"
@@ -55,6 +56,13 @@ class Server:
     def live_url(self) -> str:
         """Address of the WebSocket of live sessions."""
         return f"{self.url.replace('http', 'ws', 1)}/v1/live"
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The process of its engine."""
+        children = psutil.Process(self.process.pid).children()
+        (engine,) = [process for process in children if "EngineCore" in " ".join(process.cmdline())]
+        return engine
 
     def get(self, path: str) -> str:
         """Return the body of a GET request that must succeed."""
