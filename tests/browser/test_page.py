@@ -17,6 +17,7 @@ from live_page import (
     ask,
     begin,
     count,
+    finished_captions,
     pick,
     transcript,
     wait_until,
@@ -238,9 +239,7 @@ def test_a_broken_connection_is_taken_up_with_the_captions_so_far(page, videos):
 
     page.route_web_socket("**/v1/live", relay)
     begin(page, videos[0][0])
-    wait_until(page, "captions.querySelectorAll('li').length >= 2")
-    page.wait_for_timeout(300)
-    before = transcript(page)
+    before = finished_captions(page, at_least=2)
     holding = True
     page.evaluate(NOTE_PHASES)
     sockets[-1].close(code=1011, reason="cut")

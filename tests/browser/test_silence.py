@@ -7,7 +7,17 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from live_page import NOTE_WHAT_IS_TOLD, SENT, Line, ask, begin_clip, give_key, transcript, wait_until
+from live_page import (
+    NOTE_WHAT_IS_TOLD,
+    SENT,
+    Line,
+    ask,
+    begin_clip,
+    finished_captions,
+    give_key,
+    transcript,
+    wait_until,
+)
 from tcp_relay import tcp_relay
 
 # What the page waits for 20 s or more is a fifth of that.
@@ -33,8 +43,7 @@ def page(open_page, relay):
 @pytest.mark.vllm
 def test_a_silent_connection_is_taken_up_like_a_lost_one(page, relay):
     begin_clip(page)
-    page.wait_for_selector("#captions li")
-    before = transcript(page)
+    before = finished_captions(page)
     page.evaluate(NOTE_WHAT_IS_TOLD)
     relay.silence()
     wait_until(page, "told.length > 0")

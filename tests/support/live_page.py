@@ -49,8 +49,9 @@ ONE_CAMERA_AT_A_TIME = """() => {
         return stream;
     };
 }"""
-# How many frames were sent, and the id of the camera that is shown.
+# How many frames were sent, and captioned, and the id of the camera that is shown.
 SENT = "Number(document.querySelector('[data-count=sent] dd').textContent)"
+CAPTIONED = "Number(document.querySelector('[data-count=captioned] dd').textContent)"
 NOW = "video.srcObject?.getTracks()[0].getSettings().deviceId"
 
 
@@ -151,6 +152,13 @@ def transcript(page, kind="caption"):
             items.locator("time").all_inner_texts(), items.locator(".text").all_inner_texts(), strict=True
         )
     ]
+
+
+def finished_captions(page, at_least=1):
+    """The captions that the page keeps, whatever happens to the session: what is being written is lost with it."""
+    wait_until(page, f"{CAPTIONED} >= {at_least}")
+    finished = count(page, "captioned")
+    return transcript(page)[:finished]
 
 
 def seconds(clock):
