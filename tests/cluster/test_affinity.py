@@ -1,9 +1,11 @@
-"""Which replica a request prefers, without Ray."""
+"""Which replica a request prefers."""
 
 import pytest
 
 from casa_serving.cluster.affinity import Affinity, preference
 from casa_serving.cluster.image_digests import digest_images
+from casa_serving.cluster.routing_context import RoutingContext
+from ray_router import make_router, route
 
 pytestmark = pytest.mark.unit
 
@@ -58,6 +60,18 @@ def test_a_replica_that_is_gone_is_still_the_home_of_its_sessions():
     affinity.keep_only(["b"])
     assert affinity.num_images_on("a", ["x"]) == 0
     assert affinity.session_replica("s") == "a"
+
+
+@pytest.mark.parametrize("late", ["a", "b"])
+async def test_a_replica_that_did_not_answer_in_time_has_not_seen_the_images(late):
+    router = make_router()
+    (replica,) = [each for each in router.curr_replicas.values() if each.replica_id.unique_id == late]
+    replica.is_late = True
+    home = await route(router, RoutingContext(images=("x",)))
+    assert home != late
+    replica.is_late = False
+    again = RoutingContext(images=("x",))
+    assert (await route(router, again), again.affinity) == (home, "hit")
 
 
 def image(url, **fields):

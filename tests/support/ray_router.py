@@ -1,5 +1,6 @@
 """Ray's real request router with our choice, over replicas that nobody asks."""
 
+import asyncio
 import time
 
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
@@ -12,7 +13,7 @@ DEPLOYMENT = DeploymentID(name="model", app_name="app")
 
 
 class Replica:
-    """A replica as Ray's router knows it; its queue is always empty."""
+    """A replica as Ray's router knows it; its queue is empty, where it tells it in time."""
 
     is_cross_language = False
     max_ongoing_requests = 8
@@ -21,11 +22,13 @@ class Replica:
     def __init__(self, name: str) -> None:
         self.replica_id = ReplicaID(unique_id=name, deployment_id=DEPLOYMENT)
         self.node_id, self.availability_zone, self.actor_id = "node", None, name
+        self.is_late = False
 
     def update_replica_info(self, info: object) -> None:
         """Do nothing: what Ray tells a replica is not used."""
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
+        await asyncio.sleep(2 * deadline_s if self.is_late else 0)
         return 0
 
 

@@ -34,19 +34,30 @@ class Affinity:
         seen = self._images.get(replica, {})
         return sum(image in seen for image in images)
 
-    def record(self, replica: str, session: str | None, images: Iterable[str]) -> None:
-        """Record that a request went to the replica."""
+    def record(self, replica: str, session: str | None, images: Iterable[str]) -> tuple[str, ...]:
+        """Record that a request went to the replica.
+
+        Returns:
+            Those of the images that it had not seen.
+        """
         if session:
             self._sessions[session] = replica
             self._sessions.move_to_end(session)
             if len(self._sessions) > self._max_sessions:
                 self._sessions.popitem(last=False)
         seen = self._images.setdefault(replica, OrderedDict())
+        new = tuple(image for image in images if image not in seen)
         for image in images:
             seen[image] = None
             seen.move_to_end(image)
             if len(seen) > self._max_images:
                 seen.popitem(last=False)
+        return new
+
+    def forget(self, replica: str, images: Iterable[str]) -> None:
+        """Drop images that the replica was about to see, and did not."""
+        for image in images:
+            self._images.get(replica, {}).pop(image, None)
 
     def keep_only(self, replicas: Iterable[str]) -> None:
         """Drop the images of replicas that are gone; their sessions get `moved` with their next request."""

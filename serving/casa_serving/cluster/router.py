@@ -91,8 +91,7 @@ class CasaRequestRouter(RequestRouter):
         tie_key = session or next(iter(images), pending_request.metadata.internal_request_id)
         order = preference(hits, {name: self._load(replicas[name]) for name in free}, self._max_imbalance, tie_key)
         if self._enabled and order:
-            # Before the replica has accepted it, so that requests that arrive meanwhile go to the same one.
-            self._affinity.record(order[0], session, images)
+            self._promise(context, order[0], session)
         # A new session is bound immediately: two simultaneous requests of it must get the same replica.
         return [[replicas[replica]] for replica in (order[:1] if session else order)]
 
@@ -110,13 +109,25 @@ class CasaRequestRouter(RequestRouter):
         if context.images:
             self._count_images(context)
         if self._enabled:
-            self._affinity.record(context.replica, digest(pending_request.metadata.session_id), context.images)
+            self._promise(context, context.replica, digest(pending_request.metadata.session_id))
 
     def update_replicas(self, replicas: list[Any]) -> None:
         """Called by Ray Serve when replicas were added or removed."""
         super().update_replicas(replicas)
         self._affinity.keep_only(replica_id.unique_id for replica_id in self.curr_replicas)
         self._notify_shutdowns()
+
+    def _promise(self, context: RoutingContext, replica: str, session: str) -> None:
+        """Record where a request goes, already before it is accepted: requests that arrive meanwhile go there too.
+
+        A replica that was full, or did not answer in time, is not going to see its images.
+        """
+        former, images = context.promised
+        if former == replica:
+            self._affinity.record(replica, session, context.images)
+            return
+        self._affinity.forget(former, images)
+        context.promised = replica, self._affinity.record(replica, session, context.images)
 
     def _notify_shutdowns(self) -> None:
         for context in self._inflight.keep_only(replica_id.unique_id for replica_id in self.curr_replicas):

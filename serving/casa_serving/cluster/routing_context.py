@@ -25,6 +25,7 @@ class RoutingContext:
     Attributes:
         images: Digests of its images (`digest_images`).
         hits: Images that each replica had seen when the request was first routed; None before.
+        promised: The replica that is about to see the images, and those that will be new to it.
         replica: The replica that accepted the request.
         session: "new", "kept" or "moved" (its replica is gone); "" for a request without a session.
         affinity: "hit" (the replica had all images), "partial", "miss"; "" without images.
@@ -35,6 +36,7 @@ class RoutingContext:
 
     images: tuple[str, ...] = ()
     hits: Mapping[str, int] | None = None
+    promised: tuple[str, tuple[str, ...]] = ("", ())
     replica: str = ""
     session: str = ""
     affinity: str = field(default="")
@@ -54,7 +56,7 @@ class RoutingContext:
         """
         self.avoid |= {self.replica}
         self.session = "moved" if self.session else ""
-        self.hits = None
+        self.hits, self.promised = None, ("", ())
         self.replica = self.affinity = ""
 
     def __getstate__(self) -> dict[str, Any]:
