@@ -88,7 +88,7 @@ def is_installed(module: str) -> bool:
 
 
 def extra_of(module: str, extras: tuple[str, ...]) -> str:
-    """Return the extra that brings a module to a command, "" for what every install brings."""
+    """Return the extra that brings a module to a command, its first one for what is of none; "" where it has none."""
     for extra in extras:
         if module in MODULES_OF_EXTRA.get(extra, ()):
             return extra

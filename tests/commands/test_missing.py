@@ -157,11 +157,13 @@ def test_captions_of_a_server_need_no_vllm(tmp_path, video):
 
 @slow
 @pytest.mark.parametrize("module", ["torch", "transformers"])
-def test_without_the_core_it_is_the_package_that_is_missing(tmp_path, module):
+def test_without_the_core_what_the_command_needs_is_named_whole(tmp_path, module):
+    """Not the core alone: the next thing to be missing would be that extra."""
     status, words = run(tmp_path, [module], "casa-eval-digits", "--scale", "0.01")
     assert status == 1
     assert "Traceback" not in words
-    assert f"the package {module!r} is not installed. Install what this command needs: pip install casa-engine" in words
+    advice = "Install what this command needs: pip install 'casa-engine[digits]'."
+    assert f"the package {module!r} is not installed. {advice}" in words
 
 
 BROKEN = """raise RuntimeError("operator torchvision::nms does not exist")"""

@@ -11,7 +11,7 @@ from casa_engine.checkpoint_cli import main
 from originals import FAMILIES, candidate_names, original_model, write_original
 from programs import output_of
 
-REMOTE_CODE = Path(__file__).parent.parent / "support" / "remote_code"
+REMOTE_CODE = Path(__file__).parents[2] / "support" / "remote_code"
 SCRIPT = Path(__file__).parents[3] / "scripts" / "reference_outputs.py"
 # As a published model's own code: the calls of the public scripts, with another implementation behind them, which is
 # this engine's, on the weights that were converted before; a mistake in names or fields is seen all the same.
