@@ -32,7 +32,8 @@ def sdist(tmp_path_factory):
 def wheel(sdist, tmp_path_factory):
     """The wheel, built from the source distribution as `python -m build` does, with the locked setuptools."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist]
+    source = shutil.copytree(sdist, folder / "source")  # Building leaves files there.
+    command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
     subprocess.run([sys.executable, *map(str, command)], check=True)
     (path,) = folder.glob("*.whl")
     return path
@@ -49,9 +50,11 @@ def requirements(monkeypatch):
 
 @pytest.fixture
 def environment(tmp_path, requirements):
-    """A fresh virtual environment: its folder of commands, and the set-up's installer for it."""
+    """A fresh virtual environment: its folder of commands, and the set-up's installer for it, with uv as there."""
     from installers import Installer
 
     venv.create(tmp_path / "environment", with_pip=True)
     bin_folder = tmp_path / "environment" / "bin"
-    return bin_folder, Installer(bin_folder / "python")
+    installer = Installer(bin_folder / "python")
+    installer.get_uv(requirements.lock_path("cpu"))
+    return bin_folder, installer
