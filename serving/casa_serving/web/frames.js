@@ -4,6 +4,8 @@
 const MAX_SIDE = 640;
 const TYPE = "image/webp";
 const QUALITY = 0.95;
+// Between two frames that are shown, on a busy machine too.
+const MAX_SILENCE_MS = 1000;
 
 /** Starts to play; a browser that forbids sound without a click plays silently. */
 export async function play(video) {
@@ -18,11 +20,20 @@ export async function play(video) {
 
 /** Calls `onFrame(time)` for every frame that the video shows, for as long as the page lives. */
 export function watchFrames(video, onFrame) {
+  const count = () => video.getVideoPlaybackQuality().totalVideoFrames;
+  let told = { at: 0, frames: 0 }; // When the browser last told of a frame, and how many had been shown.
   const next = (_, { mediaTime }) => {
     video.requestVideoFrameCallback(next); // First, so that no error ends the watch.
+    told = { at: performance.now(), frames: count() };
     onFrame(mediaTime);
   };
   video.requestVideoFrameCallback(next);
+  // Chromium 156 tells of no frame any more, until another video is loaded, where a video goes to another window while a
+  // call is due: the page was busy as its small window opened or closed. Some four times a second it still tells the time.
+  video.addEventListener("timeupdate", () => {
+    const isShown = count() > told.frames + 1 && !video.ownerDocument.hidden;
+    if (isShown && performance.now() - told.at > MAX_SILENCE_MS) onFrame(video.currentTime);
+  });
 }
 
 /**
