@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Semaphore
 
 import httpx
 import numpy as np
@@ -223,8 +224,15 @@ def test_a_killed_replica_costs_no_answer(cluster, http):
     # All on the replica that is going to die.
     stays = {"headers": {"x-session-id": "on the victim"}}
     request = body(max_tokens=600, ignore_eos=True)
+    sent = Semaphore(0)
+    note = {"trace": lambda event, _: sent.release() if event == "http11.send_request_body.complete" else None}
     with ThreadPoolExecutor(8) as pool:
-        plain = [pool.submit(http.post, "/v1/chat/completions", json=request, **stays) for _ in range(4)]
+        plain = [
+            pool.submit(http.post, "/v1/chat/completions", json=request, extensions=note, **stays) for _ in range(4)
+        ]
+        # One that came after the session has moved would stay where that is.
+        for _ in plain:
+            assert sent.acquire(timeout=20)
         with http.stream("POST", "/v1/chat/completions", json=request | {"stream": True}, **stays) as stream:
             lines = stream.iter_lines()
             next(lines)

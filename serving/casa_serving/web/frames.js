@@ -31,7 +31,7 @@ export function watchFrames(video, onFrame) {
   // Chromium 156 tells of no frame any more, until another video is loaded, where a video goes to another window while a
   // call is due: the page was busy as its small window opened or closed. Some four times a second it still tells the time.
   video.addEventListener("timeupdate", () => {
-    const isShown = count() > told.frames + 1 && !video.ownerDocument.hidden;
+    const isShown = count() > told.frames + 1 && !video.paused && !video.seeking && !video.ownerDocument.hidden;
     if (isShown && performance.now() - told.at > MAX_SILENCE_MS) onFrame(video.currentTime);
   });
 }
