@@ -3,7 +3,7 @@
 import { takePicture } from "./frames.js";
 
 // From the end of a seek until its picture is on the screen, on a busy machine too.
-const MAX_PAINT_MS = 250;
+const MAX_PAINT_MS = 200;
 
 export class FrameSender {
   constructor(state, screen) {
@@ -99,7 +99,6 @@ export class FrameSender {
 
   /** A seek may end before its picture is painted; and that may be the same one, of which the video does not tell. */
   #onSeeked() {
-    this.frameTime = this.video.currentTime;
     if (this.isPainted) this.#onPainted();
     else this.painting = setTimeout(() => this.#onPainted(), MAX_PAINT_MS);
   }
@@ -107,6 +106,7 @@ export class FrameSender {
   #onPainted() {
     this.isPainted = true;
     if (this.arrival && !this.video.seeking) {
+      this.frameTime = this.video.currentTime;
       this.arrive();
       this.arrival = null;
     }
