@@ -16,6 +16,7 @@ from casa_serving.cluster import build_app
 from casa_serving.cluster.launch import APPLICATION, set_environment
 from casa_serving.cluster.warmup import warm_up
 from serving_process import free_port
+from waiting import until
 
 # One replica fits on each node.
 CONFIG: dict[str, Any] = {
@@ -28,6 +29,7 @@ CONFIG: dict[str, Any] = {
 }
 # Of what nodes report, in milliseconds: 10 s by default, for which each test of metrics would wait.
 METRICS_INTERVAL = "RAY_metrics_report_interval_ms"
+AGENT_START_S = 120
 
 
 @dataclass
@@ -78,6 +80,14 @@ class RunningCluster:
         }
 
 
+def is_answered(url: str) -> bool:
+    """Return whether somebody answers at an address by now."""
+    try:
+        return httpx.get(url, timeout=10).is_success
+    except httpx.TransportError:
+        return False
+
+
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[RunningCluster]:
     """The embedded model on two nodes, each of them with a replica and an HTTP proxy on the same port."""
@@ -93,6 +103,8 @@ def cluster() -> Iterator[RunningCluster]:
         http_port = free_port()
         metrics_urls = [f"http://127.0.0.1:{port}/metrics" for port in ports]
         running = RunningCluster(f"http://127.0.0.1:{http_port}", metrics_urls)
+        # A process that starts long before its node's agent does gives up telling it metrics, for good.
+        until(lambda: all(map(is_answered, metrics_urls)), AGENT_START_S)
         serve.start(http_options={"host": "127.0.0.1", "port": http_port})
         running.deploy(CONFIG)
         warm_up(running.url)
