@@ -179,7 +179,7 @@ def test_metrics_of_the_board_and_the_alerts_exist(cluster, http):
     seen = set()
 
     def missing():
-        # Ray Serve sets its gauges of health and status every ten seconds, each at its own time, and Ray tells them once.
+        # Ray Serve sets its gauges of health and status every ten seconds, each at its own time; Ray tells them once.
         seen.update(re.findall(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)[{ ]", cluster.metrics(), re.MULTILINE))
         return wanted - seen
 
