@@ -122,12 +122,11 @@ class CasaRequestRouter(RequestRouter):
 
         A replica that was full, or did not answer in time, is not going to see its images.
         """
+        new = self._affinity.record(replica, session, context.images)
         former, images = context.promised
-        if former == replica:
-            self._affinity.record(replica, session, context.images)
-            return
-        self._affinity.forget(former, images)
-        context.promised = replica, self._affinity.record(replica, session, context.images)
+        if former != replica:
+            self._affinity.forget(former, images)
+            context.promised = replica, new
 
     def _notify_shutdowns(self) -> None:
         for context in self._inflight.keep_only(replica_id.unique_id for replica_id in self.curr_replicas):
